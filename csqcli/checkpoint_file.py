@@ -1,0 +1,287 @@
+"""The quantized file: defined once, used by save, load, report and export.
+
+A safetensors file. For a quantized weight ``X`` it holds ``X_packed`` (uint8 codes, see `packing`) and ``X_scale``
+(float32, [1] or [channels]); every other parameter and buffer stands under its own name. One metadata key, ``csq``,
+holds a JSON manifest: where the model comes from, its data config, the recipe as resolved, the budget asked and reached,
+accuracy, and per layer the mask, planes, encoding and entropy. Integers × scale is the weight, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from csqcli import packing
+from csqcli.errors import UserError
+from csqcli.files import replacing
+from csqcli.quant import csq
+from csqcli.quant.methods import HardLayer
+from csqcli.sources import ModelSpec
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "csq"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="allow")  # later versions may add; readers of this one ignore what they do not know
+
+
+class ModelRecord(_Record):
+    source: str  # what rebuilds it: "timm:resnet18", "package.module:factory"
+    library: str
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    num_classes: int
+    weights_from: str
+    checkpoint_sha256: str | None = None
+
+
+class BudgetRecord(_Record):
+    target_mean_bits: float | None  # null where nothing was asked for (float)
+    mean_bits: float
+    total_weights: int
+
+
+class SizesRecord(_Record):
+    float_bytes: int  # every parameter and buffer at 4 bytes
+    paper_compression: float  # 32 / mean planes: the paper's count, weights only
+    stored_bits_per_weight: float  # dense sign-magnitude layout
+    entropy_bits_per_weight: float  # ideal order-0 coder, per layer
+    file_bytes: int | None = None  # measured; absent inside the file itself
+
+
+class AccuracyRecord(_Record):
+    float_top1: float | None = None  # percent, as all below
+    soft_top1: float | None = None
+    hard_top1: float | None = None
+    hard_top5: float | None = None
+    samples: int = 0
+
+
+class LayerRecord(_Record):
+    name: str
+    shape: list[int]
+    weights: int
+    mask: str  # most significant plane first
+    bits: int  # planes in use: the paper's precision
+    stored_bits: int  # dense sign-magnitude bits per weight
+    entropy_bits: float
+    scale: float | list[float]  # value of integer 1
+    channel_dim: int = 0
+    encoding: str
+    packed_bytes: int
+    aliases: list[str] = Field(default_factory=list)
+
+
+class Manifest(_Record):
+    schema_version: int = SCHEMA_VERSION
+    model: ModelRecord
+    data_config: dict[str, Any]
+    classes: list[str] = Field(default_factory=list)
+    budget: BudgetRecord
+    sizes: SizesRecord
+    accuracy: AccuracyRecord = Field(default_factory=AccuracyRecord)
+    layers: list[LayerRecord]
+    left_float: list[dict[str, Any]] = Field(default_factory=list)  # tensors of ≥ 2 dimensions not quantized, and why
+    payload_sha256: str
+    environment: dict[str, str] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(self.model.library, self.model.name, self.model.arguments)
+
+
+@dataclass
+class QuantizedFile:
+    """A quantized file in memory."""
+
+    manifest: Manifest
+    layers: list[HardLayer]
+    others: dict[str, Tensor]  # parameters and buffers that are not quantized
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Dequantized state dict; loads ``strict=True`` into the plain model."""
+        state = dict(self.others)
+        for layer in self.layers:
+            weight = layer.weight()
+            state.update(dict.fromkeys((layer.name, *layer.aliases), weight))
+        return state
+
+
+def assemble(
+    model: nn.Module,
+    layers: list[HardLayer],
+    *,
+    record: ModelRecord,
+    data_config: Mapping[str, Any],
+    target_bits: float | None,
+    **details: Any,
+) -> QuantizedFile:
+    """The file for a trained model: ``layers`` as hardened, all else from the model's own state dict.
+
+    ``details`` are further manifest fields (classes, accuracy, recipe, environment, left_float).
+    """
+    names = {name for layer in layers for name in (layer.name, *layer.aliases)}
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
+    for name, value in [*others.items(), *((layer.name, layer.scale) for layer in layers)]:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError("training left NaN or infinite values; nothing was written", where=name)
+    records = [_layer_record(layer) for layer in layers]
+    total = sum(r.weights for r in records)
+
+    def mean(values: list[float]) -> float:
+        return sum(v * r.weights for v, r in zip(values, records, strict=True)) / total if total else 32.0
+
+    mean_bits = mean([r.bits for r in records])
+    sizes = SizesRecord(
+        float_bytes=4 * sum(value.numel() for value in state.values()),
+        paper_compression=32 / mean_bits if mean_bits else math.inf,
+        stored_bits_per_weight=mean([r.stored_bits for r in records]),
+        entropy_bits_per_weight=mean([r.entropy_bits for r in records]),
+    )
+    manifest = Manifest(
+        model=record,
+        data_config=dict(data_config),
+        budget=BudgetRecord(target_mean_bits=target_bits, mean_bits=mean_bits, total_weights=total),
+        sizes=sizes,
+        layers=records,
+        payload_sha256=payload_sha256(layers),
+        **details,
+    )
+    return QuantizedFile(manifest, layers, others)
+
+
+def _layer_record(layer: HardLayer) -> LayerRecord:
+    data, encoding = packing.encode(layer.integers)
+    scale = layer.scale.tolist()
+    return LayerRecord(
+        name=layer.name,
+        shape=list(layer.integers.shape),
+        weights=layer.integers.numel(),
+        mask=csq.mask_string(layer.mask),
+        bits=layer.planes,
+        stored_bits=layer.stored_bits,
+        entropy_bits=packing.entropy_bits(layer.integers),
+        scale=scale[0] if len(scale) == 1 else scale,
+        channel_dim=layer.channel_dim,
+        encoding=encoding,
+        packed_bytes=data.numel(),
+        aliases=list(layer.aliases),
+    )
+
+
+def payload_sha256(layers: list[HardLayer]) -> str:
+    """SHA-256 over name and integers (little-endian int16) of every layer in order."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        digest.update(layer.name.encode() + b"\0")
+        digest.update(layer.integers.contiguous().to(torch.int16).numpy().astype("<i2").tobytes())
+    return digest.hexdigest()
+
+
+def write(path: Path, file: QuantizedFile) -> int:
+    """Write atomically; the bytes on disk."""
+    tensors = dict(file.others)
+    for layer in file.layers:
+        tensors[f"{layer.name}_packed"] = packing.encode(layer.integers)[0]
+        tensors[f"{layer.name}_scale"] = layer.scale
+    metadata = {METADATA_KEY: file.manifest.model_dump_json(exclude_none=False)}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise UserError(f"cannot be written ({error})", where=str(path)) from None
+    return path.stat().st_size
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a safetensors file carries csq's manifest."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest alone, with the file's measured size. UserError for anything that is not a csq file."""
+    path = Path(path)
+    with _opened(path) as file:
+        manifest = _manifest(file, path)
+    manifest.sizes.file_bytes = path.stat().st_size
+    return manifest
+
+
+def read(path: str | Path) -> QuantizedFile:
+    """The whole file, checked: every tensor present, integers as hashed, masks and shapes consistent."""
+    path = Path(path)
+    where = str(path)
+    with _opened(path) as file:
+        manifest = _manifest(file, path)
+        names = set(file.keys())
+        layers = []
+        for record in manifest.layers:
+            packed, scale = f"{record.name}_packed", f"{record.name}_scale"
+            if not {packed, scale} <= names:
+                raise UserError(f"tensors of layer {record.name} are missing", where=where, hint="the file is damaged")
+            names -= {packed, scale}
+            try:
+                integers = packing.decode(file.get_tensor(packed), record.encoding, tuple(record.shape))
+                layers.append(_checked_layer(record, integers.to(torch.int32), file.get_tensor(scale)))
+            except (ValueError, RuntimeError, OverflowError) as error:
+                raise UserError(f"layer {record.name}: {error}", where=where, hint="the file is damaged") from None
+        others = {name: file.get_tensor(name) for name in sorted(names)}
+    if payload_sha256(layers) != manifest.payload_sha256:
+        raise UserError("integers do not match their sha-256", where=where, hint="the file is damaged")
+    manifest.sizes.file_bytes = path.stat().st_size
+    return QuantizedFile(manifest, layers, others)
+
+
+def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> HardLayer:
+    mask = csq.mask_from_string(record.mask)
+    if not 1 <= len(mask) <= 8 or int(mask.sum()) != record.bits or record.weights != integers.numel():
+        raise ValueError("mask, bits and weights disagree")
+    channels = integers.shape[record.channel_dim] if -integers.dim() <= record.channel_dim < integers.dim() else 0
+    if scale.dtype != torch.float32 or scale.dim() != 1 or scale.numel() not in (1, channels):
+        raise ValueError(f"scale of shape {list(scale.shape)} and dtype {scale.dtype}")
+    if not torch.isfinite(scale).all():
+        raise ValueError("scale is not finite")
+    return HardLayer(record.name, integers, scale, mask, record.channel_dim, tuple(record.aliases))
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError("no such file", where=str(path))
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"not a safetensors file ({error})", where=str(path)) from None
+
+
+def _manifest(file: Any, path: Path) -> Manifest:
+    text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        raise UserError("not a csq file (no manifest)", where=str(path), hint="`csq search` writes one")
+    try:
+        raw = json.loads(text)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            hint = f"this csq reads version {SCHEMA_VERSION}; upgrade csq"
+            raise UserError(f"schema version {version!r}", where=str(path), hint=hint)
+        return Manifest.model_validate(raw)
+    except (ValidationError, ValueError, RecursionError) as error:
+        first = error.errors()[0]["loc"] if isinstance(error, ValidationError) else "not JSON"
+        raise UserError(f"manifest is damaged ({first})", where=str(path)) from None

@@ -1,0 +1,242 @@
+"""The commands, a few lines each. Heavy imports live inside them: ``csq --help`` loads no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from csqcli import __version__
+from csqcli.errors import UserError
+
+app = typer.Typer(
+    name="csq",
+    help="Quantize pretrained vision checkpoints to the mean bits you type, by bi-level continuous sparsification.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="List, show and describe recipes.", rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+
+class Device(str, Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]", help="timm or torchvision name, timm:NAME, torchvision:NAME, or package.module:factory."
+    ),
+]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="Image folder with train/ and val/, cifar10:DIR, cifar100:DIR, or digits.")
+]
+DeviceOption = Annotated[Device | None, typer.Option("--device", help="auto takes a GPU when there is one.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. optimizer.lr=0.05. Repeatable."),
+]
+TrustOption = Annotated[bool, typer.Option("--trust-code", help="Let the file import the factory that it names.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"csq {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def search(
+    model: ModelArgument = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
+    ] = None,
+    data: DataOption = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
+    recipe: Annotated[str, typer.Option(help="Shipped recipe name, or a YAML file.")] = "short",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.safetensors and its report.")] = Path(
+        "."
+    ),
+    method: Annotated[str | None, typer.Option(help="csq, csq-paper, csq-uniform, ste, lsq or float.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
+    device: DeviceOption = None,
+    pretrained: Annotated[
+        bool | None, typer.Option("--pretrained/--no-pretrained", help="Library weights when no checkpoint is given.")
+    ] = None,
+    settings: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Search a mixed-precision model within a budget and write it."""
+    from csqcli.recipe import parse_assignments, resolve
+
+    overrides = parse_assignments(settings or [])
+    typed = {
+        "model.source": model,
+        "quantization.target_bits": target_bits,
+        "data.source": data,
+        "model.checkpoint": checkpoint,
+        "quantization.method": method,
+        "epochs": epochs,
+        "seed": seed,
+        "device": device.value if device else None,
+        "model.pretrained": pretrained,
+    }
+    overrides |= {key: value for key, value in typed.items() if value is not None}
+    resolved = resolve(recipe, overrides)
+
+    from csqcli import pipeline
+    from csqcli.progress import Display
+
+    pipeline.search(resolved, output, display=Display(quiet=quiet), force=force, resume=resume)
+    _print_report(output / pipeline.MODEL_FILE)
+    typer.echo(f"wrote {output / pipeline.MODEL_FILE}")
+
+
+@app.command()
+def evaluate(
+    file: FileArgument,
+    data: Annotated[str, typer.Option("--data", help="Image folder with val/, cifar10:DIR, cifar100:DIR, or digits.")],
+    device: DeviceOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
+    val_limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")] = None,
+    trust_code: TrustOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Top-1 and top-5 of the hard model, as reloaded from the file."""
+    from csqcli import pipeline
+
+    accuracy, manifest = pipeline.evaluate_file(
+        file,
+        data,
+        device=device.value if device else "auto",
+        batch_size=batch_size,
+        val_limit=val_limit,
+        trust_code=trust_code,
+    )
+    if as_json:
+        result = {
+            "top1": accuracy.top1,
+            "top5": accuracy.top5,
+            "samples": accuracy.samples,
+            "mean_bits": manifest.budget.mean_bits,
+        }
+        typer.echo(json.dumps(result))
+    else:
+        typer.echo(f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  of {accuracy.samples} images")
+
+
+@app.command()
+def report(
+    file: FileArgument, as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False
+) -> None:
+    """Per-layer bits, sizes and accuracy of a file; needs neither model code nor data."""
+    if not as_json:
+        _print_report(file)
+        return
+    from csqcli import checkpoint_file
+    from csqcli import report as reports
+
+    typer.echo(json.dumps(reports.build(checkpoint_file.read_manifest(file), _history_beside(file)), indent=2))
+
+
+@recipes_app.callback(invoke_without_command=True)
+def _recipes_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _list_recipes()
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Shipped recipes, a line each."""
+    _list_recipes()
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """A recipe, complete with defaults, as YAML."""
+    from csqcli.recipe import resolve, to_yaml
+
+    typer.echo(to_yaml(resolve(name, {})), nl=False)
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """JSON schema of recipe files; every key with its meaning."""
+    from csqcli.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+
+
+def _list_recipes() -> None:
+    from csqcli.recipe import builtin_names, read
+
+    for name in builtin_names():
+        typer.echo(f"{name:<20} {read(name)[0].get('description', '')}")
+
+
+def _print_report(file: Path) -> None:
+    from rich.console import Console
+
+    from csqcli import checkpoint_file
+    from csqcli import report as reports
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    reports.print_table(checkpoint_file.read_manifest(file), console)
+
+
+def _history_beside(file: Path) -> list[dict[str, Any]]:
+    """The training history lies beside the model in metrics.jsonl; a file that travelled alone has none."""
+    try:
+        lines = (file.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2."""
+    click = sys.modules[typer.BadParameter.__module__]  # the exceptions of typer's click, vendored in newer releases
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as error:
+        _fail(error.line())
+    except click.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(0)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "csq"
+        _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`")
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("csq: interrupted; run again with --resume to go on", err=True)
+        sys.exit(130)
+
+
+def _fail(line: str) -> None:
+    typer.echo(f"csq: error: {line}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,425 @@
+"""search(), finetune() and evaluate(), top to bottom: the page to start reading at."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import timm
+import torch
+import torchvision
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+import csqcli
+from csqcli import checkpoint_file, data, files, sources
+from csqcli import report as reports
+from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
+from csqcli.errors import UserError
+from csqcli.progress import Display
+from csqcli.quant import budget
+from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
+from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+from csqcli.recipe import Recipe, to_yaml
+from csqcli.train import Accuracy, Trainer, evaluate, recalibrate_batchnorm
+
+MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE = (
+    "model.safetensors",
+    "report.json",
+    "metrics.jsonl",
+    "recipe.yaml",
+    "resume.pt",
+)
+
+
+def search(
+    recipe: Recipe, output: Path, *, display: Display, force: bool = False, resume: bool = False
+) -> dict[str, Any]:
+    """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
+
+    Raises UserError for anything wrong with the input; a folder with a finished run is refused without ``force``.
+    """
+    source, data_source = recipe.model.source, recipe.data.source
+    if source is None:
+        raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
+    if data_source is None:
+        raise UserError("no data given", hint="pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)")
+    _check_target(recipe)
+    folder = _OutputFolder(output, recipe, force=force, resume=resume)
+    device = pick_device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    images = data.open_data(data_source, train_limit=recipe.data.train_limit, val_limit=recipe.data.val_limit)
+    loaded = sources.load(
+        source,
+        num_classes=images.num_classes,
+        pretrained=recipe.model.pretrained,
+        checkpoint=recipe.model.checkpoint,
+        arguments=recipe.model.arguments,
+        num_classes_from=data_source,
+    )
+    job = _Job(
+        recipe=recipe,
+        folder=folder,
+        display=display,
+        device=device,
+        model=loaded.model.to(device),
+        images=images,
+        config=_overridden(loaded.data_config, recipe),
+        record=ModelRecord(
+            source=loaded.spec.source,
+            library=loaded.spec.library,
+            name=loaded.spec.name,
+            arguments=loaded.spec.arguments,
+            num_classes=images.num_classes,
+            weights_from=loaded.weights_from,
+            checkpoint_sha256=loaded.checkpoint_sha256,
+        ),
+    )
+    return job.run()
+
+
+def evaluate_file(
+    path: Path,
+    data_source: str,
+    *,
+    device: str = "auto",
+    batch_size: int = 256,
+    val_limit: int | None = None,
+    trust_code: bool = False,
+) -> tuple[Accuracy, Manifest]:
+    """Accuracy of the hard model as the file holds it, with the preprocessing stored in it."""
+    file = checkpoint_file.read(path)
+    images = data.open_data(data_source, train=False, val_limit=val_limit)
+    if images.num_classes != file.manifest.model.num_classes:
+        raise UserError(
+            f"the model has {file.manifest.model.num_classes} classes, {data_source} has {images.num_classes}",
+            where=str(path),
+        )
+    target = pick_device(device)
+    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+    loader = data.make_loader(
+        images.val, file.manifest.data_config, training=False, batch_size=batch_size, workers=2, device=target
+    )
+    return evaluate(model, loader), file.manifest
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` → a GPU when there is one. UserError when one is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available", where="--device cuda", hint="use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "csq": csqcli.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+@dataclass
+class _Job:
+    """One run: everything the phases share."""
+
+    recipe: Recipe
+    folder: _OutputFolder
+    display: Display
+    device: torch.device
+    model: nn.Module
+    images: data.DataSet
+    config: dict[str, Any]
+    record: ModelRecord
+    start: list[HardLayer] | None = None  # a finetune goes on from these
+    history: list[dict[str, Any]] = field(default_factory=list)
+    accuracy: AccuracyRecord = field(default_factory=AccuracyRecord)
+
+    def run(self) -> dict[str, Any]:
+        recipe, settings = self.recipe, self.recipe.data
+        if self.images.train is None:
+            raise UserError("no training images", where=self.images.source)
+        augment = data.choose_augment(settings.augment, self.images, self.config)
+        self.display.say(
+            f"{self.record.source} on {self.images.source}: {len(self.images.train)} training and "
+            f"{len(self.images.val)} validation images, {self.images.num_classes} classes"
+        )
+        loader = functools.partial(
+            data.make_loader, config=self.config, workers=settings.workers, seed=recipe.seed, device=self.device
+        )
+        self.train_loader = loader(self.images.train, training=True, batch_size=settings.batch_size, augment=augment)
+        self.val_loader = loader(self.images.val, training=False, batch_size=settings.eval_batch_size)
+        saved = self.folder.load_state()
+        if saved is None:
+            measured = evaluate(self.model, self.val_loader)
+            self.accuracy = AccuracyRecord(float_top1=measured.top1, samples=measured.samples)
+        else:
+            self.history, self.accuracy = saved["history"], AccuracyRecord(**saved["accuracy"])
+        self.display.say(
+            f"float top-1 {self.accuracy.float_top1:.2f} % on {self.accuracy.samples} images "
+            f"({self.record.weights_from} weights)"
+        )
+        quantized, left_float = self._layers()
+        trainer = self._trainer(quantized)
+        self._train(trainer, saved)
+        return self._deliver(trainer, left_float)
+
+    def _layers(self) -> tuple[list[Layer], list[FloatTensor]]:
+        if self.recipe.quantization.method == "float":
+            return [], []
+        layers, left = find_layers(self.model, exclude=self.recipe.layers.exclude)
+        self.display.say(f"{len(layers)} weight tensors, {sum(layer.weights for layer in layers):,} weights")
+        return layers, left
+
+    def _trainer(self, layers: Sequence[Layer]) -> Trainer:
+        recipe = self.recipe
+        settings = recipe.optimizer
+        steps = min(self.train_loader.batches, recipe.max_steps or self.train_loader.batches)
+        total = recipe.epochs * steps
+        method = make_method(recipe, layers, Clock(total, steps))
+        base = create_optimizer_v2(
+            base_groups(self.model, method),
+            opt=settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+        )
+        scheduler, _ = create_scheduler_v2(
+            base,
+            sched="cosine" if settings.schedule == "cosine" else "step",
+            num_epochs=recipe.epochs,
+            decay_epochs=recipe.epochs + 1,  # used by the constant schedule only: never decays
+            warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it by the steps
+            warmup_lr=0.0,
+            min_lr=0.0,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+        hardens = recipe.quantization.harden_at < 1 and layers
+        harden_step = max(1, round(recipe.quantization.harden_at * total)) if hardens else None
+        optimizer = QuantizedOptimizer(method, base, harden_at_step=harden_step)
+        optimizer.before_harden = self._measure_soft
+        return Trainer(
+            model=self.model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            train_loader=self.train_loader,
+            val_loader=self.val_loader,
+            epochs=recipe.epochs,
+            steps_per_epoch=steps,
+            criterion=nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
+            clip_grad_norm=settings.clip_grad_norm,
+            on_step=self.display.on_step,
+        )
+
+    def _measure_soft(self) -> None:
+        self.accuracy.soft_top1 = evaluate(self.model, self.val_loader).top1
+
+    def _train(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
+        first = 0
+        if saved is not None:
+            self.model.load_state_dict(saved["model"])
+            trainer.optimizer.load_state_dict(saved["optimizer"])
+            if self.accuracy.soft_top1 is not None:
+                trainer.optimizer.before_harden = None
+            torch.set_rng_state(saved["rng"])
+            first = saved["epoch"]
+            self.display.say(f"resumed after epoch {first}")
+        self.folder.write_metrics(self.history)
+        target = self.recipe.quantization.target_bits
+        with self.display.training(self.recipe.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=target):
+            for epoch in range(first, self.recipe.epochs):
+                line = trainer.run_epoch(epoch)
+                self.history.append(line)
+                self.folder.write_metrics(self.history)
+                self.folder.save_state(
+                    {
+                        "epoch": epoch + 1,
+                        "model": self.model.state_dict(),
+                        "optimizer": trainer.optimizer.state_dict(),
+                        "rng": torch.get_rng_state(),
+                        "history": self.history,
+                        "accuracy": self.accuracy.model_dump(),
+                    }
+                )
+                self.display.on_epoch(line)
+
+    def _deliver(self, trainer: Trainer, left_float: Sequence[FloatTensor]) -> dict[str, Any]:
+        """Harden, let BatchNorm settle, write, read back, and report the accuracy of what was read back."""
+        recipe = self.recipe
+        trainer.optimizer.harden()
+        if trainer.optimizer.method.layers:
+            batches = recipe.bn_recalibration_batches
+            recalibrate_batchnorm(self.model, self.train_loader, epoch=recipe.epochs, batches=batches)
+        layers = trainer.optimizer.hard_layers()
+        self.model.eval()
+        path = self.folder.path / MODEL_FILE
+
+        def assembled() -> QuantizedFile:
+            return checkpoint_file.assemble(
+                self.model,
+                layers,
+                record=self.record,
+                data_config=self.config,
+                target_bits=recipe.quantization.target_bits if layers else None,
+                classes=self.images.classes,
+                accuracy=self.accuracy,
+                left_float=[vars(tensor) for tensor in left_float],
+                environment=environment(),
+                recipe=recipe.model_dump(mode="json"),
+            )
+
+        candidate = self.folder.path / f".{MODEL_FILE}.candidate"
+        try:
+            checkpoint_file.write(candidate, assembled())
+            file = checkpoint_file.read(candidate)
+            reloaded = csqcli.model_from_file(file, trust_code=True, where=str(path)).to(self.device)
+            measured = evaluate(reloaded, self.val_loader)
+            gap = self._logit_gap(reloaded)
+        finally:
+            candidate.unlink(missing_ok=True)
+        self.accuracy.hard_top1, self.accuracy.hard_top5 = measured.top1, measured.top5
+        checkpoint_file.write(path, assembled())
+        report = reports.build(checkpoint_file.read_manifest(path), self.history)
+        report["parity"] = {"max_logit_gap": gap}
+        self.folder.finish(report)
+        return report
+
+    @torch.no_grad()
+    def _logit_gap(self, reloaded: nn.Module) -> float:
+        """Largest difference of a logit between the model in memory and the one read back, on one validation batch."""
+        from csqcli.train import logits_of
+
+        images, _ = next(iter(self.val_loader.epoch(0)))
+        return float((logits_of(self.model(images)) - logits_of(reloaded(images))).abs().max())
+
+
+def make_method(
+    recipe: Recipe, layers: Sequence[Layer], clock: Clock, *, start: Sequence[HardLayer] | None = None
+) -> WeightMethod:
+    """The weight method that a recipe asks for."""
+    settings = recipe.quantization
+    if not layers:
+        return WeightMethod(layers, clock)
+    rules = recipe.layers
+    limits = budget.plane_limits(
+        layers,
+        bits=settings.max_bits,
+        floor=rules.floor,
+        keep=rules.keep,
+        min_bits=rules.min_bits,
+        max_bits=rules.max_bits,
+    )
+    searched = settings.method != "csq-uniform" and start is None
+    gates = GateSettings(
+        bits=settings.max_bits if settings.method != "csq-uniform" else int(settings.target_bits or 0),
+        target_bits=settings.target_bits if searched else None,
+        beta_initial=settings.beta_initial,
+        beta_final=settings.beta_final,
+        beta_per_epoch=settings.beta_schedule == "epoch",
+        reg_strength=settings.reg_strength,
+        logit=settings.logit,
+        mask_logit=settings.mask_logit,
+        momentum=recipe.optimizer.momentum,
+        weight_decay=recipe.optimizer.weight_decay,
+        refit_scale=settings.refit_scale,
+        rounding=settings.rounding,
+        limits=limits if searched else None,
+    )
+    return GateMethod(layers, clock, gates, start=start)
+
+
+def _check_target(recipe: Recipe) -> None:
+    method, target = recipe.quantization.method, recipe.quantization.target_bits
+    if method == "float":
+        return
+    if target is None:
+        raise UserError("no target given", hint="pass --target-bits, e.g. --target-bits 3")
+    if method in ("csq-uniform", "ste", "lsq") and (target != int(target) or not 1 <= target <= 8):
+        hint = "take a whole number from 1 to 8, or method csq for a mixed one"
+        raise UserError(f"{method} gives every layer the same planes; {target:g} is not possible", hint=hint)
+
+
+def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    settings = recipe.data
+    changed = dict(config)
+    for key in ("mean", "std", "interpolation", "crop_pct"):
+        value = getattr(settings, key)
+        if value is not None:
+            changed[key] = value
+    if settings.input_size is not None:
+        changed["input_size"] = (config["input_size"][0], settings.input_size, settings.input_size)
+    return changed
+
+
+class _OutputFolder:
+    """A run's folder: refuses finished runs, keeps the resume state, writes everything atomically."""
+
+    def __init__(self, path: Path, recipe: Recipe, *, force: bool, resume: bool) -> None:
+        self.path, self.resume = path, resume
+        self.fingerprint = _fingerprint(recipe)
+        finished = (path / REPORT_FILE).exists() and (path / MODEL_FILE).exists()
+        unfinished = (path / RESUME_FILE).exists()
+        if finished and not force:
+            raise UserError("holds a finished run", where=str(path), hint="choose another --output or pass --force")
+        if unfinished and not (force or resume):
+            hint = "pass --resume to go on, or --force to start over"
+            raise UserError("holds an unfinished run", where=str(path), hint=hint)
+        if resume and not unfinished:
+            raise UserError("nothing to resume", where=str(path), hint="leave --resume out to start a run")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot be created ({error.strerror})", where=str(path)) from None
+        if force:
+            for name in (MODEL_FILE, REPORT_FILE, METRICS_FILE, RESUME_FILE):
+                if name == RESUME_FILE and resume:
+                    continue
+                (path / name).unlink(missing_ok=True)
+        files.write_text(path / RECIPE_FILE, to_yaml(recipe))
+
+    def load_state(self) -> dict[str, Any] | None:
+        if not self.resume:
+            return None
+        path = self.path / RESUME_FILE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # any damage means the same to the user
+            hint = "pass --force to start over"
+            raise UserError(f"resume state is damaged ({type(error).__name__})", where=str(path), hint=hint) from None
+        if state.get("fingerprint") != self.fingerprint:
+            hint = "resume with the recipe and options of the first start (recipe.yaml), or pass --force to start over"
+            raise UserError("was started with other settings", where=str(self.path), hint=hint)
+        return state
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        with files.replacing(self.path / RESUME_FILE) as temporary:
+            torch.save({"fingerprint": self.fingerprint, **state}, temporary)
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in history)
+        files.write_text(self.path / METRICS_FILE, text)
+
+    def finish(self, report: dict[str, Any]) -> None:
+        files.write_text(self.path / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+        (self.path / RESUME_FILE).unlink(missing_ok=True)
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """Hash of everything that changes the result; workers and device may differ on resume."""
+    settings = recipe.model_dump(mode="json")
+    settings.pop("device")
+    settings["data"].pop("workers")
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

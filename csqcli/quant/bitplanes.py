@@ -1,0 +1,213 @@
+"""Bit planes of all layers in flat buffers, and the two passes over them: materialise and update.
+
+The gates of every layer live in ``[bits, total_weights]`` buffers; a layer is a name and a slice. No autograd touches
+them: the gradient with respect to each gate is a closed form of dL/dW (Eq. 5 is elementwise per plane), so one pass
+reads dL/dW and updates the gates in place, and one pass writes the new weights into the untouched model. Both work on
+slices of ``CHUNK`` weights, so their temporaries stay in cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from csqcli.quant import csq
+from csqcli.quant.layers import Layer
+
+CHUNK = 2**15  # weights per slice: 8 planes of fp32 temporaries are 1 MiB each
+
+
+@dataclass
+class LayerGradients:
+    """What one update pass leaves behind per layer, before regularisation."""
+
+    mask: Tensor  # [layers, bits]: dL/d f_β(m_B), i.e. s · 2^b/(2^n−1) · Σ_i g_i d_i
+    scale: Tensor  # [layers]: dL/ds
+    squared: Tensor  # [layers]: Σ_i g_i², the layer's Fisher mass
+
+
+class BitPlanes:
+    """State of Eq. 5 for a list of layers: m_p, m_n (flat, with momentum), m_B and s per layer."""
+
+    def __init__(self, layers: Sequence[Layer], *, bits: int, device: torch.device) -> None:
+        self.layers, self.bits = list(layers), bits
+        total = sum(layer.weights for layer in layers)
+        self.pos = torch.empty(bits, total, device=device)
+        self.neg = torch.empty(bits, total, device=device)
+        self.pos_momentum = torch.zeros(bits, total, device=device)
+        self.neg_momentum = torch.zeros(bits, total, device=device)
+        self.mask_logits = torch.zeros(len(layers), bits, device=device)
+        self.scale = torch.ones(len(layers), device=device)
+        self.mask_momentum = torch.zeros_like(self.mask_logits)
+        self.scale_momentum = torch.zeros_like(self.scale)
+        self.fixed_mask: Tensor | None = None  # bool [layers, bits]: q_B of Eq. 4; None while the mask is soft
+        self.plane_weights = csq.plane_weights(bits, device=device)
+        starts = torch.tensor([0, *(layer.weights for layer in layers)]).cumsum(0).tolist()
+        self.slices = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+
+    def initialise(self, *, logit: float, mask_logit: float, beta: float, scales: Sequence[Tensor]) -> None:
+        """Logits from the layers' present weights, so that the soft weight at ``beta`` is the n-bit quantized weight.
+
+        ``scales`` holds s per layer ([1], the value of integer 2^n−1); the stored scale is divided by
+        tanh(β·logit/2)·f_β(mask_logit), the factor that soft gates put on the weight.
+        """
+        self.mask_logits.fill_(mask_logit)
+        for index, (layer, scale) in enumerate(zip(self.layers, scales, strict=True)):
+            integers = csq.quantize_integers(layer.parameter.detach(), scale, self.bits)
+            self.set_integers(index, integers, scale, logit=logit, beta=beta)
+
+    def set_integers(self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float) -> None:
+        """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers."""
+        pos, neg = csq.logits_from_integers(integers.flatten(), self.bits, logit=logit)
+        self.pos[:, self.slices[index]], self.neg[:, self.slices[index]] = pos, neg
+        softness = torch.tanh(torch.tensor(beta * logit / 2))
+        if self.fixed_mask is None:
+            softness = softness * csq.gate(self.mask_logits[index, 0].cpu(), beta)
+        self.scale[index] = float(scale) / softness.to(self.scale.device)
+
+    def mask(self, beta: float) -> Tensor:
+        """[layers, bits]: f_β(m_B) in the search, q_B once it is fixed."""
+        return csq.gate(self.mask_logits, beta) if self.fixed_mask is None else self.fixed_mask.float()
+
+    def hard_mask(self) -> Tensor:
+        """bool [layers, bits]: planes in use if every gate were a unit step now."""
+        return self.mask_logits >= 0 if self.fixed_mask is None else self.fixed_mask
+
+    @torch.no_grad()
+    def materialise(self, beta: float) -> None:
+        """Eq. 5 (Eq. 4 with a fixed mask) for all layers, written into the model's own parameters."""
+        per_plane = self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)  # [layers, bits]
+        for index, chunk, of_layer in self._chunks():
+            digits = torch.sigmoid(self.pos[:, chunk] * beta).sub_(torch.sigmoid(self.neg[:, chunk] * beta))
+            _flat(self.layers[index].parameter.data)[of_layer] = per_plane[index] @ digits
+
+    @torch.no_grad()
+    def update_gates(self, beta: float, *, lr: float, momentum: float, weight_decay: float) -> LayerGradients:
+        """One momentum-SGD step on m_p and m_n from the parameters' ``.grad``; mask and scale gradients returned.
+
+        dL/dm_p[b] = g·c[b]·β·σ'(βm_p[b]) and dL/dm_n[b] = −g·c[b]·β·σ'(βm_n[b]), with
+        c[b] = s·2^b/(2^n−1)·mask[b]; the update is PyTorch's SGD (momentum without dampening, coupled weight decay).
+        """
+        per_plane = self.scale.unsqueeze(1) * self.plane_weights
+        gated = per_plane * self.mask(beta)
+        mask_gradient = torch.zeros_like(self.mask_logits)
+        squared = torch.zeros_like(self.scale)
+        gradients = [None if (grad := layer.parameter.grad) is None else grad.reshape(-1) for layer in self.layers]
+        for index, chunk, of_layer in self._chunks():
+            whole = gradients[index]
+            if whole is None:
+                continue
+            gradient = whole[of_layer].to(self.pos.dtype)
+            pos_gate, neg_gate = torch.sigmoid(self.pos[:, chunk] * beta), torch.sigmoid(self.neg[:, chunk] * beta)
+            mask_gradient[index] += (pos_gate - neg_gate) @ gradient
+            squared[index] += gradient.square().sum()
+            common = torch.outer(gated[index] * beta, gradient)  # [bits, chunk]
+            for logits, velocity, value, sign in (
+                (self.pos[:, chunk], self.pos_momentum[:, chunk], pos_gate, 1.0),
+                (self.neg[:, chunk], self.neg_momentum[:, chunk], neg_gate, -1.0),
+            ):
+                step = value.mul_(1 - value).mul_(common)
+                velocity.mul_(momentum).add_(step, alpha=sign)
+                if weight_decay:
+                    velocity.add_(logits, alpha=weight_decay)
+                logits.sub_(velocity, alpha=lr)
+        sums = mask_gradient * self.plane_weights  # [layers, bits]: 2^b/(2^n−1) Σ_i g_i d_i
+        scale_gradient = (sums * self.mask(beta)).sum(dim=1)
+        return LayerGradients(mask=sums * self.scale.unsqueeze(1), scale=scale_gradient, squared=squared)
+
+    @torch.no_grad()
+    def refit_scale(self, old_beta: float, new_beta: float) -> None:
+        """Closed-form scale that best keeps every layer's weight when β moves: s ← s·⟨W_old, W_new⟩/⟨W_new, W_new⟩."""
+        if old_beta == new_beta:
+            return
+        cross, square = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
+        old_planes, new_planes = self.plane_weights * self.mask(old_beta), self.plane_weights * self.mask(new_beta)
+        for index, chunk, _ in self._chunks():
+            pos, neg = self.pos[:, chunk], self.neg[:, chunk]
+            old = old_planes[index] @ csq.soft_digits(pos, neg, old_beta)
+            new = new_planes[index] @ csq.soft_digits(pos, neg, new_beta)
+            cross[index] += old @ new
+            square[index] += new @ new
+        self.scale.mul_(torch.where(square > 0, cross / square.clamp_min(1e-30), torch.ones_like(square)))
+
+    @torch.no_grad()
+    def plane_energy(self, beta: float) -> Tensor:
+        """[layers, bits]: Σ_i (s·2^b/(2^n−1)·d_bi)², the squared change of the weights if a whole plane vanished."""
+        energy = torch.zeros_like(self.mask_logits)
+        for index, chunk, _ in self._chunks():
+            energy[index] += csq.soft_digits(self.pos[:, chunk], self.neg[:, chunk], beta).square().sum(dim=1)
+        return energy * (self.scale.unsqueeze(1) * self.plane_weights).square()
+
+    @torch.no_grad()
+    def integers(self, mask: Tensor, beta: float, *, rounding: str) -> list[Tensor]:
+        """Hard integers of every layer under a bool mask [layers, bits]; int32, the shape of the weight.
+
+        ``threshold`` turns each gate into a unit step (the paper). ``nearest`` takes the mask's representable integer
+        nearest to the soft Σ_b 2^b d_b·f(m_B) refitted to the mask, which keeps half-decided bits from all falling one way.
+        """
+        hardened: list[Tensor] = []
+        soft_mask = self.mask(beta)
+        powers = 2.0 ** torch.arange(self.bits, device=self.pos.device)
+        for index, layer in enumerate(self.layers):
+            pos, neg = self.pos[:, self.slices[index]], self.neg[:, self.slices[index]]
+            if rounding == "threshold":
+                digits = csq.hard_gate(pos) - csq.hard_gate(neg)
+                values = (powers * mask[index]) @ digits
+            else:
+                soft = (powers * soft_mask[index]) @ csq.soft_digits(pos, neg, beta)
+                values = nearest_level(soft, levels_of(mask[index]))
+            hardened.append(values.round().to(torch.int32).view(layer.parameter.shape))
+        return hardened
+
+    def state_dict(self) -> dict[str, Tensor]:
+        names = (
+            "pos",
+            "neg",
+            "pos_momentum",
+            "neg_momentum",
+            "mask_logits",
+            "mask_momentum",
+            "scale",
+            "scale_momentum",
+        )
+        state = {name: getattr(self, name) for name in names}
+        return state if self.fixed_mask is None else state | {"fixed_mask": self.fixed_mask}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            if name == "fixed_mask":
+                self.fixed_mask = value.to(self.pos.device)
+            else:
+                getattr(self, name).copy_(value)
+
+    def _chunks(self) -> Iterator[tuple[int, slice, slice]]:
+        """(layer index, slice of the flat buffers, slice of the layer's own flat weight)."""
+        for index, where in enumerate(self.slices):
+            for start in range(where.start, where.stop, CHUNK):
+                stop = min(start + CHUNK, where.stop)
+                yield index, slice(start, stop), slice(start - where.start, stop - where.start)
+
+
+def levels_of(mask: Tensor) -> Tensor:
+    """Every integer that digits in {−1, 0, 1} on the planes of a bool mask [bits] can form, ascending (float)."""
+    levels = torch.zeros(1, device=mask.device)
+    for plane in torch.nonzero(mask).flatten().tolist():
+        levels = torch.cat([levels - 2.0**plane, levels, levels + 2.0**plane]).unique()
+    return levels
+
+
+def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
+    """The nearest entry of ascending ``levels`` for each value; ties go to the lower one."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    return levels[torch.bucketize(values, middles)]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A flat view in the tensor's logical (contiguous) order."""
+    if not tensor.is_contiguous():
+        raise ValueError("csq keeps weights contiguous; move the input, not the model, to channels_last")
+    return tensor.view(-1)

@@ -1,0 +1,117 @@
+"""The budget: mean planes over weight elements, and the projection of masks onto it.
+
+The sign-based steering of Eq. 7 approaches a target; it does not promise it. The projection does: planes that cost the
+model least per element are dropped until the mean is at or under the target, then spare budget is given back where it
+helps most. What is delivered never exceeds what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from csqcli.errors import UserError
+from csqcli.quant.layers import Layer, match
+
+
+@dataclass(frozen=True)
+class PlaneLimits:
+    """Fewest and most planes per layer, in the order of the layers."""
+
+    fewest: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+def plane_limits(
+    layers: Sequence[Layer],
+    *,
+    bits: int,
+    floor: int = 1,
+    keep: Sequence[str] = (),
+    min_bits: Mapping[str, int] | None = None,
+    max_bits: Mapping[str, int] | None = None,
+) -> PlaneLimits:
+    """Limits from the recipe's globs: ``keep`` pins a layer at all its planes, ``min_bits``/``max_bits`` bound it."""
+    names = [layer.name for layer in layers]
+    fewest = dict.fromkeys(names, floor)
+    most = dict.fromkeys(names, bits)
+    for setting, table, limits in (("layers.min_bits", min_bits, fewest), ("layers.max_bits", max_bits, most)):
+        for pattern, value in (table or {}).items():
+            if not 0 <= value <= bits:
+                raise UserError(f"{value} planes for `{pattern}`", where=setting, hint=f"take 0 to {bits}")
+            limits.update(dict.fromkeys(match(pattern, names, where=setting), value))
+    for pattern in keep:
+        pinned = match(pattern, names, where="layers.keep")
+        fewest.update(dict.fromkeys(pinned, bits))
+        most.update(dict.fromkeys(pinned, bits))
+    for name in names:
+        if fewest[name] > most[name]:
+            if min_bits and fewest[name] != floor:
+                raise UserError(f"at least {fewest[name]} and at most {most[name]} planes", where=name)
+            fewest[name] = most[name]  # an explicit ceiling beats the general floor
+    return PlaneLimits(tuple(fewest[name] for name in names), tuple(most[name] for name in names))
+
+
+def check_feasible(target: float, weights: Sequence[int], limits: PlaneLimits) -> None:
+    """UserError when even the fewest planes allowed exceed the target."""
+    least = mean_planes(limits.fewest, weights)
+    if least > target + 1e-9:
+        raise UserError(
+            f"target_bits {target:g} cannot be met: the layer rules alone need {least:.4g}",
+            hint="raise the target or relax layers.keep / layers.min_bits / layers.floor",
+        )
+
+
+def mean_planes(planes: Sequence[int], weights: Sequence[int]) -> float:
+    """Σ planes·weights / Σ weights, exact in integers before the one division."""
+    return sum(p * w for p, w in zip(planes, weights, strict=True)) / sum(weights)
+
+
+def project(
+    masks: Tensor,  # bool [layers, bits]: planes that the search ended with
+    importance: Tensor,  # [layers, bits] ≥ 0: expected loss increase if that plane vanished
+    weights: Sequence[int],
+    *,
+    target: float,
+    limits: PlaneLimits,
+) -> Tensor:
+    """Masks with mean planes ≤ target inside the limits, changed as little and as cheaply as possible.
+
+    Greedy by importance per element. Ties go to the lower plane, then the later layer, so the result is a function of
+    its inputs alone. Spare budget is spent on the best planes that still fit.
+    """
+    check_feasible(target, weights, limits)
+    chosen = masks.clone().cpu()
+    value = importance.detach().to("cpu", torch.float64) / torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+    layers, bits = chosen.shape
+    budget = int(target * sum(weights) + 1e-6)  # planes × elements allowed
+    cells = [(layer, plane) for layer in range(layers) for plane in range(bits)]
+    cheapest_first = sorted(cells, key=lambda cell: (float(value[cell]), cell[1], -cell[0]))
+    dearest_first = cheapest_first[::-1]
+    count = chosen.sum(dim=1).tolist()
+
+    def spent() -> int:
+        return sum(c * w for c, w in zip(count, weights, strict=True))
+
+    def switch(cell: tuple[int, int], on: bool) -> None:
+        chosen[cell] = on
+        count[cell[0]] += 1 if on else -1
+
+    for cell in cheapest_first:  # ceilings of single layers
+        if chosen[cell] and count[cell[0]] > limits.most[cell[0]]:
+            switch(cell, False)
+    for cell in dearest_first:  # floors of single layers
+        if not chosen[cell] and count[cell[0]] < limits.fewest[cell[0]]:
+            switch(cell, True)
+    for cell in cheapest_first:
+        if spent() <= budget:
+            break
+        if chosen[cell] and count[cell[0]] > limits.fewest[cell[0]]:
+            switch(cell, False)
+    for cell in dearest_first:
+        if not chosen[cell] and count[cell[0]] < limits.most[cell[0]] and spent() + weights[cell[0]] <= budget:
+            switch(cell, True)
+    return chosen.to(masks.device)

@@ -1,0 +1,112 @@
+"""Which tensors of a model are weights to quantize: one rule, in one place.
+
+A weight is a parameter of two or more dimensions that a linear- or convolution-like operation multiplies its input
+with. It is recognised by what it is (the module that owns it and the role its own name states), never by a list of
+model names. Everything else stays float and is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from csqcli.errors import UserError, did_you_mean
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight tensor under quantization: its state-dict name, the parameter itself, where its output channels are."""
+
+    name: str
+    parameter: nn.Parameter
+    channel_dim: int = 0
+    aliases: tuple[str, ...] = ()  # further state-dict names of the same tensor (tied weights)
+
+    @property
+    def weights(self) -> int:
+        return self.parameter.numel()
+
+
+@dataclass(frozen=True)
+class FloatTensor:
+    """A parameter of two or more dimensions that stays float, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    why: str
+
+
+def find_layers(model: nn.Module, *, exclude: Iterable[str] = ()) -> tuple[list[Layer], list[FloatTensor]]:
+    """Weights to quantize, in the model's own order, and the tensors of two or more dimensions left float.
+
+    ``exclude`` holds globs over tensor names (``fc.weight``, ``layer4.*``) that stay float and uncounted.
+    Raises UserError for a glob that matches no weight and for weights with NaN or infinite values.
+    """
+    found: dict[int, tuple[str, nn.Parameter, int, list[str]]] = {}
+    left: dict[int, FloatTensor] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for own_name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{module_name}.{own_name}" if module_name else own_name
+            if id(parameter) in found:
+                if name not in (found[id(parameter)][0], *found[id(parameter)][3]):
+                    found[id(parameter)][3].append(name)
+                continue
+            why = _why_not_a_weight(module, own_name, parameter)
+            if why is None:
+                left.pop(id(parameter), None)
+                channel_dim = 1 if isinstance(module, _TRANSPOSED) else 0
+                found[id(parameter)] = (name, parameter, channel_dim, [])
+            elif parameter.dim() >= 2:
+                left.setdefault(id(parameter), FloatTensor(name, tuple(parameter.shape), why))
+
+    names = [name for name, *_ in found.values()]
+    excluded = set().union(*(match(pattern, names, where="layers.exclude") for pattern in exclude), set())
+    layers = []
+    for name, parameter, channel_dim, aliases in found.values():
+        if name in excluded:
+            left[id(parameter)] = FloatTensor(name, tuple(parameter.shape), "excluded by the recipe")
+            continue
+        if not torch.isfinite(parameter).all():
+            raise UserError("holds NaN or infinite values", where=name, hint="the checkpoint is damaged; use another")
+        layers.append(Layer(name, parameter, channel_dim, tuple(aliases)))
+    if not layers:
+        raise UserError("the model has no weight to quantize", hint="check layers.exclude in the recipe")
+    return layers, list(left.values())
+
+
+def match(pattern: str, names: Iterable[str], *, where: str) -> set[str]:
+    """Names that a glob selects; a module's name selects its weight too. UserError when there is none."""
+    names = list(names)
+    hits = {name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(_module(name), pattern)}
+    if not hits:
+        hint = did_you_mean(pattern, [*names, *map(_module, names)]) or "`csq inspect MODEL` lists the names"
+        raise UserError(f"`{pattern}` matches no quantized weight", where=where, hint=hint)
+    return hits
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _why_not_a_weight(module: nn.Module, own_name: str, parameter: nn.Parameter) -> str | None:
+    """None for a weight; otherwise the reason that `csq inspect` prints."""
+    if parameter.dim() < 2:
+        return "fewer than two dimensions"
+    if not parameter.is_floating_point():
+        return f"dtype {parameter.dtype}"
+    if isinstance(module, _NORMS):
+        return "normalisation"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding table"
+    if own_name == "weight" or own_name.endswith("_weight"):  # in_proj_weight, q_proj_weight, …
+        return None
+    return "no weight of a linear- or convolution-like operation"

@@ -1,0 +1,368 @@
+"""``"resnet18"``, ``"timm:…"``, ``"torchvision:…"``, ``"pkg.module:factory"`` and checkpoints → a model and its data config."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import logging
+import math
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from csqcli import models as own
+from csqcli.errors import UserError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+DataConfig = dict[str, Any]
+_WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+    "ema",
+)  # keys that wrap a state dict, preferred first
+_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+_FALLBACK_CONFIG: DataConfig = {
+    "input_size": (3, 224, 224),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bilinear",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Enough to build the architecture again: library, name, constructor arguments."""
+
+    library: str  # "timm" | "torchvision" | "csq" | "factory"
+    name: str  # the library's name, or "package.module:factory"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        return self.name if self.library == "factory" else f"{self.library}:{self.name}"
+
+
+@dataclass
+class LoadedModel:
+    """A model with its first weights, and what the data must look like for it."""
+
+    model: nn.Module
+    spec: ModelSpec
+    data_config: DataConfig
+    num_classes: int
+    weights_from: str  # "pretrained", "random", or the checkpoint's file name
+    checkpoint_sha256: str | None = None
+
+
+def parse(source: str, arguments: Mapping[str, Any] | None = None) -> ModelSpec:
+    """The spec for what a user typed. UserError for unknown names, with the nearest ones."""
+    kwargs = dict(arguments or {})
+    library, colon, name = source.partition(":")
+    if colon and library in ("timm", "torchvision", "csq"):
+        known = _known_names(library)
+        if name.partition(".")[0] not in known:
+            raise UserError(f"no model `{name}` in {library}", where=source, hint=did_you_mean(name, known))
+        return ModelSpec(library, name, kwargs)
+    if colon:
+        if not library or not name:
+            raise UserError("not a model", where=source, hint="write package.module:factory")
+        return ModelSpec("factory", source, kwargs)
+    known_everywhere: list[str] = []
+    for library in ("csq", "timm", "torchvision"):
+        known = _known_names(library)
+        if source.partition(".")[0] in known:
+            return ModelSpec(library, source, kwargs)
+        known_everywhere += known
+    hint = did_you_mean(source, known_everywhere) or "give a timm or torchvision name, or package.module:factory"
+    raise UserError("unknown model", where=source, hint=hint)
+
+
+def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False) -> nn.Module:
+    """The network of a spec. ``num_classes`` None leaves the constructor's own.
+
+    Raises UserError when arguments do not fit or pretrained weights cannot be had.
+    """
+    kwargs = dict(spec.arguments)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    try:
+        if spec.library == "csq":
+            if pretrained:
+                raise UserError(
+                    "this architecture has no pretrained weights",
+                    where=spec.name,
+                    hint="pass --checkpoint FILE or --no-pretrained",
+                )
+            return own.REGISTRY[spec.name](**kwargs)
+        if spec.library == "timm":
+            return _build_timm(spec, kwargs, pretrained)
+        if spec.library == "torchvision":
+            return _build_torchvision(spec, kwargs, pretrained)
+        return _build_factory(spec, kwargs, pretrained)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"the constructor refused its arguments: {error}", where=spec.source) from error
+
+
+def load(
+    source: str,
+    *,
+    num_classes: int | None,
+    pretrained: bool = True,
+    checkpoint: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    num_classes_from: str = "the data",
+) -> LoadedModel:
+    """Model with weights: a checkpoint when given, else pretrained, else random ones.
+
+    Without data, ``num_classes`` None takes the checkpoint's or the library's own.
+    """
+    spec = parse(source, arguments)
+    if checkpoint is None:
+        model = build(spec, num_classes=num_classes, pretrained=pretrained)
+        classes = num_classes or _count_classes(model, spec)
+        origin = "pretrained" if pretrained else "random"
+        return LoadedModel(model.float(), spec, data_config(model, spec), classes, origin)
+    state, digest, label = read_checkpoint(checkpoint)
+    model = build(spec, num_classes=num_classes)
+    fit_state_dict(model, state, where=label, num_classes=num_classes, num_classes_from=num_classes_from)
+    classes = num_classes or _count_classes(model, spec)
+    return LoadedModel(model.float(), spec, data_config(model, spec), classes, label, digest)
+
+
+def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
+    """(state dict, sha-256 of the file, its name). Wrappers and prefixes are taken off; nothing is ever unpickled freely.
+
+    ``builtin:NAME`` reads a checkpoint that ships with csq.
+    """
+    if path.startswith("builtin:"):
+        file = Path(str(resources.files("csqcli") / "assets" / f"{path.removeprefix('builtin:')}.safetensors"))
+    else:
+        file = Path(path)
+    if not file.is_file():
+        raise UserError("no such checkpoint", where=path, hint="give a .safetensors, .pth, .pt, .th or .tar file")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if file.suffix == ".safetensors":
+        from csqcli import checkpoint_file
+
+        try:  # a quantized csq file is a fine checkpoint too
+            quantized = checkpoint_file.is_quantized(file)
+            state: Any = checkpoint_file.read(file).state_dict() if quantized else load_file(file)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"not a readable safetensors file ({error})", where=path) from None
+    else:
+        state = _unpickle_tensors(file, path)
+    for wrapper in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+            break
+    tensors = {}
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        if isinstance(value, Tensor):
+            for prefix in _PREFIXES:
+                name = str(name).removeprefix(prefix)
+            tensors[name] = value
+    if not tensors:
+        raise UserError("holds no tensors", where=path, hint="a state dict is expected")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"tensor `{name}` holds NaN or infinite values", where=path, hint="use another checkpoint")
+    return tensors, digest, path if path.startswith("builtin:") else file.name
+
+
+def _unpickle_tensors(file: Path, path: str) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
+            raise UserError(
+                "holds pickled code, which csq never runs",
+                where=path,
+                hint="convert it where you trust it: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+            ) from None
+        raise UserError("not a readable checkpoint", where=path) from None
+    except Exception as error:  # torch.load raises many kinds for damaged files; all mean the same to the user
+        raise UserError(f"not a readable checkpoint ({type(error).__name__})", where=path) from None
+
+
+def fit_state_dict(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    where: str,
+    num_classes: int | None = None,
+    num_classes_from: str = "the data",
+) -> None:
+    """Load ``state`` strictly, or say in one line what does not fit."""
+    wanted = model.state_dict()
+    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing = [name for name in wanted if name not in state and name not in optional]
+    unexpected = [name for name in state if name not in wanted]
+    if missing or unexpected:
+        parts = [f"{len(missing)} missing (first: {missing[0]})"] if missing else []
+        parts += [f"{len(unexpected)} unexpected (first: {unexpected[0]})"] if unexpected else []
+        raise UserError(
+            f"keys differ from the model's: {', '.join(parts)}", where=where, hint="is it this architecture?"
+        )
+    for name, value in state.items():
+        if tuple(value.shape) != tuple(wanted[name].shape):
+            if num_classes is not None and wanted[name].shape[:1] == (num_classes,):
+                raise UserError(
+                    f"the checkpoint has {value.shape[0]} classes, {num_classes_from} has {num_classes} (tensor {name})",
+                    where=where,
+                    hint="use data and checkpoint that agree",
+                )
+            shapes = f"{list(value.shape)} in the checkpoint, {list(wanted[name].shape)} in the model"
+            raise UserError(f"tensor {name} is {shapes}", where=where, hint="is it this architecture?")
+    model.load_state_dict(dict(state) | {name: wanted[name] for name in optional if name not in state})
+
+
+def data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
+    """Input size, mean, std, interpolation and crop of the model's pretrained weights (or of its architecture)."""
+    if spec.library == "timm":
+        from timm.data import resolve_model_data_config
+
+        resolved = resolve_model_data_config(model)
+        return {key: resolved[key] for key in _FALLBACK_CONFIG if key in resolved}
+    if spec.library == "torchvision":
+        return _torchvision_config(spec)
+    return _FALLBACK_CONFIG | dict(getattr(model, "data_config", {}))
+
+
+def _known_names(library: str) -> list[str]:
+    if library == "csq":
+        return list(own.REGISTRY)
+    if library == "timm":
+        import timm
+
+        return timm.list_models()
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    if pretrained:
+        _fail_fast_without_network()
+    import timm
+
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        return timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+    except OSError as error:  # huggingface_hub, urllib and requests all raise kinds of OSError for "no network"
+        raise _no_weights(spec, error) from error
+    except RuntimeError as error:
+        if pretrained and ("pretrained" in str(error).lower() or "hub" in str(error).lower()):
+            raise _no_weights(spec, error) from error
+        raise
+
+
+def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    import torchvision
+
+    model = torchvision.models.get_model(spec.name, weights=None, **kwargs)
+    if not pretrained:
+        return model
+    try:
+        state = torchvision.models.get_model_weights(spec.name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise _no_weights(spec, error) from error
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fitting = {name: tensor for name, tensor in state.items() if shapes.get(name) == tensor.shape}
+    fresh = sorted(set(shapes) - set(fitting))
+    if fresh:  # another number of classes: the head starts from random weights, as timm does it
+        log.warning("%s: %s start from random weights", spec.source, ", ".join(fresh))
+    model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    module_name, _, attribute = spec.name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a factory in the working directory, as `python -m` would find it
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise UserError(f"cannot import `{module_name}` ({error})", where=spec.name) from error
+    except AttributeError:
+        raise UserError(f"`{module_name}` has no `{attribute}`", where=spec.name) from None
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "num_classes" in kwargs and "num_classes" not in parameters and not takes_any:
+        kwargs.pop("num_classes")
+    if pretrained and ("pretrained" in parameters or takes_any):
+        kwargs["pretrained"] = True
+    model = factory(**kwargs)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the factory returned {type(model).__name__}, not a torch.nn.Module", where=spec.name)
+    return model
+
+
+def _no_weights(spec: ModelSpec, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"pretrained weights could not be had, no network or not in the local cache ({reason})",
+        where=spec.source,
+        hint="pass --checkpoint FILE with the weights, or --no-pretrained for random ones",
+    )
+
+
+def _fail_fast_without_network() -> None:
+    """Tell the hub client to use its cache only when its host cannot even be resolved (it would retry for a minute)."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _torchvision_config(spec: ModelSpec) -> DataConfig:
+    import torchvision
+
+    transforms = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
+    crop, resize = transforms.crop_size[0], transforms.resize_size[0]
+    return {
+        "input_size": (3, crop, crop),
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+        "interpolation": transforms.interpolation.value,
+        "crop_pct": crop_share(crop, resize),
+        "crop_mode": "center",
+    }
+
+
+def crop_share(crop: int, resize: int) -> float:
+    """crop_pct for which timm's floor(crop / crop_pct) gives back exactly ``resize``."""
+    share = crop / resize
+    return share if math.floor(crop / share) == resize else crop / (resize + 0.5)
+
+
+def _count_classes(model: nn.Module, spec: ModelSpec) -> int:
+    declared = getattr(model, "num_classes", None)
+    if isinstance(declared, int):
+        return declared
+    biases = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    if biases:
+        return biases[-1]
+    raise UserError("cannot tell the number of classes", where=spec.source, hint="set model.arguments.num_classes")
