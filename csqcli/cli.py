@@ -6,7 +6,7 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show and describe recipes.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
+
+_INTERRUPTED = 130  # what a shell reports for SIGINT
 
 
 class Device(str, Enum):
@@ -216,24 +218,26 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     click = sys.modules[typer.BadParameter.__module__]  # the exceptions of typer's click, vendored in newer releases
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        result = app(prog_name="csq", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
     except UserError as error:
         _fail(error.line())
     except click.NoArgsIsHelpError as error:
         typer.echo(error.format_message())
-        sys.exit(0)
+        code = 0
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "csq"
         _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`")
     except typer.Exit as error:
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("csq: interrupted; run again with --resume to go on", err=True)
-        sys.exit(130)
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        typer.echo("csq: interrupted; the same command with --resume goes on after the last whole epoch", err=True)
+    sys.exit(code)
 
 
-def _fail(line: str) -> None:
+def _fail(line: str) -> NoReturn:
     typer.echo(f"csq: error: {line}", err=True)
     sys.exit(2)
 

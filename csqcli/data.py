@@ -442,4 +442,4 @@ def _read_cifar_pickle(path: Path) -> dict[str, Any]:
         raise UserError(f"not a CIFAR python batch ({error})", where=str(path)) from None
     if not isinstance(raw, dict):
         raise UserError("not a CIFAR python batch", where=str(path))
-    return {str(key): value for key, value in raw.items()}
+    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in raw.items()}

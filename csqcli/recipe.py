@@ -233,8 +233,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            last = str(problem["loc"][-1])
-            hint = did_you_mean(last, [*_leaves(), *(k.rsplit(".", 1)[-1] for k in _leaves())])
+            hint = _suggest(str(problem["loc"][-1]))
             raise UserError(f"unknown key `{key}`", where=where, hint=hint or "see `csq recipes schema`") from None
         given = problem.get("input")
         shown = f" (got {given!r})" if not isinstance(given, dict) and len(repr(given)) < 60 else ""
@@ -266,13 +265,17 @@ def full_key(key: str) -> str:
         return matches[0]
     if matches:
         raise UserError(f"`{key}` is ambiguous", where="--set", hint=f"write {' or '.join(f'`{m}`' for m in matches)}")
-    hint = did_you_mean(key, [*leaves, *(leaf.rsplit(".", 1)[-1] for leaf in leaves)]) or "see `csq recipes schema`"
-    raise UserError(f"unknown key `{key}`", where="--set", hint=hint)
+    raise UserError(f"unknown key `{key}`", where="--set", hint=_suggest(key) or "see `csq recipes schema`")
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The complete recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _suggest(key: str) -> str:
+    leaves = _leaves()
+    return did_you_mean(key, [leaf.rsplit(".", 1)[-1] for leaf in leaves]) or did_you_mean(key, leaves)
 
 
 def _leaves() -> list[str]:

@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -189,9 +190,11 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
 
 def _unpickle_tensors(file: Path, path: str) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's remarks on pickle protocols mean nothing to the user
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
+        if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
             raise UserError(
                 "holds pickled code, which csq never runs",
                 where=path,

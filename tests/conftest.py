@@ -1,0 +1,58 @@
+"""Shared fixtures. Everything runs on one thread, so results do not depend on the machine's core count."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from csqcli import cli
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def csq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line through the real entry point: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["csq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Two classes that a network can tell apart (dark, bright), 12 training and 6 validation images of 40×32 pixels."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "images"
+    for split, count in (("train", 6), ("val", 3)):
+        for label, level in (("dark", 60), ("bright", 190)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(level - 40, level + 40, (32, 40, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short digits search at 2 bits (session-wide)."""
+    from csqcli import pipeline
+    from csqcli.progress import Display
+    from csqcli.recipe import resolve
+
+    output = tmp_path_factory.mktemp("digits")
+    recipe = resolve("digits", {"epochs": 4, "quantization.target_bits": 2})
+    pipeline.search(recipe, output, display=Display(quiet=True))
+    return output

@@ -1,0 +1,227 @@
+"""The commands through their real entry point."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+FAST = ("--set", "optimizer.lr=0.02", "--epochs", "1", "--quiet")
+CONTRACT = {
+    "schema_version": None,
+    "model": ["source", "name", "checkpoint_sha256"],
+    "budget": ["target_mean_bits", "mean_bits", "total_weights"],
+    "sizes": [
+        "float_bytes",
+        "paper_compression",
+        "stored_bits_per_weight",
+        "entropy_bits_per_weight",
+        "file_bytes",
+    ],
+    "accuracy": ["float_top1", "soft_top1", "hard_top1", "samples"],
+    "layers": ["name", "shape", "weights", "mask", "bits", "stored_bits", "scale"],
+    "history": None,
+    "environment": None,
+    "recipe": None,
+}
+
+
+def test_report_json_keeps_its_contract(digits_run: Path) -> None:
+    report = json.loads((digits_run / "report.json").read_text())
+    for key, fields in CONTRACT.items():
+        assert key in report
+        entry = report[key][0] if key == "layers" else report[key]
+        assert set(fields or ()) <= set(entry if isinstance(entry, dict) else ())
+    assert report["sizes"]["file_bytes"] == (digits_run / "model.safetensors").stat().st_size
+    assert report["budget"]["mean_bits"] <= 2
+    total = sum(layer["weights"] for layer in report["layers"])
+    assert report["budget"]["mean_bits"] == sum(x["weights"] * x["bits"] for x in report["layers"]) / total
+    assert all(layer["bits"] == layer["mask"].count("1") for layer in report["layers"])
+
+
+def test_search_writes_what_it_promises(digits_run: Path) -> None:
+    names = {path.name for path in digits_run.iterdir()}
+    assert names == {"model.safetensors", "report.json", "metrics.jsonl", "recipe.yaml"}
+    lines = [json.loads(line) for line in (digits_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    keys = {"step", "beta", "mean_bits", "budget_gap", "train_loss", "reg_loss", "val_top1", "images_per_second", "lr"}
+    assert keys <= set(lines[0])
+    assert yaml.safe_load((digits_run / "recipe.yaml").read_text())["quantization"]["target_bits"] == 2
+
+
+def test_evaluate_equals_what_search_reported(csq, digits_run: Path) -> None:
+    code, out, _ = csq("evaluate", digits_run / "model.safetensors", "--data", "digits", "--json", "--batch-size", 77)
+    assert code == 0
+    result, report = json.loads(out), json.loads((digits_run / "report.json").read_text())
+    assert result["top1"] == report["accuracy"]["hard_top1"]
+    assert result["top5"] == report["accuracy"]["hard_top5"]
+    assert result["samples"] == 500
+
+
+def test_the_model_in_memory_and_the_reloaded_one_agree_on_every_logit(digits_run: Path) -> None:
+    assert json.loads((digits_run / "report.json").read_text())["parity"]["max_logit_gap"] == 0
+
+
+def test_report_needs_neither_model_code_nor_data(digits_run: Path) -> None:
+    script = (
+        "import sys, csqcli.cli as c; sys.argv = ['csq', 'report', sys.argv[1]]\n"
+        "try: c.main()\nexcept SystemExit: pass\n"
+        "assert not {'timm', 'torchvision'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(digits_run / "model.safetensors")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "conv3.weight" in done.stdout
+    assert "mean bits" in done.stdout
+    assert "hard" in done.stdout
+
+
+def test_the_resolved_recipe_reruns_the_job_to_the_same_bytes(csq, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert csq("search", "--recipe", "digits", "--target-bits", "1.5", "-o", first, *FAST)[0] == 0
+    assert csq("search", "--recipe", first / "recipe.yaml", "-o", second, "--quiet")[0] == 0
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("target", ["1", "1.3", "2.75", "7.5"])
+def test_the_number_typed_is_true_on_disk_even_after_one_epoch(csq, tmp_path: Path, target: str) -> None:
+    assert csq("search", "--recipe", "digits", "--target-bits", target, "-o", tmp_path, *FAST)[0] == 0
+    budget = json.loads((tmp_path / "report.json").read_text())["budget"]
+    assert float(target) - 0.1 <= budget["mean_bits"] <= float(target)
+
+
+def test_a_finished_run_is_not_overwritten_without_force(csq, digits_run: Path, tmp_path: Path) -> None:
+    before = (digits_run / "model.safetensors").read_bytes()
+    code, _, err = csq("search", "--recipe", "digits", "-o", digits_run, *FAST)
+    assert code == 2
+    assert err == f"csq: error: {digits_run}: holds a finished run; choose another --output or pass --force\n"
+    assert (digits_run / "model.safetensors").read_bytes() == before
+
+
+def test_layer_rules_reach_the_file(csq, tmp_path: Path) -> None:
+    rules = [
+        *("--set", "layers.keep=[fc]"),
+        *("--set", "layers.exclude=[conv1]"),
+        *("--set", "layers.max_bits={conv2: 2}"),
+    ]
+    assert csq("search", "--recipe", "digits", "--target-bits", "3", "-o", tmp_path, *rules, *FAST)[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    bits = {layer["name"]: layer["bits"] for layer in report["layers"]}
+    assert "conv1.weight" not in bits
+    assert bits["fc.weight"] == 8
+    assert bits["conv2.weight"] <= 2
+    assert report["left_float"] == [{"name": "conv1.weight", "shape": [16, 1, 3, 3], "why": "excluded by the recipe"}]
+
+
+def test_an_image_folder_and_a_timm_model_work_together(csq, tmp_path: Path, image_folder: Path) -> None:
+    model = ("resnet10t", "--no-pretrained", "--data", image_folder, "--target-bits", "3", "-o", tmp_path / "run")
+    sizes = ("--set", "input_size=72", "--set", "batch_size=4", "--set", "workers=0", "--epochs", "1", "--quiet")
+    code, _, err = csq("search", *model, *sizes)
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["model"]["source"] == "timm:resnet10t"
+    assert report["data_config"]["input_size"] == [3, 72, 72]
+    code, out, _ = csq("evaluate", tmp_path / "run" / "model.safetensors", "--data", image_folder, "--json")
+    assert json.loads(out)["top1"] == report["accuracy"]["hard_top1"]
+
+    import timm
+
+    import csqcli
+
+    plain = timm.create_model("resnet10t", num_classes=2)
+    plain.load_state_dict(csqcli.load(tmp_path / "run" / "model.safetensors").state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("search",), "no model given; name one, e.g. `csq search resnet18 …`, or use a recipe that does"),
+        (("search", "resnet18", "--target-bits", "3"), "no data given; pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)"),
+        (("search", "--recipe", "digits", "--target-bits", "99"), "digits: target_bits 99 is more than max_bits 8"),
+        (("search", "--recipe", "digits", "--target-bits", "0"), "digits: quantization.target_bits: Input should be greater than 0 (got 0.0)"),
+        (("search", "--recipe", "digits", "--method", "ste", "--target-bits", "1.5"), "ste gives every layer the same planes; 1.5 is not possible; take a whole number from 1 to 8, or method csq for a mixed one"),
+        (("search", "--recipe", "digit"), "digit: no such recipe or file; did you mean `digits`?"),
+        (("search", "--recipe", "digits", "--set", "epoch=3"), "--set: unknown key `epoch`; did you mean `epochs`?"),
+        (("search", "--recipe", "digits", "--set", "epochs"), "--set: `epochs` is not key=value; e.g. --set optimizer.lr=0.05"),
+        (("search", "--recipe", "digits", "--target-bits", "three"), "Invalid value for '--target-bits':"),
+        (("evaluate", "nothing.safetensors", "--data", "digits"), "nothing.safetensors: no such file"),
+        (("report", "pyproject.toml"), "pyproject.toml: not a safetensors file"),
+        (("serach",), "No such command 'serach'"),
+    ],
+)  # fmt: skip
+def test_wrong_invocations_are_one_line_and_exit_code_2(csq, tmp_path: Path, arguments, complaint: str) -> None:
+    extra = ("-o", tmp_path) if arguments[0] == "search" else ()
+    code, out, err = csq(*arguments, *extra)
+    assert code == 2
+    assert err.startswith(f"csq: error: {complaint}")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_no_gpu_for_device_cuda_is_said(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = csq("search", "--recipe", "digits", "-o", tmp_path, "--device", "cuda", "--quiet")
+    assert (code, err) == (2, "csq: error: --device cuda: no CUDA device is available; use --device cpu or auto\n")
+
+
+def test_resume_after_an_interruption_writes_the_same_bytes(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csqcli.train import Trainer
+
+    arguments = ("search", "--recipe", "digits", "--target-bits", "2", "--epochs", "4", "--quiet")
+    assert csq(*arguments, "-o", tmp_path / "whole")[0] == 0
+
+    original = Trainer.run_epoch
+
+    def interrupted(self, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(self, epoch)
+
+    monkeypatch.setattr(Trainer, "run_epoch", interrupted)
+    code, _, err = csq(*arguments, "-o", tmp_path / "broken")
+    assert code == 130
+    assert "--resume" in err
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    code, _, err = csq(*arguments, "-o", tmp_path / "broken")
+    assert code == 2
+    assert "holds an unfinished run; pass --resume" in err
+    code, _, err = csq(*arguments, "--seed", 5, "-o", tmp_path / "broken", "--resume")
+    assert code == 2
+    assert "was started with other settings" in err
+    assert csq(*arguments, "-o", tmp_path / "broken", "--resume")[0] == 0
+    assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_recipes_are_listed_shown_and_described(csq) -> None:
+    code, out, _ = csq("recipes")
+    assert code == 0
+    assert "digits" in out
+    assert yaml.safe_load(csq("recipes", "show", "digits")[1])["model"]["source"] == "digits_cnn"
+    assert "target_bits" in json.dumps(json.loads(csq("recipes", "schema")[1]))
+
+
+def test_help_loads_no_torch() -> None:
+    script = "import sys, csqcli.cli as c\nsys.argv = ['csq', '--help']\ntry: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "search" in done.stdout
+    assert time.perf_counter() - started < 30  # a hang, not a speed claim
+
+
+def test_the_module_entry_point_answers() -> None:
+    done = subprocess.run([sys.executable, "-m", "csqcli", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("csq 0.")
