@@ -26,6 +26,7 @@ from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, Quanti
 from csqcli.errors import UserError
 from csqcli.progress import Display
 from csqcli.quant import budget
+from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
@@ -207,7 +208,7 @@ class _Job:
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
-        hardens = recipe.quantization.harden_at < 1 and layers
+        hardens = recipe.quantization.harden_at < 1 and isinstance(method, GateMethod)  # the others train hard weights
         harden_step = max(1, round(recipe.quantization.harden_at * total)) if hardens else None
         optimizer = QuantizedOptimizer(method, base, harden_at_step=harden_step)
         optimizer.before_harden = self._measure_soft
@@ -322,6 +323,21 @@ def make_method(
         min_bits=rules.min_bits,
         max_bits=rules.max_bits,
     )
+    if settings.method in ("ste", "lsq"):
+        planes = int(settings.target_bits or 0)
+        return LatentUniform(layers, clock, planes=planes, learned_step=settings.method == "lsq")
+    if settings.method == "csq":
+        staged = StagedSettings(
+            target_bits=settings.target_bits or 0.0,
+            max_bits=settings.max_bits,
+            search_share=settings.search_share,
+            beta_initial=settings.mask_beta_initial,
+            beta_final=settings.mask_beta_final,
+            latent_lr=settings.latent_lr,
+            per_channel=settings.per_channel,
+            limits=limits,
+        )
+        return StagedCSQ(layers, clock, staged, start=start)
     searched = settings.method != "csq-uniform" and start is None
     gates = GateSettings(
         bits=settings.max_bits if settings.method != "csq-uniform" else int(settings.target_bits or 0),

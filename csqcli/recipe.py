@@ -74,8 +74,18 @@ class QuantizationSettings(_Section):
     """Mean planes per weight element that the delivered model must not exceed; fractions are fine."""
     max_bits: int = Field(8, ge=1, le=8)
     """n: planes that each layer starts with."""
+    search_share: float = Field(0.1, gt=0, lt=1)
+    """`csq`: share of the steps in which masks are soft; then planes are fixed and integers trained."""
+    mask_beta_initial: float = Field(1.0, gt=0)
+    """`csq`: temperature of the soft masks at the first step."""
+    mask_beta_final: float = Field(20.0, gt=0)
+    """`csq`: temperature of the soft masks when planes are fixed."""
+    latent_lr: float = Field(0.01, gt=0)
+    """`csq`: peak step of the latent weights, in units of the layer's one-plane step; follows optimizer.schedule."""
+    per_channel: bool = True
+    """`csq`: one scale per output channel instead of one per layer."""
     beta_initial: float = Field(1.0, gt=0)
-    """β0: gate temperature at the start."""
+    """Gate methods (`csq-paper`, `csq-uniform`), as all below: β0, gate temperature at the start."""
     beta_final: float = Field(200.0, gt=0)
     """β at the end; gates are close to unit steps there."""
     beta_schedule: Literal["epoch", "step"] = "step"

@@ -94,8 +94,11 @@ def test_the_resolved_recipe_reruns_the_job_to_the_same_bytes(csq, tmp_path: Pat
 @pytest.mark.parametrize("target", ["1", "1.3", "2.75", "7.5"])
 def test_the_number_typed_is_true_on_disk_even_after_one_epoch(csq, tmp_path: Path, target: str) -> None:
     assert csq("search", "--recipe", "digits", "--target-bits", target, "-o", tmp_path, *FAST)[0] == 0
-    budget = json.loads((tmp_path / "report.json").read_text())["budget"]
-    assert float(target) - 0.1 <= budget["mean_bits"] <= float(target)
+    report = json.loads((tmp_path / "report.json").read_text())
+    mean = report["budget"]["mean_bits"]
+    spare = (float(target) - mean) * report["budget"]["total_weights"]
+    assert spare >= 0
+    assert spare < 0.1 or all(layer["weights"] > spare for layer in report["layers"] if layer["bits"] < 8)
 
 
 def test_a_finished_run_is_not_overwritten_without_force(csq, digits_run: Path, tmp_path: Path) -> None:
@@ -146,8 +149,8 @@ def test_an_image_folder_and_a_timm_model_work_together(csq, tmp_path: Path, ima
         (("search",), "no model given; name one, e.g. `csq search resnet18 …`, or use a recipe that does"),
         (("search", "resnet18", "--target-bits", "3"), "no data given; pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)"),
         (("search", "--recipe", "digits", "--target-bits", "99"), "digits: target_bits 99 is more than max_bits 8"),
-        (("search", "--recipe", "digits", "--target-bits", "0"), "digits: quantization.target_bits: Input should be greater than 0 (got 0.0)"),
-        (("search", "--recipe", "digits", "--method", "ste", "--target-bits", "1.5"), "ste gives every layer the same planes; 1.5 is not possible; take a whole number from 1 to 8, or method csq for a mixed one"),
+        (("search", "--recipe", "digits", "--target-bits", "0"), "digits: quantization.target_bits: Input should be greater than 0"),
+        (("search", "--recipe", "digits", "--method", "ste", "--target-bits", "1.5"), "ste gives every layer the same planes; 1.5"),
         (("search", "--recipe", "digit"), "digit: no such recipe or file; did you mean `digits`?"),
         (("search", "--recipe", "digits", "--set", "epoch=3"), "--set: unknown key `epoch`; did you mean `epochs`?"),
         (("search", "--recipe", "digits", "--set", "epochs"), "--set: `epochs` is not key=value; e.g. --set optimizer.lr=0.05"),
@@ -215,7 +218,10 @@ def test_recipes_are_listed_shown_and_described(csq) -> None:
 
 
 def test_help_loads_no_torch() -> None:
-    script = "import sys, csqcli.cli as c\nsys.argv = ['csq', '--help']\ntry: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    script = (
+        "import sys, csqcli.cli as c\nsys.argv = ['csq', '--help']\n"
+        "try: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "search" in done.stdout

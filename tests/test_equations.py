@@ -98,7 +98,7 @@ def test_one_method_step_is_sgd_on_eq_7(step: int) -> None:
     method.materialise(step)
     x = torch.randn(6, 2, 4, 4)
     (model(x) ** 2).mean().backward()
-    method.collect(step, lr=0.2)
+    method.collect(step, lr=0.2, lr_share=1.0)
 
     conv, linear = (
         reference.weight(leaf["m_p"], leaf["m_n"], torch.sigmoid(beta * leaf["m_b"]), leaf["s"], beta)

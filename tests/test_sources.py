@@ -89,7 +89,7 @@ def test_a_checkpoint_with_pickled_code_is_refused_and_not_run(
     path.write_bytes(pickle.dumps({"state_dict": _Evil()}))
     torch.save({"state_dict": _Evil()}, tmp_path / "evil2.pth")
     for name in ("evil.pth", "evil2.pth"):
-        with pytest.raises(UserError, match="never runs|not a readable checkpoint"):
+        with pytest.raises(UserError, match=r"never runs|not a readable checkpoint"):
             sources.read_checkpoint(str(tmp_path / name))
     assert "executed" not in capsys.readouterr().out
 
@@ -108,7 +108,7 @@ def test_checkpoint_problems_are_named(tmp_path: Path) -> None:
     state = models.digits_cnn().state_dict()
     state["fc.bias"][3] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    with pytest.raises(UserError, match="tensor `fc.bias` holds NaN"):
+    with pytest.raises(UserError, match=r"tensor `fc.bias` holds NaN"):
         sources.load("digits_cnn", num_classes=10, checkpoint=str(tmp_path / "nan.safetensors"))
     (tmp_path / "noise.pth").write_bytes(b"noise")
     with pytest.raises(UserError, match="not a readable checkpoint"):

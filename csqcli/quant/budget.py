@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -115,3 +116,49 @@ def project(
         if not chosen[cell] and count[cell[0]] < limits.most[cell[0]] and spent() + weights[cell[0]] <= budget:
             switch(cell, True)
     return chosen.to(masks.device)
+
+
+def allocate(importance: Tensor, weights: Sequence[int], *, target: float, limits: PlaneLimits) -> list[int]:
+    """Planes per layer that keep the most importance within the budget: an exact multiple-choice knapsack.
+
+    ``importance`` [layers, bits] is what each further plane of a layer saves, planes taken in order. The budget is
+    divided into at most 50,000 cells and costs are rounded up, so the result is never over the target; what rounding
+    left unused is then given to the planes that save most per element.
+    """
+    check_feasible(target, weights, limits)
+    value = importance.detach().to("cpu", torch.float64).cumsum(dim=1).numpy()
+    total = int(target * sum(weights) + 1e-6)  # planes × elements allowed
+    cell = max(1, -(-total // 50_000))
+    spare = total - sum(few * weight for few, weight in zip(limits.fewest, weights, strict=True))
+    cells = spare // cell
+    best = numpy.zeros(cells + 1)  # most importance within c cells, layers so far
+    choices = numpy.zeros((len(weights), cells + 1), dtype=numpy.int8)  # planes beyond the fewest that reach it
+    for layer, weight in enumerate(weights):
+        few, most = limits.fewest[layer], limits.most[layer]
+        base = value[layer, few - 1] if few else 0.0
+        reached = best.copy()
+        for extra in range(1, most - few + 1):
+            cost = -(-extra * weight // cell)
+            if cost > cells:
+                break
+            gained = best[: cells + 1 - cost] + (value[layer, few + extra - 1] - base)
+            better = gained > reached[cost:]
+            reached[cost:][better] = gained[better]
+            choices[layer, cost:][better] = extra
+        best = reached
+    planes, left = list(limits.fewest), cells
+    for layer in reversed(range(len(weights))):
+        extra = int(choices[layer, left])
+        planes[layer] += extra
+        left -= -(-extra * weights[layer] // cell)
+    return _spend(planes, importance, weights, total, limits)
+
+
+def _spend(planes: list[int], importance: Tensor, weights: Sequence[int], total: int, limits: PlaneLimits) -> list[int]:
+    """Give unused budget to the planes that save most per element and still fit."""
+    while True:
+        left = total - sum(p * w for p, w in zip(planes, weights, strict=True))
+        fitting = [i for i, w in enumerate(weights) if planes[i] < limits.most[i] and w <= left]
+        if not fitting:
+            return planes
+        planes[max(fitting, key=lambda i: (float(importance[i, planes[i]]) / weights[i], -i))] += 1

@@ -95,8 +95,11 @@ class WeightMethod:
         """Tensors the base optimizer steps on in place of the layers' weights."""
         return [{"params": [layer.parameter for layer in self.layers]}] if self.layers else []
 
-    def collect(self, step: int, *, lr: float) -> None:
-        """Take dL/dW from the parameters: update own state, or hand gradients to ``parameter_groups``' tensors."""
+    def collect(self, step: int, *, lr: float, lr_share: float) -> None:
+        """Take dL/dW from the parameters: update own state, or hand gradients to ``parameter_groups``' tensors.
+
+        ``lr`` is the base optimizer's learning rate now, ``lr_share`` that rate as a share of its peak.
+        """
 
     def materialise(self, step: int) -> None:
         """Write the weights that ``step`` trains with into the model."""
@@ -198,7 +201,7 @@ class GateMethod(WeightMethod):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
 
-    def collect(self, step: int, *, lr: float) -> None:
+    def collect(self, step: int, *, lr: float, lr_share: float) -> None:
         if self.hardened is not None:
             return
         beta, planes, settings = self.beta(step), self.planes, self.settings

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from csqcli.quant.latent import StagedCSQ, StagedSettings
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
+from csqcli.quant.methods import Clock, HardLayer, WeightMethod
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -34,7 +36,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """One update from the gradients now in the model, then the weights of the next step."""
         if closure is not None:
             raise ValueError("closures are not supported: call backward() first, then step()")
-        self.method.collect(self.step_count, lr=self.param_groups[0]["lr"])
+        lr = self.param_groups[0]["lr"]
+        self.method.collect(self.step_count, lr=lr, lr_share=lr / self.base.defaults["lr"])
         self.base.step()
         self.step_count += 1
         self.method.materialise(self.step_count)
@@ -85,17 +88,17 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 class CSQ(QuantizedOptimizer):
     """CSQ for your own training loop: ``optimizer = CSQ(model, target_bits=3, total_steps=len(loader) * epochs)``.
 
-    Replaces the optimizer of an ordinary loop; the model is left as it is, and its weights are soft quantized ones
-    while training. The last ``1 − harden_at`` of ``total_steps`` runs on hard weights within the budget. Write the file
-    with ``csqcli.save(model, optimizer, path, …)``.
+    Takes the place of the optimizer in an ordinary loop; the model is left as it is, and csq writes its weights. After
+    ``total_steps`` calls of :meth:`step`, ``csqcli.save(model, optimizer, path, …)`` writes the file. A learning-rate
+    scheduler acts on the latents too, which follow the share of the peak rate.
 
     Args:
         model: any module with weights of linear- or convolution-like operations, already on its device.
         target_bits: mean planes per weight element that the result must not exceed.
-        total_steps: optimizer steps of the whole run; the temperature is a function of it.
-        lr, momentum, weight_decay: SGD, for the gates and for all other parameters.
+        total_steps: optimizer steps of the whole run; the schedule of the masks is a function of it.
+        lr, momentum, weight_decay: SGD for everything that is not a quantized weight.
         exclude: globs of weights that stay float.
-        settings: further gate settings; ``target_bits`` and the optimizer's values above win over it.
+        settings: further settings of the method; ``target_bits`` here wins over it.
 
     Raises UserError for an infeasible target and for globs that match nothing.
     """
@@ -109,19 +112,14 @@ class CSQ(QuantizedOptimizer):
         lr: float = 0.05,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        harden_at: float = 0.9,
         exclude: Sequence[str] = (),
-        settings: GateSettings | None = None,
+        settings: StagedSettings | None = None,
     ) -> None:
-        from dataclasses import replace
-
         layers, self.left_float = find_layers(model, exclude=exclude)
-        base_settings = settings or GateSettings(beta_per_epoch=False, refit_scale=True, rounding="nearest")
-        chosen = replace(base_settings, target_bits=target_bits, momentum=momentum, weight_decay=weight_decay)
-        method = GateMethod(layers, Clock(total_steps, total_steps), chosen)
-        groups = base_groups(model, method)
-        base = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(method, base, harden_at_step=max(1, round(harden_at * total_steps)))
+        chosen = replace(settings, target_bits=target_bits) if settings else StagedSettings(target_bits)
+        method = StagedCSQ(layers, Clock(total_steps, total_steps), chosen)
+        base = torch.optim.SGD(base_groups(model, method), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(method, base)
 
 
 def base_groups(model: nn.Module, method: WeightMethod) -> list[dict[str, Any]]:

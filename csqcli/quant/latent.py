@@ -1,0 +1,383 @@
+"""Methods that keep one latent float per weight: the uniform yardsticks, and the two-stage CSQ that is the default.
+
+`LatentUniform` is quantization-aware training as everybody does it (straight-through gradients, every layer the same
+planes). `StagedCSQ` searches with soft masks first and trains integers after:
+
+Stage 1 (the first `search_share` of the steps). Each layer's weight is a sum of refinement planes under a soft mask,
+
+    W = Σ_b f_β(m_b) (Q_{b+1}(V) − Q_b(V)),   Q_0 = 0,
+
+where Q_k rounds the latent V to k planes at that width's MSE-optimal step. This is Eq. 5 with digits taken from the
+latent instead of from 2n logits per weight. The mask logit of plane b is its importance against a price,
+
+    m_b = log I_b − log λ,   I_b = ½ Σ_i F_i ((V − Q_b)² − (V − Q_{b+1})²) / weights,   F = running mean of (dL/dW)²,
+
+the loss that the plane saves per bit of budget (diagonal Fisher). λ is solved so that the mean of the soft masks over
+weight elements is the target at every refresh: Δ_S of Eq. 7 is zero by construction, and nothing swings. β grows from
+`beta_initial` to `beta_final` as in Algorithm 1, so masks go from nearly flat to nearly binary.
+
+Stage 2 (the rest). The planes are fixed by an exact knapsack on the same importance, at or under the budget, and the
+integers are trained: straight-through gradients on the latent, Adam in units of the step, so that every weight moves by a
+comparable part of a level whatever its layer's scale. The forward weights are hard, so soft = hard at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csqcli.quant import budget, csq
+from csqcli.quant.bitplanes import levels_of, nearest_level
+from csqcli.quant.layers import Layer
+from csqcli.quant.methods import Clock, HardLayer, WeightMethod, hard_layer, spread
+
+
+def top_integer(planes: int) -> int:
+    """2^k − 1: the largest integer of k planes."""
+    return 2**planes - 1
+
+
+def quantize(latent: Tensor, step: Tensor, planes: int) -> Tensor:
+    """Integers (as float) nearest to latent/step within ±(2^k−1); ``step`` broadcasts over the weight."""
+    top = top_integer(planes)
+    return torch.round(latent / step).clamp_(-top, top)
+
+
+def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None, grid: int = 24, refits: int = 3) -> Tensor:
+    """The step that minimises the squared rounding error of ±(2^k−1), [1] or [channels] along ``channel_dim``.
+
+    A grid over fractions of the largest magnitude, then alternating refits (integers for the step, least-squares step
+    for the integers). All-zero channels get step 1, where every integer is zero.
+    """
+    rows = weight.detach().reshape(1, -1) if channel_dim is None else weight.detach().movedim(channel_dim, 0).flatten(1)
+    top = top_integer(planes)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
+    sample = rows[:, :: max(1, rows.shape[1] // 2048)]  # the grid needs no more than this per channel
+    best = largest / top
+    least = torch.full_like(best, float("inf"))
+    for fraction in torch.linspace(0.1, 1.0, grid).tolist():
+        step = largest * (fraction / top)
+        error = (sample - quantize(sample, step, planes) * step).square().sum(dim=1, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    for _ in range(refits):
+        integers = quantize(rows, best, planes)
+        square = integers.square().sum(dim=1, keepdim=True)
+        fitted = (rows * integers).sum(dim=1, keepdim=True) / square.clamp_min(1e-12)
+        best = torch.where(square > 0, fitted, best)
+    return best.flatten()
+
+
+class LatentUniform(WeightMethod):
+    """Uniform quantization-aware training: ``ste`` (fixed step) or ``lsq`` (Esser et al. 2020, learned step per layer).
+
+    The step starts at 2·mean|W|/√(2^k−1). The base optimizer trains the latents (and LSQ's steps); straight-through
+    gradients vanish where a latent lies outside ±(2^k−1) steps.
+    """
+
+    def __init__(self, layers: Sequence[Layer], clock: Clock, *, planes: int, learned_step: bool) -> None:
+        super().__init__(layers, clock)
+        self.planes, self.learned_step, self.target_bits = planes, learned_step, float(planes)
+        self.latents = [nn.Parameter(layer.parameter.detach().clone()) for layer in layers]
+        starts = [2 * w.detach().abs().mean().clamp_min(1e-8) / top_integer(planes) ** 0.5 for w in self.latents]
+        self.steps = [nn.Parameter(start.reshape(1), requires_grad=learned_step) for start in starts]
+        self.materialise(0)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        steps = [{"params": self.steps, "weight_decay": 0.0}] if self.learned_step else []
+        return [{"params": self.latents}, *steps]
+
+    @torch.no_grad()
+    def collect(self, step: int, *, lr: float, lr_share: float) -> None:
+        top = top_integer(self.planes)
+        for layer, latent, size in zip(self.layers, self.latents, self.steps, strict=True):
+            gradient = layer.parameter.grad
+            if gradient is None:
+                latent.grad = size.grad = None
+                continue
+            ratio = latent / size
+            inside = ratio.abs() <= top
+            latent.grad = gradient * inside
+            if self.learned_step:  # LSQ Eq. 3, with its gradient scale 1/√(N·top)
+                slope = torch.where(inside, ratio.round() - ratio, ratio.sign() * top)
+                size.grad = ((gradient * slope).sum() / (latent.numel() * top) ** 0.5).reshape(1)
+
+    @torch.no_grad()
+    def materialise(self, step: int) -> None:
+        for layer, latent, size in zip(self.layers, self.latents, self.steps, strict=True):
+            size.data.clamp_(min=1e-8)
+            layer.parameter.data.copy_(quantize(latent, size, self.planes) * size)
+
+    def hard_layers(self) -> list[HardLayer]:
+        mask = torch.ones(self.planes, dtype=torch.bool)
+        rows = zip(self.layers, self.latents, self.steps, strict=True)
+        return [hard_layer(layer, quantize(v, s, self.planes).detach().int(), s, mask) for layer, v, s in rows]
+
+    def preview(self, step: int) -> list[HardLayer]:
+        return self.hard_layers()
+
+    def monitor(self, step: int) -> dict[str, float]:
+        return {"mean_bits": float(self.planes), "budget_gap": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latents": [v.data for v in self.latents], "steps": [s.data for s in self.steps]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for own, saved in zip([*self.latents, *self.steps], [*state["latents"], *state["steps"]], strict=True):
+            own.data.copy_(saved)
+
+
+@dataclass(frozen=True)
+class StagedSettings:
+    """Knobs of the two-stage CSQ. See the module's page for what they do and docs/method.md for how they were chosen."""
+
+    target_bits: float
+    max_bits: int = 8
+    search_share: float = 0.1
+    beta_initial: float = 1.0
+    beta_final: float = 20.0
+    latent_lr: float = 0.01  # Adam's step, in units of the layer's one-plane step, at the peak of the schedule
+    fisher_decay: float = 0.99  # Adam's β2: the memory of F
+    refresh_every: int = 10  # steps between two looks at the importance
+    per_channel: bool = True
+    limits: budget.PlaneLimits | None = None
+
+
+class StagedCSQ(WeightMethod):
+    """CSQ for short schedules: soft masks under an exact budget first, then hard integers at the planes found."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        clock: Clock,
+        settings: StagedSettings,
+        *,
+        start: Sequence[HardLayer] | None = None,
+    ) -> None:
+        """``start``: delivered layers whose integers are trained on, masks fixed; None searches from the model's weights."""
+        super().__init__(layers, clock)
+        self.settings, self.target_bits = settings, settings.target_bits
+        self.weights = [layer.weights for layer in layers]
+        self.limits = settings.limits or budget.plane_limits(layers, bits=settings.max_bits)
+        self.search_steps = max(1, round(settings.search_share * clock.total_steps))
+        self.refresh_every = max(1, min(settings.refresh_every, self.search_steps // 10))
+        self.masks: list[Tensor] | None = None  # bool [bits] per layer, once planes are fixed
+        self.steps: list[Tensor] = []  # value of the lowest plane in use, per layer, once planes are fixed
+        values = [layer.parameter.detach().clone() for layer in layers]
+        if start is not None:
+            self.masks = [hard.mask for hard in start]
+            self.steps = [hard.scale.to(value) for hard, value in zip(start, values, strict=True)]
+            values = [hard.weight().to(value) for hard, value in zip(start, values, strict=True)]
+        # A latent's unit is its one-plane step: about the same number of standard deviations in every layer.
+        self.units = [self._mse_step(value, layer, 1) for value, layer in zip(values, layers, strict=True)]
+        rows = zip(values, self.units, layers, strict=True)
+        self.latents = [nn.Parameter(value / spread(unit, value, layer.channel_dim)) for value, unit, layer in rows]
+        betas = (0.9, settings.fisher_decay)
+        self.adam = torch.optim.Adam(self.latents, lr=settings.latent_lr, betas=betas, eps=1e-12, foreach=False)
+        self.soft_mask = torch.ones(len(layers), settings.max_bits)  # f_β(m): every plane until gradients say otherwise
+        self.soft_steps: list[list[Tensor]] = []  # [layer][planes − 1], while the masks are soft
+        if start is None:
+            budget.check_feasible(settings.target_bits, self.weights, self.limits)
+            widths = range(1, settings.max_bits + 1)
+            pairs = zip(values, layers, strict=True)
+            self.soft_steps = [[self._mse_step(value, layer, k) for k in widths] for value, layer in pairs]
+        self.materialise(0)
+
+    def beta(self, step: int) -> float:
+        settings = self.settings
+        return csq.temperature(step / self.search_steps, initial=settings.beta_initial, final=settings.beta_final)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return []
+
+    @torch.no_grad()
+    def collect(self, step: int, *, lr: float, lr_share: float) -> None:
+        for layer, latent, unit in zip(self.layers, self.latents, self.units, strict=True):
+            gradient = layer.parameter.grad
+            latent.grad = None if gradient is None else gradient * spread(unit, gradient, layer.channel_dim)
+        self.adam.param_groups[0]["lr"] = self.settings.latent_lr * lr_share
+        self.adam.step()
+        for latent in self.latents:
+            latent.grad = None
+        if self.masks is not None:
+            self._clip_latents()
+        elif step + 1 >= self.search_steps:
+            self._fix_planes()
+        elif (step + 1) % self.refresh_every == 0:
+            self.soft_mask = self._solve_masks(self.importance(), self.beta(step + 1))
+
+    @torch.no_grad()
+    def importance(self) -> Tensor:
+        """[layers, bits]: ½ Σ_i F_i ((V − Q_b)² − (V − Q_{b+1})²), the loss that plane b saves; never rising with b.
+
+        F is Adam's bias-corrected second moment of the latent's gradient. Float64, on the CPU.
+        """
+        error = torch.zeros(len(self.layers), self.settings.max_bits + 1, dtype=torch.float64)
+        for index, (layer, latent, unit) in enumerate(zip(self.layers, self.latents, self.units, strict=True)):
+            state = self.adam.state.get(latent, {})
+            if not state:  # no gradient ever reached this layer
+                continue
+            fisher = state["exp_avg_sq"] / (1 - self.settings.fisher_decay ** float(state["step"]))
+            wide = spread(unit, latent, layer.channel_dim)
+            error[index, 0] = (fisher * latent.square()).sum()
+            for k, step in enumerate(self.soft_steps[index], 1):
+                rounding = latent - self._soft_level(index, k, step) / wide
+                error[index, k] = (fisher * rounding.square_()).sum()
+        return torch.cummin((error[:, :-1] - error[:, 1:]) / 2, dim=1).values.clamp_min(0)
+
+    def _solve_masks(self, importance: Tensor, beta: float) -> Tensor:
+        """Soft masks σ(β(log I − log λ)) with λ such that their mean over weight elements is the target."""
+        weights = torch.tensor(self.weights, dtype=torch.float64).unsqueeze(1)
+        logits = (importance / weights).clamp_min(1e-30).log()
+        plane = torch.arange(self.settings.max_bits)
+        always = plane < torch.tensor(self.limits.fewest).unsqueeze(1)
+        never = plane >= torch.tensor(self.limits.most).unsqueeze(1)
+
+        def masks(price: float) -> Tensor:
+            return csq.gate(logits - price, beta).masked_fill(always, 1.0).masked_fill(never, 0.0)
+
+        low, high = -100.0, 100.0  # log λ
+        for _ in range(60):
+            middle = (low + high) / 2
+            mean = float((masks(middle) * weights).sum() / weights.sum())
+            low, high = (middle, high) if mean > self.settings.target_bits else (low, middle)
+        return masks(high).float()
+
+    def _allocate(self) -> list[int]:
+        return budget.allocate(self.importance(), self.weights, target=self.settings.target_bits, limits=self.limits)
+
+    def _fix_planes(self) -> None:
+        """End of stage 1: an exact knapsack on the importance, and each width's own step for the latents as they are."""
+        planes = self._allocate()
+        rows = zip(self.layers, self.latents, self.units, planes, strict=True)
+        for layer, latent, unit, k in rows:
+            value = latent.detach() * spread(unit, latent, layer.channel_dim)
+            self.steps.append(self._mse_step(value, layer, max(k, 1)))
+        self.masks = [_top_planes(k, self.settings.max_bits) for k in planes]
+        self.soft_steps = []
+        self._clip_latents()
+
+    def _clip_latents(self) -> None:
+        """Keep latents inside the representable range, so that none drifts beyond reach of its gradient."""
+        for index, latent in enumerate(self.latents):
+            dim = self.layers[index].channel_dim
+            top = float(self._levels(index)[-1])
+            edge = spread(self.steps[index] / self.units[index], latent, dim) * top
+            latent.data = torch.minimum(torch.maximum(latent.data, -edge), edge)
+
+    def _levels(self, index: int) -> Tensor:
+        """Integers that the layer's fixed mask can form, lowest plane in use = 1; ascending."""
+        assert self.masks is not None
+        on = torch.nonzero(self.masks[index]).flatten()
+        return levels_of(self.masks[index][int(on[0]) :] if len(on) else self.masks[index][:0])
+
+    def _integers(self, index: int) -> Tensor:
+        """Hard integers (as float) of a layer with a fixed mask."""
+        latent, dim = self.latents[index].detach(), self.layers[index].channel_dim
+        ratio = latent / spread(self.steps[index] / self.units[index], latent, dim)
+        levels = self._levels(index).to(ratio)
+        if len(levels) == 2 * float(levels[-1]) + 1:  # no holes: rounding does it
+            return ratio.round_().clamp_(float(levels[0]), float(levels[-1]))
+        return nearest_level(ratio, levels)
+
+    def _soft_level(self, index: int, planes: int, step: Tensor) -> Tensor:
+        """Q_k of the latent, as a weight."""
+        latent, layer = self.latents[index].detach(), self.layers[index]
+        wide = spread(step, latent, layer.channel_dim)
+        return quantize(latent * spread(self.units[index], latent, layer.channel_dim), wide, planes) * wide
+
+    @torch.no_grad()
+    def materialise(self, step: int) -> None:
+        for index, layer in enumerate(self.layers):
+            if self.masks is not None:
+                hard = self._integers(index) * spread(self.steps[index], layer.parameter, layer.channel_dim)
+                layer.parameter.data.copy_(hard)
+                continue
+            gates = self.soft_mask[index].tolist()
+            weight, before = torch.zeros_like(layer.parameter), torch.zeros_like(layer.parameter)
+            for k, width in enumerate(self.soft_steps[index], 1):
+                if max(gates[k - 1 :]) < 1e-4:  # finer planes are all off
+                    break
+                refined = self._soft_level(index, k, width)
+                weight.add_(refined - before, alpha=gates[k - 1])
+                before = refined
+            layer.parameter.data.copy_(weight)
+
+    @torch.no_grad()
+    def harden(self, step: int) -> None:
+        if self.masks is None:
+            self._fix_planes()
+            self.materialise(step)
+
+    @torch.no_grad()
+    def hard_layers(self) -> list[HardLayer]:
+        assert self.masks is not None, "harden() first"
+        delivered = []
+        for index, layer in enumerate(self.layers):
+            scale = self.steps[index].detach().float().cpu()
+            integers = self._integers(index).to(torch.int32).cpu()
+            delivered.append(
+                HardLayer(layer.name, integers, scale, self.masks[index], layer.channel_dim, layer.aliases)
+            )
+        return delivered
+
+    def preview(self, step: int) -> list[HardLayer]:
+        if self.masks is not None:
+            return self.hard_layers()
+        future = copy.copy(
+            self
+        )  # shares latents and Adam's state, which fixing the planes replaces but never writes to
+        future.steps, future.latents = [], [nn.Parameter(latent.detach().clone()) for latent in self.latents]
+        future.adam = copy.copy(self.adam)
+        future.adam.state = defaultdict(dict)
+        for new, old in zip(future.latents, self.latents, strict=True):
+            future.adam.state[new] = self.adam.state.get(old, {})
+        with torch.no_grad():
+            future._fix_planes()
+        return future.hard_layers()
+
+    def mean_bits(self) -> float:
+        if self.masks is not None:
+            return budget.mean_planes([int(mask.sum()) for mask in self.masks], self.weights)
+        per_layer = self.soft_mask.double().sum(dim=1)
+        return float((per_layer * torch.tensor(self.weights)).sum()) / sum(self.weights)
+
+    def monitor(self, step: int) -> dict[str, float]:
+        mean = self.mean_bits()
+        beta = self.beta(step) if self.masks is None else self.settings.beta_final
+        return {"beta": beta, "mean_bits": mean, "budget_gap": mean - self.settings.target_bits, "reg_loss": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "latents": [latent.data for latent in self.latents],
+            "adam": self.adam.state_dict(),
+            "units": self.units,
+            "masks": self.masks,
+            "steps": self.steps,
+            "soft_mask": self.soft_mask,
+            "soft_steps": self.soft_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.latents[0].device
+        for latent, saved in zip(self.latents, state["latents"], strict=True):
+            latent.data.copy_(saved)
+        self.adam.load_state_dict(state["adam"])
+        self.units = [unit.to(device) for unit in state["units"]]
+        self.masks, self.soft_mask = state["masks"], state["soft_mask"]
+        self.steps = [step.to(device) for step in state["steps"]]
+        self.soft_steps = [[step.to(device) for step in widths] for widths in state["soft_steps"]]
+
+    def _mse_step(self, value: Tensor, layer: Layer, planes: int) -> Tensor:
+        return mse_step(value, planes, channel_dim=layer.channel_dim if self.settings.per_channel else None)
+
+
+def _top_planes(planes: int, bits: int) -> Tensor:
+    """The mask of ``planes`` contiguous planes at the top of ``bits``: "11100000"."""
+    return torch.arange(bits) >= bits - planes
