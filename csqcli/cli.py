@@ -75,6 +75,7 @@ def search(
     ),
     method: Annotated[str | None, typer.Option(help="csq, csq-paper, csq-uniform, ste, lsq or float.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
     device: DeviceOption = None,
     pretrained: Annotated[
@@ -96,12 +97,12 @@ def search(
         "model.checkpoint": checkpoint,
         "quantization.method": method,
         "epochs": epochs,
+        "finetune.epochs": finetune_epochs,
         "seed": seed,
         "device": device.value if device else None,
         "model.pretrained": pretrained,
     }
-    overrides |= {key: value for key, value in typed.items() if value is not None}
-    resolved = resolve(recipe, overrides)
+    resolved = resolve(recipe, overrides | {key: value for key, value in typed.items() if value is not None})
 
     from csqcli import pipeline
     from csqcli.progress import Display
@@ -109,6 +110,48 @@ def search(
     pipeline.search(resolved, output, display=Display(quiet=quiet), force=force, resume=resume)
     _print_report(output / pipeline.MODEL_FILE)
     typer.echo(f"wrote {output / pipeline.MODEL_FILE}")
+
+
+@app.command()
+def finetune(
+    file: FileArgument,
+    data: DataOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; 5 unless the file's recipe says otherwise.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; FILE's folder + -finetuned if unset.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
+    device: DeviceOption = None,
+    settings: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    trust_code: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
+    from csqcli import checkpoint_file
+    from csqcli.recipe import parse_assignments, resolve_from
+
+    manifest = checkpoint_file.read_manifest(file)
+    typed = {
+        "data.source": data,
+        "finetune.epochs": epochs or manifest.recipe.get("finetune", {}).get("epochs") or 5,
+        "seed": seed,
+        "device": device.value if device else None,
+        "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
+    }
+    overrides = {key: value for key, value in typed.items() if value is not None} | parse_assignments(settings or [])
+    resolved = resolve_from(manifest.recipe, overrides, where=f"recipe in {file}")
+    target = output or file.absolute().parent.with_name(file.absolute().parent.name + "-finetuned")
+
+    from csqcli import pipeline
+    from csqcli.progress import Display
+
+    pipeline.finetune(
+        file, resolved, target, display=Display(quiet=quiet), force=force, resume=resume, trust_code=trust_code
+    )
+    _print_report(target / pipeline.MODEL_FILE)
+    typer.echo(f"wrote {target / pipeline.MODEL_FILE}")
 
 
 @app.command()

@@ -27,11 +27,11 @@ from csqcli.errors import UserError
 from csqcli.progress import Display
 from csqcli.quant import budget
 from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
-from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe import Recipe, to_yaml
-from csqcli.train import Accuracy, Trainer, evaluate, recalibrate_batchnorm
+from csqcli.train import Accuracy, Trainer, evaluate, logits_of, recalibrate_batchnorm
 
 MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE = (
     "model.safetensors",
@@ -47,45 +47,68 @@ def search(
 ) -> dict[str, Any]:
     """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
 
-    Raises UserError for anything wrong with the input; a folder with a finished run is refused without ``force``.
+    ``recipe.finetune.epochs`` more epochs follow with the planes fixed. Raises UserError for anything wrong with the
+    input; a folder with a finished run is refused without ``force``.
     """
-    source, data_source = recipe.model.source, recipe.data.source
-    if source is None:
+    if recipe.model.source is None:
         raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
-    if data_source is None:
-        raise UserError("no data given", hint="pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)")
     _check_target(recipe)
+    images = _open_images(recipe)
     folder = _OutputFolder(output, recipe, force=force, resume=resume)
-    device = pick_device(recipe.device)
     torch.manual_seed(recipe.seed)
-    images = data.open_data(data_source, train_limit=recipe.data.train_limit, val_limit=recipe.data.val_limit)
     loaded = sources.load(
-        source,
+        recipe.model.source,
         num_classes=images.num_classes,
         pretrained=recipe.model.pretrained,
         checkpoint=recipe.model.checkpoint,
         arguments=recipe.model.arguments,
-        num_classes_from=data_source,
+        num_classes_from=images.source,
     )
-    job = _Job(
-        recipe=recipe,
-        folder=folder,
-        display=display,
-        device=device,
-        model=loaded.model.to(device),
-        images=images,
-        config=_overridden(loaded.data_config, recipe),
-        record=ModelRecord(
-            source=loaded.spec.source,
-            library=loaded.spec.library,
-            name=loaded.spec.name,
-            arguments=loaded.spec.arguments,
-            num_classes=images.num_classes,
-            weights_from=loaded.weights_from,
-            checkpoint_sha256=loaded.checkpoint_sha256,
-        ),
+    record = ModelRecord(
+        source=loaded.spec.source,
+        library=loaded.spec.library,
+        name=loaded.spec.name,
+        arguments=loaded.spec.arguments,
+        num_classes=images.num_classes,
+        weights_from=loaded.weights_from,
+        checkpoint_sha256=loaded.checkpoint_sha256,
     )
-    return job.run()
+    job = _Job(recipe, folder, display, loaded.model, images, _overridden(loaded.data_config, recipe), record)
+    report = job.search()
+    if recipe.finetune.epochs and recipe.quantization.method != "float":
+        report = job.finetune(checkpoint_file.read(folder.path / MODEL_FILE))
+    folder.finish()
+    return report
+
+
+def finetune(
+    path: Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    display: Display,
+    force: bool = False,
+    resume: bool = False,
+    trust_code: bool = False,
+) -> dict[str, Any]:
+    """Train the integers of a quantized file on, masks fixed (Algorithm 1's second half); the report.
+
+    Never delivers a worse model than it was given: the better of the two on the validation images is written, and
+    ``report["finetune"]["kept"]`` says which.
+    """
+    file = checkpoint_file.read(path)
+    if not file.layers:
+        raise UserError("holds no quantized layer", where=str(path), hint="`csq search` writes one that does")
+    images = _open_images(recipe)
+    _check_classes(file.manifest, images, where=str(path))
+    folder = _OutputFolder(output, recipe, force=force, resume=resume, source=file.manifest.payload_sha256)
+    torch.manual_seed(recipe.seed)
+    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path))
+    config = _overridden(file.manifest.data_config, recipe)
+    job = _Job(recipe, folder, display, model, images, config, file.manifest.model)
+    report = job.finetune(file)
+    folder.finish()
+    return report
 
 
 def evaluate_file(
@@ -100,11 +123,7 @@ def evaluate_file(
     """Accuracy of the hard model as the file holds it, with the preprocessing stored in it."""
     file = checkpoint_file.read(path)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
-    if images.num_classes != file.manifest.model.num_classes:
-        raise UserError(
-            f"the model has {file.manifest.model.num_classes} classes, {data_source} has {images.num_classes}",
-            where=str(path),
-        )
+    _check_classes(file.manifest, images, where=str(path))
     target = pick_device(device)
     model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
     loader = data.make_loader(
@@ -134,62 +153,100 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class _Job:
-    """One run: everything the phases share."""
+    """One run: everything its phases share."""
 
     recipe: Recipe
     folder: _OutputFolder
     display: Display
-    device: torch.device
     model: nn.Module
     images: data.DataSet
     config: dict[str, Any]
     record: ModelRecord
-    start: list[HardLayer] | None = None  # a finetune goes on from these
     history: list[dict[str, Any]] = field(default_factory=list)
     accuracy: AccuracyRecord = field(default_factory=AccuracyRecord)
 
-    def run(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
-        if self.images.train is None:
-            raise UserError("no training images", where=self.images.source)
+        self.device = pick_device(recipe.device)
+        self.model = self.model.to(self.device)
+        train, val = self.images.train, self.images.val
+        assert train is not None
         augment = data.choose_augment(settings.augment, self.images, self.config)
         self.display.say(
-            f"{self.record.source} on {self.images.source}: {len(self.images.train)} training and "
-            f"{len(self.images.val)} validation images, {self.images.num_classes} classes"
+            f"{self.record.source} on {self.images.source}: {len(train)} training and {len(val)} validation images, "
+            f"{self.images.num_classes} classes"
         )
         loader = functools.partial(
             data.make_loader, config=self.config, workers=settings.workers, seed=recipe.seed, device=self.device
         )
-        self.train_loader = loader(self.images.train, training=True, batch_size=settings.batch_size, augment=augment)
-        self.val_loader = loader(self.images.val, training=False, batch_size=settings.eval_batch_size)
-        saved = self.folder.load_state()
-        if saved is None:
+        self.train_loader = loader(train, training=True, batch_size=settings.batch_size, augment=augment)
+        self.val_loader = loader(val, training=False, batch_size=settings.eval_batch_size)
+        self.saved = self.folder.load_state()
+        if self.saved is not None:
+            self.history, self.accuracy = self.saved["history"], AccuracyRecord(**self.saved["accuracy"])
+
+    def search(self) -> dict[str, Any]:
+        """Measure the float model, search, deliver. Returns at once when a resumed run is past this phase."""
+        if self.saved is not None and self.saved["phase"] == "finetune":
+            return {}
+        if self.saved is None:
             measured = evaluate(self.model, self.val_loader)
             self.accuracy = AccuracyRecord(float_top1=measured.top1, samples=measured.samples)
-        else:
-            self.history, self.accuracy = saved["history"], AccuracyRecord(**saved["accuracy"])
         self.display.say(
             f"float top-1 {self.accuracy.float_top1:.2f} % on {self.accuracy.samples} images "
             f"({self.record.weights_from} weights)"
         )
-        quantized, left_float = self._layers()
-        trainer = self._trainer(quantized)
-        self._train(trainer, saved)
-        return self._deliver(trainer, left_float)
+        layers, left_float = self._layers(self.recipe.layers.exclude)
+        trainer = self._trainer(self.recipe, layers)
+        self._train("search", trainer)
+        left = [vars(tensor) for tensor in left_float]
+        file, gap = self._write(trainer, left)
+        return self._report(file, parity={"max_logit_gap": gap})
 
-    def _layers(self) -> tuple[list[Layer], list[FloatTensor]]:
+    def finetune(self, start: QuantizedFile) -> dict[str, Any]:
+        """Train ``start``'s integers on and deliver the better of the two."""
+        recipe = self.recipe.model_copy(deep=True)
+        recipe.epochs = self.recipe.finetune.epochs
+        recipe.optimizer.lr = self.recipe.finetune.lr or self.recipe.optimizer.lr
+        self.model.load_state_dict(start.state_dict() | self._untracked())
+        before = evaluate(self.model, self.val_loader)
+        self.display.say(f"finetune from top-1 {before.top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
+        if self.saved is None or self.saved["phase"] == "search":
+            self.accuracy = start.manifest.accuracy.model_copy(update={"samples": before.samples, "soft_top1": None})
+            self.saved = None
+        layers = layers_named(self.model, [layer.name for layer in start.layers])
+        trainer = self._trainer(recipe, layers, start=start.layers)
+        self._train("finetune", trainer)
+        file, gap = self._write(trainer, start.manifest.left_float)
+        after = self.accuracy.hard_top1 or 0.0
+        kept = "finetuned" if after >= before.top1 else "input"
+        if kept == "input":
+            self.accuracy = start.manifest.accuracy.model_copy(
+                update={"hard_top1": before.top1, "samples": before.samples}
+            )
+            start.manifest.accuracy, start.manifest.sizes.file_bytes, gap = self.accuracy, None, 0.0
+            checkpoint_file.write(self.folder.path / MODEL_FILE, start)
+            file = start
+        self.display.say(f"finetuned top-1 {after:.2f} %, input {before.top1:.2f} %: kept the {kept} model")
+        outcome = {"input_top1": before.top1, "finetuned_top1": after, "kept": kept}
+        return self._report(file, parity={"max_logit_gap": gap}, finetune=outcome)
+
+    def _layers(self, exclude: Sequence[str]) -> tuple[list[Layer], list[FloatTensor]]:
         if self.recipe.quantization.method == "float":
             return [], []
-        layers, left = find_layers(self.model, exclude=self.recipe.layers.exclude)
+        layers, left = find_layers(self.model, exclude=exclude)
         self.display.say(f"{len(layers)} weight tensors, {sum(layer.weights for layer in layers):,} weights")
         return layers, left
 
-    def _trainer(self, layers: Sequence[Layer]) -> Trainer:
-        recipe = self.recipe
+    def _untracked(self) -> dict[str, torch.Tensor]:
+        """Buffers that a file may lack (old checkpoints have no num_batches_tracked)."""
+        return {k: v for k, v in self.model.state_dict().items() if k.endswith("num_batches_tracked")}
+
+    def _trainer(self, recipe: Recipe, layers: Sequence[Layer], *, start: list[HardLayer] | None = None) -> Trainer:
         settings = recipe.optimizer
         steps = min(self.train_loader.batches, recipe.max_steps or self.train_loader.batches)
         total = recipe.epochs * steps
-        method = make_method(recipe, layers, Clock(total, steps))
+        method = make_method(recipe, layers, Clock(total, steps), start=start)
         base = create_optimizer_v2(
             base_groups(self.model, method),
             opt=settings.name,
@@ -208,8 +265,8 @@ class _Job:
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
-        hardens = recipe.quantization.harden_at < 1 and isinstance(method, GateMethod)  # the others train hard weights
-        harden_step = max(1, round(recipe.quantization.harden_at * total)) if hardens else None
+        gates_harden = recipe.quantization.harden_at < 1 and isinstance(method, GateMethod)  # others are hard by then
+        harden_step = max(1, round(recipe.quantization.harden_at * total)) if gates_harden else None
         optimizer = QuantizedOptimizer(method, base, harden_at_step=harden_step)
         optimizer.before_harden = self._measure_soft
         return Trainer(
@@ -222,31 +279,34 @@ class _Job:
             steps_per_epoch=steps,
             criterion=nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
             clip_grad_norm=settings.clip_grad_norm,
+            amp=recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda"),
             on_step=self.display.on_step,
         )
 
     def _measure_soft(self) -> None:
         self.accuracy.soft_top1 = evaluate(self.model, self.val_loader).top1
 
-    def _train(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
+    def _train(self, phase: str, trainer: Trainer) -> None:
         first = 0
-        if saved is not None:
-            self.model.load_state_dict(saved["model"])
-            trainer.optimizer.load_state_dict(saved["optimizer"])
+        if self.saved is not None:
+            self.model.load_state_dict(self.saved["model"])
+            trainer.optimizer.load_state_dict(self.saved["optimizer"])
             if self.accuracy.soft_top1 is not None:
                 trainer.optimizer.before_harden = None
-            torch.set_rng_state(saved["rng"])
-            first = saved["epoch"]
-            self.display.say(f"resumed after epoch {first}")
+            torch.set_rng_state(self.saved["rng"])
+            first = self.saved["epoch"]
+            self.saved = None
+            self.display.say(f"resumed {phase} after epoch {first}")
         self.folder.write_metrics(self.history)
         target = self.recipe.quantization.target_bits
-        with self.display.training(self.recipe.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=target):
-            for epoch in range(first, self.recipe.epochs):
-                line = trainer.run_epoch(epoch)
+        with self.display.training(trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=target):
+            for epoch in range(first, trainer.epochs):
+                line = {"phase": phase, **trainer.run_epoch(epoch)}
                 self.history.append(line)
                 self.folder.write_metrics(self.history)
                 self.folder.save_state(
                     {
+                        "phase": phase,
                         "epoch": epoch + 1,
                         "model": self.model.state_dict(),
                         "optimizer": trainer.optimizer.state_dict(),
@@ -257,16 +317,18 @@ class _Job:
                 )
                 self.display.on_epoch(line)
 
-    def _deliver(self, trainer: Trainer, left_float: Sequence[FloatTensor]) -> dict[str, Any]:
-        """Harden, let BatchNorm settle, write, read back, and report the accuracy of what was read back."""
+    def _write(self, trainer: Trainer, left_float: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
+        """Harden, let BatchNorm settle, write, read back, and record the accuracy of what was read back.
+
+        Returns what was written and the largest logit difference between the model in memory and the one read back.
+        """
         recipe = self.recipe
         trainer.optimizer.harden()
         if trainer.optimizer.method.layers:
             batches = recipe.bn_recalibration_batches
-            recalibrate_batchnorm(self.model, self.train_loader, epoch=recipe.epochs, batches=batches)
+            recalibrate_batchnorm(self.model, self.train_loader, epoch=trainer.epochs, batches=batches)
         layers = trainer.optimizer.hard_layers()
         self.model.eval()
-        path = self.folder.path / MODEL_FILE
 
         def assembled() -> QuantizedFile:
             return checkpoint_file.assemble(
@@ -277,7 +339,7 @@ class _Job:
                 target_bits=recipe.quantization.target_bits if layers else None,
                 classes=self.images.classes,
                 accuracy=self.accuracy,
-                left_float=[vars(tensor) for tensor in left_float],
+                left_float=left_float,
                 environment=environment(),
                 recipe=recipe.model_dump(mode="json"),
             )
@@ -286,25 +348,26 @@ class _Job:
         try:
             checkpoint_file.write(candidate, assembled())
             file = checkpoint_file.read(candidate)
-            reloaded = csqcli.model_from_file(file, trust_code=True, where=str(path)).to(self.device)
+            reloaded = csqcli.model_from_file(file, trust_code=True, where=str(candidate)).to(self.device)
             measured = evaluate(reloaded, self.val_loader)
             gap = self._logit_gap(reloaded)
         finally:
             candidate.unlink(missing_ok=True)
         self.accuracy.hard_top1, self.accuracy.hard_top5 = measured.top1, measured.top5
-        checkpoint_file.write(path, assembled())
-        report = reports.build(checkpoint_file.read_manifest(path), self.history)
-        report["parity"] = {"max_logit_gap": gap}
-        self.folder.finish(report)
-        return report
+        final = assembled()
+        checkpoint_file.write(self.folder.path / MODEL_FILE, final)
+        return final, gap
 
     @torch.no_grad()
     def _logit_gap(self, reloaded: nn.Module) -> float:
-        """Largest difference of a logit between the model in memory and the one read back, on one validation batch."""
-        from csqcli.train import logits_of
-
         images, _ = next(iter(self.val_loader.epoch(0)))
         return float((logits_of(self.model(images)) - logits_of(reloaded(images))).abs().max())
+
+    def _report(self, file: QuantizedFile, **more: Any) -> dict[str, Any]:
+        file.manifest.sizes.file_bytes = (self.folder.path / MODEL_FILE).stat().st_size
+        report = reports.build(file.manifest, self.history) | more
+        self.folder.write_report(report)
+        return report
 
 
 def make_method(
@@ -331,6 +394,7 @@ def make_method(
             target_bits=settings.target_bits or 0.0,
             max_bits=settings.max_bits,
             search_share=settings.search_share,
+            soft_share=settings.soft_share,
             beta_initial=settings.mask_beta_initial,
             beta_final=settings.mask_beta_final,
             latent_lr=settings.latent_lr,
@@ -368,6 +432,20 @@ def _check_target(recipe: Recipe) -> None:
         raise UserError(f"{method} gives every layer the same planes; {target:g} is not possible", hint=hint)
 
 
+def _open_images(recipe: Recipe) -> data.DataSet:
+    settings = recipe.data
+    if settings.source is None:
+        raise UserError("no data given", hint="pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)")
+    return data.open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)
+
+
+def _check_classes(manifest: Manifest, images: data.DataSet, *, where: str) -> None:
+    if images.num_classes != manifest.model.num_classes:
+        raise UserError(
+            f"the model has {manifest.model.num_classes} classes, {images.source} has {images.num_classes}", where=where
+        )
+
+
 def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     settings = recipe.data
     changed = dict(config)
@@ -383,11 +461,12 @@ def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 class _OutputFolder:
     """A run's folder: refuses finished runs, keeps the resume state, writes everything atomically."""
 
-    def __init__(self, path: Path, recipe: Recipe, *, force: bool, resume: bool) -> None:
+    def __init__(self, path: Path, recipe: Recipe, *, force: bool, resume: bool, source: str = "") -> None:
+        """``source``: hash of a model file that the run starts from."""
         self.path, self.resume = path, resume
-        self.fingerprint = _fingerprint(recipe)
-        finished = (path / REPORT_FILE).exists() and (path / MODEL_FILE).exists()
+        self.fingerprint = _fingerprint(recipe, source)
         unfinished = (path / RESUME_FILE).exists()
+        finished = (path / REPORT_FILE).exists() and (path / MODEL_FILE).exists() and not unfinished
         if finished and not force:
             raise UserError("holds a finished run", where=str(path), hint="choose another --output or pass --force")
         if unfinished and not (force or resume):
@@ -428,14 +507,17 @@ class _OutputFolder:
         text = "".join(json.dumps(line) + "\n" for line in history)
         files.write_text(self.path / METRICS_FILE, text)
 
-    def finish(self, report: dict[str, Any]) -> None:
+    def write_report(self, report: dict[str, Any]) -> None:
         files.write_text(self.path / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """The run is complete: its resume state is no longer needed."""
         (self.path / RESUME_FILE).unlink(missing_ok=True)
 
 
-def _fingerprint(recipe: Recipe) -> str:
+def _fingerprint(recipe: Recipe, source: str) -> str:
     """Hash of everything that changes the result; workers and device may differ on resume."""
     settings = recipe.model_dump(mode="json")
     settings.pop("device")
     settings["data"].pop("workers")
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, source], sort_keys=True).encode()).hexdigest()

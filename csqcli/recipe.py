@@ -6,6 +6,7 @@ beats default.
 
 from __future__ import annotations
 
+import copy
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +77,8 @@ class QuantizationSettings(_Section):
     """n: planes that each layer starts with."""
     search_share: float = Field(0.1, gt=0, lt=1)
     """`csq`: share of the steps in which masks are soft; then planes are fixed and integers trained."""
+    soft_share: float = Field(0.5, ge=0, le=1)
+    """`csq`: share of the steps after which every weight is hard; until then integers harden gradually."""
     mask_beta_initial: float = Field(1.0, gt=0)
     """`csq`: temperature of the soft masks at the first step."""
     mask_beta_final: float = Field(20.0, gt=0)
@@ -174,6 +177,8 @@ class Recipe(_Section):
     """Training batches that re-estimate BatchNorm statistics once the weights are hard; 0 leaves them."""
     seed: int = Field(0, ge=0)
     """Seeds data order, augmentation and fresh weights."""
+    amp: Literal["auto", "off", "bf16"] = "auto"
+    """Training in bfloat16 autocast: `auto` on a GPU, off on the CPU. Gates, latents and evaluation stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU when there is one."""
 
@@ -224,6 +229,12 @@ def resolve(name_or_file: str, overrides: dict[str, Any]) -> Recipe:
     Raises UserError for unknown keys, values out of range and ambiguous short keys.
     """
     raw, where = read(name_or_file)
+    return resolve_from(raw, overrides, where=where)
+
+
+def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) -> Recipe:
+    """As :func:`resolve`, from a raw mapping."""
+    raw = copy.deepcopy(raw)
     for key, value in overrides.items():
         section = raw
         *parents, leaf = full_key(key).split(".")

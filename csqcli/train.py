@@ -97,6 +97,7 @@ class Trainer:
     steps_per_epoch: int
     criterion: nn.Module
     clip_grad_norm: float | None = None
+    amp: bool = False  # bfloat16 autocast of the forward pass
     on_step: Callable[[int, int, dict[str, float]], None] | None = None  # (epoch, step in epoch, numbers)
 
     def run_epoch(self, epoch: int) -> dict[str, Any]:
@@ -106,7 +107,9 @@ class Trainer:
         losses: list[Tensor] = []
         for batch, (images, labels) in enumerate(self._batches(epoch)):
             self.scheduler.step_update(num_updates=epoch * self.steps_per_epoch + batch)
-            loss = self.criterion(logits_of(self.model(images)), labels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+                scores = logits_of(self.model(images))
+            loss = self.criterion(scores.float(), labels)
             loss.backward()
             if self.clip_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)

@@ -209,6 +209,80 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
     ).read_bytes()
 
 
+def test_finetune_starts_from_the_file_alone_and_never_delivers_a_worse_model(
+    csq, digits_run: Path, tmp_path: Path
+) -> None:
+    report_before = json.loads((digits_run / "report.json").read_text())
+    code, _, err = csq(
+        *("finetune", digits_run / "model.safetensors", "--data", "digits", "--epochs", 2, "-o", tmp_path, "--quiet")
+    )
+    assert code == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [layer["mask"] for layer in report["layers"]] == [layer["mask"] for layer in report_before["layers"]]
+    assert report["finetune"]["input_top1"] == report_before["accuracy"]["hard_top1"]
+    assert report["accuracy"]["hard_top1"] >= report_before["accuracy"]["hard_top1"]
+    result = json.loads(csq("evaluate", tmp_path / "model.safetensors", "--data", "digits", "--json")[1])
+    assert result["top1"] == report["accuracy"]["hard_top1"]
+
+
+def test_a_finetune_that_hurts_keeps_its_input(csq, digits_run: Path, tmp_path: Path) -> None:
+    ruin = ("--epochs", 1, "--set", "finetune.lr=30", "--set", "latent_lr=3", "--set", "max_steps=3", "--quiet")
+    assert csq("finetune", digits_run / "model.safetensors", "--data", "digits", "-o", tmp_path, *ruin)[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["finetune"]["kept"] == "input"
+    before = json.loads((digits_run / "report.json").read_text())
+    assert report["accuracy"]["hard_top1"] == before["accuracy"]["hard_top1"]
+    assert report["layers"] == before["layers"]
+
+
+def test_search_and_finetune_chain_in_one_command_and_resume_in_either_phase(csq, tmp_path: Path, monkeypatch) -> None:
+    from csqcli.train import Trainer
+
+    arguments = (
+        "search",
+        "--recipe",
+        "digits",
+        "--target-bits",
+        "1.5",
+        "--epochs",
+        "2",
+        "--finetune-epochs",
+        "2",
+        "--quiet",
+    )
+    assert csq(*arguments, "-o", tmp_path / "whole")[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["epoch"]) for line in lines] == [
+        ("search", 1), ("search", 2), ("finetune", 1), ("finetune", 2)
+    ]  # fmt: skip
+    original = Trainer.run_epoch
+    for stop in (1, 3):
+        calls = iter(range(10))
+
+        def interrupted(self, epoch, stop=stop, calls=calls):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return original(self, epoch)
+
+        output = tmp_path / f"stopped{stop}"
+        monkeypatch.setattr(Trainer, "run_epoch", interrupted)
+        assert csq(*arguments, "-o", output)[0] == 130
+        monkeypatch.setattr(Trainer, "run_epoch", original)
+        code, _, err = csq(*arguments, "-o", output, "--resume")
+        assert code == 0, err
+        assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["csq-paper", "csq-uniform", "ste", "lsq", "float"])
+def test_every_method_runs_through_the_same_command(csq, tmp_path: Path, method: str) -> None:
+    code, _, err = csq("search", "--recipe", "digits", "--method", method, "--target-bits", "2", "-o", tmp_path, *FAST)
+    assert code == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["parity"]["max_logit_gap"] == 0
+    assert report["budget"]["mean_bits"] <= (32 if method == "float" else 2)
+    assert len(report["layers"]) == (0 if method == "float" else 4)
+
+
 def test_recipes_are_listed_shown_and_described(csq) -> None:
     code, out, _ = csq("recipes")
     assert code == 0

@@ -17,8 +17,10 @@ weight elements is the target at every refresh: Δ_S of Eq. 7 is zero by constru
 `beta_initial` to `beta_final` as in Algorithm 1, so masks go from nearly flat to nearly binary.
 
 Stage 2 (the rest). The planes are fixed by an exact knapsack on the same importance, at or under the budget, and the
-integers are trained: straight-through gradients on the latent, Adam in units of the step, so that every weight moves by a
-comparable part of a level whatever its layer's scale. The forward weights are hard, so soft = hard at the end.
+integers are trained at one step per output channel, fixed at its MSE-optimal value. Until `soft_share` of all steps, a
+weight stands on a soft staircase whose flanks steepen from slope 1 (no rounding) to vertical; from then on every forward
+weight is hard, so soft = hard at the end. Gradients go straight through the staircase to the latent; Adam moves latents in
+units of the layer's one-plane step, so that every weight moves by a comparable part of its layer's spread.
 """
 
 from __future__ import annotations
@@ -140,9 +142,11 @@ class StagedSettings:
     target_bits: float
     max_bits: int = 8
     search_share: float = 0.1
+    soft_share: float = 0.5
     beta_initial: float = 1.0
     beta_final: float = 20.0
     latent_lr: float = 0.01  # Adam's step, in units of the layer's one-plane step, at the peak of the schedule
+    latent_lr_power: float = 2.0  # the latents' rate is latent_lr · (share of the peak rate)^power
     fisher_decay: float = 0.99  # Adam's β2: the memory of F
     refresh_every: int = 10  # steps between two looks at the importance
     per_channel: bool = True
@@ -165,7 +169,9 @@ class StagedCSQ(WeightMethod):
         self.settings, self.target_bits = settings, settings.target_bits
         self.weights = [layer.weights for layer in layers]
         self.limits = settings.limits or budget.plane_limits(layers, bits=settings.max_bits)
-        self.search_steps = max(1, round(settings.search_share * clock.total_steps))
+        self.soft_end = round(settings.soft_share * clock.total_steps)
+        searching = start is None and self._has_choice()
+        self.search_steps = max(1, round(settings.search_share * clock.total_steps)) if searching else 0
         self.refresh_every = max(1, min(settings.refresh_every, self.search_steps // 10))
         self.masks: list[Tensor] | None = None  # bool [bits] per layer, once planes are fixed
         self.steps: list[Tensor] = []  # value of the lowest plane in use, per layer, once planes are fixed
@@ -187,11 +193,22 @@ class StagedCSQ(WeightMethod):
             widths = range(1, settings.max_bits + 1)
             pairs = zip(values, layers, strict=True)
             self.soft_steps = [[self._mse_step(value, layer, k) for k in widths] for value, layer in pairs]
+            if not searching:
+                self._fix_planes()
         self.materialise(0)
+
+    def _has_choice(self) -> bool:
+        """Whether the budget and the rules leave anything to search: room for one plane beyond the fewest allowed."""
+        least = sum(few * w for few, w in zip(self.limits.fewest, self.weights, strict=True))
+        rows = zip(self.limits.fewest, self.limits.most, self.weights, strict=True)
+        growable = [weight for few, most, weight in rows if few < most]
+        return bool(growable) and least + min(growable) <= self.settings.target_bits * sum(self.weights) + 1e-6
 
     def beta(self, step: int) -> float:
         settings = self.settings
-        return csq.temperature(step / self.search_steps, initial=settings.beta_initial, final=settings.beta_final)
+        return csq.temperature(
+            step / max(self.search_steps, 1), initial=settings.beta_initial, final=settings.beta_final
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
@@ -201,7 +218,7 @@ class StagedCSQ(WeightMethod):
         for layer, latent, unit in zip(self.layers, self.latents, self.units, strict=True):
             gradient = layer.parameter.grad
             latent.grad = None if gradient is None else gradient * spread(unit, gradient, layer.channel_dim)
-        self.adam.param_groups[0]["lr"] = self.settings.latent_lr * lr_share
+        self.adam.param_groups[0]["lr"] = self.settings.latent_lr * lr_share**self.settings.latent_lr_power
         self.adam.step()
         for latent in self.latents:
             latent.grad = None
@@ -277,10 +294,24 @@ class StagedCSQ(WeightMethod):
         on = torch.nonzero(self.masks[index]).flatten()
         return levels_of(self.masks[index][int(on[0]) :] if len(on) else self.masks[index][:0])
 
+    def _ratio(self, index: int) -> Tensor:
+        """A layer's latent in steps: where it stands between the integers."""
+        latent = self.latents[index].detach()
+        return latent / spread(self.steps[index] / self.units[index], latent, self.layers[index].channel_dim)
+
+    def _staircase(self, index: int, sharpness: float) -> Tensor:
+        """The soft integer: linear flanks of slope 1/(1 − sharpness) half way between neighbouring levels."""
+        ratio, levels = self._ratio(index), self._levels(index).to(self.latents[index])
+        upper = torch.bucketize(ratio, levels, right=True).clamp_(1, max(len(levels) - 1, 1))
+        if len(levels) == 1:
+            return torch.zeros_like(ratio)
+        low, high = levels[upper - 1], levels[upper]
+        share = (ratio - low) / (high - low)
+        return low + (0.5 + (share - 0.5) / max(1 - sharpness, 1e-3)).clamp_(0, 1) * (high - low)
+
     def _integers(self, index: int) -> Tensor:
         """Hard integers (as float) of a layer with a fixed mask."""
-        latent, dim = self.latents[index].detach(), self.layers[index].channel_dim
-        ratio = latent / spread(self.steps[index] / self.units[index], latent, dim)
+        ratio = self._ratio(index)
         levels = self._levels(index).to(ratio)
         if len(levels) == 2 * float(levels[-1]) + 1:  # no holes: rounding does it
             return ratio.round_().clamp_(float(levels[0]), float(levels[-1]))
@@ -296,8 +327,10 @@ class StagedCSQ(WeightMethod):
     def materialise(self, step: int) -> None:
         for index, layer in enumerate(self.layers):
             if self.masks is not None:
-                hard = self._integers(index) * spread(self.steps[index], layer.parameter, layer.channel_dim)
-                layer.parameter.data.copy_(hard)
+                soft = step < self.soft_end
+                sharpness = (step - self.search_steps) / max(self.soft_end - self.search_steps, 1)
+                integers = self._staircase(index, sharpness) if soft else self._integers(index)
+                layer.parameter.data.copy_(integers * spread(self.steps[index], layer.parameter, layer.channel_dim))
                 continue
             gates = self.soft_mask[index].tolist()
             weight, before = torch.zeros_like(layer.parameter), torch.zeros_like(layer.parameter)
@@ -313,7 +346,8 @@ class StagedCSQ(WeightMethod):
     def harden(self, step: int) -> None:
         if self.masks is None:
             self._fix_planes()
-            self.materialise(step)
+        self.soft_end = 0
+        self.materialise(step)
 
     @torch.no_grad()
     def hard_layers(self) -> list[HardLayer]:
@@ -362,6 +396,7 @@ class StagedCSQ(WeightMethod):
             "steps": self.steps,
             "soft_mask": self.soft_mask,
             "soft_steps": self.soft_steps,
+            "soft_end": self.soft_end,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -370,7 +405,7 @@ class StagedCSQ(WeightMethod):
             latent.data.copy_(saved)
         self.adam.load_state_dict(state["adam"])
         self.units = [unit.to(device) for unit in state["units"]]
-        self.masks, self.soft_mask = state["masks"], state["soft_mask"]
+        self.masks, self.soft_mask, self.soft_end = state["masks"], state["soft_mask"], state["soft_end"]
         self.steps = [step.to(device) for step in state["steps"]]
         self.soft_steps = [[step.to(device) for step in widths] for widths in state["soft_steps"]]
 

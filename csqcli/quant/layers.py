@@ -83,6 +83,17 @@ def find_layers(model: nn.Module, *, exclude: Iterable[str] = ()) -> tuple[list[
     return layers, list(left.values())
 
 
+def layers_named(model: nn.Module, names: Iterable[str]) -> list[Layer]:
+    """The layers of a model that a quantized file lists, in the file's order. UserError for a name it does not have."""
+    known = {layer.name: layer for layer in find_layers(model)[0]}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(
+            "the model has no such weight", where=missing[0], hint="the file belongs to another architecture"
+        )
+    return [known[name] for name in names]
+
+
 def match(pattern: str, names: Iterable[str], *, where: str) -> set[str]:
     """Names that a glob selects; a module's name selects its weight too. UserError when there is none."""
     names = list(names)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csqcli.errors import UserError
 from csqcli.quant import budget, csq
 from csqcli.quant.bitplanes import BitPlanes
 from csqcli.quant.layers import Layer
@@ -188,6 +189,12 @@ class GateMethod(WeightMethod):
 
     def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
         assert self.planes.fixed_mask is not None
+        if layer.scale.numel() > 1:
+            raise UserError(
+                "gates train one scale per layer, the file has one per channel",
+                where=layer.name,
+                hint="use --method csq",
+            )
         lowest = int(torch.nonzero(layer.mask).flatten()[0]) if layer.planes else 0
         full_scale = layer.scale / 2.0**lowest * (2**self.settings.bits - 1)
         integers = (layer.integers << lowest).to(self.planes.pos.device)

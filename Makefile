@@ -1,0 +1,37 @@
+# Five targets: demo, test, lint, bench, clean. Everything runs in .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	rm -rf runs/demo
+	$(BIN)/csq search --recipe digits --target-bits 2 --output runs/demo
+	$(BIN)/csq report runs/demo/model.safetensors
+	$(BIN)/csq evaluate runs/demo/model.safetensors --data digits
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check csqcli tests benchmarks
+	$(BIN)/ruff check csqcli tests benchmarks
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	@echo "each file in benchmarks/ is a command of its own; see its header"; ls benchmarks
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,274 @@
+"""The two-stage method and the yardsticks: budgets, gradients, soft becoming hard, state that survives a restart."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from csqcli.quant import budget
+from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings, mse_step, quantize
+from csqcli.quant.layers import find_layers
+from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod
+from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+
+CLOCK = Clock(total_steps=40, steps_per_epoch=10)
+
+
+def small_model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 16, 3),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+
+
+def make(kind: str, model: nn.Module, target: float = 2.0) -> WeightMethod:
+    layers, _ = find_layers(model)
+    if kind in ("ste", "lsq"):
+        return LatentUniform(layers, CLOCK, planes=int(target), learned_step=kind == "lsq")
+    if kind == "csq":
+        return StagedCSQ(layers, CLOCK, StagedSettings(target_bits=target))
+    return GateMethod(layers, CLOCK, GateSettings(target_bits=target, beta_per_epoch=False))
+
+
+def train(model: nn.Module, optimizer: QuantizedOptimizer, steps: range) -> None:
+    for step in steps:
+        rng = torch.Generator().manual_seed(step)
+        x, y = torch.randn(16, 1, 6, 6, generator=rng), torch.randint(0, 5, (16,), generator=rng)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def start(kind: str, target: float = 2.0, seed: int = 0) -> tuple[nn.Module, QuantizedOptimizer]:
+    model = small_model(seed)
+    method = make(kind, model, target)
+    return model, QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=0.05, momentum=0.9))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("planes", [1, 2, 4, 8])
+def test_mse_step_beats_the_largest_magnitude_and_its_own_neighbours(planes: int, per_channel: bool) -> None:
+    weight = torch.randn(4, 200, generator=torch.Generator().manual_seed(planes))
+    step = mse_step(weight, planes, channel_dim=0 if per_channel else None).view(-1, 1)
+
+    def error(candidate: Tensor) -> float:
+        return float((weight - quantize(weight, candidate, planes) * candidate).square().sum())
+
+    largest = weight.abs().amax(dim=1, keepdim=True) if per_channel else weight.abs().max()
+    assert error(step) <= error(largest / (2**planes - 1)) * 1.0001
+    assert error(step) <= min(error(step * 0.93), error(step * 1.07)) * 1.01
+
+
+def test_channels_of_zeros_and_of_one_value_survive() -> None:
+    weight = torch.zeros(3, 7)
+    weight[1] = -0.25
+    step = mse_step(weight, 3, channel_dim=0)
+    assert torch.isfinite(step).all()
+    assert torch.equal(quantize(weight, step.view(-1, 1), 3)[[0, 2]], torch.zeros(2, 7))
+    torch.testing.assert_close(quantize(weight, step.view(-1, 1), 3) * step.view(-1, 1), weight)
+
+
+def test_step_0_of_the_search_is_the_8_bit_rounded_model() -> None:
+    model = small_model()
+    before = copy.deepcopy(model.state_dict())
+    make("csq", model)
+    for name in ("0.weight", "3.weight", "5.weight"):
+        rows = before[name].flatten(1)
+        level = rows.abs().amax(dim=1, keepdim=True) / 255
+        assert ((model.state_dict()[name].flatten(1) - rows).abs() <= level / 2 * 1.05 + 1e-7).all()
+
+
+def test_soft_masks_average_to_the_target_while_they_are_soft() -> None:
+    layers, _ = find_layers(small_model())
+    model = small_model()
+    layers, _ = find_layers(model)
+    method = StagedCSQ(layers, CLOCK, StagedSettings(target_bits=2.5, search_share=0.5, refresh_every=1))
+    optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=0.05))
+    train(model, optimizer, range(10))
+    assert method.masks is None
+    assert method.mean_bits() == pytest.approx(2.5, abs=1e-4)
+    assert float(method.soft_mask.max()) <= 1
+    assert 0 < float((method.soft_mask > 0.02).float().mean()) < 1
+
+
+def test_importance_is_the_fisher_weighted_error_that_each_plane_removes() -> None:
+    model, optimizer = start("csq")
+    method = optimizer.method
+    method.search_steps = 1000  # stay in the first stage
+    train(model, optimizer, range(3))
+    importance = method.importance()
+    expected = torch.zeros_like(importance)
+    for index, layer in enumerate(method.layers):
+        latent, unit = method.latents[index].detach(), method.units[index]
+        wide = unit.view(-1, *[1] * (latent.dim() - 1))
+        state = method.adam.state[method.latents[index]]
+        fisher = state["exp_avg_sq"] / (1 - 0.99**3) / wide**2  # per weight, not per unit
+        value = latent * wide
+        errors = [(fisher * value**2).sum()]
+        for k, step in enumerate(method.soft_steps[index], 1):
+            spread = step.view(wide.shape)
+            errors.append((fisher * (value - (value / spread).round().clamp(1 - 2**k, 2**k - 1) * spread) ** 2).sum())
+        drops = torch.stack(errors[:-1]) - torch.stack(errors[1:])
+        expected[index] = torch.cummin(drops / 2, dim=0).values.clamp_min(0)
+        assert layer.weights == latent.numel()
+    torch.testing.assert_close(importance, expected, rtol=1e-3, atol=1e-9)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.floats(1.0, 4.0))
+def test_allocation_is_the_best_of_all_within_the_budget(seed: int, count: int, bits: int, target: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    importance = torch.rand(count, bits, generator=rng, dtype=torch.float64).sort(dim=1, descending=True).values
+    weights = torch.randint(1, 60, (count,), generator=rng).tolist()
+    limits = budget.PlaneLimits((1,) * count, (bits,) * count)
+    target = min(target, float(bits))
+    chosen = budget.allocate(importance, weights, target=target, limits=limits)
+
+    def value(planes: tuple[int, ...]) -> float:
+        return sum(float(importance[i, :k].sum()) for i, k in enumerate(planes))
+
+    def fits(planes: tuple[int, ...]) -> bool:
+        return sum(k * w for k, w in zip(planes, weights, strict=True)) <= target * sum(weights) + 1e-6
+
+    assert fits(tuple(chosen))
+    best = max(value(p) for p in itertools.product(range(1, bits + 1), repeat=count) if fits(p))
+    assert value(tuple(chosen)) == pytest.approx(best)
+
+
+def test_allocation_of_many_layers_stays_within_the_budget_and_close_to_it() -> None:
+    rng = torch.Generator().manual_seed(0)
+    weights = (torch.rand(150, generator=rng) * 2_000_000).int().add(500).tolist()
+    importance = torch.rand(150, 8, generator=rng).sort(dim=1, descending=True).values
+    limits = budget.PlaneLimits((1,) * 150, (8,) * 150)
+    mean = budget.mean_planes(budget.allocate(importance, weights, target=3.21, limits=limits), weights)
+    assert 3.20 <= mean <= 3.21
+
+
+@pytest.mark.parametrize("kind", ["ste", "lsq"])
+def test_uniform_gradients_are_those_of_a_straight_through_graph(kind: str) -> None:
+    model = small_model()
+    method = make(kind, model, target=2)
+    x = torch.randn(8, 1, 6, 6)
+    model(x).square().mean().backward()
+    method.collect(0, lr=0.1, lr_share=1.0)
+
+    class Round(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.round()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    twin = copy.deepcopy(model)
+    latents = {
+        f"{name}": v.detach().clone().requires_grad_() for name, v in zip(_names(model), method.latents, strict=True)
+    }
+    sizes = {name: s.detach().clone().requires_grad_() for name, s in zip(_names(model), method.steps, strict=True)}
+    weights = {name: Round.apply((v / sizes[name]).clamp(-3, 3)) * sizes[name] for name, v in latents.items()}
+    torch.func.functional_call(twin, weights, (x,)).square().mean().backward()
+    for index, name in enumerate(_names(model)):
+        torch.testing.assert_close(method.latents[index].grad, latents[name].grad, atol=1e-6, rtol=1e-4)
+        if kind == "lsq":
+            scaled = sizes[name].grad / (latents[name].numel() * 3) ** 0.5
+            torch.testing.assert_close(method.steps[index].grad, scaled, atol=1e-6, rtol=1e-3)
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [layer.name for layer in find_layers(model)[0]]
+
+
+def test_the_staircase_goes_from_the_identity_to_rounding() -> None:
+    _, optimizer = start("csq")
+    method = optimizer.method
+    method.harden(0)
+    ratio, hard = method._ratio(1), method._integers(1)
+    torch.testing.assert_close(method._staircase(1, 0.0), ratio, atol=1e-5, rtol=1e-5)
+    away_from_ties = (ratio - hard).abs() < 0.49
+    assert torch.equal(method._staircase(1, 1.0)[away_from_ties], hard[away_from_ties])
+    assert ((method._staircase(1, 0.6) - ratio).abs() <= (hard - ratio).abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("kind", ["csq", "gates", "ste", "lsq"])
+@pytest.mark.parametrize("target", [1.0, 3.0])
+def test_after_training_soft_weights_are_hard_weights_within_the_budget(kind: str, target: float) -> None:
+    model, optimizer = start(kind, target)
+    train(model, optimizer, range(40))
+    if kind == "gates":
+        optimizer.harden()
+    elif kind == "csq":
+        before = [layer.parameter.clone() for layer in optimizer.method.layers]
+        optimizer.harden()
+        assert all(torch.equal(a, layer.parameter) for a, layer in zip(before, optimizer.method.layers, strict=True))
+    weights = dict(model.named_parameters())
+    hard = optimizer.hard_layers()
+    for layer in hard:
+        assert torch.equal(weights[layer.name], layer.weight())
+    total = sum(layer.integers.numel() for layer in hard)
+    assert sum(layer.planes * layer.integers.numel() for layer in hard) <= target * total
+    assert min(layer.planes for layer in hard) >= 1
+
+
+@pytest.mark.parametrize("kind", ["csq", "gates", "ste", "lsq"])
+@pytest.mark.parametrize("stop", [1, 3, 17, 39])
+def test_a_restored_run_continues_bit_for_bit(kind: str, stop: int, tmp_path) -> None:
+    whole, optimizer = start(kind)
+    train(whole, optimizer, range(stop))
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(whole, optimizer, range(stop, 40))
+
+    again, resumed = start(kind, seed=1)  # other weights: everything must come from the state
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(state["model"])
+    resumed.load_state_dict(state["optimizer"])
+    train(again, resumed, range(stop, 40))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["csq", "gates"])
+def test_looking_at_the_hard_model_changes_nothing(kind: str) -> None:
+    model, optimizer = start(kind)
+    plain, undisturbed = start(kind)
+    for step in range(6):
+        train(model, optimizer, range(step, step + 1))
+        train(plain, undisturbed, range(step, step + 1))
+        with optimizer.hard() as layers:
+            assert torch.equal(dict(model.named_parameters())["0.weight"], layers[0].weight())
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["csq", "gates"])
+def test_training_on_from_a_delivered_model_starts_exactly_there(kind: str) -> None:
+    """Algorithm 1's second half: masks fixed, softness rewound, and the searched model is not lost at step 0."""
+    model, optimizer = start(kind, 2.0)
+    train(model, optimizer, range(40))
+    optimizer.harden()
+    delivered = optimizer.hard_layers()
+    weights = [layer.parameter.detach().clone() for layer in optimizer.method.layers]
+    layers, _ = find_layers(model)
+    again: WeightMethod
+    if kind == "csq":
+        again = StagedCSQ(layers, CLOCK, StagedSettings(target_bits=2.0), start=delivered)
+    else:
+        again = GateMethod(layers, CLOCK, GateSettings(target_bits=2.0), start=delivered)
+    for layer, weight in zip(again.layers, weights, strict=True):
+        torch.testing.assert_close(layer.parameter.detach(), weight, atol=1e-6, rtol=1e-4)
+    for before, after in zip(delivered, again.preview(0), strict=True):
+        assert torch.equal(before.integers, after.integers)
+        assert torch.equal(before.mask, after.mask)
+        if kind == "csq":  # a gate's scale still carries the softness that β has yet to take away
+            torch.testing.assert_close(before.weight(), after.weight())

@@ -1,0 +1,71 @@
+"""README's commands run, and its Python works as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from csqcli.recipe import builtin_names
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def shell_commands() -> list[list[str]]:
+    text = "\n".join(body for language, body in BLOCKS if language == "sh").replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("csq ")]
+
+
+def test_readme_commands_that_need_no_data_of_yours_run_in_order(csq, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for command in shell_commands():
+        if "/imagenet" in command or "/images" in command:
+            continue
+        quick = ["--epochs", "2", "--quiet"] if command[1] == "search" else []
+        code, out, err = csq(*command[1:], *quick)
+        assert code == 0, f"{command}: {err}"
+        assert out
+        ran += 1
+    assert ran >= 4
+
+
+def test_every_option_in_readme_exists(csq) -> None:
+    helps = {name: csq(name, "--help")[1] for name in ("search", "evaluate", "report")}
+    for command in shell_commands():
+        for word in command[2:]:
+            if word.startswith("--"):
+                assert word in helps[command[1]], f"{word} of {command}"
+
+
+def test_readme_python_runs_and_writes_a_file_that_loads(tmp_path: Path, monkeypatch, csq) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = [body for language, body in BLOCKS if language == "python"]
+    loop = next(body for body in blocks if "csqcli.CSQ(" in body)
+    exec(compile(loop, "README.md", "exec"), {})
+    report = csq("report", "model.safetensors")[1]
+    assert "mean bits" in report
+    loading = next(body for body in blocks if "csqcli.load(" in body).replace(
+        "runs/digits/model.safetensors", "model.safetensors"
+    )
+    names: dict = {}
+    exec(compile(loading, "README.md", "exec"), names)
+    assert not names["model"].training
+
+
+@pytest.mark.parametrize("document", sorted(p.name for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+def test_links_between_documents_lead_somewhere(document: str) -> None:
+    path = next(p for p in (ROOT / document, ROOT / "docs" / document) if p.exists())
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_readme_names_no_recipe_that_does_not_ship() -> None:
+    for command in shell_commands():
+        if "--recipe" in command:
+            recipe = command[command.index("--recipe") + 1]
+            assert recipe in builtin_names() or recipe.endswith(".yaml")
