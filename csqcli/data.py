@@ -126,7 +126,7 @@ def make_loader(
     """The loader that fits the input size: in memory up to ``IN_MEMORY_SIDE`` pixels, else from disk."""
     device = torch.device(device)
     if max(config["input_size"][1:]) <= IN_MEMORY_SIDE:
-        held = _hold(images, config, training=training)
+        held = hold(images, config, training=training)
         return _ArrayLoader(held, config, training, batch_size, augment, seed, device)
     return _ImageLoader(images, config, training, batch_size, augment, workers, seed, device)
 
@@ -296,7 +296,7 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
 
 
-def _hold(images: Images, config: dict[str, Any], *, training: bool) -> Images:
+def hold(images: Images, config: dict[str, Any], *, training: bool) -> Images:
     """The split as uint8 pixels at the model's input size; unreadable training images are dropped and listed."""
     from timm.data.transforms import str_to_pil_interp
 

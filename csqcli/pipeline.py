@@ -43,17 +43,24 @@ MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE = (
 
 
 def search(
-    recipe: Recipe, output: Path, *, display: Display, force: bool = False, resume: bool = False
+    recipe: Recipe,
+    output: Path,
+    *,
+    display: Display,
+    force: bool = False,
+    resume: bool = False,
+    images: data.DataSet | None = None,
 ) -> dict[str, Any]:
     """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
 
-    ``recipe.finetune.epochs`` more epochs follow with the planes fixed. Raises UserError for anything wrong with the
+    ``recipe.finetune.epochs`` more epochs follow with the planes fixed. ``images`` spares callers who run many jobs the
+    opening of ``recipe.data.source``. Raises UserError for anything wrong with the
     input; a folder with a finished run is refused without ``force``.
     """
     if recipe.model.source is None:
         raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
     _check_target(recipe)
-    images = _open_images(recipe)
+    images = images or _open_images(recipe)
     folder = _OutputFolder(output, recipe, force=force, resume=resume)
     torch.manual_seed(recipe.seed)
     loaded = sources.load(
@@ -387,7 +394,8 @@ def make_method(
         max_bits=rules.max_bits,
     )
     if settings.method in ("ste", "lsq"):
-        planes = int(settings.target_bits or 0)
+        uniform = int(settings.target_bits or 0)  # every layer alike, but for the recipe's own bounds
+        planes = [min(max(uniform, few, 1), most) for few, most in zip(limits.fewest, limits.most, strict=True)]
         return LatentUniform(layers, clock, planes=planes, learned_step=settings.method == "lsq")
     if settings.method == "csq":
         staged = StagedSettings(
@@ -398,6 +406,7 @@ def make_method(
             beta_initial=settings.mask_beta_initial,
             beta_final=settings.mask_beta_final,
             latent_lr=settings.latent_lr,
+            recovery=settings.recovery,
             per_channel=settings.per_channel,
             limits=limits,
         )

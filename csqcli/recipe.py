@@ -56,7 +56,7 @@ class DataSettings(_Section):
     """Channel means in [0, 1] for normalisation."""
     std: list[float] | None = None
     """Channel standard deviations in [0, 1]."""
-    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box"] | None = None
     """Resampling when images are resized."""
     crop_pct: float | None = Field(None, gt=0, le=1)
     """Centre crop at evaluation, as a share of the resized side."""
@@ -85,6 +85,8 @@ class QuantizationSettings(_Section):
     """`csq`: temperature of the soft masks when planes are fixed."""
     latent_lr: float = Field(0.01, gt=0)
     """`csq`: peak step of the latent weights, in units of the layer's one-plane step; follows optimizer.schedule."""
+    recovery: float = Field(0.25, gt=0, le=1)
+    """`csq`: discount of a plane's importance per plane below it, for what training at few planes wins back."""
     per_channel: bool = True
     """`csq`: one scale per output channel instead of one per layer."""
     beta_initial: float = Field(1.0, gt=0)

@@ -35,7 +35,7 @@ def small_model(seed: int = 0) -> nn.Sequential:
 def make(kind: str, model: nn.Module, target: float = 2.0) -> WeightMethod:
     layers, _ = find_layers(model)
     if kind in ("ste", "lsq"):
-        return LatentUniform(layers, CLOCK, planes=int(target), learned_step=kind == "lsq")
+        return LatentUniform(layers, CLOCK, planes=[int(target)] * len(layers), learned_step=kind == "lsq")
     if kind == "csq":
         return StagedCSQ(layers, CLOCK, StagedSettings(target_bits=target))
     return GateMethod(layers, CLOCK, GateSettings(target_bits=target, beta_per_epoch=False))
@@ -120,7 +120,7 @@ def test_importance_is_the_fisher_weighted_error_that_each_plane_removes() -> No
             spread = step.view(wide.shape)
             errors.append((fisher * (value - (value / spread).round().clamp(1 - 2**k, 2**k - 1) * spread) ** 2).sum())
         drops = torch.stack(errors[:-1]) - torch.stack(errors[1:])
-        expected[index] = torch.cummin(drops / 2, dim=0).values.clamp_min(0)
+        expected[index] = torch.cummin(drops / 2, dim=0).values.clamp_min(0) * 0.25 ** torch.arange(8)
         assert layer.weights == latent.numel()
     torch.testing.assert_close(importance, expected, rtol=1e-3, atol=1e-9)
 

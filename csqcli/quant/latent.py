@@ -10,7 +10,7 @@ Stage 1 (the first `search_share` of the steps). Each layer's weight is a sum of
 where Q_k rounds the latent V to k planes at that width's MSE-optimal step. This is Eq. 5 with digits taken from the
 latent instead of from 2n logits per weight. The mask logit of plane b is its importance against a price,
 
-    m_b = log I_b − log λ,   I_b = ½ Σ_i F_i ((V − Q_b)² − (V − Q_{b+1})²) / weights,   F = running mean of (dL/dW)²,
+    m_b = log I_b − log λ,   I_b = ρ^b ½ Σ_i F_i ((V − Q_b)² − (V − Q_{b+1})²) / weights,   F = running mean of (dL/dW)²,
 
 the loss that the plane saves per bit of budget (diagonal Fisher). λ is solved so that the mean of the soft masks over
 weight elements is the target at every refresh: Δ_S of Eq. 7 is zero by construction, and nothing swings. β grows from
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from csqcli.quant import budget, csq
 from csqcli.quant.bitplanes import levels_of, nearest_level
 from csqcli.quant.layers import Layer
-from csqcli.quant.methods import Clock, HardLayer, WeightMethod, hard_layer, spread
+from csqcli.quant.methods import Clock, HardLayer, WeightMethod, spread
 
 
 def top_integer(planes: int) -> int:
@@ -77,18 +77,21 @@ def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None, grid: int 
 
 
 class LatentUniform(WeightMethod):
-    """Uniform quantization-aware training: ``ste`` (fixed step) or ``lsq`` (Esser et al. 2020, learned step per layer).
+    """Quantization-aware training at given planes: ``ste`` (fixed step) or ``lsq`` (Esser et al. 2020, learned step).
 
-    The step starts at 2·mean|W|/√(2^k−1). The base optimizer trains the latents (and LSQ's steps); straight-through
-    gradients vanish where a latent lies outside ±(2^k−1) steps.
+    The step of a layer starts at 2·mean|W|/√(2^k−1). The base optimizer trains the latents (and LSQ's steps);
+    straight-through gradients vanish where a latent lies outside ±(2^k−1) steps.
     """
 
-    def __init__(self, layers: Sequence[Layer], clock: Clock, *, planes: int, learned_step: bool) -> None:
+    def __init__(self, layers: Sequence[Layer], clock: Clock, *, planes: Sequence[int], learned_step: bool) -> None:
+        """``planes``: k of every layer, in order; at least 1."""
         super().__init__(layers, clock)
-        self.planes, self.learned_step, self.target_bits = planes, learned_step, float(planes)
+        self.planes, self.learned_step = list(planes), learned_step
         self.latents = [nn.Parameter(layer.parameter.detach().clone()) for layer in layers]
-        starts = [2 * w.detach().abs().mean().clamp_min(1e-8) / top_integer(planes) ** 0.5 for w in self.latents]
-        self.steps = [nn.Parameter(start.reshape(1), requires_grad=learned_step) for start in starts]
+        self.steps = []
+        for latent, k in zip(self.latents, planes, strict=True):
+            start = 2 * latent.detach().abs().mean().clamp_min(1e-8) / top_integer(k) ** 0.5
+            self.steps.append(nn.Parameter(start.reshape(1), requires_grad=learned_step))
         self.materialise(0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -97,12 +100,12 @@ class LatentUniform(WeightMethod):
 
     @torch.no_grad()
     def collect(self, step: int, *, lr: float, lr_share: float) -> None:
-        top = top_integer(self.planes)
-        for layer, latent, size in zip(self.layers, self.latents, self.steps, strict=True):
+        for layer, latent, size, k in self._rows():
             gradient = layer.parameter.grad
             if gradient is None:
                 latent.grad = size.grad = None
                 continue
+            top = top_integer(k)
             ratio = latent / size
             inside = ratio.abs() <= top
             latent.grad = gradient * inside
@@ -112,20 +115,33 @@ class LatentUniform(WeightMethod):
 
     @torch.no_grad()
     def materialise(self, step: int) -> None:
-        for layer, latent, size in zip(self.layers, self.latents, self.steps, strict=True):
+        for layer, latent, size, k in self._rows():
             size.data.clamp_(min=1e-8)
-            layer.parameter.data.copy_(quantize(latent, size, self.planes) * size)
+            layer.parameter.data.copy_(quantize(latent, size, k) * size)
 
+    @torch.no_grad()
     def hard_layers(self) -> list[HardLayer]:
-        mask = torch.ones(self.planes, dtype=torch.bool)
-        rows = zip(self.layers, self.latents, self.steps, strict=True)
-        return [hard_layer(layer, quantize(v, s, self.planes).detach().int(), s, mask) for layer, v, s in rows]
+        bits = max(self.planes)
+        return [
+            HardLayer(
+                layer.name,
+                quantize(latent, size, k).to(torch.int32).cpu(),
+                size.detach().float().cpu(),
+                top_planes(k, bits),
+                layer.channel_dim,
+                layer.aliases,
+            )
+            for layer, latent, size, k in self._rows()
+        ]
 
     def preview(self, step: int) -> list[HardLayer]:
         return self.hard_layers()
 
     def monitor(self, step: int) -> dict[str, float]:
-        return {"mean_bits": float(self.planes), "budget_gap": 0.0}
+        return {
+            "mean_bits": budget.mean_planes(self.planes, [layer.weights for layer in self.layers]),
+            "budget_gap": 0.0,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"latents": [v.data for v in self.latents], "steps": [s.data for s in self.steps]}
@@ -133,6 +149,9 @@ class LatentUniform(WeightMethod):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for own, saved in zip([*self.latents, *self.steps], [*state["latents"], *state["steps"]], strict=True):
             own.data.copy_(saved)
+
+    def _rows(self) -> Iterator[tuple[Layer, nn.Parameter, nn.Parameter, int]]:
+        return zip(self.layers, self.latents, self.steps, self.planes, strict=True)
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,7 @@ class StagedSettings:
     latent_lr_power: float = 2.0  # the latents' rate is latent_lr · (share of the peak rate)^power
     fisher_decay: float = 0.99  # Adam's β2: the memory of F
     refresh_every: int = 10  # steps between two looks at the importance
+    recovery: float = 0.25  # share of a plane's importance that training does not win back by itself, per plane below
     per_channel: bool = True
     limits: budget.PlaneLimits | None = None
 
@@ -231,9 +251,10 @@ class StagedCSQ(WeightMethod):
 
     @torch.no_grad()
     def importance(self) -> Tensor:
-        """[layers, bits]: ½ Σ_i F_i ((V − Q_b)² − (V − Q_{b+1})²), the loss that plane b saves; never rising with b.
+        """[layers, bits]: ρ^b ½ Σ_i F_i ((V − Q_b)² − (V − Q_{b+1})²), the loss that plane b saves; falling with b.
 
-        F is Adam's bias-corrected second moment of the latent's gradient. Float64, on the CPU.
+        F is Adam's bias-corrected second moment of the latent's gradient. ρ (`recovery`) discounts finer planes: training
+        at few planes wins part of their loss back. Float64, on the CPU.
         """
         error = torch.zeros(len(self.layers), self.settings.max_bits + 1, dtype=torch.float64)
         for index, (layer, latent, unit) in enumerate(zip(self.layers, self.latents, self.units, strict=True)):
@@ -246,7 +267,8 @@ class StagedCSQ(WeightMethod):
             for k, step in enumerate(self.soft_steps[index], 1):
                 rounding = latent - self._soft_level(index, k, step) / wide
                 error[index, k] = (fisher * rounding.square_()).sum()
-        return torch.cummin((error[:, :-1] - error[:, 1:]) / 2, dim=1).values.clamp_min(0)
+        saved = torch.cummin((error[:, :-1] - error[:, 1:]) / 2, dim=1).values.clamp_min(0)
+        return saved * self.settings.recovery ** torch.arange(self.settings.max_bits, dtype=torch.float64)
 
     def _solve_masks(self, importance: Tensor, beta: float) -> Tensor:
         """Soft masks σ(β(log I − log λ)) with λ such that their mean over weight elements is the target."""
@@ -276,7 +298,7 @@ class StagedCSQ(WeightMethod):
         for layer, latent, unit, k in rows:
             value = latent.detach() * spread(unit, latent, layer.channel_dim)
             self.steps.append(self._mse_step(value, layer, max(k, 1)))
-        self.masks = [_top_planes(k, self.settings.max_bits) for k in planes]
+        self.masks = [top_planes(k, self.settings.max_bits) for k in planes]
         self.soft_steps = []
         self._clip_latents()
 
@@ -413,6 +435,6 @@ class StagedCSQ(WeightMethod):
         return mse_step(value, planes, channel_dim=layer.channel_dim if self.settings.per_channel else None)
 
 
-def _top_planes(planes: int, bits: int) -> Tensor:
+def top_planes(planes: int, bits: int) -> Tensor:
     """The mask of ``planes`` contiguous planes at the top of ``bits``: "11100000"."""
     return torch.arange(bits) >= bits - planes

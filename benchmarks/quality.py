@@ -1,0 +1,187 @@
+"""Accuracy of every method at equal mean planes, on a small proxy: is the search worth it, at schedules people run?
+
+Proxy: CIFAR-10 pooled to 16×16, cifar_resnet8 (78k weights), a float checkpoint of 15 epochs, then 6 epochs per method;
+SGD 0.05 with momentum 0.9, cosine, batch 128, weight decay 5e-4, shifted and mirrored images. Same loop, same data order
+for a seed, hard top-1 of the file as reloaded. All through `csqcli.pipeline.search`, nothing is special here.
+
+    python benchmarks/quality.py --data cifar10:DIR --work runs/quality --jobs 2 --json runs/quality/table.json
+
+Restartable: finished runs are read from --work. About an hour on two cores with bfloat16 units, two to three without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+PROXY = {
+    "model.source": "cifar_resnet8",
+    "data.input_size": 16,
+    "data.interpolation": "box",  # exactly the average of 2×2 pixels
+    "data.augment": "crop-flip",
+    "data.batch_size": 128,
+    "optimizer.lr": 0.05,
+    "optimizer.weight_decay": 5e-4,
+}
+LARGEST, SECOND, SMALL = "layer3.0.conv2", "layer3.0.conv1", ["layer1.0.conv1", "layer1.0.conv2"]
+HAND_A = {LARGEST: 1, **dict.fromkeys(SMALL, 2)}  # the rest at 3: 1.99 mean
+HAND_B = {LARGEST: 1, SECOND: 1}  # the rest at 3: 1.57 mean
+
+
+def hand_made(planes: dict[str, int], method: str, target: float) -> dict[str, Any]:
+    """Fixed allocation: 3 planes everywhere but where ``planes`` says otherwise."""
+    ceilings = {"layers.max_bits": {"*": 3, **planes}}
+    if method == "csq":  # nothing left to search when floor meets ceiling
+        return {
+            "quantization.method": "csq",
+            "quantization.target_bits": target,
+            "layers.min_bits": ceilings["layers.max_bits"],
+            **ceilings,
+        }
+    return {"quantization.method": method, "quantization.target_bits": 3.0, **ceilings}
+
+
+def method(name: str, target: float | None = None, epochs: int = 6, **more: Any) -> dict[str, Any]:
+    """Overrides of one row."""
+    return {"quantization.method": name, "quantization.target_bits": target, "epochs": epochs, **more}
+
+
+PAPER = {  # section IV-A's method on the proxy's schedule
+    "quantization.refit_scale": False,
+    "quantization.rounding": "threshold",
+    "quantization.harden_at": 1.0,
+    "quantization.beta_schedule": "epoch",
+    "bn_recalibration_batches": 0,
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "float": method("float"),
+    **{f"ste {k}": method("ste", k) for k in (1, 2, 3)},
+    **{f"lsq {k}": method("lsq", k) for k in (1, 2, 3)},
+    **{f"csq {k:g}": method("csq", k) for k in (1, 1.5, 1.57, 2, 3)},
+    "hand-made A, ste": hand_made(HAND_A, "ste", 1.99),
+    "hand-made B, ste": hand_made(HAND_B, "ste", 1.58),
+    "hand-made A, csq's training": hand_made(HAND_A, "csq", 1.99),
+    "hand-made B, csq's training": hand_made(HAND_B, "csq", 1.58),
+    "csq 1, 1 epoch": method("csq", 1, epochs=1),
+    "csq 2, 1 epoch": method("csq", 2, epochs=1),
+    "csq 1, 3 epochs": method("csq", 1, epochs=3),
+    "csq 2, 3 epochs": method("csq", 2, epochs=3),
+    "csq 1, 3 epochs + 3 finetune": method("csq", 1, epochs=3, **{"finetune.epochs": 3}),
+    "csq 2, 3 epochs + 3 finetune": method("csq", 2, epochs=3, **{"finetune.epochs": 3}),
+    "csq-uniform 2": method("csq-uniform", 2),
+    "csq-paper 2": method("csq-paper", 2, **PAPER),
+}
+
+
+@functools.cache
+def proxy_images(source: str) -> Any:
+    """The data set at 16×16, decoded once per process."""
+    from csqcli import data
+    from csqcli.models import CIFAR_CONFIG
+
+    config = CIFAR_CONFIG | {"input_size": (3, 16, 16), "interpolation": "box"}
+    images = data.open_data(source)
+    images.train, images.val = (
+        data.hold(images.train, config, training=True),
+        data.hold(images.val, config, training=False),
+    )
+    return images
+
+
+def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work: str, amp: str) -> dict[str, Any]:
+    """One run, or its report if it is finished."""
+    import torch
+
+    from csqcli import pipeline
+    from csqcli.progress import Display
+    from csqcli.recipe import resolve
+
+    torch.set_num_threads(1)
+    folder = Path(work) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+    if not (folder / "report.json").exists() or (folder / pipeline.RESUME_FILE).exists():
+        settings = PROXY | {"data.source": data_source, "seed": seed, "amp": amp} | overrides
+        recipe = resolve("short", {key: value for key, value in settings.items() if value is not None})
+        pipeline.search(recipe, folder, display=Display(quiet=True), force=True, images=proxy_images(data_source))
+    return json.loads((folder / "report.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="image folder or cifar10:DIR")
+    parser.add_argument("--work", default="runs/quality", help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--amp", default="bf16", choices=["off", "bf16"], help="training precision")
+    parser.add_argument("--only", nargs="*", help="rows to run (default: all)")
+    parser.add_argument("--json", help="write the table here")
+    arguments = parser.parse_args()
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    checkpoint = Path(arguments.work) / "float15-0" / "model.safetensors"
+    start = {"quantization.method": "float", "model.pretrained": False, "epochs": 15, "optimizer.lr": 0.1}
+    run("float15", 0, start, arguments.data, arguments.work, arguments.amp)
+    names = arguments.only or list(ROWS)
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+        pending = {}
+        for seed in range(1, arguments.seeds + 1):
+            for name in names:
+                overrides = {"model.checkpoint": str(checkpoint), "epochs": 6} | ROWS[name]
+                future = pool.submit(run, name, seed, overrides, arguments.data, arguments.work, arguments.amp)
+                pending[future] = (name, seed)
+        for future in concurrent.futures.as_completed(pending):
+            name, seed = pending[future]
+            results[name][seed] = report = future.result()
+            print(
+                f"{name} seed {seed}: {report['budget']['mean_bits']:.3f} bits, {report['accuracy']['hard_top1']:.2f} %",
+                flush=True,
+            )
+    print_table(results)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(table(results), indent=2) + "\n")
+
+
+def table(results: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean, spread (sample standard deviation) and worst budget of every row."""
+    rows = []
+    for name, by_seed in results.items():
+        top1 = [by_seed[seed]["accuracy"]["hard_top1"] for seed in sorted(by_seed)]
+        bits = [by_seed[seed]["budget"]["mean_bits"] for seed in sorted(by_seed)]
+        rows.append(
+            {
+                "row": name,
+                "mean_bits": statistics.mean(bits),
+                "most_bits": max(bits),
+                "top1": statistics.mean(top1),
+                "spread": statistics.stdev(top1) if len(top1) > 1 else 0.0,
+                "seeds": top1,
+                "soft_minus_hard_logit": max(by_seed[seed]["parity"]["max_logit_gap"] for seed in by_seed),
+            }
+        )
+    return rows
+
+
+def print_table(results: dict[str, dict[int, dict[str, Any]]]) -> None:
+    import torch
+
+    seeds = len(next(iter(results.values())))
+    print(
+        f"\n{platform.processor() or platform.machine()}, torch {torch.__version__}, {seeds} seeds, hard top-1 of the file"
+    )
+    print("| method | mean planes | top-1, mean ± spread | seeds |\n|---|---|---|---|")
+    for row in table(results):
+        runs = " ".join(f"{value:.2f}" for value in row["seeds"])
+        print(f"| {row['row']} | {row['mean_bits']:.3f} | {row['top1']:.2f} ± {row['spread']:.2f} | {runs} |")
+
+
+if __name__ == "__main__":
+    main()
