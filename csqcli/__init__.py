@@ -31,9 +31,10 @@ def load(path: str | Path, *, trust_code: bool = False) -> nn.Module:
 
 
 def model_from_file(file: QuantizedFile, *, trust_code: bool = False, where: str = "model file") -> nn.Module:
-    """Build the architecture that a file names and load the dequantized weights into it, strictly."""
+    """Build the architecture that a file names, load the dequantized weights strictly, attach its activation quantizers."""
     from csqcli import sources
     from csqcli.errors import UserError
+    from csqcli.quant import activations
 
     spec = file.manifest.spec
     if spec.library not in ("timm", "torchvision", "csq", "factory"):
@@ -45,6 +46,8 @@ def model_from_file(file: QuantizedFile, *, trust_code: bool = False, where: str
         spec = sources.parse(spec.source, spec.arguments)
     model = sources.build(spec, num_classes=file.manifest.model.num_classes)
     sources.fit_state_dict(model, file.state_dict(), where=where)
+    entries = file.manifest.activations
+    activations.attach(model, [activations.ActivationRecord(e.module, e.bits, e.signed, e.scale) for e in entries])
     return model.eval()
 
 

@@ -84,6 +84,13 @@ class LayerRecord(_Record):
     aliases: list[str] = Field(default_factory=list)
 
 
+class ActivationEntry(_Record):
+    module: str  # whose input is rounded
+    bits: int = Field(ge=1, le=16)
+    signed: bool
+    scale: float = Field(gt=0, allow_inf_nan=False)  # value of integer 1
+
+
 class Manifest(_Record):
     schema_version: int = SCHEMA_VERSION
     model: ModelRecord
@@ -93,6 +100,7 @@ class Manifest(_Record):
     sizes: SizesRecord
     accuracy: AccuracyRecord = Field(default_factory=AccuracyRecord)
     layers: list[LayerRecord]
+    activations: list[ActivationEntry] = Field(default_factory=list)
     left_float: list[dict[str, Any]] = Field(default_factory=list)  # tensors of ≥ 2 dimensions not quantized, and why
     payload_sha256: str
     environment: dict[str, str] = Field(default_factory=dict)
@@ -131,7 +139,7 @@ def assemble(
 ) -> QuantizedFile:
     """The file for a trained model: ``layers`` as hardened, all else from the model's own state dict.
 
-    ``details`` are further manifest fields (classes, accuracy, recipe, environment, left_float).
+    ``details`` are further manifest fields (classes, accuracy, recipe, environment, activations, left_float).
     """
     names = {name for layer in layers for name in (layer.name, *layer.aliases)}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}

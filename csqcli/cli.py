@@ -74,6 +74,7 @@ def search(
         "."
     ),
     method: Annotated[str | None, typer.Option(help="csq, csq-paper, csq-uniform, ste, lsq or float.")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
@@ -96,6 +97,7 @@ def search(
         "data.source": data,
         "model.checkpoint": checkpoint,
         "quantization.method": method,
+        "quantization.act_bits": act_bits,
         "epochs": epochs,
         "finetune.epochs": finetune_epochs,
         "seed": seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import platform
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from csqcli import report as reports
 from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.errors import UserError
 from csqcli.progress import Display
-from csqcli.quant import budget
+from csqcli.quant import activations, budget
+from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
@@ -40,6 +42,8 @@ MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE = (
     "recipe.yaml",
     "resume.pt",
 )
+
+_CALIBRATION_BATCHES = 4
 
 
 def search(
@@ -171,6 +175,7 @@ class _Job:
     record: ModelRecord
     history: list[dict[str, Any]] = field(default_factory=list)
     accuracy: AccuracyRecord = field(default_factory=AccuracyRecord)
+    activations: ActivationQuantizers | None = None
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
@@ -204,6 +209,7 @@ class _Job:
             f"({self.record.weights_from} weights)"
         )
         layers, left_float = self._layers(self.recipe.layers.exclude)
+        self._quantize_activations()
         trainer = self._trainer(self.recipe, layers)
         self._train("search", trainer)
         left = [vars(tensor) for tensor in left_float]
@@ -222,6 +228,9 @@ class _Job:
             self.accuracy = start.manifest.accuracy.model_copy(update={"samples": before.samples, "soft_top1": None})
             self.saved = None
         layers = layers_named(self.model, [layer.name for layer in start.layers])
+        if self.activations is None and start.manifest.activations:
+            records = [activations.ActivationRecord(**entry.model_dump()) for entry in start.manifest.activations]
+            self.activations = activations.attach(self.model, records, method=recipe.quantization.act_method)
         trainer = self._trainer(recipe, layers, start=start.layers)
         self._train("finetune", trainer)
         file, gap = self._write(trainer, start.manifest.left_float)
@@ -245,6 +254,20 @@ class _Job:
         self.display.say(f"{len(layers)} weight tensors, {sum(layer.weights for layer in layers):,} weights")
         return layers, left
 
+    def _quantize_activations(self) -> None:
+        """Calibrated on the first training batches, before any weight is rounded."""
+        settings = self.recipe.quantization
+        if settings.act_bits == 32:
+            return
+        hooked, _ = find_layers(self.model, exclude=self.recipe.layers.exclude)
+        batches = (images for images, _ in itertools.islice(self.train_loader.epoch(0), _CALIBRATION_BATCHES))
+        self.activations = activations.calibrate(
+            self.model, hooked, batches, bits=settings.act_bits, method=settings.act_method
+        )
+        missed = self.activations.unreached
+        note = f"; not reached by a hook: {', '.join(missed)}" if missed else ""
+        self.display.say(f"{len(self.activations.quantizers)} activation quantizers of {settings.act_bits} bits{note}")
+
     def _untracked(self) -> dict[str, torch.Tensor]:
         """Buffers that a file may lack (old checkpoints have no num_batches_tracked)."""
         return {k: v for k, v in self.model.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -254,8 +277,11 @@ class _Job:
         steps = min(self.train_loader.batches, recipe.max_steps or self.train_loader.batches)
         total = recipe.epochs * steps
         method = make_method(recipe, layers, Clock(total, steps), start=start)
+        groups = base_groups(self.model, method)
+        if self.activations is not None:
+            groups.append({"params": self.activations.parameters(), "weight_decay": 0.0})
         base = create_optimizer_v2(
-            base_groups(self.model, method),
+            groups,
             opt=settings.name,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
@@ -300,6 +326,8 @@ class _Job:
             trainer.optimizer.load_state_dict(self.saved["optimizer"])
             if self.accuracy.soft_top1 is not None:
                 trainer.optimizer.before_harden = None
+            if self.activations is not None:
+                self.activations.load_state_dict(self.saved["activations"])
             torch.set_rng_state(self.saved["rng"])
             first = self.saved["epoch"]
             self.saved = None
@@ -317,6 +345,7 @@ class _Job:
                         "epoch": epoch + 1,
                         "model": self.model.state_dict(),
                         "optimizer": trainer.optimizer.state_dict(),
+                        "activations": self.activations.state_dict() if self.activations is not None else {},
                         "rng": torch.get_rng_state(),
                         "history": self.history,
                         "accuracy": self.accuracy.model_dump(),
@@ -346,6 +375,7 @@ class _Job:
                 target_bits=recipe.quantization.target_bits if layers else None,
                 classes=self.images.classes,
                 accuracy=self.accuracy,
+                activations=[vars(r) for r in self.activations.records()] if self.activations is not None else [],
                 left_float=left_float,
                 environment=environment(),
                 recipe=recipe.model_dump(mode="json"),

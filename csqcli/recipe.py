@@ -75,6 +75,10 @@ class QuantizationSettings(_Section):
     """Mean planes per weight element that the delivered model must not exceed; fractions are fine."""
     max_bits: int = Field(8, ge=1, le=8)
     """n: planes that each layer starts with."""
+    act_bits: Literal[2, 3, 4, 8, 32] = 32
+    """Bits of the inputs of quantized layers; 32 leaves them float. The network's own input has 8."""
+    act_method: Literal["lsq", "pact"] = "lsq"
+    """How activation scales learn: `lsq` (learned step), `pact` (learned clipping level, the paper's at 3 bits and below)."""
     search_share: float = Field(0.1, gt=0, lt=1)
     """`csq`: share of the steps in which masks are soft; then planes are fixed and integers trained."""
     soft_share: float = Field(0.5, ge=0, le=1)

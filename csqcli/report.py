@@ -60,6 +60,11 @@ def totals(manifest: Manifest) -> list[str]:
             f"stored       {sizes.stored_bits_per_weight:.3f} bits per weight dense, "
             f"{sizes.entropy_bits_per_weight:.3f} entropy",
         ]
+        if manifest.activations:
+            widths = sorted({entry.bits for entry in manifest.activations})
+            lines.append(
+                f"activations  {len(manifest.activations)} layer inputs at {'/'.join(map(str, widths))} bits, static scales"
+            )
         if manifest.left_float:
             lines.append(f"left float   {len(manifest.left_float)} tensors of two or more dimensions")
     if sizes.file_bytes:

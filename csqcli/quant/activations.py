@@ -1,0 +1,185 @@
+"""Activation quantizers: static learned scales on the inputs of quantized layers, attached as hooks.
+
+The model's code, module tree and state dict stay as they are. A quantizer rounds what a layer receives to A bits at one
+scale per layer that training learns (LSQ, or PACT for the paper's setting) and that evaluation only reads: a prediction
+never depends on its batch. Inputs that were never negative in calibration are unsigned; the network's own input has 8
+bits. Layers whose module is never called (weights used functionally, the output projection inside
+``nn.MultiheadAttention``) have no input to hook and are listed as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csqcli.errors import UserError
+from csqcli.quant.layers import Layer
+
+INPUT_BITS = 8  # of the network's own input
+_SAMPLE = 2**16  # values per layer and batch that the calibration looks at
+
+
+@dataclass(frozen=True)
+class ActivationRecord:
+    """A quantizer as stored: the module whose input it rounds, its width, sign and step."""
+
+    module: str
+    bits: int
+    signed: bool
+    scale: float  # value of integer 1
+
+
+class ActivationQuantizer(nn.Module):
+    """round(x/s) within the A-bit range, times s; s is learned.
+
+    ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top). ``pact``: Choi et al. 2018, the clipping level
+    α = s·top is what learns, from clipped values only.
+    """
+
+    def __init__(self, bits: int, *, signed: bool, scale: float, method: str = "lsq") -> None:
+        super().__init__()
+        self.bits, self.signed, self.method = bits, signed, method
+        self.scale = nn.Parameter(torch.tensor([scale], dtype=torch.float32))
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = self.range
+        scale = self.scale.clamp_min(1e-8)
+        rounded: Tensor = _Quantize.apply(x.float(), scale, low, high, self.method == "pact")
+        return rounded.to(x.dtype)
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, pact: bool) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.low, ctx.high, ctx.pact = low, high, pact
+        return torch.round(x / scale).clamp_(low, high) * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        ratio = x / scale
+        below, above = ratio < ctx.low, ratio > ctx.high
+        inside = ~(below | above)
+        clipped = below * float(ctx.low) + above * float(ctx.high)
+        slope = clipped if ctx.pact else clipped + (ratio.round() - ratio) * inside
+        damping = 1.0 if ctx.pact else (x.numel() * ctx.high) ** -0.5
+        return gradient * inside, ((gradient * slope).sum() * damping).reshape(1), None, None, None
+
+
+class ActivationQuantizers:
+    """All quantizers of a model, and the hooks that apply them."""
+
+    def __init__(
+        self, model: nn.Module, quantizers: dict[str, ActivationQuantizer], unreached: Sequence[str] = ()
+    ) -> None:
+        self.quantizers, self.unreached = quantizers, list(unreached)
+        modules = dict(model.named_modules())
+        device = next(model.parameters()).device
+        for name, quantizer in quantizers.items():
+            if name not in modules:
+                raise UserError(
+                    "the model has no such module", where=name, hint="the file belongs to another architecture"
+                )
+            modules[name].register_forward_pre_hook(_apply(quantizer.to(device)))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The learned scales."""
+        return [quantizer.scale for quantizer in self.quantizers.values()]
+
+    def records(self) -> list[ActivationRecord]:
+        """The quantizers as they are stored."""
+        return [
+            ActivationRecord(name, q.bits, q.signed, float(q.scale.detach().clamp_min(1e-8)))
+            for name, q in self.quantizers.items()
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: quantizer.scale.detach() for name, quantizer in self.quantizers.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, scale in state.items():
+            self.quantizers[name].scale.data.copy_(scale)
+
+
+def attach(model: nn.Module, records: Iterable[ActivationRecord], *, method: str = "lsq") -> ActivationQuantizers:
+    """Put stored quantizers back on a model. UserError when it has no such module."""
+    quantizers = {r.module: ActivationQuantizer(r.bits, signed=r.signed, scale=r.scale, method=method) for r in records}
+    return ActivationQuantizers(model, quantizers)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Tensor], *, bits: int, method: str = "lsq"
+) -> ActivationQuantizers:
+    """Quantizers for the inputs of ``layers``, with signs and MSE-optimal scales measured on a few batches of images.
+
+    The model runs in eval mode and comes back in the mode it was in.
+    """
+    modules = dict(model.named_modules())
+    owners = list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers))
+    samples: dict[str, list[Tensor]] = {}
+    negative: dict[str, bool] = {}
+    hooks = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = next((value for value in inputs if isinstance(value, Tensor)), None)
+            if x is None or not x.is_floating_point():
+                return
+            flat = x.detach().float().flatten()
+            negative[name] = negative.get(name, False) or bool((flat < 0).any())
+            samples.setdefault(name, []).append(flat[:: max(1, flat.numel() // _SAMPLE)])
+
+        return hook
+
+    for name in owners:
+        hooks.append(modules[name].register_forward_pre_hook(watch(name)))
+    was_training = model.training
+    model.eval()
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        model.train(was_training)
+    quantizers = {}
+    for position, (name, values) in enumerate(samples.items()):  # in the order in which the layers ran
+        width = max(bits, INPUT_BITS) if position == 0 else bits
+        quantizer = ActivationQuantizer(width, signed=negative[name], scale=1.0, method=method)
+        quantizer.scale.data.fill_(_mse_scale(torch.cat(values), *quantizer.range))
+        quantizers[name] = quantizer
+    return ActivationQuantizers(model, quantizers, [name for name in owners if name not in samples])
+
+
+def _mse_scale(values: Tensor, low: int, high: int, *, grid: int = 40) -> float:
+    """The scale with the least squared rounding error on a sample; 1 for an all-zero one."""
+    largest = float(values.abs().max())
+    if largest == 0:
+        return 1.0
+    scales = [largest * share / max(high, 1) for share in torch.linspace(0.05, 1.0, grid).tolist()]
+    errors = [float((values - torch.round(values / s).clamp_(low, high) * s).square().sum()) for s in scales]
+    return scales[errors.index(min(errors))]
+
+
+def _apply(quantizer: ActivationQuantizer) -> Callable[..., tuple[Any, ...]]:
+    """A forward pre-hook that rounds every floating tensor among the positional inputs (query, key and value alike)."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        done: dict[int, Tensor] = {}  # self-attention gets one tensor three times, and relies on its identity
+        for value in inputs:
+            if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in done:
+                done[id(value)] = quantizer(value)
+        return tuple(done.get(id(value), value) for value in inputs)
+
+    return hook
