@@ -77,6 +77,9 @@ def search(
     act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Share of the loss that follows the float model, 0 to 1.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
     device: DeviceOption = None,
     pretrained: Annotated[
@@ -100,6 +103,7 @@ def search(
         "quantization.act_bits": act_bits,
         "epochs": epochs,
         "finetune.epochs": finetune_epochs,
+        "optimizer.distill": distill,
         "seed": seed,
         "device": device.value if device else None,
         "model.pretrained": pretrained,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -16,6 +17,7 @@ import numpy
 import timm
 import torch
 import torchvision
+from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -85,6 +87,8 @@ def search(
         checkpoint_sha256=loaded.checkpoint_sha256,
     )
     job = _Job(recipe, folder, display, loaded.model, images, _overridden(loaded.data_config, recipe), record)
+    if recipe.optimizer.distill:
+        job.teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     report = job.search()
     if recipe.finetune.epochs and recipe.quantization.method != "float":
         report = job.finetune(checkpoint_file.read(folder.path / MODEL_FILE))
@@ -110,6 +114,9 @@ def finetune(
     file = checkpoint_file.read(path)
     if not file.layers:
         raise UserError("holds no quantized layer", where=str(path), hint="`csq search` writes one that does")
+    if recipe.optimizer.distill:
+        hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
+        raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     images = _open_images(recipe)
     _check_classes(file.manifest, images, where=str(path))
     folder = _OutputFolder(output, recipe, force=force, resume=resume, source=file.manifest.payload_sha256)
@@ -176,10 +183,13 @@ class _Job:
     history: list[dict[str, Any]] = field(default_factory=list)
     accuracy: AccuracyRecord = field(default_factory=AccuracyRecord)
     activations: ActivationQuantizers | None = None
+    teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
         self.device = pick_device(recipe.device)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         self.model = self.model.to(self.device)
         train, val = self.images.train, self.images.val
         assert train is not None
@@ -302,6 +312,14 @@ class _Job:
         harden_step = max(1, round(recipe.quantization.harden_at * total)) if gates_harden else None
         optimizer = QuantizedOptimizer(method, base, harden_at_step=harden_step)
         optimizer.before_harden = self._measure_soft
+        mixup = None
+        if settings.mixup or settings.cutmix:
+            mixup = Mixup(
+                mixup_alpha=settings.mixup,
+                cutmix_alpha=settings.cutmix,
+                label_smoothing=settings.label_smoothing,
+                num_classes=self.images.num_classes,
+            )
         return Trainer(
             model=self.model,
             optimizer=optimizer,
@@ -310,7 +328,11 @@ class _Job:
             val_loader=self.val_loader,
             epochs=recipe.epochs,
             steps_per_epoch=steps,
-            criterion=nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
+            criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else settings.label_smoothing),
+            teacher=self.teacher,
+            distill=settings.distill,
+            mixup=mixup,
+            seed=recipe.seed,
             clip_grad_norm=settings.clip_grad_norm,
             amp=recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda"),
             on_step=self.display.on_step,

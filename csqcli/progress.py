@@ -35,7 +35,7 @@ class Display:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -59,7 +59,8 @@ class Display:
         """After every epoch, with its metrics line."""
         self.say(f"epoch {line['epoch']:>3}  {summary(line, self._target)}")
         if self._live is not None:
-            self._live.update(self._epochs, completed=line["epoch"], numbers=summary(line, self._target))
+            bits = f"  bits {line['mean_bits']:.3f}" if "mean_bits" in line else ""
+            self._live.update(self._epochs, completed=line["epoch"], numbers=f"top-1 {line['val_top1']:.2f}{bits}")
 
 
 def summary(line: dict[str, Any], target_bits: float | None) -> str:

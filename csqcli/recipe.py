@@ -147,6 +147,12 @@ class OptimizerSettings(_Section):
     """Clip the gradient norm of dL/dW and all other parameters."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the cross entropy."""
+    distill: float = Field(0.0, ge=0, le=1)
+    """Share of the loss that follows the float model's predictions (KL divergence) instead of the labels."""
+    mixup: float = Field(0.0, ge=0)
+    """Mixup α (timm); 0 is off. Needs an even batch size."""
+    cutmix: float = Field(0.0, ge=0)
+    """CutMix α (timm); 0 is off. Needs an even batch size."""
 
 
 class FinetuneSettings(_Section):
@@ -183,6 +189,8 @@ class Recipe(_Section):
     """Training batches that re-estimate BatchNorm statistics once the weights are hard; 0 leaves them."""
     seed: int = Field(0, ge=0)
     """Seeds data order, augmentation and fresh weights."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; unset leaves torch's choice. Runs repeat bit for bit at equal threads; tiny models are fastest with 1."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """Training in bfloat16 autocast: `auto` on a GPU, off on the CPU. Gates, latents and evaluation stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

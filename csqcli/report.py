@@ -19,7 +19,9 @@ def build(manifest: Manifest, history: list[dict[str, Any]] | None = None) -> di
 def print_table(manifest: Manifest, console: Console) -> None:
     """Per-layer table, totals, and accuracy from float to hard."""
     total_packed = sum(layer.packed_bytes for layer in manifest.layers) or 1
-    table = Table(title=manifest.model.source, title_justify="left", box=rich.box.SIMPLE, pad_edge=False)
+    table = Table(
+        title=manifest.model.source, title_justify="left", box=rich.box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for heading, justify in (
         ("layer", "left"),
         ("shape", "left"),
@@ -28,7 +30,7 @@ def print_table(manifest: Manifest, console: Console) -> None:
         ("bits", "right"),
         ("stored", "right"),
         ("entropy", "right"),
-        ("share of size", "right"),
+        ("share", "right"),
     ):
         table.add_column(heading, justify=justify, no_wrap=heading != "layer", overflow="fold")  # type: ignore[arg-type]
     for layer in manifest.layers:

@@ -262,8 +262,10 @@ def _known_names(library: str) -> list[str]:
 
 
 def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
-    if pretrained:
-        _fail_fast_without_network()
+    if pretrained and not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # read the cache only; the client would retry for a minute
     import timm
 
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -283,8 +285,12 @@ def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool
     model = torchvision.models.get_model(spec.name, weights=None, **kwargs)
     if not pretrained:
         return model
+    weights = torchvision.models.get_model_weights(spec.name).DEFAULT
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(weights.url).path).name)
     try:
-        state = torchvision.models.get_model_weights(spec.name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        if not cached.exists() and not _reachable(weights.url):
+            raise OSError(f"{urlsplit(weights.url).hostname} cannot be resolved")
+        state = weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise _no_weights(spec, error) from error
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -327,17 +333,15 @@ def _no_weights(spec: ModelSpec, error: Exception) -> UserError:
     )
 
 
-def _fail_fast_without_network() -> None:
-    """Tell the hub client to use its cache only when its host cannot even be resolved (it would retry for a minute)."""
+def _reachable(url: str) -> bool:
+    """Whether a download can be tried at all: its host resolves, or a proxy is set that may know it."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+        return True
     try:
-        socket.getaddrinfo(host, 443)
+        socket.getaddrinfo(urlsplit(url).hostname, 443)
     except OSError:
-        import huggingface_hub.constants
-
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 def _torchvision_config(spec: ModelSpec) -> DataConfig:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from csqcli.data import Loader
+from csqcli.data import Loader, stream_seed
 from csqcli.errors import UserError
 from csqcli.quant.optimizer import QuantizedOptimizer
 
@@ -98,6 +100,10 @@ class Trainer:
     criterion: nn.Module
     clip_grad_norm: float | None = None
     amp: bool = False  # bfloat16 autocast of the forward pass
+    teacher: nn.Module | None = None  # the float model, in eval mode
+    distill: float = 0.0  # share of the loss that follows the teacher
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # timm's Mixup: labels become distributions
+    seed: int = 0  # of mixup
     on_step: Callable[[int, int, dict[str, float]], None] | None = None  # (epoch, step in epoch, numbers)
 
     def run_epoch(self, epoch: int) -> dict[str, Any]:
@@ -107,9 +113,7 @@ class Trainer:
         losses: list[Tensor] = []
         for batch, (images, labels) in enumerate(self._batches(epoch)):
             self.scheduler.step_update(num_updates=epoch * self.steps_per_epoch + batch)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-                scores = logits_of(self.model(images))
-            loss = self.criterion(scores.float(), labels)
+            loss = self._loss(*self._mixed(images, labels, epoch, batch))
             loss.backward()
             if self.clip_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
@@ -137,6 +141,31 @@ class Trainer:
             "images_per_second": images_seen / seconds,
             "skipped_images": self.train_loader.skipped,
         }
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            scores = logits_of(self.model(images))
+        loss: Tensor = self.criterion(scores.float(), labels)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            wanted = logits_of(self.teacher(images))
+        following = F.kl_div(
+            F.log_softmax(scores.float(), dim=1),
+            F.log_softmax(wanted.float(), dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - self.distill) * loss + self.distill * following
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        if self.mixup is None or len(labels) % 2:
+            return images, labels
+        state = numpy.random.get_state()  # timm draws from NumPy's global stream
+        numpy.random.seed(stream_seed(self.seed, epoch, batch) % 2**32)
+        mixed = self.mixup(images, labels)
+        numpy.random.set_state(state)
+        return mixed
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return itertools.islice(self.train_loader.epoch(epoch), self.steps_per_epoch)

@@ -283,6 +283,19 @@ def test_every_method_runs_through_the_same_command(csq, tmp_path: Path, method:
     assert len(report["layers"]) == (0 if method == "float" else 4)
 
 
+_MIXED = ("--set", "mixup=0.2", "--set", "cutmix=1.0", "--set", "label_smoothing=0.1")
+
+
+@pytest.mark.parametrize("extra", [("--distill", "0.5"), _MIXED], ids=["distill", "mixup"])
+def test_distillation_and_mixup_train_and_repeat(csq, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    plain = ("search", "--recipe", "digits", "--target-bits", "2", *FAST)
+    for name, more in (("plain", ()), ("once", extra), ("twice", extra)):
+        code, _, err = csq(*plain, "-o", tmp_path / name, *more)
+        assert code == 0, err
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "once", "twice")}
+    assert weights["once"] == weights["twice"] != weights["plain"]
+
+
 def test_recipes_are_listed_shown_and_described(csq) -> None:
     code, out, _ = csq("recipes")
     assert code == 0
