@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from csqcli import __version__
 from csqcli.errors import UserError
+from csqcli.interrupt import Interrupted
 
 app = typer.Typer(
     name="csq",
@@ -25,6 +27,7 @@ recipes_app = typer.Typer(help="List, show and describe recipes.", rich_markup_m
 app.add_typer(recipes_app, name="recipes")
 
 _INTERRUPTED = 130  # what a shell reports for SIGINT
+_RESUME_HINT = "csq: interrupted; the same command with --resume goes on from the last saved state"
 
 
 class Device(str, Enum):
@@ -113,9 +116,10 @@ def search(
     from csqcli import pipeline
     from csqcli.progress import Display
 
-    pipeline.search(resolved, output, display=Display(quiet=quiet), force=force, resume=resume)
-    _print_report(output / pipeline.MODEL_FILE)
-    typer.echo(f"wrote {output / pipeline.MODEL_FILE}")
+    pipeline.search(
+        resolved, output, display=Display(quiet=quiet or not _is_main_process()), force=force, resume=resume
+    )
+    _print_result(output / pipeline.MODEL_FILE)
 
 
 @app.command()
@@ -154,10 +158,15 @@ def finetune(
     from csqcli.progress import Display
 
     pipeline.finetune(
-        file, resolved, target, display=Display(quiet=quiet), force=force, resume=resume, trust_code=trust_code
+        file,
+        resolved,
+        target,
+        display=Display(quiet=quiet or not _is_main_process()),
+        force=force,
+        resume=resume,
+        trust_code=trust_code,
     )
-    _print_report(target / pipeline.MODEL_FILE)
-    typer.echo(f"wrote {target / pipeline.MODEL_FILE}")
+    _print_result(target / pipeline.MODEL_FILE)
 
 
 @app.command()
@@ -242,6 +251,16 @@ def _list_recipes() -> None:
         typer.echo(f"{name:<20} {read(name)[0].get('description', '')}")
 
 
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0  # as torchrun sets it
+
+
+def _print_result(file: Path) -> None:
+    if _is_main_process():
+        _print_report(file)
+        typer.echo(f"wrote {file}")
+
+
 def _print_report(file: Path) -> None:
     from rich.console import Console
 
@@ -281,8 +300,13 @@ def main() -> None:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
-    if code == _INTERRUPTED:
-        typer.echo("csq: interrupted; the same command with --resume goes on after the last whole epoch", err=True)
+        typer.echo(_RESUME_HINT, err=True)
+    except Interrupted as stop:
+        typer.echo(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on", err=True)
+        code = 128 + stop.signum
+    else:
+        if code == _INTERRUPTED:  # some releases of typer turn KeyboardInterrupt into this exit code
+            typer.echo(_RESUME_HINT, err=True)
     sys.exit(code)
 
 

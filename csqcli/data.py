@@ -25,6 +25,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from csqcli.distributed import Shard
 from csqcli.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -109,26 +110,29 @@ class Loader(Protocol):
     samples: int
     skipped: int  # images left out because they could not be decoded
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches ``start`` … ``batches − 1`` of an epoch; one whose images are all unreadable is empty."""
+        ...
 
 
-def make_loader(
-    images: Images,
-    config: dict[str, Any],
-    *,
-    training: bool,
-    batch_size: int,
-    augment: str = "none",
-    workers: int = 0,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> Loader:
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How batches are made from a split."""
+
+    training: bool
+    batch_size: int  # per process
+    augment: str = "none"
+    workers: int = 0
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shard: Shard = field(default_factory=Shard)
+
+
+def make_loader(images: Images, config: dict[str, Any], settings: LoaderSettings) -> Loader:
     """The loader that fits the input size: in memory up to ``IN_MEMORY_SIDE`` pixels, else from disk."""
-    device = torch.device(device)
     if max(config["input_size"][1:]) <= IN_MEMORY_SIDE:
-        held = hold(images, config, training=training)
-        return _ArrayLoader(held, config, training, batch_size, augment, seed, device)
-    return _ImageLoader(images, config, training, batch_size, augment, workers, seed, device)
+        return _ArrayLoader(hold(images, config, training=settings.training), config, settings)
+    return _ImageLoader(images, config, settings)
 
 
 def choose_augment(setting: str, data: DataSet, config: dict[str, Any]) -> str:
@@ -146,57 +150,66 @@ def stream_seed(*keys: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+class _Plan:
+    """Which images make which batch, on this process."""
+
+    def __init__(self, samples: int, settings: LoaderSettings) -> None:
+        self.samples, self.settings = samples, settings
+        world = settings.shard.world
+        if settings.training:
+            self.batch_size = max(1, min(settings.batch_size, samples // world))
+            self.batches = max(1, samples // (self.batch_size * world))
+        else:
+            self.mine = torch.arange(settings.shard.rank, samples, world)
+            self.batch_size = settings.batch_size
+            self.batches = -(-len(self.mine) // self.batch_size)
+
+    def order(self, epoch: int) -> list[Tensor]:
+        """Image indices of every batch; a process's batch is its share of the global one."""
+        if not self.settings.training:
+            return list(self.mine.split(self.batch_size))
+        shard = self.settings.shard
+        shuffled = permutation(self.samples, self.settings.seed, epoch)
+        return [
+            shuffled[(b * shard.world + shard.rank) * self.batch_size :][: self.batch_size] for b in range(self.batches)
+        ]
+
+
 class _ArrayLoader:
-    def __init__(
-        self,
-        images: Images,
-        config: dict[str, Any],
-        training: bool,
-        batch_size: int,
-        augment: str,
-        seed: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, images: Images, config: dict[str, Any], settings: LoaderSettings) -> None:
         assert images.pixels is not None
-        self.pixels, self.labels = images.pixels.to(device), images.labels.to(device)
-        self.training, self.augment, self.seed, self.device = training, augment, seed, device
-        self.samples, self.skipped = len(images), len(images.unreadable)
-        self.batch_size = min(batch_size, self.samples)
-        self.batches = self.samples // self.batch_size if training else -(-self.samples // self.batch_size)
+        self.settings, self.device = settings, settings.device
+        self.pixels, self.labels = images.pixels.to(self.device), images.labels.to(self.device)
+        self.plan = _Plan(len(images), settings)
+        self.batches, self.samples, self.skipped = self.plan.batches, len(images), len(images.unreadable)
         channels = self.pixels.shape[1]
-        mean = torch.tensor(config["mean"], device=device).expand(channels).view(1, -1, 1, 1)
-        std = torch.tensor(config["std"], device=device).expand(channels).view(1, -1, 1, 1)
+        mean = torch.tensor(config["mean"], device=self.device).expand(channels).view(1, -1, 1, 1)
+        std = torch.tensor(config["std"], device=self.device).expand(channels).view(1, -1, 1, 1)
         self.gain, self.shift = 1 / (255 * std), mean / std
         self.fill = (mean * 255).round().to(torch.uint8)
         self.padding = max(1, self.pixels.shape[-1] // 8)  # 4 at 32 pixels, as usual for CIFAR
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if not self.training:
-            for start in range(0, self.samples, self.batch_size):
-                yield self._batch(slice(start, start + self.batch_size))
-            return
-        order = _permutation(self.samples, self.seed, epoch).to(self.device)
-        for batch in range(self.batches):
-            rng = torch.Generator().manual_seed(stream_seed(self.seed, epoch, batch))
-            yield self._batch(order[batch * self.batch_size : (batch + 1) * self.batch_size], rng)
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, where in enumerate(self.plan.order(epoch)[start:], start):
+            where = where.to(self.device)
+            pixels = self.pixels[where]
+            if self.settings.training and self.settings.augment != "none":
+                pixels = self._crop(pixels, epoch, batch, flip=self.settings.augment != "crop")
+            yield pixels.float() * self.gain - self.shift, self.labels[where]
 
-    def _batch(self, where: Any, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        pixels = self.pixels[where]
-        if rng is not None and self.augment in ("crop", "crop-flip", "imagenet"):
-            pixels = self._crop(pixels, rng, flip=self.augment != "crop")
-        return pixels.float() * self.gain - self.shift, self.labels[where]
-
-    def _crop(self, pixels: Tensor, rng: torch.Generator, *, flip: bool) -> Tensor:
+    def _crop(self, pixels: Tensor, epoch: int, batch: int, *, flip: bool) -> Tensor:
         """Per-image random crop out of the padded image, and a mirror for half of them."""
         count, _, height, width = pixels.shape
-        pad = self.padding
+        pad, shard = self.padding, self.settings.shard
         padded = self.fill.expand(count, -1, height + 2 * pad, width + 2 * pad).clone()
         padded[:, :, pad : pad + height, pad : pad + width] = pixels
-        offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=rng)
+        rng = torch.Generator().manual_seed(stream_seed(self.settings.seed, epoch, batch))
+        mine = slice(shard.rank * count, (shard.rank + 1) * count)  # draws are those of the global batch
+        offsets = torch.randint(0, 2 * pad + 1, (2, count * shard.world, 1), generator=rng)[:, mine]
         rows = offsets[0] + torch.arange(height)  # [B, H]
         columns = offsets[1] + torch.arange(width)  # [B, W]
         if flip:
-            mirrored = torch.rand(count, 1, generator=rng) < 0.5
+            mirrored = torch.rand(count * shard.world, 1, generator=rng)[mine] < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         rows, columns = rows.to(self.device), columns.to(self.device)
         which = torch.arange(count, device=self.device)[:, None, None]
@@ -204,68 +217,56 @@ class _ArrayLoader:
 
 
 class _ImageLoader:
-    def __init__(
-        self,
-        images: Images,
-        config: dict[str, Any],
-        training: bool,
-        batch_size: int,
-        augment: str,
-        workers: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.images, self.training, self.seed, self.device = images, training, seed, device
-        self.samples, self.skipped = len(images), 0
-        self.batch_size = min(batch_size, self.samples)
-        self.batches = self.samples // self.batch_size if training else -(-self.samples // self.batch_size)
-        self.workers = min(workers, self.batches)
-        self.dataset = _Transformed(images, _transform(config, augment if training else None), config["input_size"][0])
+    def __init__(self, images: Images, config: dict[str, Any], settings: LoaderSettings) -> None:
+        self.images, self.settings = images, settings
+        self.plan = _Plan(len(images), settings)
+        self.batches, self.samples, self.skipped = self.plan.batches, len(images), 0
+        self.workers = min(settings.workers, self.batches)
+        transform = _transform(config, settings.augment if settings.training else None)
+        self.dataset = _Transformed(images, transform, config["input_size"][0])
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = _permutation(self.samples, self.seed, epoch) if self.training else torch.arange(self.samples)
-        size = self.batch_size
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        seed = self.settings.seed
         plan = [
-            [stream_seed(self.seed, epoch, batch), *order[batch * size : (batch + 1) * size].tolist()]
-            for batch in range(self.batches)
+            [(index, stream_seed(seed, epoch, index)) for index in where.tolist()]
+            for where in self.plan.order(epoch)[start:]
         ]
+        device = self.settings.device
         loader = torch.utils.data.DataLoader(
             self.dataset,
-            batch_sampler=plan,
+            batch_sampler=plan,  # type: ignore[arg-type]  # indices carry their seeds
             collate_fn=_collate,
             num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.seed),  # leave the global stream to the model
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(seed),  # leave the global stream to the model
         )
         for pixels, labels, unreadable in loader:
-            if unreadable and not self.training:
+            if unreadable and not self.settings.training:
                 raise UserError("cannot be decoded", where=unreadable[0], hint="repair or remove this validation image")
             for name in unreadable:
                 log.warning("%s: cannot be decoded, skipped", name)
             self.skipped += len(unreadable)
-            if len(labels):
-                yield pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 class _Transformed(torch.utils.data.Dataset):
-    """Decode and transform one batch; the first index carries the batch's seed."""
+    """Decode and transform images, each with the random streams set to its own seed."""
 
     def __init__(self, images: Images, transform: Any, channels: int) -> None:
         self.images, self.transform, self.channels = images, transform, channels
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        seed, *chosen = indices
+    def __getitems__(self, indices: list[tuple[int, int]]) -> list[Any]:
         state, numpy_state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            done = [self._one(index) for index in chosen]
+            done = [self._one(index, seed) for index, seed in indices]
         random.setstate(state)
         np.random.set_state(numpy_state)
         return done
 
-    def _one(self, index: int) -> tuple[Tensor, int] | str:
+    def _one(self, index: int, seed: int) -> tuple[Tensor, int] | str:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
             return self.transform(self.images.pil(index, self.channels)), int(self.images.labels[index])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -274,7 +275,7 @@ class _Transformed(torch.utils.data.Dataset):
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[str]]:
     good = [item for item in items if not isinstance(item, str)]
-    pixels = torch.stack([item[0] for item in good]) if good else torch.empty(0)
+    pixels = torch.stack([item[0] for item in good]) if good else torch.empty(0)  # the loop passes over empty batches
     return pixels, torch.tensor([item[1] for item in good], dtype=torch.long), [i for i in items if isinstance(i, str)]
 
 
@@ -292,7 +293,8 @@ def _transform(config: dict[str, Any], augment: str | None) -> Any:
     return create_transform(**shared, is_training=True, hflip=flip, color_jitter=None, **options)  # type: ignore[arg-type]
 
 
-def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's images."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
 
 

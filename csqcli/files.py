@@ -36,6 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files of writes that a kill cut short, and of candidates never accepted."""
+    return [*folder.glob(".*.tmp"), *folder.glob(".*.candidate")]
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` with ``text`` (UTF-8), atomically."""
     with replacing(path) as temporary:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
 import itertools
 import json
 import platform
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import csqcli
-from csqcli import checkpoint_file, data, files, sources
+from csqcli import checkpoint_file, data, distributed, files, sources
 from csqcli import report as reports
 from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
+from csqcli.distributed import Shard
 from csqcli.errors import UserError
+from csqcli.interrupt import Interrupted, StopRequest
 from csqcli.progress import Display
 from csqcli.quant import activations, budget
 from csqcli.quant.activations import ActivationQuantizers
@@ -91,7 +95,8 @@ def search(
         job.teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
     report = job.search()
     if recipe.finetune.epochs and recipe.quantization.method != "float":
-        report = job.finetune(checkpoint_file.read(folder.path / MODEL_FILE))
+        searched = checkpoint_file.read(folder.path / MODEL_FILE) if folder.shard.is_main else None
+        report = job.finetune(distributed.from_main(searched))
     folder.finish()
     return report
 
@@ -144,10 +149,8 @@ def evaluate_file(
     _check_classes(file.manifest, images, where=str(path))
     target = pick_device(device)
     model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
-    loader = data.make_loader(
-        images.val, file.manifest.data_config, training=False, batch_size=batch_size, workers=2, device=target
-    )
-    return evaluate(model, loader), file.manifest
+    settings = data.LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
+    return evaluate(model, data.make_loader(images.val, file.manifest.data_config, settings)), file.manifest
 
 
 def pick_device(name: str) -> torch.device:
@@ -187,7 +190,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
-        self.device = pick_device(recipe.device)
+        self.device, self.shard = self.folder.device, self.folder.shard
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.model = self.model.to(self.device)
@@ -198,11 +201,15 @@ class _Job:
             f"{self.record.source} on {self.images.source}: {len(train)} training and {len(val)} validation images, "
             f"{self.images.num_classes} classes"
         )
-        loader = functools.partial(
-            data.make_loader, config=self.config, workers=settings.workers, seed=recipe.seed, device=self.device
+        shared = functools.partial(
+            data.LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
         )
-        self.train_loader = loader(train, training=True, batch_size=settings.batch_size, augment=augment)
-        self.val_loader = loader(val, training=False, batch_size=settings.eval_batch_size)
+        training = shared(training=True, batch_size=settings.batch_size, augment=augment)
+        self.train_loader = data.make_loader(train, self.config, training)
+        held_out = shared(training=False, batch_size=settings.eval_batch_size)
+        self.val_loader = data.make_loader(val, self.config, held_out)
+        whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
+        self.whole_val_loader = data.make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
         self.saved = self.folder.load_state()
         if self.saved is not None:
             self.history, self.accuracy = self.saved["history"], AccuracyRecord(**self.saved["accuracy"])
@@ -251,7 +258,8 @@ class _Job:
                 update={"hard_top1": before.top1, "samples": before.samples}
             )
             start.manifest.accuracy, start.manifest.sizes.file_bytes, gap = self.accuracy, None, 0.0
-            checkpoint_file.write(self.folder.path / MODEL_FILE, start)
+            if self.shard.is_main:
+                checkpoint_file.write(self.folder.path / MODEL_FILE, start)
             file = start
         self.display.say(f"finetuned top-1 {after:.2f} %, input {before.top1:.2f} %: kept the {kept} model")
         outcome = {"input_top1": before.top1, "finetuned_top1": after, "kept": kept}
@@ -274,6 +282,7 @@ class _Job:
         self.activations = activations.calibrate(
             self.model, hooked, batches, bits=settings.act_bits, method=settings.act_method
         )
+        distributed.copy_from_main(scale.data for scale in self.activations.parameters())
         missed = self.activations.unreached
         note = f"; not reached by a hook: {', '.join(missed)}" if missed else ""
         self.display.say(f"{len(self.activations.quantizers)} activation quantizers of {settings.act_bits} bits{note}")
@@ -335,14 +344,23 @@ class _Job:
             seed=recipe.seed,
             clip_grad_norm=settings.clip_grad_norm,
             amp=recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda"),
-            on_step=self.display.on_step,
+            activation_scales=self.activations.parameters() if self.activations is not None else (),
+            replica=self._replica(),
         )
+
+    def _replica(self) -> nn.Module | None:
+        """The data-parallel wrapper: it averages dL/dW, one number per weight, over the processes."""
+        if self.shard.world == 1:
+            return None
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
 
     def _measure_soft(self) -> None:
         self.accuracy.soft_top1 = evaluate(self.model, self.val_loader).top1
 
     def _train(self, phase: str, trainer: Trainer) -> None:
-        first = 0
+        fresh: dict[str, Any] = {"batch": 0, "losses": []}
+        first, done = 0, fresh
         if self.saved is not None:
             self.model.load_state_dict(self.saved["model"])
             trainer.optimizer.load_state_dict(self.saved["optimizer"])
@@ -351,28 +369,51 @@ class _Job:
             if self.activations is not None:
                 self.activations.load_state_dict(self.saved["activations"])
             torch.set_rng_state(self.saved["rng"])
-            first = self.saved["epoch"]
+            first, done = self.saved["epoch"], self.saved
+            self.display.say(f"resumed {phase} at epoch {first + 1}, batch {done['batch'] + 1}")
             self.saved = None
-            self.display.say(f"resumed {phase} after epoch {first}")
         self.folder.write_metrics(self.history)
-        target = self.recipe.quantization.target_bits
-        with self.display.training(trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=target):
+
+        def save(epoch: int, batch: int = 0, losses: Sequence[Any] = ()) -> None:
+            state = {
+                "phase": phase,
+                "epoch": epoch,
+                "batch": batch,
+                "losses": [float(loss) for loss in losses],
+                "model": self.model.state_dict(),
+                "optimizer": trainer.optimizer.state_dict(),
+                "activations": self.activations.state_dict() if self.activations is not None else {},
+                "rng": torch.get_rng_state(),
+                "history": self.history,
+                "accuracy": self.accuracy.model_dump(),
+            }
+            self.folder.save_state(state)
+
+        target, minutes = self.recipe.quantization.target_bits, self.recipe.save_every_minutes
+        with (
+            StopRequest() if self.shard.world == 1 else contextlib.nullcontext() as request,
+            self.display.training(trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=target),
+        ):
+            saved_at = time.monotonic()
+
+            def on_step(epoch: int, batch: int, losses: Sequence[Any]) -> None:
+                nonlocal saved_at
+                self.display.on_step(batch, losses)
+                stop = request.signum if request is not None else None
+                if stop is not None or time.monotonic() - saved_at > 60 * minutes:
+                    save(epoch, batch, losses)
+                    saved_at = time.monotonic()
+                if stop is not None:
+                    raise Interrupted(stop, f"{phase}, epoch {epoch + 1}, batch {batch}")
+
+            trainer.on_step = on_step
             for epoch in range(first, trainer.epochs):
-                line = {"phase": phase, **trainer.run_epoch(epoch)}
+                line = {"phase": phase, **trainer.run_epoch(epoch, start=done["batch"], losses=done["losses"])}
+                done = fresh
                 self.history.append(line)
                 self.folder.write_metrics(self.history)
-                self.folder.save_state(
-                    {
-                        "phase": phase,
-                        "epoch": epoch + 1,
-                        "model": self.model.state_dict(),
-                        "optimizer": trainer.optimizer.state_dict(),
-                        "activations": self.activations.state_dict() if self.activations is not None else {},
-                        "rng": torch.get_rng_state(),
-                        "history": self.history,
-                        "accuracy": self.accuracy.model_dump(),
-                    }
-                )
+                save(epoch + 1)
+                saved_at = time.monotonic()
                 self.display.on_epoch(line)
 
     def _write(self, trainer: Trainer, left_float: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
@@ -385,6 +426,7 @@ class _Job:
         if trainer.optimizer.method.layers:
             batches = recipe.bn_recalibration_batches
             recalibrate_batchnorm(self.model, self.train_loader, epoch=trainer.epochs, batches=batches)
+            distributed.copy_from_main(self.model.buffers())
         layers = trainer.optimizer.hard_layers()
         self.model.eval()
 
@@ -403,27 +445,32 @@ class _Job:
                 recipe=recipe.model_dump(mode="json"),
             )
 
-        candidate = self.folder.path / f".{MODEL_FILE}.candidate"
-        try:
-            checkpoint_file.write(candidate, assembled())
-            file = checkpoint_file.read(candidate)
-            reloaded = csqcli.model_from_file(file, trust_code=True, where=str(candidate)).to(self.device)
-            measured = evaluate(reloaded, self.val_loader)
-            gap = self._logit_gap(reloaded)
-        finally:
-            candidate.unlink(missing_ok=True)
-        self.accuracy.hard_top1, self.accuracy.hard_top5 = measured.top1, measured.top5
+        distributed.check_equal([vars(layer) for layer in layers], what="the hard model")
+        results: tuple[float, float, float] | None = None
+        if self.shard.is_main:
+            candidate = self.folder.path / f".{MODEL_FILE}.candidate"
+            try:
+                checkpoint_file.write(candidate, assembled())
+                file = checkpoint_file.read(candidate)
+                reloaded = csqcli.model_from_file(file, trust_code=True, where=str(candidate)).to(self.device)
+                measured = evaluate(reloaded, self.whole_val_loader, shared=False)
+                results = measured.top1, measured.top5, self._logit_gap(reloaded)
+            finally:
+                candidate.unlink(missing_ok=True)
+        self.accuracy.hard_top1, self.accuracy.hard_top5, gap = distributed.from_main(results)
         final = assembled()
-        checkpoint_file.write(self.folder.path / MODEL_FILE, final)
+        if self.shard.is_main:
+            checkpoint_file.write(self.folder.path / MODEL_FILE, final)
         return final, gap
 
     @torch.no_grad()
     def _logit_gap(self, reloaded: nn.Module) -> float:
-        images, _ = next(iter(self.val_loader.epoch(0)))
+        images, _ = next(iter(self.whole_val_loader.epoch(0)))
         return float((logits_of(self.model(images)) - logits_of(reloaded(images))).abs().max())
 
     def _report(self, file: QuantizedFile, **more: Any) -> dict[str, Any]:
-        file.manifest.sizes.file_bytes = (self.folder.path / MODEL_FILE).stat().st_size
+        if self.shard.is_main:
+            file.manifest.sizes.file_bytes = (self.folder.path / MODEL_FILE).stat().st_size
         report = reports.build(file.manifest, self.history) | more
         self.folder.write_report(report)
         return report
@@ -520,12 +567,15 @@ def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 class _OutputFolder:
-    """A run's folder: refuses finished runs, keeps the resume state, writes everything atomically."""
+    """A run's folder: refuses finished runs, keeps the resume state, writes everything atomically, on one process."""
 
     def __init__(self, path: Path, recipe: Recipe, *, force: bool, resume: bool, source: str = "") -> None:
         """``source``: hash of a model file that the run starts from."""
         self.path, self.resume = path, resume
+        self.shard, self.device = distributed.start(pick_device(recipe.device))
         self.fingerprint = _fingerprint(recipe, source)
+        if not self.shard.is_main:
+            return
         unfinished = (path / RESUME_FILE).exists()
         finished = (path / REPORT_FILE).exists() and (path / MODEL_FILE).exists() and not unfinished
         if finished and not force:
@@ -533,47 +583,49 @@ class _OutputFolder:
         if unfinished and not (force or resume):
             hint = "pass --resume to go on, or --force to start over"
             raise UserError("holds an unfinished run", where=str(path), hint=hint)
-        if resume and not unfinished:
-            raise UserError("nothing to resume", where=str(path), hint="leave --resume out to start a run")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot be created ({error.strerror})", where=str(path)) from None
-        if force:
-            for name in (MODEL_FILE, REPORT_FILE, METRICS_FILE, RESUME_FILE):
-                if name == RESUME_FILE and resume:
-                    continue
-                (path / name).unlink(missing_ok=True)
+        stale = [MODEL_FILE, REPORT_FILE, METRICS_FILE, RESUME_FILE] if force and not (resume and unfinished) else []
+        for file in (*(path / name for name in stale), *files.leftovers(path)):
+            file.unlink(missing_ok=True)
         files.write_text(path / RECIPE_FILE, to_yaml(recipe))
 
     def load_state(self) -> dict[str, Any] | None:
-        if not self.resume:
-            return None
+        """The saved state of an unfinished run, on every process; None when nothing was saved before the end came."""
+        state = None
         path = self.path / RESUME_FILE
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # any damage means the same to the user
+        if self.resume and self.shard.is_main and path.exists():
             hint = "pass --force to start over"
-            raise UserError(f"resume state is damaged ({type(error).__name__})", where=str(path), hint=hint) from None
-        if state.get("fingerprint") != self.fingerprint:
-            hint = "resume with the recipe and options of the first start (recipe.yaml), or pass --force to start over"
-            raise UserError("was started with other settings", where=str(self.path), hint=hint)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # any damage means the same to the user
+                raise UserError(f"is damaged ({type(error).__name__})", where=str(path), hint=hint) from None
+            if state.get("fingerprint") != self.fingerprint:
+                hint = f"resume with the recipe and options of the first start, or {hint}"
+                raise UserError("was started with other settings", where=str(self.path), hint=hint)
+        state = distributed.from_main(state)
         return state
 
     def save_state(self, state: dict[str, Any]) -> None:
-        with files.replacing(self.path / RESUME_FILE) as temporary:
-            torch.save({"fingerprint": self.fingerprint, **state}, temporary)
+        if self.shard.is_main:
+            with files.replacing(self.path / RESUME_FILE) as temporary:
+                torch.save({"fingerprint": self.fingerprint, **state}, temporary)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in history)
-        files.write_text(self.path / METRICS_FILE, text)
+        if self.shard.is_main:
+            files.write_text(self.path / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in history))
 
     def write_report(self, report: dict[str, Any]) -> None:
-        files.write_text(self.path / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+        if self.shard.is_main:
+            files.write_text(self.path / REPORT_FILE, json.dumps(report, indent=2) + "\n")
 
     def finish(self) -> None:
         """The run is complete: its resume state is no longer needed."""
-        (self.path / RESUME_FILE).unlink(missing_ok=True)
+        if self.shard.is_main:
+            (self.path / RESUME_FILE).unlink(missing_ok=True)
+        distributed.stop()
 
 
 def _fingerprint(recipe: Recipe, source: str) -> str:

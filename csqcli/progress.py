@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ class Display:
         self.quiet = quiet
         self._live: Progress | None = None
         self._target: float | None = None
+        self._read_at, self._loss = 0.0, ""
 
     def say(self, text: str) -> None:
         """One line."""
@@ -29,7 +31,7 @@ class Display:
         self, epochs: int, steps_per_epoch: int, *, first_epoch: int = 0, target_bits: float | None = None
     ) -> Iterator[None]:
         """Bars for epochs and steps while the body runs."""
-        self._target, self._last = target_bits, ""
+        self._target = target_bits
         if self.quiet or not self.console.is_terminal:
             yield
             return
@@ -50,10 +52,14 @@ class Display:
             finally:
                 self._live = None
 
-    def on_step(self, epoch: int, step: int, numbers: dict[str, float]) -> None:
-        """After every training step; ``epoch`` counts from 0, ``step`` from 1 within it."""
-        if self._live is not None:
-            self._live.update(self._steps, completed=step, numbers=f"loss {numbers['loss']:.3f}")
+    def on_step(self, step: int, losses: Sequence[Any]) -> None:
+        """After every training step, counted from 1 within its epoch. Reads the last loss a few times a second only."""
+        if self._live is None:
+            return
+        now = time.monotonic()
+        if now - self._read_at > 0.5:  # reading a loss waits for the device
+            self._read_at, self._loss = now, f"loss {float(losses[-1]):.3f}"
+        self._live.update(self._steps, completed=step, numbers=self._loss)
 
     def on_epoch(self, line: dict[str, Any]) -> None:
         """After every epoch, with its metrics line."""

@@ -193,6 +193,8 @@ class Recipe(_Section):
     """CPU threads; unset leaves torch's choice. Runs repeat bit for bit at equal threads; tiny models are fastest with 1."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """Training in bfloat16 autocast: `auto` on a GPU, off on the CPU. Gates, latents and evaluation stay float32."""
+    save_every_minutes: float = Field(10.0, gt=0)
+    """Save the resume state inside long epochs too; it is always saved after each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU when there is one."""
 

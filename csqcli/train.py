@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from csqcli import distributed
 from csqcli.data import Loader, stream_seed
 from csqcli.errors import UserError
 from csqcli.quant.optimizer import QuantizedOptimizer
@@ -47,20 +48,24 @@ def logits_of(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, *, on_batch: Callable[[int], None] | None = None) -> Accuracy:
-    """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back."""
+def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accuracy:
+    """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
+
+    ``shared``: the loader holds this process's share of the images, and counts are summed over processes.
+    """
     was_training = model.training
     model.eval()
     correct1 = correct5 = samples = 0
-    for number, (images, labels) in enumerate(loader.epoch(0), 1):
+    for images, labels in loader.epoch(0):
         scores = logits_of(model(images))
         ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
         correct1 += int(ranked[:, 0].sum())
         correct5 += int(ranked.sum())
         samples += len(labels)
-        if on_batch is not None:
-            on_batch(number)
     model.train(was_training)
+    device = next(model.parameters()).device
+    if shared:
+        correct1, correct5, samples = distributed.sum_counts((correct1, correct5, samples), device)
     if samples == 0:
         raise UserError("no validation image could be used")
     return Accuracy(correct1, correct5, samples)
@@ -104,32 +109,42 @@ class Trainer:
     distill: float = 0.0  # share of the loss that follows the teacher
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # timm's Mixup: labels become distributions
     seed: int = 0  # of mixup
-    on_step: Callable[[int, int, dict[str, float]], None] | None = None  # (epoch, step in epoch, numbers)
+    activation_scales: Sequence[nn.Parameter] = ()  # trained, but outside the model
+    replica: nn.Module | None = None  # the data-parallel wrapper that training calls in place of the model
+    on_step: Callable[[int, int, list[Tensor | float]], None] | None = None  # (epoch, batches done, losses so far)
 
-    def run_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train one epoch, evaluate the weights as they are, and return the metrics line."""
+    def run_epoch(self, epoch: int, *, start: int = 0, losses: Sequence[float] = ()) -> dict[str, Any]:
+        """Train one epoch, evaluate the weights as they are, and return the metrics line.
+
+        ``start`` and ``losses`` continue an epoch of which so many batches are done.
+        """
         self.model.train()
-        started, images_seen = time.perf_counter(), 0
-        losses: list[Tensor] = []
-        for batch, (images, labels) in enumerate(self._batches(epoch)):
+        started, images_seen, lr = time.perf_counter(), 0, 0.0
+        seen: list[Tensor | float] = list(losses)
+        batches = itertools.islice(self.train_loader.epoch(epoch, start), self.steps_per_epoch - start)
+        for batch, (images, labels) in enumerate(batches, start):
+            if len(labels) == 0:
+                continue
             self.scheduler.step_update(num_updates=epoch * self.steps_per_epoch + batch)
             loss = self._loss(*self._mixed(images, labels, epoch, batch))
             loss.backward()
+            distributed.average_gradients(self.activation_scales)
             if self.clip_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
             lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             self.optimizer.zero_grad()
-            losses.append(loss.detach())
+            seen.append(loss.detach())
             images_seen += len(labels)
             if self.on_step is not None:
-                self.on_step(epoch, batch + 1, {"loss": float(losses[-1])})
+                self.on_step(epoch, batch + 1, seen)
         seconds = time.perf_counter() - started
         step = self.optimizer.step_count
-        train_loss = float(torch.stack(losses).mean()) if losses else math.nan
+        train_loss = sum(map(float, seen)) / max(len(seen), 1)
         if not math.isfinite(train_loss):
             hint = f"lower optimizer.lr (now {lr:.3g}) or set optimizer.clip_grad_norm; nothing was written"
             raise UserError(f"the loss became {train_loss} in epoch {epoch + 1}", hint=hint)
+        distributed.check_equal(self.optimizer.method.state_dict(), what="the state of the quantized weights")
         accuracy = evaluate(self.model, self.val_loader)
         return {
             "epoch": epoch + 1,
@@ -144,7 +159,7 @@ class Trainer:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            scores = logits_of(self.model(images))
+            scores = logits_of((self.replica or self.model)(images))
         loss: Tensor = self.criterion(scores.float(), labels)
         if self.teacher is None:
             return loss
@@ -166,6 +181,3 @@ class Trainer:
         mixed = self.mixup(images, labels)
         numpy.random.set_state(state)
         return mixed
-
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return itertools.islice(self.train_loader.epoch(epoch), self.steps_per_epoch)

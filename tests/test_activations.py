@@ -147,10 +147,10 @@ def test_a_search_with_activations_resumes_to_the_same_bytes(csq, tmp_path: Path
     assert csq(*arguments, "-o", tmp_path / "whole")[0] == 0
     original, calls = Trainer.run_epoch, iter(range(9))
 
-    def interrupted(self, epoch):
+    def interrupted(self, epoch, **more):
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, epoch)
+        return original(self, epoch, **more)
 
     monkeypatch.setattr(Trainer, "run_epoch", interrupted)
     assert csq(*arguments, "-o", tmp_path / "broken")[0] == 130

@@ -187,10 +187,10 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
 
     original = Trainer.run_epoch
 
-    def interrupted(self, epoch):
+    def interrupted(self, epoch, **more):
         if epoch == 2:
             raise KeyboardInterrupt
-        return original(self, epoch)
+        return original(self, epoch, **more)
 
     monkeypatch.setattr(Trainer, "run_epoch", interrupted)
     code, _, err = csq(*arguments, "-o", tmp_path / "broken")
@@ -259,10 +259,10 @@ def test_search_and_finetune_chain_in_one_command_and_resume_in_either_phase(csq
     for stop in (1, 3):
         calls = iter(range(10))
 
-        def interrupted(self, epoch, stop=stop, calls=calls):
+        def interrupted(self, epoch, stop=stop, calls=calls, **more):
             if next(calls) == stop:
                 raise KeyboardInterrupt
-            return original(self, epoch)
+            return original(self, epoch, **more)
 
         output = tmp_path / f"stopped{stop}"
         monkeypatch.setattr(Trainer, "run_epoch", interrupted)

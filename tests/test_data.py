@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from csqcli import data
+from csqcli.distributed import Shard
 from csqcli.errors import UserError
 from csqcli.models import CIFAR_CONFIG, DIGITS_CONFIG
 
@@ -27,7 +28,7 @@ def test_a_folder_is_read_in_class_order(image_folder: Path) -> None:
     opened = data.open_data(str(image_folder))
     assert opened.classes == ["bright", "dark"]
     assert opened.val.labels.tolist() == [0] * 3 + [1] * 3
-    loader = data.make_loader(opened.val, CIFAR_CONFIG, training=False, batch_size=4)
+    loader = data.make_loader(opened.val, CIFAR_CONFIG, data.LoaderSettings(training=False, batch_size=4))
     images = torch.cat([x for x, _ in loader.epoch(0)])
     assert images.shape == (6, 3, 32, 32)
     assert images[:3].mean() > 0.5 > images[3:].mean()
@@ -85,7 +86,9 @@ def test_missing_and_empty_splits_are_named(tmp_path: Path, image_folder: Path) 
 def test_a_corrupt_training_image_is_skipped_and_counted(image_folder: Path, config: dict, caplog) -> None:
     (image_folder / "train" / "dark" / "1.png").write_bytes(b"not an image")
     opened = data.open_data(str(image_folder))
-    loader = data.make_loader(opened.train, config, training=True, batch_size=4, augment="crop-flip")
+    loader = data.make_loader(
+        opened.train, config, data.LoaderSettings(training=True, batch_size=4, augment="crop-flip")
+    )
     seen = sum(len(labels) for _, labels in loader.epoch(0))
     assert loader.skipped == 1
     assert seen in (8, 11)  # held: 11 images make 2 full batches; streamed: 3 batches, one image short
@@ -97,7 +100,7 @@ def test_a_corrupt_validation_image_is_an_error_that_names_it(image_folder: Path
     (image_folder / "val" / "dark" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 40)
     opened = data.open_data(str(image_folder))
     with pytest.raises(UserError, match=r"dark/0.png: cannot be decoded"):
-        list(data.make_loader(opened.val, config, training=False, batch_size=4).epoch(0))
+        list(data.make_loader(opened.val, config, data.LoaderSettings(training=False, batch_size=4)).epoch(0))
 
 
 def test_grey_palette_and_cmyk_images_become_rgb(image_folder: Path) -> None:
@@ -105,7 +108,7 @@ def test_grey_palette_and_cmyk_images_become_rgb(image_folder: Path) -> None:
     Image.new("CMYK", (20, 20)).save(image_folder / "val" / "dark" / "cmyk.jpg")
     Image.new("P", (20, 20)).save(image_folder / "val" / "dark" / "palette.png")
     opened = data.open_data(str(image_folder))
-    loader = data.make_loader(opened.val, LARGE, training=False, batch_size=9)
+    loader = data.make_loader(opened.val, LARGE, data.LoaderSettings(training=False, batch_size=9))
     assert next(iter(loader.epoch(0)))[0].shape == (9, 3, 72, 72)
 
 
@@ -116,7 +119,9 @@ def test_batches_are_a_function_of_seed_and_epoch_alone(image_folder: Path, conf
     def batches(epoch: int, seed: int = 1, workers: int = 0) -> list[torch.Tensor]:
         augment = "imagenet" if config is LARGE else "crop-flip"
         loader = data.make_loader(
-            opened.train, config, training=True, batch_size=4, augment=augment, seed=seed, workers=workers
+            opened.train,
+            config,
+            data.LoaderSettings(training=True, batch_size=4, augment=augment, seed=seed, workers=workers),
         )
         return [images for images, _ in loader.epoch(epoch)]
 
@@ -133,10 +138,12 @@ def test_batches_are_a_function_of_seed_and_epoch_alone(image_folder: Path, conf
 def test_padded_crops_are_shifted_copies() -> None:
     pixels = torch.randint(0, 255, (32, 1, 8, 8), dtype=torch.uint8)
     images = data.Images(torch.zeros(32, dtype=torch.long), pixels=pixels)
-    loader = data.make_loader(images, DIGITS_CONFIG, training=True, batch_size=32, augment="crop", seed=3)
+    loader = data.make_loader(
+        images, DIGITS_CONFIG, data.LoaderSettings(training=True, batch_size=32, augment="crop", seed=3)
+    )
     cropped, _ = next(iter(loader.epoch(0)))
     plain = (pixels.float() / 255 - DIGITS_CONFIG["mean"][0]) / DIGITS_CONFIG["std"][0]
-    order = data._permutation(32, 3, 0)
+    order = data.permutation(32, 3, 0)
     for image, source in zip(cropped, plain[order], strict=True):
         centre = image[0, 2:6, 2:6]
         shifts = [source[0, 2 + dy : 6 + dy, 2 + dx : 6 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
@@ -148,3 +155,29 @@ def test_limits_keep_every_class() -> None:
     assert len(limited.train) == 100
     images = data.Images(torch.arange(10).repeat_interleave(50), paths=["x"] * 500)
     assert set(images.limited(20).labels.tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("config", [CIFAR_CONFIG, LARGE], ids=["in memory", "streamed"])
+def test_the_batches_of_all_processes_make_up_the_global_batch(image_folder: Path, config: dict) -> None:
+    opened = data.open_data(str(image_folder))
+
+    def batches(batch_size: int, shard: Shard, start: int = 0) -> list[torch.Tensor]:
+        settings = data.LoaderSettings(training=True, batch_size=batch_size, augment="crop-flip", seed=1, shard=shard)
+        return [images for images, _ in data.make_loader(opened.train, config, settings).epoch(2, start)]
+
+    whole = batches(4, Shard())
+    first, second = batches(2, Shard(0, 2)), batches(2, Shard(1, 2))
+    assert len(whole) == len(first) == len(second) == 3
+    for together, a, b in zip(whole, first, second, strict=True):
+        assert torch.equal(together, torch.cat([a, b]))
+    assert all(torch.equal(a, b) for a, b in zip(batches(4, Shard(), start=1), whole[1:], strict=True))
+
+
+def test_the_validation_shares_of_all_processes_are_the_whole_set_once() -> None:
+    val = data.open_data("digits").val
+    counts = torch.zeros(10, dtype=torch.long)
+    for rank in range(3):
+        settings = data.LoaderSettings(training=False, batch_size=64, shard=Shard(rank, 3))
+        for _, labels in data.make_loader(val, DIGITS_CONFIG, settings).epoch(0):
+            counts += labels.bincount(minlength=10)
+    assert torch.equal(counts, val.labels.bincount(minlength=10))

@@ -1,0 +1,64 @@
+"""Two processes are one process with the doubled batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from csqcli import checkpoint_file, distributed
+
+TESTS = Path(__file__).parent
+
+
+def run(output: Path, batch_size: int, *launcher: str) -> dict:
+    arguments = [
+        *("search", "plain_models:group_norm_cnn", "--no-pretrained", "--data", "digits", "--target-bits", "2.5"),
+        *("--epochs", "2", "--set", f"batch_size={batch_size}", "--set", "threads=1", "--quiet", "-o", str(output)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    command = [sys.executable, *(launcher or ("-m",)), "csqcli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "report.json").read_text())
+
+
+def test_two_processes_end_like_one_with_the_doubled_batch(tmp_path: Path) -> None:
+    alone = run(tmp_path / "one", 64)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    together = run(tmp_path / "two", 32, *torchrun)
+    assert [layer["mask"] for layer in together["layers"]] == [layer["mask"] for layer in alone["layers"]]
+    assert together["budget"]["mean_bits"] == alone["budget"]["mean_bits"] <= 2.5
+    assert together["accuracy"]["samples"] == 500
+    assert together["accuracy"]["float_top1"] == alone["accuracy"]["float_top1"]
+    for one, two in zip(*(_layers(tmp_path / name) for name in ("one", "two")), strict=True):
+        differing = (one != two).float().mean()
+        assert differing < 0.05  # sums in another order flip few roundings
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+def _layers(folder: Path) -> list[torch.Tensor]:
+    return [layer.integers for layer in checkpoint_file.read(folder / "model.safetensors").layers]
+
+
+def test_fingerprints_tell_states_apart_by_a_single_bit() -> None:
+    state = {"a": [torch.zeros(3), torch.ones(2)], "step": 3}
+    other = {"a": [torch.zeros(3), torch.tensor([1.0, 1.0000001])], "step": 3}
+    assert distributed.fingerprint(state) == distributed.fingerprint({"a": [torch.zeros(3), torch.ones(2)], "step": 3})
+    assert distributed.fingerprint(state) != distributed.fingerprint(other)
+
+
+def test_a_single_process_needs_no_group() -> None:
+    assert distributed.sum_counts((1, 2), torch.device("cpu")) == [1, 2]
+    assert distributed.from_main("x") == "x"
+    distributed.check_equal(torch.ones(1), what="nothing")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0), torch.tensor(1.5), torch.zeros(2, 3, dtype=torch.bfloat16)])
+def test_fingerprints_take_every_tensor(value: torch.Tensor) -> None:
+    assert len(distributed.fingerprint(value)) == 64

@@ -1,0 +1,105 @@
+"""A run that is killed at any moment and resumed ends in the same bytes as one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ARGUMENTS = [
+    "search",
+    "--recipe",
+    "digits",
+    "--target-bits",
+    "1.5",
+    "--epochs",
+    "30",
+    "--finetune-epochs",
+    "10",
+    "--quiet",
+]
+SAVES = ["--set", "save_every_minutes=0.0005"]  # every 30 ms, so that kills fall into saves too
+
+
+def start(output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "csqcli", *ARGUMENTS, *SAVES, "-o", str(output), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_training(process: subprocess.Popen[str], output: Path, since: float) -> bool:
+    """Until a state newer than ``since`` is on disk; False when the process ended first."""
+    state = output / "resume.pt"
+    while process.poll() is None:
+        try:
+            if state.stat().st_mtime > since:
+                return True
+        except FileNotFoundError:
+            pass
+        time.sleep(0.005)
+    return False
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    output = tmp_path_factory.mktemp("unbroken")
+    process = start(output)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_sigkill_at_random_moments_and_resume_give_the_same_file(unbroken: bytes, tmp_path: Path) -> None:
+    rng = random.Random(4)
+    kills = 0
+    for _ in range(6):
+        began = time.time()
+        process = start(tmp_path, *(["--resume"] if kills else []))
+        if kills < 3 and wait_for_training(process, tmp_path, began):
+            time.sleep(rng.uniform(0, 0.6))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            if (tmp_path / "resume.pt").exists():
+                torch.load(tmp_path / "resume.pt", weights_only=True)  # what is on disk is whole
+            continue
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        break
+    assert kills >= 2
+    assert (tmp_path / "model.safetensors").read_bytes() == unbroken
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_polite_signal_saves_the_step_and_says_how_to_go_on(
+    unbroken: bytes, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    process = start(tmp_path)
+    assert wait_for_training(process, tmp_path, 0)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.startswith("csq: stopped and saved (")
+    assert "--resume" in err
+    assert err.count("\n") == 1
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert f"epoch {state['epoch'] + 1}, batch {state['batch']}" in err
+    process = start(tmp_path, "--resume")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert (tmp_path / "model.safetensors").read_bytes() == unbroken
+
+
+def test_resume_before_anything_was_saved_starts_from_the_beginning(unbroken: bytes, tmp_path: Path) -> None:
+    process = start(tmp_path, "--resume")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert (tmp_path / "model.safetensors").read_bytes() == unbroken
