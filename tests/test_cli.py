@@ -296,6 +296,14 @@ def test_distillation_and_mixup_train_and_repeat(csq, tmp_path: Path, extra: tup
     assert weights["once"] == weights["twice"] != weights["plain"]
 
 
+def test_resume_before_anything_was_saved_starts_from_the_beginning(csq, tmp_path: Path) -> None:
+    arguments = ("search", "--recipe", "digits", "--target-bits", "2", *FAST)
+    assert csq(*arguments, "-o", tmp_path / "plain")[0] == 0
+    assert csq(*arguments, "-o", tmp_path / "resumed", "--resume")[0] == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "resumed")]
+    assert files[0] == files[1]
+
+
 def test_recipes_are_listed_shown_and_described(csq) -> None:
     code, out, _ = csq("recipes")
     assert code == 0
