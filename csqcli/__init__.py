@@ -32,9 +32,17 @@ def load(path: str | Path, *, trust_code: bool = False) -> nn.Module:
 
 def model_from_file(file: QuantizedFile, *, trust_code: bool = False, where: str = "model file") -> nn.Module:
     """Build the architecture that a file names, load the dequantized weights strictly, attach its activation quantizers."""
+    from csqcli.quant import activations
+
+    model = _plain_model(file, trust_code=trust_code, where=where)
+    activations.attach(model, file.manifest.activation_records())
+    return model
+
+
+def _plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Module:
+    """The same without activation quantizers, for those who go on training them."""
     from csqcli import sources
     from csqcli.errors import UserError
-    from csqcli.quant import activations
 
     spec = file.manifest.spec
     if spec.library not in ("timm", "torchvision", "csq", "factory"):
@@ -46,8 +54,6 @@ def model_from_file(file: QuantizedFile, *, trust_code: bool = False, where: str
         spec = sources.parse(spec.source, spec.arguments)
     model = sources.build(spec, num_classes=file.manifest.model.num_classes)
     sources.fit_state_dict(model, file.state_dict(), where=where)
-    entries = file.manifest.activations
-    activations.attach(model, [activations.ActivationRecord(e.module, e.bits, e.signed, e.scale) for e in entries])
     return model.eval()
 
 

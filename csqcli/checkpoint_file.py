@@ -26,6 +26,7 @@ from csqcli import packing
 from csqcli.errors import UserError
 from csqcli.files import replacing
 from csqcli.quant import csq
+from csqcli.quant.activations import ActivationRecord
 from csqcli.quant.methods import HardLayer
 from csqcli.sources import ModelSpec
 
@@ -105,6 +106,10 @@ class Manifest(_Record):
     payload_sha256: str
     environment: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
+
+    def activation_records(self) -> list[ActivationRecord]:
+        """The activation quantizers, as `activations.attach` takes them."""
+        return [ActivationRecord(entry.module, entry.bits, entry.signed, entry.scale) for entry in self.activations]
 
     @property
     def spec(self) -> ModelSpec:

@@ -126,7 +126,7 @@ def finetune(
     _check_classes(file.manifest, images, where=str(path))
     folder = _OutputFolder(output, recipe, force=force, resume=resume, source=file.manifest.payload_sha256)
     torch.manual_seed(recipe.seed)
-    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path))
+    model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
     config = _overridden(file.manifest.data_config, recipe)
     job = _Job(recipe, folder, display, model, images, config, file.manifest.model)
     report = job.finetune(file)
@@ -239,15 +239,15 @@ class _Job:
         recipe.epochs = self.recipe.finetune.epochs
         recipe.optimizer.lr = self.recipe.finetune.lr or self.recipe.optimizer.lr
         self.model.load_state_dict(start.state_dict() | self._untracked())
+        if self.activations is None and start.manifest.activations:
+            method = recipe.quantization.act_method
+            self.activations = activations.attach(self.model, start.manifest.activation_records(), method=method)
         before = evaluate(self.model, self.val_loader)
         self.display.say(f"finetune from top-1 {before.top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
         if self.saved is None or self.saved["phase"] == "search":
             self.accuracy = start.manifest.accuracy.model_copy(update={"samples": before.samples, "soft_top1": None})
             self.saved = None
         layers = layers_named(self.model, [layer.name for layer in start.layers])
-        if self.activations is None and start.manifest.activations:
-            records = [activations.ActivationRecord(**entry.model_dump()) for entry in start.manifest.activations]
-            self.activations = activations.attach(self.model, records, method=recipe.quantization.act_method)
         trainer = self._trainer(recipe, layers, start=start.layers)
         self._train("finetune", trainer)
         file, gap = self._write(trainer, start.manifest.left_float)

@@ -159,3 +159,25 @@ def test_a_search_with_activations_resumes_to_the_same_bytes(csq, tmp_path: Path
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
+
+
+def test_finetuning_goes_on_with_one_quantizer_per_layer(csq, tmp_path: Path, monkeypatch) -> None:
+    from csqcli.train import Trainer
+
+    plain = ("search", "--recipe", "digits", "--act-bits", 3, "--epochs", 1, "--quiet", "-o", tmp_path / "a")
+    assert csq(*plain)[0] == 0
+    hooks = []
+    original = Trainer.run_epoch
+
+    def counted(self, epoch, **more):
+        hooks.extend(len(module._forward_pre_hooks) for module in (self.model.conv1, self.model.fc))
+        return original(self, epoch, **more)
+
+    monkeypatch.setattr(Trainer, "run_epoch", counted)
+    model = tmp_path / "a" / "model.safetensors"
+    assert csq("finetune", model, "--data", "digits", "--epochs", 1, "-o", tmp_path / "b", "--quiet")[0] == 0
+    assert hooks == [1, 1]
+    before, after = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
+    assert after["finetune"]["input_top1"] == before["accuracy"]["hard_top1"]
+    if after["finetune"]["kept"] == "finetuned":
+        assert [e["scale"] for e in after["activations"]] != [e["scale"] for e in before["activations"]]

@@ -25,7 +25,7 @@ def test_readme_commands_that_need_no_data_of_yours_run_in_order(csq, tmp_path: 
     for command in shell_commands():
         if "/imagenet" in command or "/images" in command:
             continue
-        quick = ["--epochs", "2", "--quiet"] if command[1] == "search" else []
+        quick = ["--epochs", "2", "--quiet"] if command[1] in ("search", "finetune") else []
         code, out, err = csq(*command[1:], *quick)
         assert code == 0, f"{command}: {err}"
         assert out
@@ -34,7 +34,7 @@ def test_readme_commands_that_need_no_data_of_yours_run_in_order(csq, tmp_path: 
 
 
 def test_every_option_in_readme_exists(csq) -> None:
-    helps = {name: csq(name, "--help")[1] for name in ("search", "evaluate", "report")}
+    helps = {name: csq(name, "--help")[1] for name in {command[1] for command in shell_commands()}}
     for command in shell_commands():
         for word in command[2:]:
             if word.startswith("--"):

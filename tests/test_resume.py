@@ -25,7 +25,7 @@ ARGUMENTS = [
     "3",
     "--quiet",
 ]
-SAVES = ["--set", "save_every_minutes=0.001"]  # every 60 ms, so that kills fall into saves too
+SAVES = ["--set", "save_every_minutes=0.003"]  # every 180 ms, so that kills fall into saves too
 
 
 def start(output: Path, *more: str) -> subprocess.Popen[str]:
