@@ -216,6 +216,48 @@ def report(
     typer.echo(json.dumps(reports.build(checkpoint_file.read_manifest(file), _history_beside(file)), indent=2))
 
 
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for search.")],
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Load the library's weights.")
+    ] = False,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of weights that stay float. Repeatable.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Classes of the head; the library's own if unset.")
+    ] = None,
+    strict: Annotated[
+        float | None, typer.Option(help="Fail when less than this share of parameters is covered.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What csq would quantize in a model, and what stays float and why."""
+    from csqcli import inspect as inspection
+    from csqcli import sources
+
+    loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
+    found = inspection.coverage(loaded.model, loaded.data_config["input_size"], exclude=exclude or ())
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for layer in found["layers"]:
+            macs = "never called" if layer["macs"] is None else f"{layer['macs']:>15,} MACs"
+            shape = "×".join(map(str, layer["shape"]))
+            typer.echo(f"{layer['name']:<48} {shape:<18} {layer['weights']:>12,} weights {macs}")
+        for tensor in found["left_float"]:
+            typer.echo(f"{tensor['name']:<48} {'×'.join(map(str, tensor['shape'])):<18} float: {tensor['why']}")
+        typer.echo(
+            f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
+            f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates"
+        )
+    if strict is not None and found["parameter_share"] < strict:
+        raise UserError(
+            f"only {found['parameter_share']:.4f} of the parameters are covered",
+            where=model,
+            hint=f"--strict asks for {strict:g}",
+        )
+
+
 @recipes_app.callback(invoke_without_command=True)
 def _recipes_root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
