@@ -1,7 +1,8 @@
 """The quantized file: defined once, used by save, load, report and export.
 
 A safetensors file. For a quantized weight ``X`` it holds ``X_packed`` (uint8 codes, see `packing`) and ``X_scale``
-(float32, [1] or [channels]); every other parameter and buffer stands under its own name. One metadata key, ``csq``,
+(float32, [1] or [channels]); every other parameter and buffer stands under its own name; `storage` has the other forms
+that `csq export` writes, and all of them are read here. One metadata key, ``csq``,
 holds a JSON manifest: where the model comes from, its data config, the recipe as resolved, the budget asked and reached,
 accuracy, and per layer the mask, planes, encoding and entropy. Integers × scale is the weight, bit for bit.
 """
@@ -22,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from csqcli import packing
-from csqcli.errors import UserError
+from csqcli import packing, storage
+from csqcli.errors import UserError, did_you_mean
 from csqcli.files import replacing
 from csqcli.quant import csq
 from csqcli.quant.activations import ActivationRecord
@@ -32,6 +33,12 @@ from csqcli.sources import ModelSpec
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "csq"
+_DAMAGE = (
+    ValueError,
+    RuntimeError,
+    OverflowError,
+    SafetensorError,
+)  # what decoding raises for bytes it cannot be given
 
 
 class _Record(BaseModel):
@@ -92,6 +99,26 @@ class ActivationEntry(_Record):
     scale: float = Field(gt=0, allow_inf_nan=False)  # value of integer 1
 
 
+class ParityRecord(_Record):
+    """The certificate of an export: what was compared, between the hard model in torch and the file just written."""
+
+    payload_sha256: str  # of the integers as read back
+    layers_matched: int
+    layers_absent: list[str] = Field(default_factory=list)  # weights that the forward pass never uses (ONNX only)
+    inputs: str  # "8 synthetic images", "8 images of DATA"
+    max_logit_error: float
+    logit_std: float
+    tolerance_in_std: float
+    top1: float | None = None  # percent, of this file through its engine
+    samples: int = 0
+    engine: str  # "onnxruntime 1.32.0"
+    versions: dict[str, str] = Field(default_factory=dict)
+    file_bytes: int = 0  # this file, certificate included
+    load_seconds: float
+    latency_ms: float | None = None  # batch 1, one thread, median
+    latency_ratio: float | None = None  # fp32 time / this file's time, interleaved in one run: > 1 is faster
+
+
 class Manifest(_Record):
     schema_version: int = SCHEMA_VERSION
     model: ModelRecord
@@ -106,6 +133,9 @@ class Manifest(_Record):
     payload_sha256: str
     environment: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
+    form: str = "compact"  # how the tensors are laid out, see `storage`
+    packed_others: list[storage.TensorRecord] = Field(default_factory=list)  # bit-packed files only
+    parity: ParityRecord | None = None  # exported files only
 
     def activation_records(self) -> list[ActivationRecord]:
         """The activation quantizers, as `activations.attach` takes them."""
@@ -205,19 +235,46 @@ def payload_sha256(layers: list[HardLayer]) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, file: QuantizedFile) -> int:
-    """Write atomically; the bytes on disk."""
-    tensors = dict(file.others)
-    for layer in file.layers:
-        tensors[f"{layer.name}_packed"] = packing.encode(layer.integers)[0]
-        tensors[f"{layer.name}_scale"] = layer.scale
-    metadata = {METADATA_KEY: file.manifest.model_dump_json(exclude_none=False)}
+def write(path: Path, file: QuantizedFile, *, form: storage.Form = "compact") -> int:
+    """Write atomically in the given form; the bytes on disk."""
+    stored = storage.store(file.layers, file.others, form)
+    manifest = _described(file.manifest, stored, form)
+    if manifest.parity is not None:
+        manifest.parity.file_bytes = 0
     with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise UserError(f"cannot be written ({error})", where=str(path)) from None
+        for _ in range(4):  # the certificate states the size of the file that it is part of
+            try:
+                tensors, metadata = _with_manifest(stored.tensors, manifest)
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:
+                raise UserError(f"cannot be written ({error})", where=str(path)) from None
+            size = temporary.stat().st_size
+            if manifest.parity is None or manifest.parity.file_bytes == size:
+                break
+            manifest.parity.file_bytes = size
     return path.stat().st_size
+
+
+def _described(manifest: Manifest, stored: storage.Stored, form: storage.Form) -> Manifest:
+    """The manifest with every layer's encoding and bytes as ``stored``."""
+    described = manifest.model_copy(update={"form": form, "packed_others": stored.others}, deep=True)
+    for record, (encoding, size) in zip(described.layers, stored.encodings, strict=True):
+        record.encoding, record.packed_bytes = encoding, size
+    return described
+
+
+def _with_manifest(tensors: dict[str, Tensor], manifest: Manifest) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and safetensors metadata. A bit-packed file deflates its manifest, all but the certificate."""
+    if manifest.form != "bit-packed":
+        return tensors, {METADATA_KEY: manifest.model_dump_json(exclude_none=False)}
+    parity = manifest.parity.model_dump(mode="json") if manifest.parity else None
+    head = {"schema_version": manifest.schema_version, "form": manifest.form, "parity": parity}
+    for record in manifest.layers:
+        if isinstance(record.scale, list):
+            record.scale = []  # stands among the tensors
+    text = manifest.model_dump_json(exclude={"parity"}, exclude_defaults=True)
+    packed = storage.as_tensor(storage.deflate(text.encode()))
+    return tensors | {storage.MANIFEST: packed}, {METADATA_KEY: json.dumps(head)}
 
 
 def is_quantized(path: Path) -> bool:
@@ -232,6 +289,10 @@ def is_quantized(path: Path) -> bool:
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest alone, with the file's measured size. UserError for anything that is not a csq file."""
     path = Path(path)
+    if path.suffix == ".onnx":
+        from csqcli.export import runtime
+
+        return runtime.read_manifest(path)
     with _opened(path) as file:
         manifest = _manifest(file, path)
     manifest.sizes.file_bytes = path.stat().st_size
@@ -244,23 +305,39 @@ def read(path: str | Path) -> QuantizedFile:
     where = str(path)
     with _opened(path) as file:
         manifest = _manifest(file, path)
-        names = set(file.keys())
         layers = []
+        try:
+            reader = storage.Reader(file, manifest.layers, manifest.packed_others)
+        except _DAMAGE as error:
+            raise UserError(f"float tensors: {error}", where=where, hint="the file is damaged") from None
         for record in manifest.layers:
-            packed, scale = f"{record.name}_packed", f"{record.name}_scale"
-            if not {packed, scale} <= names:
-                raise UserError(f"tensors of layer {record.name} are missing", where=where, hint="the file is damaged")
-            names -= {packed, scale}
             try:
-                integers = packing.decode(file.get_tensor(packed), record.encoding, tuple(record.shape))
-                layers.append(_checked_layer(record, integers.to(torch.int32), file.get_tensor(scale)))
-            except (ValueError, RuntimeError, OverflowError) as error:
+                integers, scale = reader.layer(record)
+                layers.append(_checked_layer(record, integers, scale))
+            except _DAMAGE as error:
                 raise UserError(f"layer {record.name}: {error}", where=where, hint="the file is damaged") from None
-        others = {name: file.get_tensor(name) for name in sorted(names)}
+            record.scale = scale.tolist() if scale.numel() > 1 else float(scale)
+        others = reader.others()
     if payload_sha256(layers) != manifest.payload_sha256:
         raise UserError("integers do not match their sha-256", where=where, hint="the file is damaged")
     manifest.sizes.file_bytes = path.stat().st_size
     return QuantizedFile(manifest, layers, others)
+
+
+def read_layer(path: str | Path, name: str) -> HardLayer:
+    """One layer, without reading the others' weights. UserError for an unknown name or a damaged file."""
+    path = Path(path)
+    with _opened(path) as file:
+        manifest = _manifest(file, path)
+        record = next((record for record in manifest.layers if record.name == name), None)
+        if record is None:
+            hint = did_you_mean(name, [record.name for record in manifest.layers])
+            raise UserError(f"no quantized layer `{name}`", where=str(path), hint=hint)
+        try:
+            reader = storage.Reader(file, manifest.layers, manifest.packed_others)
+            return _checked_layer(record, *reader.layer(record))
+        except _DAMAGE as error:
+            raise UserError(f"layer {name}: {error}", where=str(path), hint="the file is damaged") from None
 
 
 def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> HardLayer:
@@ -285,16 +362,23 @@ def _opened(path: Path) -> Any:
 
 
 def _manifest(file: Any, path: Path) -> Manifest:
-    text = (file.metadata() or {}).get(METADATA_KEY)
+    squeezed = file.get_tensor(storage.MANIFEST).numpy().tobytes() if storage.MANIFEST in file.keys() else None
+    return parse_manifest((file.metadata() or {}).get(METADATA_KEY), where=str(path), deflated=squeezed)
+
+
+def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = None) -> Manifest:
+    """A manifest from its JSON; ``deflated`` holds the larger part of it in a bit-packed file. UserError for damage."""
     if text is None:
-        raise UserError("not a csq file (no manifest)", where=str(path), hint="`csq search` writes one")
+        raise UserError("not a csq file (no manifest)", where=where, hint="`csq search` writes one")
     try:
         raw = json.loads(text)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA_VERSION:
             hint = f"this csq reads version {SCHEMA_VERSION}; upgrade csq"
-            raise UserError(f"schema version {version!r}", where=str(path), hint=hint)
+            raise UserError(f"schema version {version!r}", where=where, hint=hint)
+        if deflated is not None:
+            raw |= json.loads(packing.inflate(deflated, storage.MANIFEST_LIMIT, exact=False))
         return Manifest.model_validate(raw)
-    except (ValidationError, ValueError, RecursionError) as error:
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
         first = error.errors()[0]["loc"] if isinstance(error, ValidationError) else "not JSON"
-        raise UserError(f"manifest is damaged ({first})", where=str(path)) from None
+        raise UserError(f"manifest is damaged ({first})", where=where) from None

@@ -65,7 +65,7 @@ def decode(data: Tensor, encoding: str, shape: tuple[int, ...]) -> Tensor:
     expected = packed_bytes(weights, width)
     raw = data.cpu().numpy().tobytes()
     if huffman:
-        raw = _inflate(raw, expected)
+        raw = inflate(raw, expected)
     if len(raw) != expected:
         raise ValueError(f"{len(raw)} bytes of codes, {expected} expected for shape {list(shape)}")
     packed = np.frombuffer(raw, dtype=np.uint8)
@@ -78,14 +78,18 @@ def decode(data: Tensor, encoding: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(values).view(shape)
 
 
-def _inflate(data: bytes, expected: int) -> bytes:
+def inflate(data: bytes, expected: int, *, exact: bool = True) -> bytes:
+    """Raw DEFLATE undone, never beyond ``expected`` bytes.
+
+    Raises ValueError for a stream that is longer, damaged or (``exact``) shorter.
+    """
     decoder = zlib.decompressobj(wbits=-15)
     try:
         raw = decoder.decompress(data, expected + 1)
     except zlib.error as error:
-        raise ValueError(f"damaged Huffman payload ({error})") from None
-    if len(raw) > expected or not decoder.eof or decoder.unused_data:
-        raise ValueError("Huffman payload does not end where the shape says")
+        raise ValueError(f"damaged deflated payload ({error})") from None
+    if len(raw) > expected or not decoder.eof or decoder.unused_data or (exact and len(raw) != expected):
+        raise ValueError("deflated payload does not end where the shape says")
     return raw
 
 

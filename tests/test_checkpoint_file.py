@@ -79,7 +79,7 @@ def _tampered(source: Path, target: Path, edit) -> Path:
     ("edit", "complaint"),
     [
         (lambda t, m: t["fc.weight_packed"].copy_(t["fc.weight_packed"].flip(0)), "damaged"),
-        (lambda t, m: t.pop("fc.weight_packed"), "tensors of layer fc.weight are missing"),
+        (lambda t, m: t.pop("fc.weight_packed"), "layer fc.weight: tensor fc.weight_packed is missing"),
         (lambda t, m: m["layers"][0].update(mask="2x"), "mask"),
         (lambda t, m: m["layers"][0].update(shape=[10**9, 10**9]), "damaged"),
         (lambda t, m: m["layers"][0].pop("shape"), "manifest is damaged"),

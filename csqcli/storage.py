@@ -1,0 +1,224 @@
+"""How a quantized file's tensors are laid out: one form per purpose, one reader for all of them.
+
+compact      what `csq search` writes: codes of `packing`, a tensor per layer
+int8-packed  integers as they are (int8, int16 where |Q| > 127): readable with safetensors and NumPy alone
+bit-packed   the smallest: every payload in one tensor, manifest and float tensors deflated; random access per layer
+state-dict   the float weights under their own names, for any program that loads a state dict
+
+All are safetensors files. The manifest records each layer's encoding, and reading dispatches on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from csqcli import packing
+from csqcli.quant.methods import HardLayer, spread
+
+if TYPE_CHECKING:
+    from csqcli.checkpoint_file import LayerRecord
+
+Form = Literal["compact", "int8-packed", "bit-packed", "state-dict"]
+CODES, FLOATS, MANIFEST = "csq_codes", "csq_floats", "csq_manifest"  # the tensors of a bit-packed file
+MANIFEST_LIMIT = 2**26  # bytes; a manifest is a few hundred bytes per layer
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+
+
+class TensorRecord(BaseModel):
+    """Where a float parameter or buffer lies inside a bit-packed file."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    bytes: int
+    deflated: bool
+
+
+@dataclass
+class Stored:
+    """A file's tensors, and what its manifest must say to find the layers again."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    encodings: list[tuple[str, int]] = field(default_factory=list)  # per layer: encoding, payload bytes
+    others: list[TensorRecord] = field(default_factory=list)  # bit-packed only
+
+
+def store(layers: Sequence[HardLayer], others: Mapping[str, Tensor], form: Form) -> Stored:
+    """Lay ``layers`` and the ``others`` (parameters and buffers that are not quantized) out in ``form``."""
+    if form == "bit-packed":
+        return _store_bit_packed(layers, others)
+    stored = Stored(dict(others))
+    for layer in layers:
+        if form == "state-dict":
+            weight, encoding = layer.weight(), "float32"
+            stored.tensors |= {name: weight.clone() for name in (layer.name, *layer.aliases)}
+            stored.encodings.append((encoding, 4 * weight.numel()))
+            continue
+        payload, encoding = packing.encode(layer.integers) if form == "compact" else plain_integers(layer.integers)
+        stored.tensors[f"{layer.name}_packed"] = payload
+        stored.tensors[f"{layer.name}_scale"] = layer.scale
+        if form == "int8-packed":
+            stored.tensors[f"{layer.name}_shape"] = torch.tensor(layer.integers.shape)
+        stored.encodings.append((encoding, payload.numel() * payload.element_size()))
+    return stored
+
+
+def plain_integers(integers: Tensor) -> tuple[Tensor, str]:
+    """The integers in the narrowest exact of int8 and int16, in their own shape, and that type's name."""
+    largest = int(integers.abs().max()) if integers.numel() else 0
+    if packing.code_width(largest) == 16:
+        return integers.to(torch.int16).contiguous(), "int16"
+    return integers.to(torch.int8).contiguous(), "int8"
+
+
+class Reader:
+    """Tensors of an open safetensors file, layer by layer. ValueError wherever they contradict the manifest."""
+
+    def __init__(self, file: Any, layers: Sequence[LayerRecord], others: Sequence[TensorRecord]) -> None:
+        self.file = file
+        self.unread = set(file.keys())
+        self.bit_packed = CODES in self.unread
+        self.floats: dict[str, Tensor] = {}
+        if self.bit_packed:
+            self.unread -= {CODES, FLOATS, MANIFEST}
+            self.floats = _unpack_tensors(file.get_tensor(FLOATS), others)
+            ends = list(itertools.accumulate(record.packed_bytes for record in layers))
+            if ends[-1:] not in ([], file.get_slice(CODES).get_shape()):
+                raise ValueError("payloads do not fill the codes")
+            self.spans = {
+                record.name: (end - record.packed_bytes, end) for record, end in zip(layers, ends, strict=True)
+            }
+
+    def layer(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
+        """Integers (int32, the weight's shape) and scale (float32, [1] or [channels])."""
+        shape, name = tuple(record.shape), record.name
+        if self.bit_packed:
+            start, end = self.spans[name]
+            payload = self.file.get_slice(CODES)[start:end]
+            scale = self.floats.pop(f"{name}_scale", None)
+            if scale is None:
+                scale = _recorded_scale(record)
+            return packing.decode(payload, record.encoding, shape).to(torch.int32), scale
+        if record.encoding == "float32":
+            return self._from_weight(record)
+        payload, scale = self._take(f"{name}_packed"), self._take(f"{name}_scale")
+        if record.encoding in ("int8", "int16"):
+            if payload.dtype != _DTYPES[record.encoding] or tuple(payload.shape) != shape:
+                raise ValueError(f"integers of shape {list(payload.shape)} and dtype {payload.dtype}")
+            if self._take(f"{name}_shape").tolist() != list(shape):
+                raise ValueError(f"{name}_shape disagrees with the manifest")
+            return payload.to(torch.int32), scale
+        return packing.decode(payload, record.encoding, shape).to(torch.int32), scale
+
+    def others(self) -> dict[str, Tensor]:
+        """What is left after every layer was read."""
+        return {name: self.file.get_tensor(name) for name in sorted(self.unread)} | self.floats
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self.unread:
+            raise ValueError(f"tensor {name} is missing")
+        self.unread.discard(name)
+        return self.file.get_tensor(name)
+
+    def _from_weight(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
+        """Integers back from float weights: |Q| < 2^15 and one rounding of 2^-24, so W / scale rounds to Q exactly."""
+        weight, scale = self._take(record.name), _recorded_scale(record)
+        if tuple(weight.shape) != tuple(record.shape) or weight.dtype != torch.float32:
+            raise ValueError(f"weight of shape {list(weight.shape)} and dtype {weight.dtype}")
+        unit = spread(scale, weight, record.channel_dim)
+        integers = torch.where(unit != 0, weight.double() / unit.double(), 0.0).round()
+        if not bool((integers.abs() <= packing.WIDTHS[16]).all()) or not torch.equal(integers.float() * unit, weight):
+            raise ValueError("the weights are no longer integers × scale; they were changed after the export")
+        for alias in record.aliases:
+            if not torch.equal(self._take(alias), weight):
+                raise ValueError(f"the tied tensor {alias} differs")
+        return integers.to(torch.int32), scale
+
+
+def _recorded_scale(record: LayerRecord) -> Tensor:
+    return torch.tensor(record.scale if isinstance(record.scale, list) else [record.scale], dtype=torch.float32)
+
+
+def _store_bit_packed(layers: Sequence[HardLayer], others: Mapping[str, Tensor]) -> Stored:
+    stored, payloads, floats = Stored(), [], dict(others)
+    for layer in layers:
+        payload, encoding = packing.encode(layer.integers)
+        payloads.append(payload)
+        stored.encodings.append((encoding, payload.numel()))
+        if layer.scale.numel() > 1:  # a single scale stands in the manifest, to the last bit
+            floats[f"{layer.name}_scale"] = layer.scale
+    packed = []
+    for name, value in floats.items():
+        data, deflated = _deflate_tensor(value)
+        dtype = str(value.dtype).removeprefix("torch.")
+        record = TensorRecord(name=name, dtype=dtype, shape=list(value.shape), bytes=len(data), deflated=deflated)
+        stored.others.append(record)
+        packed.append(data)
+    empty = torch.empty(0, dtype=torch.uint8)
+    stored.tensors = {CODES: torch.cat(payloads) if payloads else empty, FLOATS: as_tensor(b"".join(packed))}
+    return stored
+
+
+def _deflate_tensor(value: Tensor) -> tuple[bytes, bool]:
+    """The tensor's bytes, grouped by significance (exponents next to exponents) and deflated where that is smaller."""
+    raw = value.contiguous().view(-1).view(torch.uint8) if value.numel() else torch.empty(0, dtype=torch.uint8)
+    plain = raw.numpy().tobytes()
+    squeezed = deflate(raw.view(-1, value.element_size()).t().contiguous().numpy().tobytes())
+    return (squeezed, True) if len(squeezed) < len(plain) else (plain, False)
+
+
+def _unpack_tensors(data: Tensor, records: Sequence[TensorRecord]) -> dict[str, Tensor]:
+    """Inverse of the packing above; ValueError when the bytes are not what the records say."""
+    content, offset, tensors = data.numpy().tobytes(), 0, {}
+    for record in records:
+        if record.dtype not in _DTYPES:
+            raise ValueError(f"{record.name}: unknown dtype {record.dtype}")
+        dtype = _DTYPES[record.dtype]
+        size, width = math.prod(record.shape) * dtype.itemsize, dtype.itemsize
+        raw = content[offset : offset + record.bytes]
+        offset += record.bytes
+        if record.deflated:
+            raw = packing.inflate(raw, size)
+        if len(raw) != size or min(record.shape, default=1) < 0:
+            raise ValueError(f"{record.name}: {len(raw)} bytes, {size} expected")
+        planes = np.frombuffer(raw, dtype=np.uint8)
+        if record.deflated:
+            planes = planes.reshape(width, -1).T.reshape(-1)
+        tensors[record.name] = torch.from_numpy(planes.copy()).view(dtype).view(record.shape)
+    if offset != len(content):
+        raise ValueError(f"{len(content)} bytes of float tensors, {offset} expected")
+    return tensors
+
+
+def deflate(data: bytes) -> bytes:
+    """Raw DEFLATE at its slowest."""
+    coder = zlib.compressobj(level=9, wbits=-15, memLevel=9)
+    return coder.compress(data) + coder.flush()
+
+
+def as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
