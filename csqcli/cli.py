@@ -258,6 +258,68 @@ def inspect(
         )
 
 
+class Activations(str, Enum):
+    """Type of the activations in an exported graph."""
+
+    float = "float"
+    int8 = "int8"
+
+
+class Target(str, Enum):
+    """Engine that an exported graph is made for and verified with."""
+
+    ort = "ort"
+    openvino = "openvino"
+
+
+@app.command()
+def export(
+    file: FileArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="File to write.")],
+    int8_packed: Annotated[
+        bool,
+        typer.Option("--int8-packed", help="safetensors, int8 integers; read it with safetensors and NumPy alone."),
+    ] = False,
+    bit_packed: Annotated[bool, typer.Option("--bit-packed", help="safetensors, the smallest form.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX whose packed weights the engine unpacks at load.")] = False,
+    state_dict: Annotated[bool, typer.Option("--state-dict", help="safetensors, plain float state dict.")] = False,
+    activations: Annotated[
+        Activations, typer.Option(help="ONNX only; int8 needs activation scales in the file.")
+    ] = Activations.float,
+    target: Annotated[Target, typer.Option(help="ONNX only: the engine that verifies the file.")] = Target.ort,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Verify on real images and record top-1 (as in csq evaluate).")
+    ] = None,
+    val_limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")] = None,
+    trust_code: TrustOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+) -> None:
+    """Write a file that is small or runs elsewhere, read it back and compare it with the hard model."""
+    flags = {"int8-packed": int8_packed, "bit-packed": bit_packed, "onnx": onnx, "state-dict": state_dict}
+    chosen = [form for form, wanted in flags.items() if wanted]
+    if len(chosen) != 1:
+        options = ", ".join(f"--{form}" for form in flags)
+        raise UserError(f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {options}")
+    if not onnx and (activations is not Activations.float or target is not Target.ort):
+        raise UserError("--activations and --target belong to --onnx", where=f"csq export --{chosen[0]}")
+    from csqcli.export import run
+
+    manifest = run.export_file(
+        file,
+        output,
+        form=chosen[0],  # type: ignore[arg-type]  # one of the keys above
+        activations=activations.value,
+        target=target.value,
+        data_source=data,
+        val_limit=val_limit,
+        trust_code=trust_code,
+        force=force,
+    )
+    for line in run.summary(manifest):
+        typer.echo(line)
+    typer.echo(f"wrote {output}")
+
+
 @recipes_app.callback(invoke_without_command=True)
 def _recipes_root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:

@@ -143,14 +143,25 @@ def evaluate_file(
     val_limit: int | None = None,
     trust_code: bool = False,
 ) -> tuple[Accuracy, Manifest]:
-    """Accuracy of the hard model as the file holds it, with the preprocessing stored in it."""
-    file = checkpoint_file.read(path)
-    images = data.open_data(data_source, train=False, val_limit=val_limit)
-    _check_classes(file.manifest, images, where=str(path))
+    """Accuracy of the hard model as the file holds it, with the preprocessing stored in it.
+
+    ONNX files run in ONNX Runtime on the CPU, all others in torch on ``device``.
+    """
     target = pick_device(device)
-    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+    model: nn.Module
+    if path.suffix == ".onnx":
+        from csqcli.export import runtime
+
+        target = pick_device("cpu")
+        model, manifest = runtime.open_model(path)
+    else:
+        file = checkpoint_file.read(path)
+        manifest = file.manifest
+        model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+    images = data.open_data(data_source, train=False, val_limit=val_limit)
+    _check_classes(manifest, images, where=str(path))
     settings = data.LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
-    return evaluate(model, data.make_loader(images.val, file.manifest.data_config, settings)), file.manifest
+    return evaluate(model, data.make_loader(images.val, manifest.data_config, settings)), manifest
 
 
 def pick_device(name: str) -> torch.device:

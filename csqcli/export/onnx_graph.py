@@ -1,0 +1,209 @@
+"""Hard model → ONNX graphs: one whose weights unpack themselves, and the plain float one it is measured against.
+
+Quantized weights are made inputs of the exported graph before any optimizer sees it. So nothing can fold them into
+something else, they keep their names, and each is replaced exactly once by nodes that compute integers × scale.
+BatchNorm stays in the file and is folded by the engine, which changes scales, never integers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from csqcli.errors import UserError
+from csqcli.export.runtime import INPUT, OUTPUT, require
+from csqcli.export.verify import ParityError
+from csqcli.quant.methods import HardLayer, spread
+from csqcli.train import logits_of
+
+OPSET = 20  # the newest that both engines read in the versions of docs/export.md; Gelu needs it
+_PREFIX = "model."
+
+
+class _Logits(nn.Module):
+    """One input, one output, whatever the model returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
+
+@dataclass
+class Graphs:
+    """The exported network with its quantized weights as inputs, and what they are."""
+
+    proto: Any  # onnx.ModelProto; inputs: images, then the names of `used`
+    used: list[HardLayer]
+    absent: list[str]  # layers that the forward pass never reads
+
+    def packed(self) -> tuple[Any, dict[str, tuple[str, int]]]:
+        """ModelProto with self-unpacking weights, and per layer the encoding and its bytes."""
+        from csqcli.export.unpacking import Unpacker
+
+        unpacker, encodings = Unpacker(), {}
+        for layer in self.used:
+            scale = spread(layer.scale, layer.integers, layer.channel_dim)
+            packed = unpacker.add(layer.name, layer.integers.numpy(), scale.numpy())
+            encodings[layer.name] = packed.encoding, packed.data.size
+        return self._with(unpacker.initializers, unpacker.nodes), encodings
+
+    def plain(self) -> Any:
+        """ModelProto with the same weights as float32 initializers."""
+        from onnx import numpy_helper
+
+        return self._with([numpy_helper.from_array(layer.weight().numpy(), layer.name) for layer in self.used], [])
+
+    def _with(self, initializers: Sequence[Any], nodes: Sequence[Any]) -> Any:
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        graph = model.graph
+        images = [value for value in graph.input if value.name == INPUT]
+        del graph.input[:]
+        graph.input.extend(images)
+        graph.initializer.extend(initializers)
+        body = list(graph.node)
+        del graph.node[:]
+        graph.node.extend([*nodes, *body])
+        return model
+
+
+def trace(model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[int]) -> Graphs:
+    """Export the hard model (eval mode, CPU) with a dynamic batch.
+
+    Raises UserError when torch cannot turn the model into ONNX.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+    import onnx_ir
+    from onnxscript import optimizer
+
+    names = {alias: layer.name for layer in layers for alias in (layer.name, *layer.aliases)}
+    images = torch.zeros(2, *input_size)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                _Logits(model),
+                (images,),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                verbose=False,
+            )
+            assert program is not None
+            graph = program.model.graph
+            found: dict[str, Any] = {}
+            for name, value in list(graph.initializers.items()):
+                canonical = names.get(name.removeprefix(_PREFIX))
+                if canonical is None:
+                    continue
+                graph.initializers.pop(name)
+                if canonical in found:  # a tied weight under its second name
+                    onnx_ir.convenience.replace_all_uses_with(value, found[canonical])
+                    continue
+                value.const_value, value.name = None, canonical
+                graph.inputs.append(value)
+                found[canonical] = value
+            optimizer.optimize(program.model)
+        except Exception as error:  # the exporter raises dozens of kinds; all mean the same to the user
+            reason = _reason(error)
+            hint = "export --int8-packed or --state-dict and load the model in torch"
+            raise UserError(f"torch cannot export this model to ONNX ({reason})", hint=hint) from None
+    used = [layer for layer in layers if layer.name in found and found[layer.name].uses()]
+    absent = [layer.name for layer in layers if layer not in used]
+    return Graphs(_stripped(onnx_ir.to_proto(program.model)), used, absent)
+
+
+def weights_in(proto: Any, layer: HardLayer) -> tuple[np.ndarray, np.ndarray]:
+    """(integers, float weight) of one layer as the written graph's own nodes compute them, run by ONNX Runtime.
+
+    Raises ParityError when the graph does not compute the weight exactly once or never uses it.
+    """
+    import onnx
+    import onnxruntime
+
+    graph = proto.graph
+    producers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for output in node.output:
+            producers.setdefault(output, []).append(node)
+    outputs = [f"{layer.name}_integers", layer.name]
+    if any(len(producers.get(name, [])) != 1 for name in outputs):
+        raise ParityError("is not computed exactly once", where=layer.name)
+    if not any(layer.name in node.input for node in graph.node):
+        raise ParityError("is computed but never used", where=layer.name)
+    needed, stack, nodes = set(outputs), list(outputs), []
+    while stack:
+        for node in producers.get(stack.pop(), []):
+            if not any(node is kept for kept in nodes):
+                nodes.append(node)
+                needed |= set(node.input)
+                stack += node.input
+    constants = [value for value in graph.initializer if value.name in needed]
+    infos = [onnx.helper.make_empty_tensor_value_info(name) for name in outputs]
+    body = onnx.helper.make_graph(nodes[::-1], "unpack", [], infos, constants)
+    model = onnx.helper.make_model(body, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    integers, weight = session.run(outputs, {})
+    return integers, weight
+
+
+def _stripped(proto: Any) -> Any:
+    """Without doc strings, metadata and intermediate shapes: they hold stack traces with paths of this machine."""
+    pending = [proto.graph, *proto.functions]
+    proto.ClearField("doc_string")
+    del proto.metadata_props[:]
+    proto.producer_name, proto.producer_version = "csq", ""
+    while pending:
+        item = pending.pop()
+        item.ClearField("doc_string")
+        del item.metadata_props[:]
+        del item.value_info[:]
+        for node in item.node:
+            node.ClearField("doc_string")
+            del node.metadata_props[:]
+            pending += [a.g for a in node.attribute if a.HasField("g")]
+            pending += [graph for a in node.attribute for graph in a.graphs]
+        if hasattr(item, "initializer"):
+            for value in (*item.initializer, *item.input, *item.output):
+                value.ClearField("doc_string")
+                del value.metadata_props[:]
+    return proto
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter warns and prints about its own inner workings."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

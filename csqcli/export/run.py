@@ -1,0 +1,236 @@
+"""export_file(): from a quantized file to one that is small or runs elsewhere, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+import csqcli
+from csqcli import checkpoint_file, data, files
+from csqcli.checkpoint_file import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
+from csqcli.errors import UserError
+from csqcli.export import verify
+from csqcli.export.verify import ParityError, Probe
+from csqcli.storage import Form
+from csqcli.train import evaluate
+
+Target = Literal["ort", "openvino"]
+LATENCY_REPEATS = 9
+BASELINE_LIMIT = 1.9e9  # bytes: protobuf refuses a float baseline of 2 GiB
+
+
+def export_file(
+    source: Path,
+    output: Path,
+    *,
+    form: Form | Literal["onnx"],
+    activations: Literal["float", "int8"] = "float",
+    target: Target = "ort",
+    data_source: str | None = None,
+    val_limit: int | None = None,
+    trust_code: bool = False,
+    force: bool = False,
+) -> Manifest:
+    """Write ``source`` as ``output`` in ``form``, verified; the new file's manifest with its parity certificate.
+
+    ``data_source`` gives the images to compare logits on, and the top-1 of the written file.
+    Raises UserError for bad input, and ParityError, a kind of it, when the written file differs from the hard model.
+    """
+    _check_output(source, output, suffix=".onnx" if form == "onnx" else ".safetensors", force=force)
+    if form == "onnx":
+        _require_engine(target)
+    file = checkpoint_file.read(source)
+    if activations == "int8":  # seam: per-layer activation records of the manifest become Q/DQ pairs in onnx_graph
+        raise UserError(
+            "has no activation scales, which --activations int8 needs",
+            where=str(source),
+            hint="use --activations float, or train a model with quantized activations",
+        )
+    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
+    loader = _loader(file, data_source, val_limit) if data_source is not None else None
+    images = next(iter(loader.epoch(0)))[0][: verify.PROBE_IMAGES] if loader is not None else None
+    probe = verify.make_probe(model, file.manifest.data_config["input_size"], images, source=data_source or "")
+    exporter: _Exporter = _Onnx(file, model, probe, target) if form == "onnx" else _Safetensors(file, form, trust_code)
+    with verify.candidate(output) as path:
+        exporter.write(path, None)
+        started = time.perf_counter()
+        engine = exporter.open(path)
+        load_seconds = time.perf_counter() - started
+        exporter.check(path)
+        with torch.no_grad():
+            logits = engine(probe.images)
+        tolerance = verify.FLOAT_TOLERANCE
+        error = verify.check_logits(logits, probe, tolerance_in_std=tolerance, where=str(output))
+        accuracy = evaluate(engine, loader) if loader is not None else None
+        latency_ms, latency_ratio = exporter.latency(path, probe)
+        parity = ParityRecord(
+            payload_sha256=file.manifest.payload_sha256,
+            layers_matched=len(file.layers) - len(exporter.absent),
+            layers_absent=exporter.absent,
+            inputs=probe.source,
+            max_logit_error=error,
+            logit_std=probe.spread,
+            tolerance_in_std=tolerance,
+            top1=accuracy.top1 if accuracy else None,
+            samples=accuracy.samples if accuracy else 0,
+            engine=exporter.engine,
+            versions={"csq": csqcli.__version__, "torch": torch.__version__},
+            load_seconds=load_seconds,
+            latency_ms=latency_ms,
+            latency_ratio=latency_ratio,
+        )
+        exporter.write(path, parity)
+        exporter.check(path)
+    return checkpoint_file.read_manifest(output)
+
+
+class _Exporter(Protocol):
+    """One kind of file: how it is written, opened in the engine that will run it, and compared layer by layer."""
+
+    engine: str
+    absent: list[str]  # layers that the file does not hold because nothing reads them
+
+    def write(self, path: Path, parity: ParityRecord | None) -> None: ...
+
+    def open(self, path: Path) -> nn.Module: ...
+
+    def check(self, path: Path) -> None: ...
+
+    def latency(self, path: Path, probe: Probe) -> tuple[float | None, float | None]: ...
+
+
+class _Safetensors:
+    def __init__(self, file: QuantizedFile, form: Form, trust_code: bool) -> None:
+        self.file, self.form, self.trust_code = file, form, trust_code
+        self.engine, self.absent = f"torch {torch.__version__}", []
+
+    def write(self, path: Path, parity: ParityRecord | None) -> None:
+        manifest = self.file.manifest.model_copy(update={"parity": parity})
+        checkpoint_file.write(path, QuantizedFile(manifest, self.file.layers, self.file.others), form=self.form)
+
+    def open(self, path: Path) -> nn.Module:
+        return csqcli.load(path, trust_code=self.trust_code)
+
+    def check(self, path: Path) -> None:
+        try:
+            written = checkpoint_file.read(path)
+        except UserError as error:
+            raise ParityError(f"cannot be read back: {error.what}", where=str(path)) from None
+        for layer, wanted in zip(written.layers, self.file.layers, strict=True):
+            verify.check_layer(layer, wanted)
+        verify.check_others(written.others, self.file.others)
+
+    def latency(self, path: Path, probe: Probe) -> tuple[float | None, float | None]:
+        return None, None  # a loaded file runs as the float model that it is
+
+
+class _Onnx:
+    def __init__(self, file: QuantizedFile, model: nn.Module, probe: Probe, target: Target) -> None:
+        from csqcli.export import onnx_graph
+
+        self.file, self.target = file, target
+        self.graphs = onnx_graph.trace(model, file.layers, tuple(probe.images.shape[1:]))
+        self.absent, self.engine = self.graphs.absent, ""
+        self.proto, encodings = self.graphs.packed()
+        self.manifest = file.manifest.model_copy(update={"form": "onnx"}, deep=True)
+        for record in self.manifest.layers:
+            record.encoding, record.packed_bytes = encodings.get(record.name, ("absent", 0))
+
+    def write(self, path: Path, parity: ParityRecord | None) -> None:
+        self.manifest.parity = parity
+        del self.proto.metadata_props[:]
+        entry = self.proto.metadata_props.add(key=METADATA_KEY)
+        for _ in range(4):  # the certificate states the size of the file that it is part of
+            entry.value = self.manifest.model_dump_json()
+            content = self.proto.SerializeToString()
+            if parity is None or parity.file_bytes == len(content):
+                break
+            parity.file_bytes = len(content)
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(content)
+
+    def open(self, path: Path | bytes, *, threads: int = 0) -> nn.Module:
+        from csqcli.export import runtime
+
+        engine = (runtime.OnnxModel if self.target == "ort" else runtime.OpenVinoModel)(path, threads=threads)
+        self.engine = engine.engine
+        return engine
+
+    def check(self, path: Path) -> None:
+        import onnx
+
+        from csqcli.export import onnx_graph
+
+        proto = onnx.load(path)
+        for layer in self.graphs.used:
+            integers, weight = (torch.from_numpy(value) for value in onnx_graph.weights_in(proto, layer))
+            if not torch.equal(integers.to(torch.int32), layer.integers):
+                raise ParityError("integers differ from the source file's", where=layer.name)
+            if not verify.same_bits(weight, layer.weight()):
+                raise ParityError("integers × scale is not the hard weight", where=layer.name)
+
+    def latency(self, path: Path, probe: Probe) -> tuple[float | None, float | None]:
+        """Milliseconds at batch 1 on one thread, and how many times faster that is than the same graph in fp32."""
+        if 4 * sum(layer.integers.numel() for layer in self.graphs.used) > BASELINE_LIMIT:
+            return None, None
+        packed, plain = self.open(path, threads=1), self.open(self.graphs.plain().SerializeToString(), threads=1)
+        image = probe.images[:1]
+        seconds = verify.interleaved_medians([lambda: packed(image), lambda: plain(image)], repeats=LATENCY_REPEATS)
+        return 1000 * seconds[0], seconds[1] / seconds[0]
+
+
+def _check_output(source: Path, output: Path, *, suffix: str, force: bool) -> None:
+    if output.suffix != suffix:
+        raise UserError(f"the name of this form must end in {suffix}", where=str(output))
+    if not output.parent.is_dir():
+        raise UserError("no such folder", where=str(output.parent))
+    if output.exists() and source.exists() and output.samefile(source):
+        raise UserError("is the file to export", where=str(output), hint="choose another name")
+    if output.exists() and not (force and output.is_file()):
+        raise UserError("exists already", where=str(output), hint="choose another name or pass --force")
+
+
+def _require_engine(target: Target) -> None:
+    from csqcli.export import runtime
+
+    runtime.require("onnx", "onnxscript", "onnxruntime")
+    if target == "openvino":
+        runtime.require("openvino", extra="openvino")
+
+
+def _loader(file: QuantizedFile, source: str, val_limit: int | None) -> data.Loader:
+    images = data.open_data(source, train=False, val_limit=val_limit)
+    classes = file.manifest.model.num_classes
+    if images.num_classes != classes:
+        raise UserError(f"the model has {classes} classes, the data has {images.num_classes}", where=source)
+    return data.make_loader(images.val, file.manifest.data_config, training=False, batch_size=32, workers=2)
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """What `csq export` prints: where the integers went, and the certificate."""
+    parity: Any = manifest.parity
+    wide = [record.name for record in manifest.layers if record.encoding == "int16"]
+    size = manifest.sizes.file_bytes or 0
+    ratio = manifest.sizes.float_bytes / size if size else 0.0
+    lines = [f"{manifest.form}: {size:,} bytes, {ratio:.2f}× smaller than float"]
+    if wide:
+        lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")
+    if parity.layers_absent:
+        lines.append(
+            f"left out     {len(parity.layers_absent)} layers unused at inference: {', '.join(parity.layers_absent)}"
+        )
+    lines.append(
+        f"verified     {parity.layers_matched} layers bit-exact; logits within {parity.max_logit_error:.1e} "
+        f"(std {parity.logit_std:.2g}) on {parity.inputs}; {parity.engine}, loads in {parity.load_seconds:.2f} s"
+    )
+    if parity.top1 is not None:
+        lines.append(f"top-1        {parity.top1:.2f} % of {parity.samples} images")
+    if parity.latency_ms is not None:
+        lines.append(
+            f"latency      {parity.latency_ms:.2f} ms, fp32 / this {parity.latency_ratio:.2f}× (batch 1, one thread)"
+        )
+    return lines

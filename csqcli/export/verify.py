@@ -1,0 +1,125 @@
+"""What an exported file is compared with, and what happens when it differs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from csqcli.errors import UserError
+from csqcli.quant.methods import HardLayer
+from csqcli.train import logits_of
+
+PROBE_IMAGES = 4
+FLOAT_TOLERANCE = 5e-4  # of the logits' standard deviation; float engines differ by the order of their sums
+_FLOOR = 1e-6  # logits that are all alike have no spread to measure against
+
+
+class ParityError(UserError):
+    """The file just written does not do what the hard model does."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images and the hard model's answer to them."""
+
+    images: Tensor  # [N, C, H, W] float32
+    logits: Tensor  # [N, classes] float32
+    source: str  # "4 synthetic images"
+
+    @property
+    def spread(self) -> float:
+        return float(self.logits.std())
+
+
+@torch.no_grad()
+def make_probe(model: nn.Module, input_size: Sequence[int], images: Tensor | None, *, source: str) -> Probe:
+    """Run the hard model (eval mode, CPU) on ``images``, or on seeded normal noise where there are none."""
+    if images is None:
+        images = torch.randn(PROBE_IMAGES, *input_size, generator=torch.Generator().manual_seed(0))
+        source = "synthetic"
+    return Probe(images, logits_of(model(images)), f"{len(images)} {source} images")
+
+
+def check_layer(written: HardLayer, wanted: HardLayer) -> None:
+    """Integers, scale and weight, bit for bit. ParityError names the layer."""
+    if written.name != wanted.name or not torch.equal(written.integers, wanted.integers):
+        raise ParityError("integers differ from the source file's", where=wanted.name)
+    if not same_bits(written.scale, wanted.scale) or not same_bits(written.weight(), wanted.weight()):
+        raise ParityError("integers × scale is not the hard weight", where=wanted.name)
+    if not torch.equal(written.mask, wanted.mask) or set(written.aliases) != set(wanted.aliases):
+        raise ParityError("mask or tied names differ from the source file's", where=wanted.name)
+
+
+def check_others(written: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Parameters and buffers that are not quantized, bit for bit. ParityError names the tensor."""
+    for name in sorted(written.keys() ^ wanted.keys()):
+        raise ParityError("tensor is missing" if name in wanted else "tensor does not belong here", where=name)
+    for name, value in wanted.items():
+        if not same_bits(written[name], value):
+            raise ParityError("values differ from the source file's", where=name)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal in dtype, shape and bytes: NaN equals itself, −0.0 differs from 0.0."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    flat = [value.contiguous().view(-1).view(torch.uint8) for value in (left, right)] if left.numel() else []
+    return not flat or torch.equal(flat[0], flat[1])
+
+
+def check_logits(logits: Tensor, probe: Probe, *, tolerance_in_std: float, where: str) -> float:
+    """The largest logit error; ParityError beyond ``tolerance_in_std`` of the reference's standard deviation."""
+    if logits.shape != probe.logits.shape:
+        raise ParityError(f"logits of shape {list(logits.shape)}, {list(probe.logits.shape)} expected", where=where)
+    error = float((logits - probe.logits).abs().max())
+    if not error <= tolerance_in_std * probe.spread + _FLOOR:
+        share = error / max(probe.spread, _FLOOR)
+        raise ParityError(
+            f"logits differ by {share:.2g} of their standard deviation (tolerance {tolerance_in_std:g}), "
+            "although every layer's weights are exact",
+            where=where,
+            hint="the engine computes something else; please report the model",
+        )
+    return error
+
+
+@contextlib.contextmanager
+def candidate(output: Path) -> Iterator[Path]:
+    """A path beside ``output`` to write and verify; renamed to ``output`` when the block succeeds.
+
+    After a ParityError the file stays as ``OUTPUT.rejected`` and whatever ``output`` was before stays as it was.
+    """
+    path = output.with_name(f".candidate-{output.name}")
+    try:
+        yield path
+        os.replace(path, output)
+    except ParityError as error:
+        rejected = output.with_name(f"{output.name}.rejected")
+        if path.exists():
+            os.replace(path, rejected)
+            error.hint = f"{error.hint}; {rejected} is kept for inspection".removeprefix("; ")
+        raise
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror or error})", where=str(output)) from None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def interleaved_medians(runs: Sequence[Callable[[], object]], *, repeats: int) -> list[float]:
+    """Median seconds of each callable, taken in turns so that a busy machine slows all of them alike."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 1):
+        for index, run in enumerate(runs):
+            started = time.perf_counter()
+            run()
+            if repeat:  # the first turn pays for lazy initialisation
+                seconds[index].append(time.perf_counter() - started)
+    return [statistics.median(values) for values in seconds]
