@@ -217,7 +217,7 @@ def _layer_record(layer: HardLayer) -> LayerRecord:
         mask=csq.mask_string(layer.mask),
         bits=layer.planes,
         stored_bits=layer.stored_bits,
-        entropy_bits=packing.entropy_bits(layer.integers),
+        entropy_bits=round(packing.entropy_bits(layer.integers), 6),
         scale=scale[0] if len(scale) == 1 else scale,
         channel_dim=layer.channel_dim,
         encoding=encoding,

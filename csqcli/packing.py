@@ -27,23 +27,32 @@ def code_width(largest: int) -> int:
 
 
 def encode(integers: Tensor) -> tuple[Tensor, str]:
-    """Bytes (uint8, 1-D) and the encoding's name (``"codes4"`` or ``"codes4+huffman"``) for one layer's integers."""
+    """Bytes (uint8, 1-D) and the encoding's name (``"codes4"`` or ``"codes4+huffman"``) for one layer's integers.
+
+    Wider codes than necessary are tried too: their Huffman tables are smaller, which counts in small layers.
+    """
     values = integers.flatten().cpu().numpy().astype(np.int32)
-    width = code_width(int(np.abs(values).max(initial=0)))
+    narrowest = code_width(int(np.abs(values).max(initial=0)))
+    options: dict[str, bytes] = {}
+    for width in (width for width in WIDTHS if width == narrowest or narrowest < width < 16):
+        raw = _codes(values, width)
+        coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+        options |= {f"codes{width}": raw, f"codes{width}+huffman": coder.compress(raw) + coder.flush()}
+    encoding = min(options, key=lambda name: len(options[name]))
+    return torch.frombuffer(bytearray(options[encoding]), dtype=torch.uint8), encoding
+
+
+def _codes(values: np.ndarray, width: int) -> bytes:
+    """Offset codes of ``width`` bits, several to a byte from its low end; 16-bit codes as low bytes, then high bytes."""
     codes = (values + WIDTHS[width]).astype(np.uint16 if width == 16 else np.uint8)
-    if width == 16:  # low bytes, then high bytes
-        packed = np.concatenate([codes & 0xFF, codes >> 8]).astype(np.uint8)
-    else:
-        per_byte = 8 // width
-        codes = np.pad(codes, (0, -len(codes) % per_byte)).reshape(-1, per_byte)
-        packed = np.zeros(len(codes), dtype=np.uint8)
-        for position in range(per_byte):
-            packed |= codes[:, position] << np.uint8(width * position)
-    raw = packed.tobytes()
-    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    squeezed = coder.compress(raw) + coder.flush()
-    data, suffix = (squeezed, "+huffman") if len(squeezed) < len(raw) else (raw, "")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8), f"codes{width}{suffix}"
+    if width == 16:
+        return np.concatenate([codes & 0xFF, codes >> 8]).astype(np.uint8).tobytes()
+    per_byte = 8 // width
+    codes = np.pad(codes, (0, -len(codes) % per_byte)).reshape(-1, per_byte)
+    packed = np.zeros(len(codes), dtype=np.uint8)
+    for position in range(per_byte):
+        packed |= codes[:, position] << np.uint8(width * position)
+    return packed.tobytes()
 
 
 def packed_bytes(weights: int, width: int) -> int:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from csqcli.checkpoint_file import LayerRecord
 
 Form = Literal["compact", "int8-packed", "bit-packed", "state-dict"]
-CODES, FLOATS, MANIFEST = "csq_codes", "csq_floats", "csq_manifest"  # the tensors of a bit-packed file
+CODES, MANIFEST = (
+    "csq_codes",
+    "csq_manifest",
+)  # tensors of a bit-packed file, beside one csq_TYPE per type of the others
 MANIFEST_LIMIT = 2**26  # bytes; a manifest is a few hundred bytes per layer
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -49,13 +52,11 @@ _DTYPES = {
 
 
 class TensorRecord(BaseModel):
-    """Where a float parameter or buffer lies inside a bit-packed file."""
+    """A float parameter or buffer inside a bit-packed file; those of one type follow each other in ``csq_TYPE``."""
 
     name: str
     dtype: str
     shape: list[int]
-    bytes: int
-    deflated: bool
 
 
 @dataclass
@@ -104,8 +105,8 @@ class Reader:
         self.bit_packed = CODES in self.unread
         self.floats: dict[str, Tensor] = {}
         if self.bit_packed:
-            self.unread -= {CODES, FLOATS, MANIFEST}
-            self.floats = _unpack_tensors(file.get_tensor(FLOATS), others)
+            self.unread.clear()
+            self.floats = _unpack_tensors(file, others)
             ends = list(itertools.accumulate(record.packed_bytes for record in layers))
             if ends[-1:] not in ([], file.get_slice(CODES).get_shape()):
                 raise ValueError("payloads do not fill the codes")
@@ -171,47 +172,35 @@ def _store_bit_packed(layers: Sequence[HardLayer], others: Mapping[str, Tensor])
         stored.encodings.append((encoding, payload.numel()))
         if layer.scale.numel() > 1:  # a single scale stands in the manifest, to the last bit
             floats[f"{layer.name}_scale"] = layer.scale
-    packed = []
+    groups: dict[str, list[Tensor]] = {}
     for name, value in floats.items():
-        data, deflated = _deflate_tensor(value)
         dtype = str(value.dtype).removeprefix("torch.")
-        record = TensorRecord(name=name, dtype=dtype, shape=list(value.shape), bytes=len(data), deflated=deflated)
-        stored.others.append(record)
-        packed.append(data)
-    empty = torch.empty(0, dtype=torch.uint8)
-    stored.tensors = {CODES: torch.cat(payloads) if payloads else empty, FLOATS: as_tensor(b"".join(packed))}
+        stored.others.append(TensorRecord(name=name, dtype=dtype, shape=list(value.shape)))
+        groups.setdefault(dtype, []).append(value.flatten())
+    stored.tensors[CODES] = torch.cat(payloads) if payloads else torch.empty(0, dtype=torch.uint8)
+    for dtype, values in groups.items():  # exponents next to exponents, and so on: DEFLATE finds more
+        joined = torch.cat(values)
+        planes = joined.view(torch.uint8).view(joined.numel(), joined.element_size()).t().contiguous()
+        stored.tensors[f"csq_{dtype}"] = as_tensor(deflate(planes.numpy().tobytes()))
     return stored
 
 
-def _deflate_tensor(value: Tensor) -> tuple[bytes, bool]:
-    """The tensor's bytes, grouped by significance (exponents next to exponents) and deflated where that is smaller."""
-    raw = value.contiguous().view(-1).view(torch.uint8) if value.numel() else torch.empty(0, dtype=torch.uint8)
-    plain = raw.numpy().tobytes()
-    squeezed = deflate(raw.view(-1, value.element_size()).t().contiguous().numpy().tobytes())
-    return (squeezed, True) if len(squeezed) < len(plain) else (plain, False)
-
-
-def _unpack_tensors(data: Tensor, records: Sequence[TensorRecord]) -> dict[str, Tensor]:
+def _unpack_tensors(file: Any, records: Sequence[TensorRecord]) -> dict[str, Tensor]:
     """Inverse of the packing above; ValueError when the bytes are not what the records say."""
-    content, offset, tensors = data.numpy().tobytes(), 0, {}
+    groups: dict[str, list[TensorRecord]] = {}
     for record in records:
-        if record.dtype not in _DTYPES:
-            raise ValueError(f"{record.name}: unknown dtype {record.dtype}")
-        dtype = _DTYPES[record.dtype]
-        size, width = math.prod(record.shape) * dtype.itemsize, dtype.itemsize
-        raw = content[offset : offset + record.bytes]
-        offset += record.bytes
-        if record.deflated:
-            raw = packing.inflate(raw, size)
-        if len(raw) != size or min(record.shape, default=1) < 0:
-            raise ValueError(f"{record.name}: {len(raw)} bytes, {size} expected")
-        planes = np.frombuffer(raw, dtype=np.uint8)
-        if record.deflated:
-            planes = planes.reshape(width, -1).T.reshape(-1)
-        tensors[record.name] = torch.from_numpy(planes.copy()).view(dtype).view(record.shape)
-    if offset != len(content):
-        raise ValueError(f"{len(content)} bytes of float tensors, {offset} expected")
-    return tensors
+        if record.dtype not in _DTYPES or min(record.shape, default=0) < 0:
+            raise ValueError(f"{record.name}: dtype {record.dtype}, shape {record.shape}")
+        groups.setdefault(record.dtype, []).append(record)
+    tensors = {}
+    for dtype, members in groups.items():
+        sizes = [math.prod(record.shape) for record in members]
+        width = _DTYPES[dtype].itemsize
+        raw = packing.inflate(file.get_tensor(f"csq_{dtype}").numpy().tobytes(), sum(sizes) * width)
+        flat = np.frombuffer(raw, dtype=np.uint8).reshape(width, sum(sizes)).T.reshape(-1).copy()
+        values = torch.from_numpy(flat).view(_DTYPES[dtype]).split(sizes)
+        tensors |= {record.name: part.view(record.shape).clone() for record, part in zip(members, values, strict=True)}
+    return {record.name: tensors[record.name] for record in records}
 
 
 def deflate(data: bytes) -> bytes:

@@ -147,7 +147,8 @@ def weights_in(proto: Any, layer: HardLayer) -> tuple[np.ndarray, np.ndarray]:
         raise ParityError("is not computed exactly once", where=layer.name)
     if not any(layer.name in node.input for node in graph.node):
         raise ParityError("is computed but never used", where=layer.name)
-    needed, stack, nodes = set(outputs), list(outputs), []
+    needed, stack = set(outputs), list(outputs)
+    nodes: list[Any] = []
     while stack:
         for node in producers.get(stack.pop(), []):
             if not any(node is kept for kept in nodes):
@@ -202,7 +203,8 @@ def _quiet() -> Any:
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        noise = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             warnings.simplefilter("ignore")
             yield
     finally:

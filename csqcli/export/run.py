@@ -106,7 +106,8 @@ class _Exporter(Protocol):
 class _Safetensors:
     def __init__(self, file: QuantizedFile, form: Form, trust_code: bool) -> None:
         self.file, self.form, self.trust_code = file, form, trust_code
-        self.engine, self.absent = f"torch {torch.__version__}", []
+        self.engine = f"torch {torch.__version__}"
+        self.absent: list[str] = []
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
         manifest = self.file.manifest.model_copy(update={"parity": parity})
@@ -168,7 +169,7 @@ class _Onnx:
         proto = onnx.load(path)
         for layer in self.graphs.used:
             integers, weight = (torch.from_numpy(value) for value in onnx_graph.weights_in(proto, layer))
-            if not torch.equal(integers.to(torch.int32), layer.integers):
+            if not torch.equal(integers, layer.integers.float()):
                 raise ParityError("integers differ from the source file's", where=layer.name)
             if not verify.same_bits(weight, layer.weight()):
                 raise ParityError("integers × scale is not the hard weight", where=layer.name)

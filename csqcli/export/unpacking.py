@@ -1,8 +1,8 @@
 """Integers packed below a byte, and the ONNX nodes that unpack them with look-up tables.
 
 An engine folds those nodes when it loads the file, because everything they read is constant; from then on it runs the
-ordinary float network. Shifts and masks would do the same but take seconds in one engine and crash another. Tables hold
-the integers as float32: after int8 tables and a Cast, OpenVINO keeps the integers and quantizes activations on the fly.
+ordinary float network. Shifts and masks would do the same but take seconds in one engine and crash another. Tables
+turn into float32 before the look-up: OpenVINO would keep int8 results and quantize activations on the fly.
 
 A layer's distinct integers, sorted, are its levels; a weight is the number of its level. With L levels, m = ⌊log_L 256⌋
 numbers make one byte in base L (five ternary weights, two of 15 levels), or ⌈log2 L⌉ bit planes hold one bit of each
@@ -12,6 +12,7 @@ number: whichever takes fewer bits. k planes of CSQ give at most 2^(k+1) − 1 l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -24,7 +25,7 @@ class Packed:
     """A layer's integers as bytes."""
 
     data: np.ndarray  # uint8: [bytes] in base L, or [planes, bytes], eight weights per byte
-    levels: np.ndarray  # [L], float32, ascending
+    levels: np.ndarray  # [L], int8 or int16, ascending
     per_byte: int  # weights per byte in base L; 0: bit planes
 
     @property
@@ -36,25 +37,25 @@ def pack(integers: np.ndarray) -> Packed:
     """Pack integers (any shape, |Q| ≤ 32767) losslessly."""
     flat = integers.reshape(-1)
     levels, numbers = np.unique(flat, return_inverse=True)
+    levels = levels.astype(np.int8 if np.abs(levels).max(initial=0) <= 127 else np.int16)
     base, planes = len(levels), max(1, int(len(levels) - 1).bit_length())
     per_byte = next((m for m in range(MAX_PER_BYTE, 0, -1) if base**m <= 256), 0)
     if not per_byte or 8 / per_byte > planes:
         bits = [np.packbits((numbers >> plane) & 1, bitorder="little") for plane in range(planes)]
-        return Packed(np.stack(bits), levels.astype(np.float32), 0)
+        return Packed(np.stack(bits), levels, 0)
     columns = np.pad(numbers, (0, -len(numbers) % per_byte)).reshape(-1, per_byte)
     data = columns @ base ** np.arange(per_byte)
-    return Packed(data.astype(np.uint8), levels.astype(np.float32), per_byte)
+    return Packed(data.astype(np.uint8), levels, per_byte)
 
 
 def digit_table(levels: np.ndarray, per_byte: int) -> np.ndarray:
-    """[256, per_byte]: the integers that each byte stands for. Bytes that never occur repeat the last level."""
-    digits = np.arange(256)[:, None] // len(levels) ** np.arange(per_byte) % len(levels)
-    return levels[digits]
+    """[256, per_byte]: the integers that each byte stands for; bytes beyond L^per_byte never occur."""
+    return levels[np.arange(256)[:, None] // len(levels) ** np.arange(per_byte) % len(levels)]
 
 
-def plane_table(plane: int) -> np.ndarray:
-    """[256, 8], int32: what each byte of bit plane ``plane`` adds to the numbers of eight weights."""
-    return (((np.arange(256)[:, None] >> np.arange(8)) & 1) << plane).astype(np.int32)
+def bit_table() -> np.ndarray:
+    """[256, 8], int8: the bits of each byte, lowest first."""
+    return ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int8)
 
 
 class Unpacker:
@@ -64,6 +65,7 @@ class Unpacker:
         self.initializers: list[TensorProto] = []
         self.nodes: list[NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._made: set[str] = set()  # tables computed from constants
 
     def add(self, name: str, integers: np.ndarray, scale: np.ndarray) -> Packed:
         """Make the graph compute the float weight ``name``; its integers are the value ``{name}_integers``.
@@ -74,13 +76,13 @@ class Unpacker:
         self._initializer(f"{name}_packed", packed.data)
         self._initializer(f"{name}_scale", scale.astype(np.float32))
         if packed.per_byte:
-            table = self._constant("csq_table", digit_table(packed.levels, packed.per_byte))
+            table = self._table(digit_table(packed.levels, packed.per_byte), TensorProto.FLOAT)
             index = self._node("Cast", [f"{name}_packed"], f"{name}_bytes", to=TensorProto.INT32)
             values = self._node("Gather", [table, index], f"{name}_groups")
             held = packed.data.size * packed.per_byte
         else:
             numbers = self._sum_planes(name, len(packed.data))
-            values = self._node("Gather", [self._constant("csq_levels", packed.levels), numbers], f"{name}_groups")
+            values = self._node("Gather", [self._table(packed.levels, TensorProto.FLOAT), numbers], f"{name}_groups")
             held = packed.data.shape[1] * 8
         if held != integers.size:  # cut off what fills the last byte
             flat = self._node("Reshape", [values, self._constant("csq_shape", np.array([-1]))], f"{name}_flat")
@@ -98,12 +100,29 @@ class Unpacker:
         for plane in range(planes):
             row = self._constant("csq_row", np.array(plane, dtype=np.int64))
             data = self._node("Gather", [index, row], f"{name}_plane{plane}")
-            table = self._constant("csq_plane_table", plane_table(plane))
-            bits = self._node("Gather", [table, data], f"{name}_bits{plane}")
+            bits = self._node("Gather", [self._plane_table(plane), data], f"{name}_bits{plane}")
             total = self._node("Add", [total, bits], f"{name}_sum{plane}") if total else bits
         return total
 
-    def _node(self, kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def _plane_table(self, plane: int) -> str:
+        """[256, 8], int32: what each byte of bit plane ``plane`` adds to the numbers of eight weights."""
+        if plane == 0:
+            return self._table(bit_table(), TensorProto.INT32)
+        name = f"csq_plane_{plane}"
+        if name not in self._made:
+            factor = self._constant("csq_factor", np.array(2**plane, dtype=np.int32))
+            self._made.add(self._node("Mul", [self._plane_table(0), factor], name))
+        return name
+
+    def _table(self, values: np.ndarray, to: int) -> str:
+        """A small constant stored in its own narrow type and cast to ``to``."""
+        stored = self._constant("csq_table", values)
+        name = f"{stored}_as{to}"
+        if name not in self._made:
+            self._made.add(self._node("Cast", [stored], name, to=to))
+        return name
+
+    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=f"unpack_{output}", **attributes))
         return output
 

@@ -1,0 +1,104 @@
+"""Small quantized files and modules for the export tests, made without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from csqcli import checkpoint_file, sources
+from csqcli.checkpoint_file import ModelRecord, QuantizedFile
+from csqcli.quant import csq
+from csqcli.quant.layers import find_layers
+from csqcli.quant.methods import HardLayer, hard_layer
+
+MASKS = ("11000000", "10010000", "11110000", "00000001", "11111111")  # contiguous, with a hole, one plane, 9-bit span
+
+
+def harden(model: nn.Module, masks: Sequence[str] = MASKS) -> list[HardLayer]:
+    """Round every weight to the planes of its mask (taken in turn), in place, and return the layers."""
+    hard = []
+    for number, layer in enumerate(find_layers(model)[0]):
+        mask = csq.mask_from_string(masks[number % len(masks)])
+        scale = layer.parameter.detach().abs().max().clamp_min(1e-3).reshape(1)
+        integers = csq.quantize_integers(layer.parameter.detach(), scale, 8)
+        kept = int(sum(2**b for b, on in enumerate(mask.tolist()) if on))
+        hard.append(hard_layer(layer, integers.sign() * (integers.abs() & kept), scale / 255, mask))
+        layer.parameter.data.copy_(hard[-1].weight())
+    return hard
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Statistics and affine parameters as after training, negative and zero γ among them."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, -1.0, 1.0)
+            nn.init.normal_(module.bias, 0, 0.1)
+            with torch.no_grad():
+                module.weight[0] = 0.0
+    return model
+
+
+def make_file(source: str, masks: Sequence[str] = MASKS, *, num_classes: int = 10, **details: Any) -> QuantizedFile:
+    """A quantized file of a random network."""
+    torch.manual_seed(0)
+    spec = sources.parse(source)
+    model = shake(sources.build(spec, num_classes=num_classes)).eval()
+    record = ModelRecord(
+        source=spec.source, library=spec.library, name=spec.name, num_classes=num_classes, weights_from="random"
+    )
+    config = sources.data_config(model, spec)
+    return checkpoint_file.assemble(
+        model, harden(model, masks), record=record, data_config=config, target_bits=None, **details
+    )
+
+
+class Traps(nn.Module):
+    """One of every operation whose weight an exporter likes to lose, fold, transpose or duplicate."""
+
+    data_config: ClassVar = {"input_size": (3, 16, 16), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear"}
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.up = nn.ConvTranspose2d(16, 12, 2, stride=2)
+        self.down = nn.ConvTranspose2d(12, 16, 3, stride=1, padding=1, groups=2)
+        self.zeros = nn.Conv2d(16, 16, 1)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.tied = nn.Linear(16, 16)
+        self.tied_too = nn.Linear(16, 16, bias=False)
+        self.tied_too.weight = self.tied.weight
+        self.head = nn.Linear(16, num_classes)
+        self.unused = nn.Linear(16, 4)
+        nn.init.zeros_(self.zeros.weight)
+        nn.init.zeros_(self.stem.weight[3])  # type: ignore[arg-type]  # an all-zero channel
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.depthwise(self.grouped(x)) + x
+        x = self.down(self.up(x)).mean(-1) + self.zeros(x).mean(-1).repeat_interleave(2, -1)
+        x = x.transpose(1, 2)
+        x = x + self.attention(x, x, x)[0]
+        x = torch.relu(self.tied_too(torch.relu(self.tied(x))))
+        return {"out": self.head(x.mean(1)), "aux": x}
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data: nothing can trace it."""
+
+    data_config: ClassVar = Traps.data_config
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        return self.fc(x) if float(x.sum()) > 0 else self.fc(-x)
