@@ -192,7 +192,7 @@ def _unpack_tensors(file: Any, records: Sequence[TensorRecord]) -> dict[str, Ten
         if record.dtype not in _DTYPES or min(record.shape, default=0) < 0:
             raise ValueError(f"{record.name}: dtype {record.dtype}, shape {record.shape}")
         groups.setdefault(record.dtype, []).append(record)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for dtype, members in groups.items():
         sizes = [math.prod(record.shape) for record in members]
         width = _DTYPES[dtype].itemsize

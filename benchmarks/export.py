@@ -1,0 +1,195 @@
+"""Tables of docs/export.md: bytes, exactness, load time and latency of every exported form.
+
+    python benchmarks/export.py [--json FILE] [--repeats 3] [MODEL …]
+
+Networks have random weights, planes mixed from 2, 3 and 4 to a mean of 3 (the paper's count: 32/3 = 10.67×), scale at
+max |W|. Float parameters are random too, so that they do not compress better than trained ones. Bytes and exactness do
+not depend on the machine. Latency: batch 1, one thread, medians taken in turns with the same graph in fp32; the ratio is
+the median of the ratios of ``--repeats`` exports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from csqcli import checkpoint_file, sources
+from csqcli.checkpoint_file import ModelRecord, ParityRecord, QuantizedFile
+from csqcli.export.run import export_file
+from csqcli.quant import csq
+from csqcli.quant.layers import find_layers
+from csqcli.quant.methods import HardLayer, hard_layer, max_abs_scale
+
+MODELS = (
+    "timm:resnet18",
+    "timm:resnet50",
+    "timm:mobilenetv3_large_100",
+    "timm:efficientnet_b0",
+    "timm:convnext_tiny",
+    "timm:vit_tiny_patch16_224",
+    "timm:swin_tiny_patch4_window7_224",
+)
+MEAN_BITS = 3
+PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino")
+
+
+def make_file(source: str) -> QuantizedFile:
+    """A random network with 2, 3 or 4 planes per layer, 3 per weight at most."""
+    torch.manual_seed(0)
+    spec = sources.parse(source)
+    model = sources.build(spec, num_classes=1000).eval()
+    layers, left_float = find_layers(model)
+    _randomise(model, {id(layer.parameter) for layer in layers})
+    hard: list[HardLayer] = []
+    for layer, planes in zip(layers, _planes([layer.weights for layer in layers]), strict=True):
+        scale = max_abs_scale(layer.parameter)
+        integers = csq.quantize_integers(layer.parameter.detach(), scale, planes)
+        hard.append(hard_layer(layer, integers, scale / (2**planes - 1), torch.ones(planes, dtype=torch.bool)))
+    record = ModelRecord(
+        source=spec.source, library=spec.library, name=spec.name, num_classes=1000, weights_from="random"
+    )
+    return checkpoint_file.assemble(
+        model,
+        hard,
+        record=record,
+        data_config=sources.data_config(model, spec),
+        target_bits=MEAN_BITS,
+        left_float=[vars(tensor) for tensor in left_float],
+    )
+
+
+def _planes(weights: list[int]) -> list[int]:
+    """2, 3, 4, 2, 3, 4 … except that a 4 needs as many weights at 2 before it."""
+    planes, spare = [], 0
+    for number, count in enumerate(weights):
+        wanted = (2, 3, 4)[number % 3]
+        if wanted == 4 and spare < count:
+            wanted = 3
+        spare += (MEAN_BITS - wanted) * count
+        planes.append(wanted)
+    for number, count in enumerate(weights):  # spend what is left
+        if planes[number] == 2 and spare >= count:
+            planes[number], spare = 3, spare - count
+    return planes
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module, quantized: set[int]) -> None:
+    for parameter in model.parameters():
+        if id(parameter) not in quantized:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+
+
+def measure(source: str, folder: Path, *, repeats: int) -> dict[str, Any]:
+    """One row of the tables."""
+    file = make_file(source)
+    searched = folder / "model.safetensors"
+    sizes = file.manifest.sizes
+    floats = sum(value.numel() * value.element_size() for value in file.others.values())
+    entropy_bytes = sizes.entropy_bits_per_weight * file.manifest.budget.total_weights / 8
+    row: dict[str, Any] = {
+        "model": source,
+        "mean_bits": file.manifest.budget.mean_bits,
+        "paper_compression": sizes.paper_compression,
+        "entropy_bits": sizes.entropy_bits_per_weight,
+        "fp32_bytes": sizes.float_bytes,
+        "float_tensor_bytes": floats,
+        "entropy_and_float_bytes": entropy_bytes + floats,
+        "searched_bytes": checkpoint_file.write(searched, file),
+    }
+    for form in ("bit-packed", "int8-packed", "state-dict"):
+        exported = export_file(searched, folder / f"{form}.safetensors", form=form)  # type: ignore[arg-type]
+        row[form] = _certificate(exported.parity)
+    for target in ("ort", "openvino"):
+        runs = []
+        for repeat in range(repeats):
+            out = folder / f"{target}{repeat}.onnx"
+            exported = export_file(searched, out, form="onnx", target=target)  # type: ignore[arg-type]
+            runs.append(_certificate(exported.parity))
+        row[target] = runs[0] | {
+            key: statistics.median(run[key] for run in runs) for key in ("latency_ratio", "latency_ms", "load_seconds")
+        }
+    return row
+
+
+def _certificate(parity: ParityRecord | None) -> dict[str, Any]:
+    assert parity is not None
+    return parity.model_dump(mode="json") | {"error_in_std": parity.max_logit_error / parity.logit_std}
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Markdown, as in docs/export.md."""
+    print("| model | mean planes | entropy | fp32 MB | searched | bit-packed | over entropy + float | int8 | ONNX |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        fp32, packed = row["fp32_bytes"], row["bit-packed"]["file_bytes"]
+        print(
+            f"| {_short(row)} | {row['mean_bits']:.3f} | {row['entropy_bits']:.2f} | {fp32 / 1e6:.2f} "
+            f"| {fp32 / row['searched_bytes']:.2f}× | **{fp32 / packed:.2f}×**, {packed / 1e6:.2f} MB "
+            f"| {100 * (packed / row['entropy_and_float_bytes'] - 1):+.1f} % "
+            f"| {fp32 / row['int8-packed']['file_bytes']:.2f}× "
+            f"| {fp32 / row['ort']['file_bytes']:.2f}×, {row['ort']['file_bytes'] / 1e6:.2f} MB |"
+        )
+    print(
+        "\n| model | layers exact | logit error / std: ORT, OpenVINO | fp32 / this: ORT, OpenVINO | load s: ORT, OpenVINO |"
+    )
+    print("|---|---|---|---|---|")
+    for row in rows:
+        ort, vino = row["ort"], row["openvino"]
+        print(
+            f"| {_short(row)} | {ort['layers_matched']} of {ort['layers_matched'] + len(ort['layers_absent'])} "
+            f"| {ort['error_in_std']:.0e}, {vino['error_in_std']:.0e} "
+            f"| {ort['latency_ratio']:.2f}×, {vino['latency_ratio']:.2f}× "
+            f"| {ort['load_seconds']:.2f}, {vino['load_seconds']:.2f} |"
+        )
+
+
+def _short(row: dict[str, Any]) -> str:
+    return row["model"].partition(":")[2]
+
+
+def machine() -> dict[str, Any]:
+    """What the timings depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    processor = names[0] if names else platform.machine()
+    return {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--repeats", type=int, default=3, help="ONNX exports per model and engine")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    arguments = parser.parse_args()
+    about = machine() | {"repeats": arguments.repeats}
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    rows = []
+    for source in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(source, Path(folder), repeats=arguments.repeats))
+    print_tables(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
