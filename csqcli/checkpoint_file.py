@@ -235,12 +235,13 @@ def payload_sha256(layers: list[HardLayer]) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, file: QuantizedFile, *, form: storage.Form = "compact") -> int:
-    """Write atomically in the given form; the bytes on disk."""
+def write(
+    path: Path, file: QuantizedFile, *, form: storage.Form = "compact", parity: ParityRecord | None = None
+) -> int:
+    """Write atomically in the given form; the bytes on disk. A certificate that ``file`` was read with is not kept."""
     stored = storage.store(file.layers, file.others, form)
     manifest = _described(file.manifest, stored, form)
-    if manifest.parity is not None:
-        manifest.parity.file_bytes = 0
+    manifest.parity = parity
     with replacing(path) as temporary:
         for _ in range(4):  # the certificate states the size of the file that it is part of
             try:
@@ -249,9 +250,9 @@ def write(path: Path, file: QuantizedFile, *, form: storage.Form = "compact") ->
             except SafetensorError as error:
                 raise UserError(f"cannot be written ({error})", where=str(path)) from None
             size = temporary.stat().st_size
-            if manifest.parity is None or manifest.parity.file_bytes == size:
+            if parity is None or parity.file_bytes == size:
                 break
-            manifest.parity.file_bytes = size
+            parity.file_bytes = size
     return path.stat().st_size
 
 

@@ -46,7 +46,7 @@ def test_the_file_is_as_small_as_its_entropy_says(digits_run: Path) -> None:
     packed_bits = 8 * sum(layer.packed_bytes for layer in manifest.layers)
     entropy_bits = sum(layer.entropy_bits * layer.weights for layer in manifest.layers)
     assert (
-        entropy_bits <= packed_bits <= 1.25 * entropy_bits + 8 * 150 * len(manifest.layers)
+        0.99 * entropy_bits <= packed_bits <= 1.25 * entropy_bits + 8 * 150 * len(manifest.layers)
     )  # tables dominate tiny layers
     assert manifest.sizes.file_bytes == (digits_run / "model.safetensors").stat().st_size
 

@@ -110,8 +110,7 @@ class _Safetensors:
         self.absent: list[str] = []
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
-        manifest = self.file.manifest.model_copy(update={"parity": parity})
-        checkpoint_file.write(path, QuantizedFile(manifest, self.file.layers, self.file.others), form=self.form)
+        checkpoint_file.write(path, self.file, form=self.form, parity=parity)
 
     def open(self, path: Path) -> nn.Module:
         return csqcli.load(path, trust_code=self.trust_code)
