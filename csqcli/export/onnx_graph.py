@@ -2,7 +2,8 @@
 
 Quantized weights are made inputs of the exported graph before any optimizer sees it. So nothing can fold them into
 something else, they keep their names, and each is replaced exactly once by nodes that compute integers × scale.
-BatchNorm stays in the file and is folded by the engine, which changes scales, never integers.
+BatchNorm stays in the file and is folded by the engine, which changes scales, never integers; `int8_graph` has the form
+whose activations are integers too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,37 +49,64 @@ class Graphs:
     used: list[HardLayer]
     absent: list[str]  # layers that the forward pass never reads
 
-    def packed(self) -> tuple[Any, dict[str, tuple[str, int]]]:
-        """ModelProto with self-unpacking weights, and per layer the encoding and its bytes."""
+    def packed(self, *, int8: bool) -> PackedGraph:
+        """The graph with self-unpacking weights; ``int8``: rounded activations and their layers as integers."""
+        from csqcli.export import int8_graph
         from csqcli.export.unpacking import Unpacker
 
-        unpacker, encodings = Unpacker(), {}
+        plan = int8_graph.quantize(self.proto, self.used) if int8 else int8_graph.Int8Graph(self.proto)
+        unpacker = Unpacker()
+        result = PackedGraph(None)
         for layer in self.used:
-            scale = spread(layer.scale, layer.integers, layer.channel_dim)
-            packed = unpacker.add(layer.name, layer.integers.numpy(), scale.numpy())
-            encodings[layer.name] = packed.encoding, packed.data.size
-        return self._with(unpacker.initializers, unpacker.nodes), encodings
+            name = layer.name
+            if name in plan.weights:
+                weight = plan.weights[name]
+                packed = unpacker.add_int8(name, weight.integers, weight.scale, axis=weight.axis)
+                result.weights[name] = weight.integers, weight.weight()
+                result.int8.append(name)
+            else:
+                scale = spread(layer.scale, layer.integers, layer.channel_dim)
+                packed = unpacker.add(name, layer.integers.numpy(), scale.numpy())
+                result.weights[name] = layer.integers.numpy(), layer.weight().numpy()
+            result.encodings[name] = packed.encoding, packed.data.size
+        result.proto = _with(plan.proto, unpacker.initializers, unpacker.nodes)
+        return result
 
     def plain(self) -> Any:
-        """ModelProto with the same weights as float32 initializers."""
+        """ModelProto with the same weights as float32 initializers and no rounding: what a float export would run."""
         from onnx import numpy_helper
 
-        return self._with([numpy_helper.from_array(layer.weight().numpy(), layer.name) for layer in self.used], [])
+        from csqcli.export import int8_graph
 
-    def _with(self, initializers: Sequence[Any], nodes: Sequence[Any]) -> Any:
-        import onnx
+        weights = [numpy_helper.from_array(layer.weight().numpy(), layer.name) for layer in self.used]
+        return _with(int8_graph.without_rounding(self.proto), weights, [])
 
-        model = onnx.ModelProto()
-        model.CopyFrom(self.proto)
-        graph = model.graph
-        images = [value for value in graph.input if value.name == INPUT]
-        del graph.input[:]
-        graph.input.extend(images)
-        graph.initializer.extend(initializers)
-        body = list(graph.node)
-        del graph.node[:]
-        graph.node.extend([*nodes, *body])
-        return model
+
+@dataclass
+class PackedGraph:
+    """A graph ready to be written, and what its nodes must compute for each layer."""
+
+    proto: Any  # onnx.ModelProto
+    weights: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # integers, float32 weight
+    encodings: dict[str, tuple[str, int]] = field(default_factory=dict)  # name of the packing, bytes
+    int8: list[str] = field(default_factory=list)  # layers that the engine can run in int8
+
+
+def _with(proto: Any, initializers: Sequence[Any], nodes: Sequence[Any]) -> Any:
+    """A copy of a graph whose weights are no longer inputs but come from ``initializers`` and ``nodes``."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    graph = model.graph
+    images = [value for value in graph.input if value.name == INPUT]
+    del graph.input[:]
+    graph.input.extend(images)
+    graph.initializer.extend(initializers)
+    body = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *body])
+    return model
 
 
 def trace(model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[int]) -> Graphs:
@@ -129,7 +157,7 @@ def trace(model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[in
     return Graphs(_stripped(onnx_ir.to_proto(program.model)), used, absent)
 
 
-def weights_in(proto: Any, layer: HardLayer) -> tuple[np.ndarray, np.ndarray]:
+def weights_in(proto: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(integers, float weight) of one layer as the written graph's own nodes compute them, run by ONNX Runtime.
 
     Raises ParityError when the graph does not compute the weight exactly once or never uses it.
@@ -142,11 +170,11 @@ def weights_in(proto: Any, layer: HardLayer) -> tuple[np.ndarray, np.ndarray]:
     for node in graph.node:
         for output in node.output:
             producers.setdefault(output, []).append(node)
-    outputs = [f"{layer.name}_integers", layer.name]
-    if any(len(producers.get(name, [])) != 1 for name in outputs):
-        raise ParityError("is not computed exactly once", where=layer.name)
-    if not any(layer.name in node.input for node in graph.node):
-        raise ParityError("is computed but never used", where=layer.name)
+    outputs = [f"{name}_integers", name]
+    if any(len(producers.get(output, [])) != 1 for output in outputs):
+        raise ParityError("is not computed exactly once", where=name)
+    if not any(name in node.input for node in graph.node):
+        raise ParityError("is computed but never used", where=name)
     needed, stack = set(outputs), list(outputs)
     nodes: list[Any] = []
     while stack:
@@ -156,7 +184,7 @@ def weights_in(proto: Any, layer: HardLayer) -> tuple[np.ndarray, np.ndarray]:
                 needed |= set(node.input)
                 stack += node.input
     constants = [value for value in graph.initializer if value.name in needed]
-    infos = [onnx.helper.make_empty_tensor_value_info(name) for name in outputs]
+    infos = [onnx.helper.make_empty_tensor_value_info(output) for output in outputs]
     body = onnx.helper.make_graph(nodes[::-1], "unpack", [], infos, constants)
     model = onnx.helper.make_model(body, opset_imports=proto.opset_import, ir_version=proto.ir_version)
     options = onnxruntime.SessionOptions()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,17 +45,26 @@ def export_file(
     if form == "onnx":
         _require_engine(target)
     file = checkpoint_file.read(source)
-    if activations == "int8":  # seam: per-layer activation records of the manifest become Q/DQ pairs in onnx_graph
+    if activations == "int8" and not file.manifest.activations:
         raise UserError(
             "has no activation scales, which --activations int8 needs",
             where=str(source),
-            hint="use --activations float, or train a model with quantized activations",
+            hint="use --activations float, or train with quantized activations (--act-bits)",
         )
     model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
     loader = _loader(file, data_source, val_limit) if data_source is not None else None
     images = next(iter(loader.epoch(0)))[0][: verify.PROBE_IMAGES] if loader is not None else None
     probe = verify.make_probe(model, file.manifest.data_config["input_size"], images, source=data_source or "")
-    exporter: _Exporter = _Onnx(file, model, probe, target) if form == "onnx" else _Safetensors(file, form, trust_code)
+    tolerance = verify.FLOAT_TOLERANCE
+    exporter: _Exporter
+    if form == "onnx":
+        int8 = activations == "int8"
+        if file.manifest.activations:
+            floor = verify.rounding_floor(model, probe, _bias_units(file) if int8 else {})
+            tolerance = max(tolerance, 2 * floor)
+        exporter = _Onnx(file, model, probe, target, int8=int8)
+    else:
+        exporter = _Safetensors(file, form, trust_code)
     with verify.candidate(output) as path:
         exporter.write(path, None)
         started = time.perf_counter()
@@ -63,14 +73,16 @@ def export_file(
         exporter.check(path)
         with torch.no_grad():
             logits = engine(probe.images)
-        tolerance = verify.FLOAT_TOLERANCE
         error = verify.check_logits(logits, probe, tolerance_in_std=tolerance, where=str(output))
         accuracy = evaluate(engine, loader) if loader is not None else None
+        if accuracy is not None and loader is not None:
+            verify.check_accuracy(accuracy, evaluate(model, loader), where=str(output))
         latency_ms, latency_ratio = exporter.latency(path, probe)
         parity = ParityRecord(
             payload_sha256=file.manifest.payload_sha256,
             layers_matched=len(file.layers) - len(exporter.absent),
             layers_absent=exporter.absent,
+            layers_int8=exporter.int8,
             inputs=probe.source,
             max_logit_error=error,
             logit_std=probe.spread,
@@ -93,6 +105,7 @@ class _Exporter(Protocol):
 
     engine: str
     absent: list[str]  # layers that the file does not hold because nothing reads them
+    int8: list[str]  # layers whose inputs and weights the engine has as int8
 
     def write(self, path: Path, parity: ParityRecord | None) -> None: ...
 
@@ -108,6 +121,7 @@ class _Safetensors:
         self.file, self.form, self.trust_code = file, form, trust_code
         self.engine = f"torch {torch.__version__}"
         self.absent: list[str] = []
+        self.int8: list[str] = []
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
         checkpoint_file.write(path, self.file, form=self.form, parity=parity)
@@ -129,16 +143,17 @@ class _Safetensors:
 
 
 class _Onnx:
-    def __init__(self, file: QuantizedFile, model: nn.Module, probe: Probe, target: Target) -> None:
+    def __init__(self, file: QuantizedFile, model: nn.Module, probe: Probe, target: Target, *, int8: bool) -> None:
         from csqcli.export import onnx_graph
 
         self.file, self.target = file, target
         self.graphs = onnx_graph.trace(model, file.layers, tuple(probe.images.shape[1:]))
         self.absent, self.engine = self.graphs.absent, ""
-        self.proto, encodings = self.graphs.packed()
+        self.packed = self.graphs.packed(int8=int8)
+        self.proto, self.int8 = self.packed.proto, self.packed.int8
         self.manifest = file.manifest.model_copy(update={"form": "onnx"}, deep=True)
         for record in self.manifest.layers:
-            record.encoding, record.packed_bytes = encodings.get(record.name, ("absent", 0))
+            record.encoding, record.packed_bytes = self.packed.encodings.get(record.name, ("absent", 0))
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
         self.manifest.parity = parity
@@ -166,12 +181,12 @@ class _Onnx:
         from csqcli.export import onnx_graph
 
         proto = onnx.load(path)
-        for layer in self.graphs.used:
-            integers, weight = (torch.from_numpy(value) for value in onnx_graph.weights_in(proto, layer))
-            if not torch.equal(integers, layer.integers.float()):
-                raise ParityError("integers differ from the source file's", where=layer.name)
-            if not verify.same_bits(weight, layer.weight()):
-                raise ParityError("integers × scale is not the hard weight", where=layer.name)
+        for name, (wanted_integers, wanted_weight) in self.packed.weights.items():
+            integers, weight = onnx_graph.weights_in(proto, name)
+            if not np.array_equal(integers, wanted_integers):
+                raise ParityError("integers differ from the source file's", where=name)
+            if not np.array_equal(weight.view(np.uint32), wanted_weight.view(np.uint32)):
+                raise ParityError("integers × scale is not the hard weight", where=name)
 
     def latency(self, path: Path, probe: Probe) -> tuple[float | None, float | None]:
         """Milliseconds at batch 1 on one thread, and how many times faster that is than the same graph in fp32."""
@@ -202,6 +217,13 @@ def _require_engine(target: Target) -> None:
         runtime.require("openvino", extra="openvino")
 
 
+def _bias_units(file: QuantizedFile) -> dict[str, torch.Tensor]:
+    """Per module with rounded inputs: input scale × weight scale, the unit that int8 engines round its bias to."""
+    scales = {layer.name: layer.scale for layer in file.layers if layer.channel_dim == 0}
+    entries = file.manifest.activations
+    return {e.module: e.scale * scales[f"{e.module}.weight"] for e in entries if f"{e.module}.weight" in scales}
+
+
 def _loader(file: QuantizedFile, source: str, val_limit: int | None) -> data.Loader:
     images = data.open_data(source, train=False, val_limit=val_limit)
     classes = file.manifest.model.num_classes
@@ -219,6 +241,8 @@ def summary(manifest: Manifest) -> list[str]:
     lines = [f"{manifest.form}: {size:,} bytes, {ratio:.2f}× smaller than float"]
     if wide:
         lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")
+    if parity.layers_int8:
+        lines.append(f"int8         {len(parity.layers_int8)} of {len(manifest.layers)} layers run in int8")
     if parity.layers_absent:
         lines.append(
             f"left out     {len(parity.layers_absent)} layers unused at inference: {', '.join(parity.layers_absent)}"

@@ -72,25 +72,40 @@ class Unpacker:
 
         ``scale`` is float32 and broadcasts over the weight.
         """
+        packed = self._add_integers(name, integers, TensorProto.FLOAT)
+        self._initializer(f"{name}_scale", scale.astype(np.float32))
+        self._node("Mul", [f"{name}_integers", f"{name}_scale"], name)
+        return packed
+
+    def add_int8(self, name: str, integers: np.ndarray, scale: np.ndarray, *, axis: int) -> Packed:
+        """The same for |Q| ≤ 127 as int8 and DequantizeLinear, which engines fuse into int8 kernels.
+
+        ``scale`` is float32 of shape [] or [channels] along ``axis``, and positive.
+        """
+        packed = self._add_integers(name, integers, TensorProto.INT8)
+        self._initializer(f"{name}_scale", scale.astype(np.float32))
+        zero = self._constant("csq_zero", np.zeros(scale.shape, dtype=np.int8))
+        self._node("DequantizeLinear", [f"{name}_integers", f"{name}_scale", zero], name, axis=axis)
+        return packed
+
+    def _add_integers(self, name: str, integers: np.ndarray, to: int) -> Packed:
         packed = pack(integers)
         self._initializer(f"{name}_packed", packed.data)
-        self._initializer(f"{name}_scale", scale.astype(np.float32))
         if packed.per_byte:
-            table = self._table(digit_table(packed.levels, packed.per_byte), TensorProto.FLOAT)
+            table = self._table(digit_table(packed.levels, packed.per_byte), to)
             index = self._node("Cast", [f"{name}_packed"], f"{name}_bytes", to=TensorProto.INT32)
             values = self._node("Gather", [table, index], f"{name}_groups")
             held = packed.data.size * packed.per_byte
         else:
             numbers = self._sum_planes(name, len(packed.data))
-            values = self._node("Gather", [self._table(packed.levels, TensorProto.FLOAT), numbers], f"{name}_groups")
+            values = self._node("Gather", [self._table(packed.levels, to), numbers], f"{name}_groups")
             held = packed.data.shape[1] * 8
         if held != integers.size:  # cut off what fills the last byte
             flat = self._node("Reshape", [values, self._constant("csq_shape", np.array([-1]))], f"{name}_flat")
             bounds = [self._constant("csq_shape", np.array([bound])) for bound in (0, integers.size)]
             values = self._node("Slice", [flat, *bounds], f"{name}_cut")
         shape = self._constant("csq_shape", np.array(integers.shape, dtype=np.int64))
-        whole = self._node("Reshape", [values, shape], f"{name}_integers")
-        self._node("Mul", [whole, f"{name}_scale"], name)
+        self._node("Reshape", [values, shape], f"{name}_integers")
         return packed
 
     def _sum_planes(self, name: str, planes: int) -> str:

@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.quant.methods import HardLayer
-from csqcli.train import logits_of
+from csqcli.train import Accuracy, logits_of
 
 PROBE_IMAGES = 4
 FLOAT_TOLERANCE = 5e-4  # of the logits' standard deviation; float engines differ by the order of their sums
+ACCURACY_TOLERANCE = 0.5  # points of top-1
 _FLOOR = 1e-6  # logits that are all alike have no spread to measure against
 
 
@@ -89,6 +91,48 @@ def check_logits(logits: Tensor, probe: Probe, *, tolerance_in_std: float, where
             hint="the engine computes something else; please report the model",
         )
     return error
+
+
+@torch.no_grad()
+def rounding_floor(model: nn.Module, probe: Probe, units: Mapping[str, Tensor], *, repeats: int = 4) -> float:
+    """How far the hard model's own logits move, in their standard deviations, under changes that no engine avoids.
+
+    Those are one part in 10⁶ of the inputs, and half a unit of the outputs of the modules in ``units`` ([1] or
+    [channels]: input scale × weight scale), to whose multiples int8 engines round biases. Rounded activations then flip
+    to neighbouring integers, and flips cascade.
+    """
+    rng = torch.Generator().manual_seed(0)
+    hooks = [module.register_forward_hook(_jitter(units[n], rng)) for n, module in model.named_modules() if n in units]
+    try:
+        moved = 0.0
+        for _ in range(repeats):
+            noise = 1 + 1e-6 * torch.randn(probe.images.shape, generator=rng)
+            moved = max(moved, float((logits_of(model(probe.images * noise)) - probe.logits).abs().max()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return moved / max(probe.spread, _FLOOR)
+
+
+def _jitter(unit: Tensor, rng: torch.Generator) -> Callable[..., Any]:
+    """A forward hook that moves each channel by up to half a unit, alike at all positions."""
+
+    def hook(module: nn.Module, _: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return None
+        dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else output.dim() - 1
+        shape = [1] * output.dim()
+        shape[dim] = output.shape[dim]
+        shift = (torch.rand(output.shape[dim], generator=rng) - 0.5) * unit
+        return output + shift.view(shape)
+
+    return hook
+
+
+def check_accuracy(written: Accuracy, wanted: Accuracy, *, where: str) -> None:
+    """Top-1 of the file against the hard model's, on the same images. ParityError beyond half a point."""
+    if abs(written.top1 - wanted.top1) > ACCURACY_TOLERANCE:
+        raise ParityError(f"top-1 is {written.top1:.2f} %, the hard model's {wanted.top1:.2f} %", where=where)
 
 
 @contextlib.contextmanager

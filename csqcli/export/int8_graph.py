@@ -1,0 +1,264 @@
+"""Trained activation scales and integer weights as QuantizeLinear / DequantizeLinear pairs, which engines run in int8.
+
+The traced graph rounds a layer's input as torch does: Div by the scale, Round, Clip, Mul by the scale. Each such chain
+becomes QuantizeLinear → Clip (below 8 bits) → DequantizeLinear with the same scale and range, so nothing is recalibrated.
+A weight that multiplies such an input, with |Q| ≤ 127, becomes int8 behind DequantizeLinear; all others unpack to float
+as in `onnx_graph`, and the chain in front of them stays: ONNX Runtime 1.23 and later would round a float weight behind
+DequantizeLinear to int8 without a word.
+
+BatchNorm after a convolution is folded here, because an engine does not fold it into int8 weights. That changes scales
+and biases, never integers, except that a channel with negative γ has its integers negated: scales must be positive. An
+engine rounds biases to int32 at the product of input and weight scale and overflows silently; where a channel would come
+near, BatchNorm stays, and a layer whose own bias would overflow keeps float weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from csqcli.errors import UserError
+from csqcli.quant.methods import HardLayer
+
+BIAS_LIMIT = 2.0**30  # int32 holds 2^31; half of it leaves room for the sum that the bias is added to
+
+
+@dataclass
+class Int8Weight:
+    """How one layer's weight stands in the graph."""
+
+    integers: np.ndarray  # int32, negated where `sign` is −1, transposed where the graph wants it
+    scale: np.ndarray  # float32, [] or [channels]
+    axis: int
+
+    def weight(self) -> np.ndarray:
+        """integers × scale, float32."""
+        shape = [1] * self.integers.ndim
+        shape[self.axis] = self.scale.size
+        return self.integers.astype(np.float32) * self.scale.reshape(shape)
+
+
+@dataclass
+class _Activation:
+    scale: float
+    low: int
+    high: int
+
+
+@dataclass
+class Int8Graph:
+    """An edited copy of a traced graph whose weights are still inputs, and the weights that go with it."""
+
+    proto: Any  # onnx.ModelProto
+    weights: dict[str, Int8Weight] = field(default_factory=dict)  # the layers that run in int8
+
+
+def quantize(proto: Any, layers: list[HardLayer]) -> Int8Graph:
+    """Turn rounding chains into Q/DQ pairs and decide which weights become int8. UserError when there is no chain."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    editor = _Editor(model.graph)
+    activations = editor.add_pairs()
+    if not activations:
+        raise UserError(
+            "no rounded input was found in the graph", where="--activations int8", hint="use --activations float"
+        )
+    result = Int8Graph(model)
+    for layer in layers:
+        weight = editor.int8_weight(layer, activations)
+        if weight is not None:
+            result.weights[layer.name] = weight
+    editor.drop_unused()
+    return result
+
+
+def without_rounding(proto: Any) -> Any:
+    """A copy of a traced graph whose activations are not rounded: the float network it is compared with in speed."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    editor = _Editor(model.graph)
+    for node in model.graph.node:
+        chain = editor.rounding(node)
+        if chain is not None:
+            node.CopyFrom(onnx.helper.make_node("Identity", [chain[0]], node.output))
+    editor.drop_unused()
+    return model
+
+
+class _Editor:
+    """Look-ups and edits on one GraphProto."""
+
+    def __init__(self, graph: Any) -> None:
+        from onnx import numpy_helper
+
+        self.graph = graph
+        self.constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
+        self._index()
+
+    def _index(self) -> None:
+        self.producer = {output: node for node in self.graph.node for output in node.output}
+        self.consumers: dict[str, list[Any]] = defaultdict(list)
+        for node in self.graph.node:
+            for name in node.input:
+                self.consumers[name].append(node)
+        self.outputs = {value.name for value in self.graph.output}
+
+    def add_pairs(self) -> dict[str, _Activation]:
+        """Put a Q/DQ pair, ``{value}_dq``, beside every rounding chain of at most 8 bits; per value its scale and range."""
+        from onnx import helper
+
+        found: dict[str, _Activation] = {}
+        nodes = []
+        for node in self.graph.node:
+            nodes.append(node)
+            chain = self.rounding(node)
+            if chain is None:
+                continue
+            source, activation = chain
+            name = node.output[0]
+            unsigned = activation.low == 0
+            kind = np.uint8 if unsigned else np.int8
+            scale = self.add_constant(f"{name}_scale", np.array(activation.scale, dtype=np.float32))
+            zero = self.add_constant(f"{name}_zero", np.array(0, dtype=kind))
+            quantized = f"{name}_quantized"
+            nodes.append(helper.make_node("QuantizeLinear", [source, scale, zero], [quantized]))
+            limits = np.iinfo(kind)
+            if (activation.low, activation.high) != (limits.min, limits.max):
+                bounds = [
+                    self.add_constant(f"{name}_{end}", np.array(value, dtype=kind))
+                    for end, value in (("low", activation.low), ("high", activation.high))
+                ]
+                nodes.append(helper.make_node("Clip", [quantized, *bounds], [f"{quantized}_clipped"]))
+                quantized = f"{quantized}_clipped"
+            nodes.append(helper.make_node("DequantizeLinear", [quantized, scale, zero], [f"{name}_dq"]))
+            found[name] = activation
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+        self._index()
+        return found
+
+    def rounding(self, mul: Any) -> tuple[str, _Activation] | None:
+        """(what is rounded, how) where ``mul`` ends a chain Div → Round → Clip → Mul with one scale."""
+        steps = [mul]
+        for kind in ("Clip", "Round", "Div"):
+            previous = self.producer.get(steps[-1].input[0]) if steps[-1].input else None
+            if previous is None or previous.op_type != kind:
+                return None
+            steps.append(previous)
+        clip, division = steps[1], steps[3]
+        scale = self.constants.get(division.input[1])
+        bounds = [self.constants.get(name) for name in clip.input[1:]]
+        if mul.op_type != "Mul" or mul.input[1] != division.input[1] or scale is None or scale.size != 1:
+            return None
+        if len(bounds) != 2 or any(bound is None for bound in bounds):
+            return None
+        low, high = (int(bound) for bound in bounds)  # type: ignore[arg-type]
+        if not (0 <= -low <= 128 and high <= (255 if low == 0 else 127)):
+            return None
+        return division.input[0], _Activation(float(scale.reshape(())), low, high)
+
+    def int8_weight(self, layer: HardLayer, activations: dict[str, _Activation]) -> Int8Weight | None:
+        """The int8 form of a weight, with its graph edited to match; None where it has to stay float."""
+        users = self.consumers[layer.name]
+        if len(users) != 1 or int(layer.integers.abs().max()) > 127:
+            return None
+        node, transposed = users[0], False
+        if node.op_type == "Transpose" and layer.integers.dim() == 2 and len(self.consumers[node.output[0]]) == 1:
+            node, transposed = self.consumers[node.output[0]][0], True
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[0] not in activations:
+            return None
+        if node.input[1] not in (layer.name, users[0].output[0]) or transposed != (node.op_type == "MatMul"):
+            return None
+        attributes = {a.name: a for a in node.attribute}
+        if node.op_type == "Gemm" and not ("transB" in attributes and attributes["transB"].i):
+            return None
+        if layer.scale.numel() > 1 and layer.channel_dim != 0:
+            return None
+        channels = layer.integers.shape[0]
+        scale = np.broadcast_to(layer.scale.numpy().astype(np.float64), (channels,))
+        step = activations[node.input[0]].scale
+        bias = self._bias(node)
+        if bias is None:
+            return None
+        folded = self._fold_batchnorm(node, scale, bias, step)
+        if folded is None and not _holds(bias, step * scale):
+            return None
+        sign = np.ones(channels)
+        if folded is not None:
+            scale, sign = folded
+        elif layer.scale.numel() == 1 and not transposed:
+            scale = scale[0]
+        spread_sign = sign.reshape([-1] + [1] * (layer.integers.dim() - 1)).astype(np.int32)
+        integers = layer.integers.numpy() * spread_sign
+        node.input[0] = f"{node.input[0]}_dq"
+        if transposed:
+            integers = integers.T
+            node.input[1] = layer.name
+        return Int8Weight(np.ascontiguousarray(integers), np.asarray(scale, dtype=np.float32), int(transposed))
+
+    def _bias(self, node: Any) -> np.ndarray | None:
+        """A node's constant bias; zero where it has none, None where it is computed."""
+        if len(node.input) < 3 or not node.input[2]:
+            return np.zeros(1)
+        return self.constants.get(node.input[2])
+
+    def _fold_batchnorm(
+        self, conv: Any, scale: np.ndarray, bias: np.ndarray, step: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """(new scales, signs) when BatchNorm follows ``conv`` and can go into it; the graph is then edited."""
+        users = self.consumers[conv.output[0]]
+        if conv.op_type != "Conv" or len(users) != 1 or users[0].op_type != "BatchNormalization":
+            return None
+        norm = users[0]
+        values = [self.constants.get(name) for name in norm.input[1:]]
+        if any(value is None for value in values) or conv.output[0] in self.outputs:
+            return None
+        gamma, beta, mean, variance = (value.astype(np.float64) for value in values if value is not None)
+        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+        factor = gamma / np.sqrt(variance + epsilon)
+        new_scale, new_bias = np.abs(scale * factor), beta + (bias - mean) * factor
+        if not _holds(new_bias, step * new_scale):
+            return None
+        name = self.add_constant(f"{norm.output[0]}_bias", new_bias.astype(np.float32))
+        del conv.input[2:]
+        conv.input.append(name)
+        conv.output[0] = norm.output[0]
+        self.graph.node.remove(norm)
+        self._index()
+        return new_scale, np.where(factor < 0, -1.0, 1.0)
+
+    def add_constant(self, name: str, value: np.ndarray) -> str:
+        from onnx import numpy_helper
+
+        self.graph.initializer.append(numpy_helper.from_array(value, name))
+        self.constants[name] = value
+        return name
+
+    def drop_unused(self) -> None:
+        """Remove nodes and initializers that nothing reads any more."""
+        while True:
+            self._index()
+            dead = [
+                node
+                for node in self.graph.node
+                if not any(self.consumers.get(name) or name in self.outputs for name in node.output)
+            ]
+            if not dead:
+                break
+            for node in dead:
+                self.graph.node.remove(node)
+        for value in [value for value in self.graph.initializer if not self.consumers.get(value.name)]:
+            self.graph.initializer.remove(value)
+
+
+def _holds(bias: np.ndarray, unit: np.ndarray) -> bool:
+    """Whether every bias fits the int32 that an engine rounds it to, and every unit is a normal float32."""
+    tiny = np.finfo(np.float32).tiny
+    return bool((unit > tiny).all() and (np.abs(bias) <= BIAS_LIMIT * unit).all())
