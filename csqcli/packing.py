@@ -29,17 +29,23 @@ def code_width(largest: int) -> int:
 def encode(integers: Tensor) -> tuple[Tensor, str]:
     """Bytes (uint8, 1-D) and the encoding's name (``"codes4"`` or ``"codes4+huffman"``) for one layer's integers.
 
-    Wider codes than necessary are tried too: their Huffman tables are smaller, which counts in small layers.
+    Wider codes than necessary are tried too: their Huffman tables are smaller, which counts in small layers. So are
+    runs: a Huffman code spends at least one bit on each byte, even where nearly all weights are zero.
     """
     values = integers.flatten().cpu().numpy().astype(np.int32)
     narrowest = code_width(int(np.abs(values).max(initial=0)))
     options: dict[str, bytes] = {}
     for width in (width for width in WIDTHS if width == narrowest or narrowest < width < 16):
         raw = _codes(values, width)
-        coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-        options |= {f"codes{width}": raw, f"codes{width}+huffman": coder.compress(raw) + coder.flush()}
+        squeezed = [_deflate(raw, strategy) for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)]
+        options |= {f"codes{width}": raw, f"codes{width}+huffman": min(squeezed, key=len)}
     encoding = min(options, key=lambda name: len(options[name]))
     return torch.frombuffer(bytearray(options[encoding]), dtype=torch.uint8), encoding
+
+
+def _deflate(data: bytes, strategy: int) -> bytes:
+    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=strategy)
+    return coder.compress(data) + coder.flush()
 
 
 def _codes(values: np.ndarray, width: int) -> bytes:

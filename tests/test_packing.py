@@ -59,3 +59,11 @@ def test_a_decompression_bomb_is_stopped_at_the_declared_size() -> None:
     data, encoding = packing.encode(torch.zeros(10_000_000, dtype=torch.int32))
     with pytest.raises(ValueError, match="does not end where the shape says"):
         packing.decode(data, encoding, (10,))
+
+
+def test_layers_of_nearly_nothing_but_zeros_take_nearly_no_bytes() -> None:
+    integers = torch.zeros(200_000, dtype=torch.int32)
+    integers[::5000] = 9  # a byte-wise Huffman code alone would spend a bit on each weight
+    data, encoding = packing.encode(integers)
+    assert data.numel() * 8 / 200_000 < 0.05
+    assert torch.equal(packing.decode(data, encoding, (200_000,)).to(torch.int32), integers)
