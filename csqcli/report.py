@@ -71,7 +71,14 @@ def totals(manifest: Manifest) -> list[str]:
             lines.append(f"left float   {len(manifest.left_float)} tensors of two or more dimensions")
     if sizes.file_bytes:
         ratio = sizes.float_bytes / sizes.file_bytes
-        lines.append(f"file         {sizes.file_bytes:,} bytes, float {sizes.float_bytes:,}: {ratio:.2f}× smaller")
+        lines.append(
+            f"file         {sizes.file_bytes:,} bytes, float {sizes.float_bytes:,}: {ratio:.2f}× smaller ({manifest.form})"
+        )
+    if parity := manifest.parity:
+        lines.append(
+            f"verified     {parity.layers_matched} layers bit-exact, logits within {parity.max_logit_error:.1e} "
+            f"(std {parity.logit_std:.2g}) on {parity.inputs}; {parity.engine}"
+        )
     if accuracy.hard_top1 is not None:
         soft = f" → soft {accuracy.soft_top1:.2f}" if accuracy.soft_top1 is not None else ""
         start = f"float {accuracy.float_top1:.2f}{soft} → " if accuracy.float_top1 is not None else ""

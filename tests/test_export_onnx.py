@@ -160,7 +160,7 @@ def test_evaluate_and_report_take_the_onnx_file(digits_run: Path, tmp_path: Path
     assert report["form"] == "onnx"
     assert report["parity"]["samples"] == 100
     assert report["parity"]["latency_ratio"] > 0
-    assert "mean bits" in csq("report", tmp_path / "a.onnx")[1]
+    assert "verified     4 layers bit-exact" in csq("report", tmp_path / "a.onnx")[1]
 
 
 def test_int8_activations_are_refused_without_scales(digits_run: Path, tmp_path: Path, csq) -> None:
