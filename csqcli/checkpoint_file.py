@@ -106,6 +106,7 @@ class ParityRecord(_Record):
     layers_matched: int
     layers_absent: list[str] = Field(default_factory=list)  # weights that the forward pass never uses (ONNX only)
     layers_int8: list[str] = Field(default_factory=list)  # inputs and weights both int8 (ONNX with int8 activations)
+    calibrated: list[str] = Field(default_factory=list)  # layers whose output scale was measured, not trained
     inputs: str  # "8 synthetic images", "8 images of DATA"
     max_logit_error: float
     logit_std: float

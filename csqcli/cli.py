@@ -287,6 +287,10 @@ def export(
         Activations, typer.Option(help="ONNX only; int8 needs activation scales in the file.")
     ] = Activations.float,
     target: Annotated[Target, typer.Option(help="ONNX only: the engine that verifies the file.")] = Target.ort,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="With --activations int8: images to scale outputs of convolutions, which ort wants in int8."),
+    ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="Verify on real images and record top-1 (as in csq evaluate).")
     ] = None,
@@ -310,6 +314,7 @@ def export(
         form=chosen[0],  # type: ignore[arg-type]  # one of the keys above
         activations=activations.value,
         target=target.value,
+        calib=calib,
         data_source=data,
         val_limit=val_limit,
         trust_code=trust_code,

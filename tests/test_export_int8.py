@@ -185,9 +185,10 @@ def test_the_floor_grows_with_the_bias_unit_and_leaves_no_hook_behind() -> None:
     model = _model(file)
     probe = verify.make_probe(model, (3, 12, 12), None, source="")
     hooks = sum(len(module._forward_hooks) for module in model.modules())
-    small = verify.rounding_floor(model, probe, {})
-    large = verify.rounding_floor(model, probe, {"tokens": torch.tensor([0.5])})
+    small = verify.rounding_floor(model, probe, {}, {})
+    large = verify.rounding_floor(model, probe, {"tokens": torch.tensor([0.5])}, {})
     assert large > small
+    assert verify.rounding_floor(model, probe, {}, {"conv2": torch.full((12,), 0.5)}) > small
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
 
 
@@ -195,3 +196,53 @@ def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     parity, _ = _export(tmp_path, _file(), target="openvino")
     assert parity.engine.startswith("openvino ")
+
+
+class Residual(nn.Module):
+    """A convolution whose output only an addition reads: no trained scale rounds it."""
+
+    data_config: dict = Chain.data_config
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.branch = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.branch_norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.branch_norm(self.branch(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_calibration_scales_only_outputs_that_no_trained_scale_rounds(tmp_path: Path, image_folder: Path) -> None:
+    torch.manual_seed(0)
+    model = models.shake(Residual()).eval()
+    model.norm.weight.data[0] = model.branch_norm.weight.data[0] = 0.5  # type: ignore[union-attr,operator]
+    hard = models.harden(model, NARROW)
+    quantizers = activations.calibrate(model, find_layers(model)[0], [torch.randn(8, 3, 12, 12)], bits=8)
+    entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
+    record = ModelRecord(
+        source="x", library="factory", name="test_export_int8:Residual", num_classes=2, weights_from="random"
+    )
+    file = checkpoint_file.assemble(
+        model, hard, record=record, data_config=Residual.data_config, target_bits=None, activations=entries
+    )
+    without, _ = _export(tmp_path, file)
+    assert without.calibrated == []
+    parity, proto = _export(tmp_path, file, calib=str(image_folder), data_source=str(image_folder))
+    assert parity.calibrated == ["branch.weight"]
+    trained = {np.float32(entry.scale) for entry in entries}
+    used = {_constant(proto, n.input[1])[()] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    assert trained <= used
+    assert len(used - trained) == 1
+    assert parity.samples == 6
+
+
+def test_calibration_without_int8_activations_is_refused(digits_run: Path, tmp_path: Path, csq) -> None:
+    arguments = ["-o", tmp_path / "a.onnx", "--onnx", "--calib", "digits"]
+    code, _, error = csq("export", digits_run / "model.safetensors", *arguments)
+    assert code == 2
+    assert "--calib belongs to --activations int8" in error

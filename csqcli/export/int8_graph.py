@@ -23,6 +23,7 @@ import numpy as np
 from csqcli.errors import UserError
 from csqcli.quant.methods import HardLayer
 
+_LEFT_ALONE = {"QuantizeLinear", "BatchNormalization"}  # a trained scale follows; BatchNorm could not be folded
 BIAS_LIMIT = 2.0**30  # int32 holds 2^31; half of it leaves room for the sum that the bias is added to
 
 
@@ -75,6 +76,52 @@ def quantize(proto: Any, layers: list[HardLayer]) -> Int8Graph:
             result.weights[layer.name] = weight
     editor.drop_unused()
     return result
+
+
+def open_outputs(graph: Int8Graph) -> dict[str, str]:
+    """Convolutions in int8 whose output nothing rounds, by the value to round: ``{value: layer}``.
+
+    ONNX Runtime computes a convolution in int8 only where its output is int8 too. The value is taken after a Relu that
+    is the convolution's only reader; one that a trained scale already rounds is left alone.
+    """
+    editor, found = _Editor(graph.proto.graph), {}
+    for node in graph.proto.graph.node:
+        if node.op_type != "Conv" or node.input[1] not in graph.weights:
+            continue
+        value = node.output[0]
+        readers = editor.consumers[value]
+        if len(readers) == 1 and readers[0].op_type == "Relu":
+            value = readers[0].output[0]
+            readers = editor.consumers[value]
+        if value not in editor.outputs and readers and not {r.op_type for r in readers} & _LEFT_ALONE:
+            found[value] = node.input[1]
+    return found
+
+
+def round_outputs(graph: Int8Graph, ranges: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Put Q/DQ pairs behind values that have none, at 8 bits over their measured (smallest, largest); their scales."""
+    from onnx import helper
+
+    editor, scales = _Editor(graph.proto.graph), {}
+    nodes = list(graph.proto.graph.node)
+    for value, (low, high) in ranges.items():
+        kind = np.uint8 if low >= 0 else np.int8
+        top = high / 255 if low >= 0 else max(-low, high) / 127
+        scales[value] = float(np.float32(top if top > 0 else 1.0))
+        scale = editor.add_constant(f"{value}_out_scale", np.array(scales[value], dtype=np.float32))
+        zero = editor.add_constant(f"{value}_out_zero", np.array(0, dtype=kind))
+        for reader in editor.consumers[value]:
+            for index, name in enumerate(reader.input):
+                if name == value:
+                    reader.input[index] = f"{value}_out"
+        position = next(index for index, node in enumerate(nodes) if value in node.output) + 1
+        nodes[position:position] = [
+            helper.make_node("QuantizeLinear", [value, scale, zero], [f"{value}_out_quantized"]),
+            helper.make_node("DequantizeLinear", [f"{value}_out_quantized", scale, zero], [f"{value}_out"]),
+        ]
+    del graph.proto.graph.node[:]
+    graph.proto.graph.node.extend(nodes)
+    return scales
 
 
 def without_rounding(proto: Any) -> Any:

@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from csqcli.export.runtime import INPUT, OUTPUT, require
 from csqcli.export.verify import ParityError
 from csqcli.quant.methods import HardLayer, spread
 from csqcli.train import logits_of
+
+if TYPE_CHECKING:
+    from csqcli.export.int8_graph import Int8Graph
 
 OPSET = 20  # the newest that both engines read in the versions of docs/export.md; Gelu needs it
 _PREFIX = "model."
@@ -49,12 +52,12 @@ class Graphs:
     used: list[HardLayer]
     absent: list[str]  # layers that the forward pass never reads
 
-    def packed(self, *, int8: bool) -> PackedGraph:
-        """The graph with self-unpacking weights; ``int8``: rounded activations and their layers as integers."""
-        from csqcli.export import int8_graph
+    def packed(self, plan: Int8Graph | None = None) -> PackedGraph:
+        """The graph with self-unpacking weights; ``plan`` (of `int8_graph`) says which of them are int8."""
+        from csqcli.export.int8_graph import Int8Graph
         from csqcli.export.unpacking import Unpacker
 
-        plan = int8_graph.quantize(self.proto, self.used) if int8 else int8_graph.Int8Graph(self.proto)
+        plan = plan or Int8Graph(self.proto)
         unpacker = Unpacker()
         result = PackedGraph(None)
         for layer in self.used:
@@ -193,6 +196,22 @@ def weights_in(proto: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     integers, weight = session.run(outputs, {})
     return integers, weight
+
+
+def measure_ranges(proto: Any, values: Sequence[str], images: Tensor) -> dict[str, tuple[float, float]]:
+    """Smallest and largest of each value over ``images`` ([N, C, H, W]), run without optimizations."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(value) for value in values)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    results = session.run(list(values), {INPUT: images.numpy()})
+    return {value: (float(r.min()), float(r.max())) for value, r in zip(values, results, strict=True)}
 
 
 def _stripped(proto: Any) -> Any:

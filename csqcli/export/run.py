@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,12 @@ from csqcli.export.verify import ParityError, Probe
 from csqcli.storage import Form
 from csqcli.train import evaluate
 
+if TYPE_CHECKING:
+    from csqcli.export.onnx_graph import PackedGraph
+
 Target = Literal["ort", "openvino"]
 LATENCY_REPEATS = 9
+_CALIB_IMAGES = 32  # one batch
 BASELINE_LIMIT = 1.9e9  # bytes: protobuf refuses a float baseline of 2 GiB
 
 
@@ -31,6 +35,7 @@ def export_file(
     form: Form | Literal["onnx"],
     activations: Literal["float", "int8"] = "float",
     target: Target = "ort",
+    calib: str | None = None,
     data_source: str | None = None,
     val_limit: int | None = None,
     trust_code: bool = False,
@@ -38,7 +43,8 @@ def export_file(
 ) -> Manifest:
     """Write ``source`` as ``output`` in ``form``, verified; the new file's manifest with its parity certificate.
 
-    ``data_source`` gives the images to compare logits on, and the top-1 of the written file.
+    ``data_source`` gives the images to compare logits on, and the top-1 of the written file. ``calib`` gives those that
+    int8 outputs of convolutions are measured on, which ONNX Runtime needs for its int8 kernels; trained scales stay.
     Raises UserError for bad input, and ParityError, a kind of it, when the written file differs from the hard model.
     """
     _check_output(source, output, suffix=".onnx" if form == "onnx" else ".safetensors", force=force)
@@ -51,29 +57,30 @@ def export_file(
             where=str(source),
             hint="use --activations float, or train with quantized activations (--act-bits)",
         )
+    if calib is not None and activations != "int8":
+        raise UserError("--calib belongs to --activations int8", where="csq export")
     model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
     loader = _loader(file, data_source, val_limit) if data_source is not None else None
     images = next(iter(loader.epoch(0)))[0][: verify.PROBE_IMAGES] if loader is not None else None
     probe = verify.make_probe(model, file.manifest.data_config["input_size"], images, source=data_source or "")
-    tolerance = verify.FLOAT_TOLERANCE
     exporter: _Exporter
     if form == "onnx":
-        int8 = activations == "int8"
-        if file.manifest.activations:
-            floor = verify.rounding_floor(model, probe, _bias_units(file) if int8 else {})
-            tolerance = max(tolerance, 2 * floor)
-        exporter = _Onnx(file, model, probe, target, int8=int8)
+        exporter = _Onnx(file, model, probe, target)
+        if activations == "int8":
+            scenes = _loader(file, calib, _CALIB_IMAGES, labelled=False) if calib is not None else None
+            exporter.use_int8(next(iter(scenes.epoch(0)))[0] if scenes is not None else None)
+        exporter.set_tolerance(model, probe)
     else:
         exporter = _Safetensors(file, form, trust_code)
     with verify.candidate(output) as path:
         exporter.write(path, None)
+        exporter.check(path)
         started = time.perf_counter()
         engine = exporter.open(path)
         load_seconds = time.perf_counter() - started
-        exporter.check(path)
         with torch.no_grad():
             logits = engine(probe.images)
-        error = verify.check_logits(logits, probe, tolerance_in_std=tolerance, where=str(output))
+        error = verify.check_logits(logits, probe, tolerance_in_std=exporter.tolerance, where=str(output))
         accuracy = evaluate(engine, loader) if loader is not None else None
         if accuracy is not None and loader is not None:
             verify.check_accuracy(accuracy, evaluate(model, loader), where=str(output))
@@ -83,10 +90,11 @@ def export_file(
             layers_matched=len(file.layers) - len(exporter.absent),
             layers_absent=exporter.absent,
             layers_int8=exporter.int8,
+            calibrated=exporter.calibrated,
             inputs=probe.source,
             max_logit_error=error,
             logit_std=probe.spread,
-            tolerance_in_std=tolerance,
+            tolerance_in_std=exporter.tolerance,
             top1=accuracy.top1 if accuracy else None,
             samples=accuracy.samples if accuracy else 0,
             engine=exporter.engine,
@@ -106,6 +114,8 @@ class _Exporter(Protocol):
     engine: str
     absent: list[str]  # layers that the file does not hold because nothing reads them
     int8: list[str]  # layers whose inputs and weights the engine has as int8
+    calibrated: list[str]  # layers whose outputs are rounded at a scale that was not trained
+    tolerance: float  # largest logit error, in the logits' standard deviation
 
     def write(self, path: Path, parity: ParityRecord | None) -> None: ...
 
@@ -122,6 +132,8 @@ class _Safetensors:
         self.engine = f"torch {torch.__version__}"
         self.absent: list[str] = []
         self.int8: list[str] = []
+        self.calibrated: list[str] = []
+        self.tolerance = verify.FLOAT_TOLERANCE
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
         checkpoint_file.write(path, self.file, form=self.form, parity=parity)
@@ -143,17 +155,46 @@ class _Safetensors:
 
 
 class _Onnx:
-    def __init__(self, file: QuantizedFile, model: nn.Module, probe: Probe, target: Target, *, int8: bool) -> None:
+    def __init__(self, file: QuantizedFile, model: nn.Module, probe: Probe, target: Target) -> None:
         from csqcli.export import onnx_graph
 
         self.file, self.target = file, target
         self.graphs = onnx_graph.trace(model, file.layers, tuple(probe.images.shape[1:]))
-        self.absent, self.engine = self.graphs.absent, ""
-        self.packed = self.graphs.packed(int8=int8)
-        self.proto, self.int8 = self.packed.proto, self.packed.int8
+        self.absent, self.engine, self.tolerance = self.graphs.absent, "", verify.FLOAT_TOLERANCE
+        self.calibrated: list[str] = []
+        self.bias_units: dict[str, torch.Tensor] = {}
+        self.output_units: dict[str, torch.Tensor] = {}
         self.manifest = file.manifest.model_copy(update={"form": "onnx"}, deep=True)
+        self._take(self.graphs.packed())
+
+    def _take(self, packed: PackedGraph) -> None:
+        self.packed, self.proto, self.int8 = packed, packed.proto, packed.int8
         for record in self.manifest.layers:
-            record.encoding, record.packed_bytes = self.packed.encodings.get(record.name, ("absent", 0))
+            record.encoding, record.packed_bytes = packed.encodings.get(record.name, ("absent", 0))
+
+    def use_int8(self, images: torch.Tensor | None) -> None:
+        """Layers with trained input scales become int8; ``images`` also give their outputs a scale where none is."""
+        from csqcli.export import int8_graph, onnx_graph
+
+        plan = int8_graph.quantize(self.graphs.proto, self.graphs.used)
+        scales = {layer.name: layer.scale for layer in self.file.layers}
+        steps = {f"{entry.module}.weight": entry.scale for entry in self.file.manifest.activations}
+        self.bias_units = {_module(name): steps[name] * scales[name] for name in plan.weights if name in steps}
+        if images is not None:
+            layer_of = int8_graph.open_outputs(plan)
+            ranges = onnx_graph.measure_ranges(self.graphs.packed(plan).proto, list(layer_of), images)
+            for value, step in int8_graph.round_outputs(plan, ranges).items():
+                name = layer_of[value]
+                folded = torch.from_numpy(plan.weights[name].scale)  # BatchNorm multiplies what the module gives
+                self.output_units[_module(name)] = step * scales[name] / folded
+                self.calibrated.append(name)
+        self._take(self.graphs.packed(plan))
+
+    def set_tolerance(self, model: nn.Module, probe: Probe) -> None:
+        """Twice what rounding alone moves the hard model's logits, where activations are rounded."""
+        if self.file.manifest.activations:
+            floor = verify.rounding_floor(model, probe, self.bias_units, self.output_units)
+            self.tolerance = max(self.tolerance, 2 * floor)
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
         self.manifest.parity = parity
@@ -217,17 +258,14 @@ def _require_engine(target: Target) -> None:
         runtime.require("openvino", extra="openvino")
 
 
-def _bias_units(file: QuantizedFile) -> dict[str, torch.Tensor]:
-    """Per module with rounded inputs: input scale × weight scale, the unit that int8 engines round its bias to."""
-    scales = {layer.name: layer.scale for layer in file.layers if layer.channel_dim == 0}
-    entries = file.manifest.activations
-    return {e.module: e.scale * scales[f"{e.module}.weight"] for e in entries if f"{e.module}.weight" in scales}
+def _module(weight: str) -> str:
+    return weight.rpartition(".")[0]
 
 
-def _loader(file: QuantizedFile, source: str, val_limit: int | None) -> data.Loader:
+def _loader(file: QuantizedFile, source: str, val_limit: int | None, *, labelled: bool = True) -> data.Loader:
     images = data.open_data(source, train=False, val_limit=val_limit)
     classes = file.manifest.model.num_classes
-    if images.num_classes != classes:
+    if labelled and images.num_classes != classes:
         raise UserError(f"the model has {classes} classes, the data has {images.num_classes}", where=source)
     return data.make_loader(images.val, file.manifest.data_config, training=False, batch_size=32, workers=2)
 
@@ -243,6 +281,8 @@ def summary(manifest: Manifest) -> list[str]:
         lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")
     if parity.layers_int8:
         lines.append(f"int8         {len(parity.layers_int8)} of {len(manifest.layers)} layers run in int8")
+    if parity.calibrated:
+        lines.append(f"calibrated   {len(parity.calibrated)} convolution outputs, rounded beyond what was trained")
     if parity.layers_absent:
         lines.append(
             f"left out     {len(parity.layers_absent)} layers unused at inference: {', '.join(parity.layers_absent)}"

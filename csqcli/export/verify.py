@@ -94,15 +94,25 @@ def check_logits(logits: Tensor, probe: Probe, *, tolerance_in_std: float, where
 
 
 @torch.no_grad()
-def rounding_floor(model: nn.Module, probe: Probe, units: Mapping[str, Tensor], *, repeats: int = 4) -> float:
+def rounding_floor(
+    model: nn.Module,
+    probe: Probe,
+    bias_units: Mapping[str, Tensor],
+    output_units: Mapping[str, Tensor],
+    *,
+    repeats: int = 4,
+) -> float:
     """How far the hard model's own logits move, in their standard deviations, under changes that no engine avoids.
 
-    Those are one part in 10⁶ of the inputs, and half a unit of the outputs of the modules in ``units`` ([1] or
-    [channels]: input scale × weight scale), to whose multiples int8 engines round biases. Rounded activations then flip
-    to neighbouring integers, and flips cascade.
+    Those are one part in 10⁶ of the inputs, and half a unit ([1] or [channels]) of the outputs of modules: of
+    ``bias_units`` (input scale × weight scale), to whose multiples int8 engines round biases, alike at all positions;
+    of ``output_units``, to whose multiples the file rounds outputs, at each position on its own. Rounded activations
+    then flip to neighbouring integers, and flips cascade.
     """
     rng = torch.Generator().manual_seed(0)
-    hooks = [module.register_forward_hook(_jitter(units[n], rng)) for n, module in model.named_modules() if n in units]
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_hook(_jitter(unit, rng, False)) for name, unit in bias_units.items()]
+    hooks += [modules[name].register_forward_hook(_jitter(unit, rng, True)) for name, unit in output_units.items()]
     try:
         moved = 0.0
         for _ in range(repeats):
@@ -114,17 +124,17 @@ def rounding_floor(model: nn.Module, probe: Probe, units: Mapping[str, Tensor], 
     return moved / max(probe.spread, _FLOOR)
 
 
-def _jitter(unit: Tensor, rng: torch.Generator) -> Callable[..., Any]:
-    """A forward hook that moves each channel by up to half a unit, alike at all positions."""
+def _jitter(unit: Tensor, rng: torch.Generator, everywhere: bool) -> Callable[..., Any]:
+    """A forward hook that moves outputs by up to half a unit: each value, or each channel alike at all positions."""
 
     def hook(module: nn.Module, _: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):
             return None
         dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else output.dim() - 1
-        shape = [1] * output.dim()
-        shape[dim] = output.shape[dim]
-        shift = (torch.rand(output.shape[dim], generator=rng) - 0.5) * unit
-        return output + shift.view(shape)
+        per_channel = [1] * output.dim()
+        per_channel[dim] = output.shape[dim]
+        noise = torch.rand(output.shape if everywhere else per_channel, generator=rng) - 0.5
+        return output + noise * unit.expand(output.shape[dim]).reshape(per_channel)
 
     return hook
 
