@@ -294,3 +294,13 @@ def test_help_of_export_names_every_form(csq) -> None:
     assert cli.export.__doc__
     text = csq("export", "--help")[1]
     assert all(f"--{form}" in text for form in ("int8-packed", "bit-packed", "onnx", "state-dict"))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_finetune_goes_on_from_every_form(digits_run: Path, tmp_path: Path, csq, form: str) -> None:
+    out = tmp_path / "a.safetensors"
+    assert csq("export", digits_run / "model.safetensors", "-o", out, f"--{form}")[0] == 0
+    code, _, error = csq("finetune", out, "--data", "digits", "--epochs", 1, "-o", tmp_path / "run", "--quiet")
+    assert (code, error) == (0, "")
+    tuned = checkpoint_file.read_manifest(tmp_path / "run" / "model.safetensors")
+    assert (tuned.form, tuned.parity) == ("compact", None)  # the certificate was the other file's

@@ -29,7 +29,7 @@ from csqcli.train import logits_of
 if TYPE_CHECKING:
     from csqcli.export.int8_graph import Int8Graph
 
-OPSET = 20  # the newest that both engines read in the versions of docs/export.md; Gelu needs it
+OPSET = 20  # Gelu is one operator from here on; ONNX Runtime reads it since 1.17
 _PREFIX = "model."
 
 
