@@ -191,7 +191,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             f"| {ort['load_seconds']:.2f}, {vino['load_seconds']:.2f} |"
         )
     print(
-        "\n| int8 activations | layers in int8 | MB | fp32 / this: ORT, OpenVINO | logit error, tolerance / std: ORT |"
+        "\n| int8 activations | layers in int8 | MB | fp32 / this: ORT, ORT --calib, OpenVINO | logit error, tolerance / std: ORT |"
     )
     print("|---|---|---|---|---|")
     for row in rows:
