@@ -63,7 +63,7 @@ def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accura
         correct5 += int(ranked.sum())
         samples += len(labels)
     model.train(was_training)
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
     if shared:
         correct1, correct5, samples = distributed.sum_counts((correct1, correct5, samples), device)
     if samples == 0:

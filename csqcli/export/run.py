@@ -267,7 +267,8 @@ def _loader(file: QuantizedFile, source: str, val_limit: int | None, *, labelled
     classes = file.manifest.model.num_classes
     if labelled and images.num_classes != classes:
         raise UserError(f"the model has {classes} classes, the data has {images.num_classes}", where=source)
-    return data.make_loader(images.val, file.manifest.data_config, training=False, batch_size=32, workers=2)
+    settings = data.LoaderSettings(training=False, batch_size=32, workers=2)
+    return data.make_loader(images.val, file.manifest.data_config, settings)
 
 
 def summary(manifest: Manifest) -> list[str]:
