@@ -60,14 +60,15 @@ def export_file(
     if calib is not None and activations != "int8":
         raise UserError("--calib belongs to --activations int8", where="csq export")
     model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
-    loader = _loader(file, data_source, val_limit) if data_source is not None else None
+    workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
+    loader = _loader(file, data_source, val_limit, workers=workers) if data_source is not None else None
     images = next(iter(loader.epoch(0)))[0][: verify.PROBE_IMAGES] if loader is not None else None
     probe = verify.make_probe(model, file.manifest.data_config["input_size"], images, source=data_source or "")
     exporter: _Exporter
     if form == "onnx":
         exporter = _Onnx(file, model, probe, target)
         if activations == "int8":
-            scenes = _loader(file, calib, _CALIB_IMAGES, labelled=False) if calib is not None else None
+            scenes = _loader(file, calib, _CALIB_IMAGES, workers=0, labelled=False) if calib is not None else None
             exporter.use_int8(next(iter(scenes.epoch(0)))[0] if scenes is not None else None)
         exporter.set_tolerance(model, probe)
     else:
@@ -262,12 +263,14 @@ def _module(weight: str) -> str:
     return weight.rpartition(".")[0]
 
 
-def _loader(file: QuantizedFile, source: str, val_limit: int | None, *, labelled: bool = True) -> data.Loader:
+def _loader(
+    file: QuantizedFile, source: str, val_limit: int | None, *, workers: int, labelled: bool = True
+) -> data.Loader:
     images = data.open_data(source, train=False, val_limit=val_limit)
     classes = file.manifest.model.num_classes
     if labelled and images.num_classes != classes:
         raise UserError(f"the model has {classes} classes, the data has {images.num_classes}", where=source)
-    settings = data.LoaderSettings(training=False, batch_size=32, workers=2)
+    settings = data.LoaderSettings(training=False, batch_size=32, workers=workers)
     return data.make_loader(images.val, file.manifest.data_config, settings)
 
 
