@@ -10,6 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/csq search --recipe digits --target-bits 2 --output runs/demo
 	$(BIN)/csq report runs/demo/model.safetensors
 	$(BIN)/csq evaluate runs/demo/model.safetensors --data digits
+	$(BIN)/csq export runs/demo/model.safetensors --bit-packed
 
 test: lint
 	$(BIN)/pytest

@@ -275,7 +275,9 @@ class Target(str, Enum):
 @app.command()
 def export(
     file: FileArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="File to write.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="File to write; FILE's name + the form if unset.")
+    ] = None,
     int8_packed: Annotated[
         bool,
         typer.Option("--int8-packed", help="safetensors, int8 integers; read it with safetensors and NumPy alone."),
@@ -308,9 +310,10 @@ def export(
         raise UserError("--activations and --target belong to --onnx", where=f"csq export --{chosen[0]}")
     from csqcli.export import run
 
+    target_file = output or file.with_name(f"{file.stem}-{chosen[0]}").with_suffix(".onnx" if onnx else ".safetensors")
     manifest = run.export_file(
         file,
-        output,
+        target_file,
         form=chosen[0],  # type: ignore[arg-type]  # one of the keys above
         activations=activations.value,
         target=target.value,
@@ -322,7 +325,7 @@ def export(
     )
     for line in run.summary(manifest):
         typer.echo(line)
-    typer.echo(f"wrote {output}")
+    typer.echo(f"wrote {target_file}")
 
 
 @recipes_app.callback(invoke_without_command=True)
