@@ -276,7 +276,8 @@ class Target(str, Enum):
 def export(
     file: FileArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="File to write; FILE's name + the form if unset.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="File to write; FILE's name + the form if unset."),
     ] = None,
     int8_packed: Annotated[
         bool,
