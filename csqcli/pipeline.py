@@ -248,7 +248,7 @@ class _Job:
         """Train ``start``'s integers on and deliver the better of the two."""
         recipe = self.recipe.model_copy(deep=True)
         recipe.epochs = self.recipe.finetune.epochs
-        recipe.optimizer.lr = self.recipe.finetune.lr or self.recipe.optimizer.lr
+        recipe.optimizer.lr = self.recipe.finetune.lr or 0.4 * self.recipe.optimizer.lr
         self.model.load_state_dict(start.state_dict() | self._untracked())
         if self.activations is None and start.manifest.activations:
             method = recipe.quantization.act_method

@@ -161,7 +161,7 @@ class FinetuneSettings(_Section):
     epochs: int = Field(0, ge=0)
     """Epochs after a search; 0 for none."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate; the search's when unset."""
+    """Peak learning rate; 0.4 of the search's when unset, since the model is already trained at its precision."""
 
 
 class Recipe(_Section):

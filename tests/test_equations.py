@@ -54,6 +54,9 @@ def test_materialised_weight_is_eq_5(beta: float, bits: int) -> None:
     for layer, leaf in zip(layers, reference_leaves(planes, layers), strict=True):
         expected = reference.weight(leaf["m_p"], leaf["m_n"], torch.sigmoid(beta * leaf["m_b"]), leaf["s"], beta)
         torch.testing.assert_close(layer.parameter.double(), expected, atol=1e-6, rtol=1e-5)
+        pos, neg = (leaf[name].detach().movedim(-1, 0) for name in ("m_p", "m_n"))
+        plain = csq.soft_weight(pos, neg, csq.gate(leaf["m_b"].detach(), beta), leaf["s"].detach(), beta=beta)
+        torch.testing.assert_close(plain, expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("beta", [1.0, 5.0, 40.0])

@@ -55,17 +55,6 @@ def mask_regulariser(mask_logits: Tensor, beta: float) -> Tensor:
     return gate(mask_logits, beta).sum()
 
 
-def precision(mask_logits: Tensor) -> Tensor:
-    """Planes in use per layer, Σ_b 1[m_B ≥ 0] over the last dimension."""
-    return (mask_logits >= 0).sum(dim=-1)
-
-
-def mean_precision(planes_per_layer: Tensor, weights_per_layer: Tensor) -> float:
-    """Planes averaged over weight *elements* (not over layers), as Δ_S wants it."""
-    weights = weights_per_layer.to(torch.float64)
-    return float((planes_per_layer.to(torch.float64) * weights).sum() / weights.sum())
-
-
 def temperature(progress: float, *, initial: float = 1.0, final: float = 200.0) -> float:
     """Algorithm 1: β = β0 · βmax^(epoch/T), with ``progress`` = epoch/T in [0, 1]."""
     return float(initial * (final / initial) ** min(max(progress, 0.0), 1.0))
