@@ -124,22 +124,28 @@ def test_layer_rules_reach_the_file(csq, tmp_path: Path) -> None:
     assert report["left_float"] == [{"name": "conv1.weight", "shape": [16, 1, 3, 3], "why": "excluded by the recipe"}]
 
 
-def test_an_image_folder_and_a_timm_model_work_together(csq, tmp_path: Path, image_folder: Path) -> None:
-    model = ("resnet10t", "--no-pretrained", "--data", image_folder, "--target-bits", "3", "-o", tmp_path / "run")
+@pytest.mark.parametrize("source", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_an_image_folder_and_a_library_model_work_together(
+    csq, tmp_path: Path, image_folder: Path, source: str
+) -> None:
+    model = (source, "--no-pretrained", "--data", image_folder, "--target-bits", "3", "-o", tmp_path / "run")
     sizes = ("--set", "input_size=72", "--set", "batch_size=4", "--set", "workers=0", "--epochs", "1", "--quiet")
     code, _, err = csq("search", *model, *sizes)
     assert code == 0, err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["model"]["source"] == "timm:resnet10t"
+    assert report["model"]["source"] == source
     assert report["data_config"]["input_size"] == [3, 72, 72]
     code, out, _ = csq("evaluate", tmp_path / "run" / "model.safetensors", "--data", image_folder, "--json")
     assert json.loads(out)["top1"] == report["accuracy"]["hard_top1"]
 
     import timm
+    import torchvision
 
     import csqcli
 
-    plain = timm.create_model("resnet10t", num_classes=2)
+    library, name = source.split(":")
+    build = timm.create_model if library == "timm" else torchvision.models.get_model
+    plain = build(name, num_classes=2)
     plain.load_state_dict(csqcli.load(tmp_path / "run" / "model.safetensors").state_dict(), strict=True)
 
 
