@@ -503,11 +503,11 @@ def make_method(
         min_bits=rules.min_bits,
         max_bits=rules.max_bits,
     )
-    if settings.method in ("ste", "lsq"):
+    if settings.method in ("ste", "lsq") and start is None:
         uniform = int(settings.target_bits or 0)  # every layer alike, but for the recipe's own bounds
         planes = [min(max(uniform, few, 1), most) for few, most in zip(limits.fewest, limits.most, strict=True)]
         return LatentUniform(layers, clock, planes=planes, learned_step=settings.method == "lsq")
-    if settings.method == "csq":
+    if settings.method in ("csq", "ste", "lsq"):  # delivered integers are trained on alike, whoever found them
         staged = StagedSettings(
             target_bits=settings.target_bits or 0.0,
             max_bits=settings.max_bits,

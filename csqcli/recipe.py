@@ -28,7 +28,7 @@ class ModelSettings(_Section):
     """Where the network and its first weights come from."""
 
     source: str | None = None
-    """timm name, torchvision name, `timm:NAME`, `torchvision:NAME`, a csq name (`csq recipes` models) or `package.module:factory`."""
+    """timm or torchvision name, plain or as `LIBRARY:NAME`, `cifar_resnet20`, `cifar_vgg19bn`, `digits_cnn` or `package.module:factory`."""
     pretrained: bool = True
     """Load the library's pretrained weights when no checkpoint is given."""
     checkpoint: str | None = None

@@ -231,6 +231,21 @@ def test_finetune_starts_from_the_file_alone_and_never_delivers_a_worse_model(
     assert result["top1"] == report["accuracy"]["hard_top1"]
 
 
+@pytest.mark.parametrize("method", ["csq-paper", "csq-uniform", "ste", "lsq"])
+def test_every_method_s_file_is_finetuned_from_exactly_where_it_stands(csq, tmp_path: Path, method: str) -> None:
+    run = ("search", "--recipe", "digits", "--method", method, "--target-bits", "2", "-o", tmp_path / "a", *FAST)
+    assert csq(*run)[0] == 0
+    still = ("--epochs", 1, "--set", "finetune.lr=1e-9", "--set", "latent_lr=1e-9", "--set", "max_steps=3")
+    model = tmp_path / "a" / "model.safetensors"
+    code, _, err = csq("finetune", model, "--data", "digits", "-o", tmp_path / "b", "--quiet", *still)
+    assert code == 0, err
+    before, after = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
+    outcome = after["finetune"]
+    assert outcome["input_top1"] == before["accuracy"]["hard_top1"]
+    assert abs(outcome["finetuned_top1"] - outcome["input_top1"]) <= 3  # BatchNorm is re-estimated, nothing else moves
+    assert [layer["bits"] for layer in after["layers"]] == [layer["bits"] for layer in before["layers"]]
+
+
 def test_a_finetune_that_hurts_keeps_its_input(csq, digits_run: Path, tmp_path: Path) -> None:
     ruin = ("--epochs", 1, "--set", "finetune.lr=30", "--set", "latent_lr=3", "--set", "max_steps=3", "--quiet")
     assert csq("finetune", digits_run / "model.safetensors", "--data", "digits", "-o", tmp_path, *ruin)[0] == 0

@@ -272,3 +272,24 @@ def test_training_on_from_a_delivered_model_starts_exactly_there(kind: str) -> N
         assert torch.equal(before.mask, after.mask)
         if kind == "csq":  # a gate's scale still carries the softness that β has yet to take away
             torch.testing.assert_close(before.weight(), after.weight())
+
+
+@pytest.mark.parametrize("name", ["csq", "csq-uniform", "ste", "lsq"])
+def test_the_recipe_s_method_goes_on_from_the_delivered_integers(name: str) -> None:
+    from csqcli.models import digits_cnn
+    from csqcli.pipeline import make_method
+    from csqcli.recipe import resolve
+
+    recipe = resolve("digits", {"quantization.method": name, "quantization.target_bits": 2})
+    torch.manual_seed(0)
+    layers, _ = find_layers(digits_cnn())
+    method = make_method(recipe, layers, CLOCK)
+    method.harden(0)
+    delivered = method.hard_layers()
+    for layer in layers:
+        layer.parameter.data.normal_()  # only the delivered layers may matter
+    again = make_method(recipe, layers, CLOCK, start=delivered)
+    for layer, hard, kept in zip(layers, delivered, again.preview(0), strict=True):
+        torch.testing.assert_close(layer.parameter.detach(), hard.weight(), atol=1e-6, rtol=1e-4)
+        if name != "csq-uniform":  # at β = 1 gates are soft: tanh(1/2) of an integer, scaled back by s
+            assert torch.equal(hard.integers, kept.integers)

@@ -147,7 +147,7 @@ class BitPlanes:
         """Hard integers of every layer under a bool mask [layers, bits]; int32, the shape of the weight.
 
         ``threshold`` turns each gate into a unit step (the paper). ``nearest`` takes the mask's representable integer
-        nearest to the soft Σ_b 2^b d_b·f(m_B) refitted to the mask, which keeps half-decided bits from all falling one way.
+        nearest to the soft Σ_b 2^b d_b·f(m_B), which keeps half-decided bits from all falling one way.
         """
         hardened: list[Tensor] = []
         soft_mask = self.mask(beta)
