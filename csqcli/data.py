@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 IN_MEMORY_SIDE = 64  # pixels: larger inputs stream from disk through worker processes
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
+_FEW = 10  # unreadable training images that are passed over however small the set
+
+
+class Unavailable(UserError):
+    """The data can no longer be read: files vanished, or a worker process died. Raised between two batches."""
 
 
 @dataclass
@@ -240,12 +245,18 @@ class _ImageLoader:
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(seed),  # leave the global stream to the model
         )
-        for pixels, labels, unreadable in loader:
+        lost = 0
+        for pixels, labels, unreadable in _guarded(loader):
             if unreadable and not self.settings.training:
-                raise UserError("cannot be decoded", where=unreadable[0], hint="repair or remove this validation image")
+                hint = "repair or remove this validation image"
+                raise Unavailable("cannot be decoded", where=unreadable[0], hint=hint)
             for name in unreadable:
                 log.warning("%s: cannot be decoded, skipped", name)
             self.skipped += len(unreadable)
+            lost += len(unreadable)
+            if lost > max(_FEW, self.samples // 100) or (len(labels) == 0 and len(unreadable) > _FEW):
+                what = f"{lost} training images of one epoch cannot be read"
+                raise Unavailable(what, where=unreadable[-1], hint="check that the data is still there, then --resume")
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
@@ -271,6 +282,18 @@ class _Transformed(torch.utils.data.Dataset):
             return self.transform(self.images.pil(index, self.channels)), int(self.images.labels[index])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return self.images.name(index)
+
+
+def _guarded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """The loader's batches; Unavailable when one of its processes died."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).split(". ")[0].rstrip(".")
+        hint = "most often for lack of memory: lower data.workers or data.batch_size, then --resume"
+        raise Unavailable(f"a loader process died ({reason})", hint=hint) from error
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[str]]:

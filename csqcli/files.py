@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,15 +12,18 @@ from pathlib import Path
 
 from csqcli.errors import UserError
 
+_SEAL_BYTES = 64
+
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     """A sibling temporary path; on success it is fsynced and renamed over ``path``, otherwise removed.
 
+    ``previous`` is the name that the file replaced goes on living under; between the two renames it is the only one.
     Raises UserError when the folder cannot be written or the disk is full; ``path`` is then as it was.
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name.lstrip('.')}.", suffix=".tmp")
         os.close(handle)
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
@@ -28,6 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -36,9 +43,36 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of writes that a kill cut short, and of candidates never accepted."""
-    return [*folder.glob(".*.tmp"), *folder.glob(".*.candidate")]
+def leftovers(path: Path) -> list[Path]:
+    """Temporary files of writes to ``path`` that a kill cut short, and of candidates never accepted."""
+    name = glob.escape(path.name)
+    return [*path.parent.glob(f".{name}.*.tmp"), *path.parent.glob(f".{name}.candidate*")]
+
+
+def seal(path: Path) -> None:
+    """Append the SHA-256 of the file's bytes, as 64 hex digits. Zip archives, torch.save's among them, still open."""
+    digest = _sha256(path, path.stat().st_size)
+    with open(path, "ab") as file:
+        file.write(digest.encode())
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the file ends in the SHA-256 of all before it. OSError when it cannot be read."""
+    size = path.stat().st_size - _SEAL_BYTES
+    if size < 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(size)
+        return file.read() == _sha256(path, size).encode()
+
+
+def _sha256(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, Quanti
 from csqcli.distributed import Shard
 from csqcli.errors import UserError
 from csqcli.interrupt import Interrupted, StopRequest
+from csqcli.lock import locked
 from csqcli.progress import Display
 from csqcli.quant import activations, budget
 from csqcli.quant.activations import ActivationQuantizers
@@ -39,17 +41,21 @@ from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe import Recipe, to_yaml
-from csqcli.train import Accuracy, Trainer, evaluate, logits_of, recalibrate_batchnorm
+from csqcli.train import Accuracy, NonFinite, Trainer, evaluate, is_finite, logits_of, recalibrate_batchnorm
 
-MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE = (
+MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
     "model.safetensors",
     "report.json",
     "metrics.jsonl",
     "recipe.yaml",
     "resume.pt",
+    "resume.previous.pt",
 )
 
+log = logging.getLogger(__name__)
+
 _CALIBRATION_BATCHES = 4
+_MOST_ROLLBACKS = 3
 
 
 def search(
@@ -71,33 +77,33 @@ def search(
         raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
     _check_target(recipe)
     images = images or _open_images(recipe)
-    folder = _OutputFolder(output, recipe, force=force, resume=resume)
-    torch.manual_seed(recipe.seed)
-    loaded = sources.load(
-        recipe.model.source,
-        num_classes=images.num_classes,
-        pretrained=recipe.model.pretrained,
-        checkpoint=recipe.model.checkpoint,
-        arguments=recipe.model.arguments,
-        num_classes_from=images.source,
-    )
-    record = ModelRecord(
-        source=loaded.spec.source,
-        library=loaded.spec.library,
-        name=loaded.spec.name,
-        arguments=loaded.spec.arguments,
-        num_classes=images.num_classes,
-        weights_from=loaded.weights_from,
-        checkpoint_sha256=loaded.checkpoint_sha256,
-    )
-    job = _Job(recipe, folder, display, loaded.model, images, _overridden(loaded.data_config, recipe), record)
-    if recipe.optimizer.distill:
-        job.teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-    report = job.search()
-    if recipe.finetune.epochs and recipe.quantization.method != "float":
-        searched = checkpoint_file.read(folder.path / MODEL_FILE) if folder.shard.is_main else None
-        report = job.finetune(distributed.from_main(searched))
-    folder.finish()
+    with _OutputFolder(output, recipe, force=force, resume=resume) as folder:
+        torch.manual_seed(recipe.seed)
+        loaded = sources.load(
+            recipe.model.source,
+            num_classes=images.num_classes,
+            pretrained=recipe.model.pretrained,
+            checkpoint=recipe.model.checkpoint,
+            arguments=recipe.model.arguments,
+            num_classes_from=images.source,
+        )
+        record = ModelRecord(
+            source=loaded.spec.source,
+            library=loaded.spec.library,
+            name=loaded.spec.name,
+            arguments=loaded.spec.arguments,
+            num_classes=images.num_classes,
+            weights_from=loaded.weights_from,
+            checkpoint_sha256=loaded.checkpoint_sha256,
+        )
+        job = _Job(recipe, folder, display, loaded.model, images, _overridden(loaded.data_config, recipe), record)
+        if recipe.optimizer.distill:
+            job.teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
+        report = job.search()
+        if recipe.finetune.epochs and recipe.quantization.method != "float":
+            searched = checkpoint_file.read(folder.path / MODEL_FILE) if folder.shard.is_main else None
+            report = job.finetune(distributed.from_main(searched))
+        folder.finish()
     return report
 
 
@@ -124,13 +130,14 @@ def finetune(
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     images = _open_images(recipe)
     _check_classes(file.manifest, images, where=str(path))
-    folder = _OutputFolder(output, recipe, force=force, resume=resume, source=file.manifest.payload_sha256)
-    torch.manual_seed(recipe.seed)
-    model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
-    config = _overridden(file.manifest.data_config, recipe)
-    job = _Job(recipe, folder, display, model, images, config, file.manifest.model)
-    report = job.finetune(file)
-    folder.finish()
+    source = file.manifest.payload_sha256
+    with _OutputFolder(output, recipe, force=force, resume=resume, source=source) as folder:
+        torch.manual_seed(recipe.seed)
+        model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
+        config = _overridden(file.manifest.data_config, recipe)
+        job = _Job(recipe, folder, display, model, images, config, file.manifest.model)
+        report = job.finetune(file)
+        folder.finish()
     return report
 
 
@@ -198,6 +205,8 @@ class _Job:
     accuracy: AccuracyRecord = field(default_factory=AccuracyRecord)
     activations: ActivationQuantizers | None = None
     teacher: nn.Module | None = None
+    rollbacks: int = 0  # each halves the learning rates
+    input_top1: float | None = None  # percent, of the file that a finetune started from
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
@@ -222,8 +231,12 @@ class _Job:
         whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
         self.whole_val_loader = data.make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
         self.saved = self.folder.load_state()
+        self._take_saved()
+
+    def _take_saved(self) -> None:
         if self.saved is not None:
             self.history, self.accuracy = self.saved["history"], AccuracyRecord(**self.saved["accuracy"])
+            self.rollbacks, self.input_top1 = self.saved["rollbacks"], self.saved["input_top1"]
 
     def search(self) -> dict[str, Any]:
         """Measure the float model, search, deliver. Returns at once when a resumed run is past this phase."""
@@ -238,8 +251,7 @@ class _Job:
         )
         layers, left_float = self._layers(self.recipe.layers.exclude)
         self._quantize_activations()
-        trainer = self._trainer(self.recipe, layers)
-        self._train("search", trainer)
+        trainer = self._train("search", self.recipe, layers)
         left = [vars(tensor) for tensor in left_float]
         file, gap = self._write(trainer, left)
         return self._report(file, parity={"max_logit_gap": gap})
@@ -253,27 +265,27 @@ class _Job:
         if self.activations is None and start.manifest.activations:
             method = recipe.quantization.act_method
             self.activations = activations.attach(self.model, start.manifest.activation_records(), method=method)
-        before = evaluate(self.model, self.val_loader)
-        self.display.say(f"finetune from top-1 {before.top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
         if self.saved is None or self.saved["phase"] == "search":
+            before = evaluate(self.model, self.val_loader)
+            self.input_top1 = before.top1
             self.accuracy = start.manifest.accuracy.model_copy(update={"samples": before.samples, "soft_top1": None})
             self.saved = None
+        input_top1 = self.input_top1 or 0.0
+        self.display.say(f"finetune from top-1 {input_top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
         layers = layers_named(self.model, [layer.name for layer in start.layers])
-        trainer = self._trainer(recipe, layers, start=start.layers)
-        self._train("finetune", trainer)
-        file, gap = self._write(trainer, start.manifest.left_float)
+        trainer = self._train("finetune", recipe, layers, start=start.layers)
+        file, gap = self._write(trainer, start.manifest.left_float, at_least=input_top1)
         after = self.accuracy.hard_top1 or 0.0
-        kept = "finetuned" if after >= before.top1 else "input"
+        kept = "finetuned" if after >= input_top1 else "input"
         if kept == "input":
-            self.accuracy = start.manifest.accuracy.model_copy(
-                update={"hard_top1": before.top1, "samples": before.samples}
-            )
+            update = {"hard_top1": input_top1, "samples": self.accuracy.samples}
+            self.accuracy = start.manifest.accuracy.model_copy(update=update)
             start.manifest.accuracy, start.manifest.sizes.file_bytes, gap = self.accuracy, None, 0.0
             if self.shard.is_main:
                 checkpoint_file.write(self.folder.path / MODEL_FILE, start)
             file = start
-        self.display.say(f"finetuned top-1 {after:.2f} %, input {before.top1:.2f} %: kept the {kept} model")
-        outcome = {"input_top1": before.top1, "finetuned_top1": after, "kept": kept}
+        self.display.say(f"finetuned top-1 {after:.2f} %, input {input_top1:.2f} %: kept the {kept} model")
+        outcome = {"input_top1": input_top1, "finetuned_top1": after, "kept": kept}
         return self._report(file, parity={"max_logit_gap": gap}, finetune=outcome)
 
     def _layers(self, exclude: Sequence[str]) -> tuple[list[Layer], list[FloatTensor]]:
@@ -369,21 +381,42 @@ class _Job:
     def _measure_soft(self) -> None:
         self.accuracy.soft_top1 = evaluate(self.model, self.val_loader).top1
 
-    def _train(self, phase: str, trainer: Trainer) -> None:
+    def _train(
+        self, phase: str, recipe: Recipe, layers: Sequence[Layer], *, start: list[HardLayer] | None = None
+    ) -> Trainer:
+        """Train a phase to its end; from non-finite numbers back to the last state, where the recipe says so."""
+        while True:
+            trainer = self._trainer(_slowed(recipe, self.rollbacks), layers, start=start)
+            try:
+                self._run(phase, trainer)
+            except NonFinite as error:
+                self._roll_back(error)
+            else:
+                return trainer
+
+    def _roll_back(self, error: NonFinite) -> None:
+        if self.recipe.optimizer.on_nonfinite == "stop":
+            error.hint = (
+                "--resume --set optimizer.on_nonfinite=rollback goes on from the last saved state at half the rate; "
+                "or start anew with a lower optimizer.lr or with optimizer.clip_grad_norm"
+            )
+            raise error
+        if self.rollbacks == _MOST_ROLLBACKS:
+            error.what += f", after {_MOST_ROLLBACKS} rollbacks"
+            error.hint = "start anew with a lower optimizer.lr or with optimizer.clip_grad_norm"
+            raise error
+        self.saved = self.folder.load_state()
+        assert self.saved is not None  # a run that may roll back saves before its first step
+        self.saved["rollbacks"] += 1
+        self.folder.save_state(self.saved)
+        self._take_saved()
+        self.model.load_state_dict(self.saved["model"])
+        if self.shard.is_main:
+            log.warning("%s; back to the last saved state, learning rates × %g", error.what, 0.5**self.rollbacks)
+
+    def _run(self, phase: str, trainer: Trainer) -> None:
         fresh: dict[str, Any] = {"batch": 0, "losses": []}
         first, done = 0, fresh
-        if self.saved is not None:
-            self.model.load_state_dict(self.saved["model"])
-            trainer.optimizer.load_state_dict(self.saved["optimizer"])
-            if self.accuracy.soft_top1 is not None:
-                trainer.optimizer.before_harden = None
-            if self.activations is not None:
-                self.activations.load_state_dict(self.saved["activations"])
-            torch.set_rng_state(self.saved["rng"])
-            first, done = self.saved["epoch"], self.saved
-            self.display.say(f"resumed {phase} at epoch {first + 1}, batch {done['batch'] + 1}")
-            self.saved = None
-        self.folder.write_metrics(self.history)
 
         def save(epoch: int, batch: int = 0, losses: Sequence[Any] = ()) -> None:
             state = {
@@ -397,8 +430,32 @@ class _Job:
                 "rng": torch.get_rng_state(),
                 "history": self.history,
                 "accuracy": self.accuracy.model_dump(),
+                "rollbacks": self.rollbacks,
+                "input_top1": self.input_top1,
             }
+            bad = not all(is_finite(state[key]) for key in ("losses", "model", "optimizer", "activations"))
+            if batch == 0:  # all processes are here
+                bad = distributed.sum_counts([bad], self.device)[0] > 0
+            elif bad and self.shard.world > 1:
+                return  # the others learn it at the end of the epoch
+            if bad:
+                raise NonFinite(f"{phase} reached NaN or infinite numbers by epoch {epoch + bool(batch)}")
             self.folder.save_state(state)
+
+        if self.saved is not None:
+            self.model.load_state_dict(self.saved["model"])
+            trainer.optimizer.load_state_dict(self.saved["optimizer"])
+            if self.accuracy.soft_top1 is not None:
+                trainer.optimizer.before_harden = None
+            if self.activations is not None:
+                self.activations.load_state_dict(self.saved["activations"])
+            torch.set_rng_state(self.saved["rng"])
+            first, done = self.saved["epoch"], self.saved
+            self.display.say(f"resumed {phase} at epoch {first + 1}, batch {done['batch'] + 1}")
+            self.saved = None
+        elif self.recipe.optimizer.on_nonfinite == "rollback":
+            save(0)
+        self.folder.write_metrics(self.history)
 
         target, minutes = self.recipe.quantization.target_bits, self.recipe.save_every_minutes
         with (
@@ -406,10 +463,12 @@ class _Job:
             self.display.training(trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=target),
         ):
             saved_at = time.monotonic()
+            last: tuple[int, int, Sequence[Any]] | None = None  # what `save` needs after the last step
 
             def on_step(epoch: int, batch: int, losses: Sequence[Any]) -> None:
-                nonlocal saved_at
+                nonlocal saved_at, last
                 self.display.on_step(batch, losses)
+                last = epoch, batch, losses
                 stop = request.signum if request is not None else None
                 if stop is not None or time.monotonic() - saved_at > 60 * minutes:
                     save(epoch, batch, losses)
@@ -419,17 +478,25 @@ class _Job:
 
             trainer.on_step = on_step
             for epoch in range(first, trainer.epochs):
-                line = {"phase": phase, **trainer.run_epoch(epoch, start=done["batch"], losses=done["losses"])}
-                done = fresh
+                try:
+                    line = {"phase": phase, **trainer.run_epoch(epoch, start=done["batch"], losses=done["losses"])}
+                except data.Unavailable:  # raised between two steps
+                    if last is not None:
+                        save(*last)
+                    raise
+                done, last = fresh, None
                 self.history.append(line)
-                self.folder.write_metrics(self.history)
                 save(epoch + 1)
+                self.folder.write_metrics(self.history)
                 saved_at = time.monotonic()
                 self.display.on_epoch(line)
 
-    def _write(self, trainer: Trainer, left_float: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
+    def _write(
+        self, trainer: Trainer, left_float: list[dict[str, Any]], *, at_least: float = 0.0
+    ) -> tuple[QuantizedFile, float]:
         """Harden, let BatchNorm settle, write, read back, and record the accuracy of what was read back.
 
+        A model below a top-1 of ``at_least`` percent replaces no file, so that a kill here leaves the better one.
         Returns what was written and the largest logit difference between the model in memory and the one read back.
         """
         recipe = self.recipe
@@ -470,7 +537,7 @@ class _Job:
                 candidate.unlink(missing_ok=True)
         self.accuracy.hard_top1, self.accuracy.hard_top5, gap = distributed.from_main(results)
         final = assembled()
-        if self.shard.is_main:
+        if self.shard.is_main and self.accuracy.hard_top1 >= at_least:
             checkpoint_file.write(self.folder.path / MODEL_FILE, final)
         return final, gap
 
@@ -485,6 +552,14 @@ class _Job:
         report = reports.build(file.manifest, self.history) | more
         self.folder.write_report(report)
         return report
+
+
+def _slowed(recipe: Recipe, rollbacks: int) -> Recipe:
+    """The recipe at the learning rates that are left after so many rollbacks."""
+    slowed = recipe.model_copy(deep=True)
+    slowed.optimizer.lr *= 0.5**rollbacks
+    slowed.quantization.latent_lr *= 0.5**rollbacks
+    return slowed
 
 
 def make_method(
@@ -578,51 +653,91 @@ def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 class _OutputFolder:
-    """A run's folder: refuses finished runs, keeps the resume state, writes everything atomically, on one process."""
+    """A run's folder: locked, refuses finished runs, keeps the resume state, writes everything atomically, on one process.
+
+    Two generations of the state are kept, each under its SHA-256, so that a damaged one costs time and not the run.
+    """
 
     def __init__(self, path: Path, recipe: Recipe, *, force: bool, resume: bool, source: str = "") -> None:
         """``source``: hash of a model file that the run starts from."""
-        self.path, self.resume = path, resume
+        self.path, self.recipe, self.force, self.resume = path, recipe, force, resume
         self.shard, self.device = distributed.start(pick_device(recipe.device))
         self.fingerprint = _fingerprint(recipe, source)
-        if not self.shard.is_main:
-            return
-        unfinished = (path / RESUME_FILE).exists()
-        finished = (path / REPORT_FILE).exists() and (path / MODEL_FILE).exists() and not unfinished
-        if finished and not force:
-            raise UserError("holds a finished run", where=str(path), hint="choose another --output or pass --force")
-        if unfinished and not (force or resume):
+        self.states = [path / RESUME_FILE, path / PREVIOUS_FILE]  # newest first
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> _OutputFolder:
+        if self.shard.is_main:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot be created ({error.strerror})", where=str(self.path)) from None
+            self._held.enter_context(locked(self.path))
+            try:
+                self._open()
+            except BaseException:
+                self._held.close()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _open(self) -> None:
+        model, unfinished = self.path / MODEL_FILE, any(state.exists() for state in self.states)
+        if model.exists() and not unfinished and not self.force:
+            what = "a finished run" if (self.path / REPORT_FILE).exists() else f"a {MODEL_FILE} of no known run"
+            hint = "choose another --output or pass --force"
+            raise UserError(f"holds {what}", where=str(self.path), hint=hint)
+        if unfinished and not (self.force or self.resume):
             hint = "pass --resume to go on, or --force to start over"
-            raise UserError("holds an unfinished run", where=str(path), hint=hint)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot be created ({error.strerror})", where=str(path)) from None
-        stale = [MODEL_FILE, REPORT_FILE, METRICS_FILE, RESUME_FILE] if force and not (resume and unfinished) else []
-        for file in (*(path / name for name in stale), *files.leftovers(path)):
-            file.unlink(missing_ok=True)
-        files.write_text(path / RECIPE_FILE, to_yaml(recipe))
+            raise UserError("holds an unfinished run", where=str(self.path), hint=hint)
+        if unfinished and self.resume:
+            self._read_state()  # before anything is written: it may be another run's
+        else:  # a complete model stays until the new one takes its place
+            for state in self.states:
+                state.unlink(missing_ok=True)
+        for name in (MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
+            for file in files.leftovers(self.path / name):
+                file.unlink(missing_ok=True)
+        files.write_text(self.path / RECIPE_FILE, to_yaml(self.recipe))
 
     def load_state(self) -> dict[str, Any] | None:
-        """The saved state of an unfinished run, on every process; None when nothing was saved before the end came."""
-        state = None
-        path = self.path / RESUME_FILE
-        if self.resume and self.shard.is_main and path.exists():
-            hint = "pass --force to start over"
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # any damage means the same to the user
-                raise UserError(f"is damaged ({type(error).__name__})", where=str(path), hint=hint) from None
-            if state.get("fingerprint") != self.fingerprint:
-                hint = f"resume with the recipe and options of the first start, or {hint}"
-                raise UserError("was started with other settings", where=str(self.path), hint=hint)
+        """The last saved state, on every process; None when nothing was saved yet."""
+        state = self._read_state() if self.shard.is_main else None
         state = distributed.from_main(state)
         return state
 
+    def _read_state(self) -> dict[str, Any] | None:
+        damaged: list[Path] = []
+        for path in filter(Path.exists, self.states):
+            state = _load_state(path)
+            if state is None:
+                damaged.append(path)
+                continue
+            if state.get("fingerprint") != self.fingerprint:
+                hint = "resume with the recipe and options of the first start, or pass --force to start over"
+                raise UserError("was started with other settings", where=str(self.path), hint=hint)
+            for other in damaged:  # or the next save would move it over this one
+                log.warning("%s: is damaged; going on from %s", other, path.name)
+                other.unlink()
+            return state
+        if damaged:
+            hint = "no whole state is left; pass --force to start over"
+            raise UserError("is damaged", where=" and ".join(map(str, damaged)), hint=hint)
+        return None
+
     def save_state(self, state: dict[str, Any]) -> None:
-        if self.shard.is_main:
-            with files.replacing(self.path / RESUME_FILE) as temporary:
-                torch.save({"fingerprint": self.fingerprint, **state}, temporary)
+        if not self.shard.is_main:
+            return
+        newest, previous = self.states
+        with files.replacing(newest, previous=previous) as temporary:
+            with open(temporary, "wb") as file:
+                try:
+                    torch.save({**state, "fingerprint": self.fingerprint}, file)
+                except RuntimeError as error:  # torch's writer hides what the operating system said
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            files.seal(temporary)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         if self.shard.is_main:
@@ -635,13 +750,26 @@ class _OutputFolder:
     def finish(self) -> None:
         """The run is complete: its resume state is no longer needed."""
         if self.shard.is_main:
-            (self.path / RESUME_FILE).unlink(missing_ok=True)
+            for state in reversed(self.states):
+                state.unlink(missing_ok=True)
         distributed.stop()
 
 
+def _load_state(path: Path) -> dict[str, Any] | None:
+    """A resume state, or None when its bytes are not those that were saved."""
+    try:
+        if files.is_intact(path):
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
+    return None
+
+
 def _fingerprint(recipe: Recipe, source: str) -> str:
-    """Hash of everything that changes the result; workers and device may differ on resume."""
+    """Hash of everything that changes the result; workers, device and what to do about NaN may differ on resume."""
     settings = recipe.model_dump(mode="json")
     settings.pop("device")
     settings["data"].pop("workers")
+    settings["optimizer"].pop("on_nonfinite")
     return hashlib.sha256(json.dumps([settings, source], sort_keys=True).encode()).hexdigest()

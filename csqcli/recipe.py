@@ -153,6 +153,8 @@ class OptimizerSettings(_Section):
     """Mixup α (timm); 0 is off. Needs an even batch size."""
     cutmix: float = Field(0.0, ge=0)
     """CutMix α (timm); 0 is off. Needs an even batch size."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """When the loss becomes NaN or infinite: `stop`, or go back to the last saved state at half the learning rates, thrice at most."""
 
 
 class FinetuneSettings(_Section):

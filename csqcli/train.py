@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csqcli import distributed
-from csqcli.data import Loader, stream_seed
+from csqcli.data import Loader, Unavailable, stream_seed
 from csqcli.errors import UserError
 from csqcli.quant.optimizer import QuantizedOptimizer
+
+
+class NonFinite(UserError):
+    """The loss, or what is trained, holds NaN or infinite numbers. Nothing of it may be saved."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ def logits_of(output: Any) -> Tensor:
         else:
             output = output[0]
     return output
+
+
+def is_finite(state: Any) -> bool:
+    """Whether every number of a nested state is finite."""
+    if isinstance(state, Tensor):
+        return not state.is_floating_point() or bool(torch.isfinite(state).all())
+    if isinstance(state, Mapping):
+        return all(is_finite(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return all(is_finite(value) for value in state)
+    return not isinstance(state, float) or math.isfinite(state)
 
 
 @torch.no_grad()
@@ -119,7 +134,7 @@ class Trainer:
         ``start`` and ``losses`` continue an epoch of which so many batches are done.
         """
         self.model.train()
-        started, images_seen, lr = time.perf_counter(), 0, 0.0
+        started, images_seen, lr = time.perf_counter(), 0, self.optimizer.param_groups[0]["lr"]
         seen: list[Tensor | float] = list(losses)
         batches = itertools.islice(self.train_loader.epoch(epoch, start), self.steps_per_epoch - start)
         for batch, (images, labels) in enumerate(batches, start):
@@ -140,10 +155,12 @@ class Trainer:
                 self.on_step(epoch, batch + 1, seen)
         seconds = time.perf_counter() - started
         step = self.optimizer.step_count
-        train_loss = sum(map(float, seen)) / max(len(seen), 1)
-        if not math.isfinite(train_loss):
-            hint = f"lower optimizer.lr (now {lr:.3g}) or set optimizer.clip_grad_norm; nothing was written"
-            raise UserError(f"the loss became {train_loss} in epoch {epoch + 1}", hint=hint)
+        if not seen:
+            raise Unavailable(f"no training image of epoch {epoch + 1} could be used", hint="check the data")
+        train_loss = sum(map(float, seen)) / len(seen)
+        device = next(self.model.parameters()).device
+        if distributed.sum_counts([not math.isfinite(train_loss)], device)[0]:  # the same answer on every process
+            raise NonFinite(f"the loss became {train_loss} in epoch {epoch + 1} (learning rate {lr:.3g})")
         distributed.check_equal(self.optimizer.method.state_dict(), what="the state of the quantized weights")
         accuracy = evaluate(self.model, self.val_loader)
         return {

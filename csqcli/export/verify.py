@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csqcli import files
 from csqcli.errors import UserError
 from csqcli.quant.methods import HardLayer
 from csqcli.train import Accuracy, logits_of
@@ -151,7 +152,9 @@ def candidate(output: Path) -> Iterator[Path]:
 
     After a ParityError the file stays as ``OUTPUT.rejected`` and whatever ``output`` was before stays as it was.
     """
-    path = output.with_name(f".candidate-{output.name}")
+    path = output.with_name(f".{output.name}.candidate{output.suffix}")
+    for stale in files.leftovers(output):
+        stale.unlink(missing_ok=True)
     try:
         yield path
         os.replace(path, output)
