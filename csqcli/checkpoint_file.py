@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from csqcli import packing, storage
-from csqcli.errors import UserError, did_you_mean
+from csqcli.errors import UserError, did_you_mean, no_such_file
 from csqcli.files import replacing
 from csqcli.quant import csq
 from csqcli.quant.activations import ActivationRecord
@@ -357,7 +357,7 @@ def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> Hard
 
 def _opened(path: Path) -> Any:
     if not path.is_file():
-        raise UserError("no such file", where=str(path))
+        raise no_such_file(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

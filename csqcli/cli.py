@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from csqcli import __version__
-from csqcli.errors import UserError
+from csqcli.errors import UserError, machine_fault
 from csqcli.interrupt import Interrupted
 
 app = typer.Typer(
@@ -126,7 +126,9 @@ def search(
 def finetune(
     file: FileArgument,
     data: DataOption = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs; 5 unless the file's recipe says otherwise.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs; 5 unless the file's recipe says otherwise.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; FILE's folder + -finetuned if unset.")
     ] = None,
@@ -227,7 +229,7 @@ def inspect(
         int | None, typer.Option(min=1, help="Classes of the head; the library's own if unset.")
     ] = None,
     strict: Annotated[
-        float | None, typer.Option(help="Fail when less than this share of parameters is covered.")
+        float | None, typer.Option(min=0, max=1, help="Fail when less than this share of parameters is covered.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -417,6 +419,11 @@ def main() -> None:
     except Interrupted as stop:
         typer.echo(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on", err=True)
         code = 128 + stop.signum
+    except (MemoryError, RuntimeError, OSError) as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        _fail(fault.line())
     else:
         if code == _INTERRUPTED:  # some releases of typer turn KeyboardInterrupt into this exit code
             typer.echo(_RESUME_HINT, err=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from csqcli.distributed import Shard
-from csqcli.errors import UserError
+from csqcli.errors import UserError, machine_fault
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class Images:
 
     def pil(self, index: int, channels: int) -> Image.Image:
         """Image in ``L`` (one channel) or ``RGB``; OSError when it cannot be decoded."""
+        mode = "L" if channels == 1 else "RGB"
         if self.pixels is None:
-            image: Image.Image = Image.open(self.paths[index])
-        else:
-            array = self.pixels[index].permute(1, 2, 0).numpy()
-            image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-        return image.convert("L" if channels == 1 else "RGB")
+            with Image.open(self.paths[index]) as image:
+                return image.convert(mode)
+        array = self.pixels[index].permute(1, 2, 0).numpy()
+        return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert(mode)
 
     def subset(self, indices: Tensor) -> Images:
         if self.pixels is None:
@@ -285,15 +285,14 @@ class _Transformed(torch.utils.data.Dataset):
 
 
 def _guarded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """The loader's batches; Unavailable when one of its processes died."""
+    """The loader's batches; Unavailable when one of its processes died or found no memory."""
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        fault = machine_fault(error)
+        if fault is None:
             raise
-        reason = str(error).split(". ")[0].rstrip(".")
-        hint = "most often for lack of memory: lower data.workers or data.batch_size, then --resume"
-        raise Unavailable(f"a loader process died ({reason})", hint=hint) from error
+        raise Unavailable(fault.what, hint=fault.hint) from error
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[str]]:
@@ -350,7 +349,7 @@ def hold(images: Images, config: dict[str, Any], *, training: bool) -> Images:
         pixels.append(torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1))
         kept.append(index)
     if not kept:
-        raise UserError("no image can be decoded", hint="check the data")
+        raise UserError("no image can be decoded", where=f"{images.name(0)} and all others", hint="check the data")
     return Images(images.labels[kept], pixels=torch.stack(pixels).contiguous(), unreadable=unreadable)
 
 
@@ -388,7 +387,11 @@ def _folder(root: Path, *, train: bool) -> DataSet:
             f"(first that differs: {odd[0]})",
             where=where,
         )
-    return DataSet(where, classes, val, _list_images(train_root, classes))
+    listed = _list_images(train_root, classes)
+    if len(classes) == 1:
+        hint = "a classifier needs two or more folders of images, one per class"
+        raise UserError(f"one class only ({classes[0]})", where=str(train_root), hint=hint)
+    return DataSet(where, classes, val, listed)
 
 
 def _class_names(root: Path) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # torch's allocators, CUDA and CPU
 
 
 class UserError(Exception):
@@ -17,6 +20,28 @@ class UserError(Exception):
         text = f"{self.where}: {self.what}" if self.where else self.what
         text = f"{text}; {self.hint}" if self.hint else text
         return " ".join(text.split())  # library messages inside may span lines
+
+
+def machine_fault(error: BaseException) -> UserError | None:
+    """What the machine refuses (memory, disk, processes), as one line; None for anything else, which is a bug."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
+        return UserError("out of memory", hint="free some, or lower data.batch_size and data.eval_batch_size")
+    if "DataLoader worker" in text:
+        hint = "most often for lack of memory: lower data.workers, then --resume"
+        return UserError(f"a loader process died ({text.split('. ')[0].rstrip('.')})", hint=hint)
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(error.strerror, where=str(error.filename or ""))
+    return None
+
+
+def no_such_file(path: Path) -> UserError:
+    """For a path that is not a file: missing, or a folder, perhaps with the file inside."""
+    if not path.is_dir():
+        return UserError("no such file", where=str(path))
+    inside = path / "model.safetensors"
+    hint = f"give the file in it, {inside}" if inside.is_file() else "give a file"
+    return UserError("is a folder", where=str(path), hint=hint)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ import timm
 import torch
 import torchvision
 from timm.data.mixup import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -30,7 +30,7 @@ from csqcli import checkpoint_file, data, distributed, files, sources
 from csqcli import report as reports
 from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.distributed import Shard
-from csqcli.errors import UserError
+from csqcli.errors import UserError, did_you_mean
 from csqcli.interrupt import Interrupted, StopRequest
 from csqcli.lock import locked
 from csqcli.progress import Display
@@ -322,13 +322,17 @@ class _Job:
         groups = base_groups(self.model, method)
         if self.activations is not None:
             groups.append({"params": self.activations.parameters(), "weight_decay": 0.0})
-        base = create_optimizer_v2(
-            groups,
-            opt=settings.name,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-        )
+        try:
+            base = create_optimizer_v2(
+                groups,
+                opt=settings.name,
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                momentum=settings.momentum,
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            hint = did_you_mean(settings.name, map(str, list_optimizers()))
+            raise UserError(str(error), where=f"optimizer.name={settings.name}", hint=hint) from error
         scheduler, _ = create_scheduler_v2(
             base,
             sched="cosine" if settings.schedule == "cosine" else "step",
@@ -635,9 +639,8 @@ def _open_images(recipe: Recipe) -> data.DataSet:
 
 def _check_classes(manifest: Manifest, images: data.DataSet, *, where: str) -> None:
     if images.num_classes != manifest.model.num_classes:
-        raise UserError(
-            f"the model has {manifest.model.num_classes} classes, {images.source} has {images.num_classes}", where=where
-        )
+        what = f"the model has {manifest.model.num_classes} classes, {images.source} has {images.num_classes}"
+        raise UserError(what, where=where, hint="give data with the classes that it was trained on")
 
 
 def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -647,6 +650,10 @@ def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         value = getattr(settings, key)
         if value is not None:
             changed[key] = value
+    for key in ("mean", "std"):
+        if len(changed[key]) not in (1, config["input_size"][0]):
+            what = f"{len(changed[key])} values for images of {config['input_size'][0]} channels"
+            raise UserError(what, where=f"data.{key}", hint="give one, or one per channel")
     if settings.input_size is not None:
         changed["input_size"] = (config["input_size"][0], settings.input_size, settings.input_size)
     return changed
@@ -671,7 +678,8 @@ class _OutputFolder:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"cannot be created ({error.strerror})", where=str(self.path)) from None
+                what = "is a file" if self.path.is_file() else f"cannot be created ({error.strerror})"
+                raise UserError(what, where=str(self.path), hint="choose another --output") from None
             self._held.enter_context(locked(self.path))
             try:
                 self._open()

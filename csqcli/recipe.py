@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,9 @@ DEFAULT_RECIPE = "short"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_assignment=True, allow_inf_nan=False
+    )
 
 
 class ModelSettings(_Section):
@@ -54,7 +56,7 @@ class DataSettings(_Section):
     """Side of the square input in pixels."""
     mean: list[float] | None = None
     """Channel means in [0, 1] for normalisation."""
-    std: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0)]] | None = None
     """Channel standard deviations in [0, 1]."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "box"] | None = None
     """Resampling when images are resized."""
@@ -205,6 +207,12 @@ class Recipe(_Section):
         target, planes = self.quantization.target_bits, self.quantization.max_bits
         if target is not None and target > planes and self.quantization.method in ("csq", "csq-paper"):
             raise ValueError(f"target_bits {target:g} is more than max_bits {planes}")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_to_mix(self) -> Recipe:
+        if (self.optimizer.mixup or self.optimizer.cutmix) and self.data.batch_size % 2:
+            raise ValueError(f"mixup and cutmix need an even data.batch_size, not {self.data.batch_size}")
         return self
 
 

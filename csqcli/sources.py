@@ -93,6 +93,8 @@ def parse(source: str, arguments: Mapping[str, Any] | None = None) -> ModelSpec:
             return ModelSpec(library, source, kwargs)
         known_everywhere += known
     hint = did_you_mean(source, known_everywhere) or "give a timm or torchvision name, or package.module:factory"
+    if Path(source).exists():
+        hint = "this is a path: give a model's name, and weights by --checkpoint; `csq report` describes a csq file"
     raise UserError("unknown model", where=source, hint=hint)
 
 

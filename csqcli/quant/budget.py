@@ -51,7 +51,8 @@ def plane_limits(
     for name in names:
         if fewest[name] > most[name]:
             if min_bits and fewest[name] != floor:
-                raise UserError(f"at least {fewest[name]} and at most {most[name]} planes", where=name)
+                hint = "change layers.min_bits or layers.max_bits"
+                raise UserError(f"at least {fewest[name]} and at most {most[name]} planes", where=name, hint=hint)
             fewest[name] = most[name]  # an explicit ceiling beats the general floor
     return PlaneLimits(tuple(fewest[name] for name in names), tuple(most[name] for name in names))
 
