@@ -254,9 +254,7 @@ class _ImageLoader:
                 log.warning("%s: cannot be decoded, skipped", name)
             self.skipped += len(unreadable)
             lost += len(unreadable)
-            if lost > max(_FEW, self.samples // 100) or (len(labels) == 0 and len(unreadable) > _FEW):
-                what = f"{lost} training images of one epoch cannot be read"
-                raise Unavailable(what, where=unreadable[-1], hint="check that the data is still there, then --resume")
+            _check_lost(lost, self.samples, unreadable, whole_batch=len(labels) == 0)
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
@@ -282,6 +280,13 @@ class _Transformed(torch.utils.data.Dataset):
             return self.transform(self.images.pil(index, self.channels)), int(self.images.labels[index])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return self.images.name(index)
+
+
+def _check_lost(lost: int, samples: int, last: Sequence[str], *, whole_batch: bool = False) -> None:
+    """Unavailable once 1 % of the training images, or a whole batch, cannot be read: a lost disk is not a bad image."""
+    if lost > max(_FEW, samples // 100) or (whole_batch and len(last) > _FEW):
+        hint = "check that the data is still there and whole; an unfinished run goes on with --resume"
+        raise Unavailable(f"{lost} training images cannot be read", where=f"{last[-1]} and others", hint=hint)
 
 
 def _guarded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
@@ -339,6 +344,7 @@ def hold(images: Images, config: dict[str, Any], *, training: bool) -> Images:
                 raise UserError("cannot be decoded", where=where, hint="repair or remove this image") from None
             log.warning("%s: cannot be decoded, skipped", images.name(index))
             unreadable.append(images.name(index))
+            _check_lost(len(unreadable), len(images), unreadable)
             continue
         if image.size != (width, height):
             ratio = side / min(image.size)

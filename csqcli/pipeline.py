@@ -78,6 +78,9 @@ def search(
     _check_target(recipe)
     images = images or _open_images(recipe)
     with _OutputFolder(output, recipe, force=force, resume=resume) as folder:
+        if folder.finished is not None:
+            folder.finish()
+            return folder.finished
         torch.manual_seed(recipe.seed)
         loaded = sources.load(
             recipe.model.source,
@@ -132,6 +135,9 @@ def finetune(
     _check_classes(file.manifest, images, where=str(path))
     source = file.manifest.payload_sha256
     with _OutputFolder(output, recipe, force=force, resume=resume, source=source) as folder:
+        if folder.finished is not None:
+            folder.finish()
+            return folder.finished
         torch.manual_seed(recipe.seed)
         model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
         config = _overridden(file.manifest.data_config, recipe)
@@ -554,7 +560,7 @@ class _Job:
         if self.shard.is_main:
             file.manifest.sizes.file_bytes = (self.folder.path / MODEL_FILE).stat().st_size
         report = reports.build(file.manifest, self.history) | more
-        self.folder.write_report(report)
+        self.folder.write_report(report | {"fingerprint": self.folder.fingerprint})
         return report
 
 
@@ -671,6 +677,7 @@ class _OutputFolder:
         self.shard, self.device = distributed.start(pick_device(recipe.device))
         self.fingerprint = _fingerprint(recipe, source)
         self.states = [path / RESUME_FILE, path / PREVIOUS_FILE]  # newest first
+        self.finished: dict[str, Any] | None = None  # the report, when --resume finds this very run complete
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> _OutputFolder:
@@ -686,6 +693,7 @@ class _OutputFolder:
             except BaseException:
                 self._held.close()
                 raise
+        self.finished = distributed.from_main(self.finished)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -694,6 +702,10 @@ class _OutputFolder:
     def _open(self) -> None:
         model, unfinished = self.path / MODEL_FILE, any(state.exists() for state in self.states)
         if model.exists() and not unfinished and not self.force:
+            if self.resume:
+                self.finished = self._report_of_this_run()
+            if self.finished is not None:
+                return
             what = "a finished run" if (self.path / REPORT_FILE).exists() else f"a {MODEL_FILE} of no known run"
             hint = "choose another --output or pass --force"
             raise UserError(f"holds {what}", where=str(self.path), hint=hint)
@@ -709,6 +721,13 @@ class _OutputFolder:
             for file in files.leftovers(self.path / name):
                 file.unlink(missing_ok=True)
         files.write_text(self.path / RECIPE_FILE, to_yaml(self.recipe))
+
+    def _report_of_this_run(self) -> dict[str, Any] | None:
+        try:
+            report: dict[str, Any] = json.loads((self.path / REPORT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return report if report.get("fingerprint") == self.fingerprint else None
 
     def load_state(self) -> dict[str, Any] | None:
         """The last saved state, on every process; None when nothing was saved yet."""

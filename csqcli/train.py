@@ -160,7 +160,8 @@ class Trainer:
         train_loss = sum(map(float, seen)) / len(seen)
         device = next(self.model.parameters()).device
         if distributed.sum_counts([not math.isfinite(train_loss)], device)[0]:  # the same answer on every process
-            raise NonFinite(f"the loss became {train_loss} in epoch {epoch + 1} (learning rate {lr:.3g})")
+            became = "non-finite on another process" if math.isfinite(train_loss) else train_loss
+            raise NonFinite(f"the loss became {became} in epoch {epoch + 1} (learning rate {lr:.3g})")
         distributed.check_equal(self.optimizer.method.state_dict(), what="the state of the quantized weights")
         accuracy = evaluate(self.model, self.val_loader)
         return {

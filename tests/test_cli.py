@@ -210,6 +210,12 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
     assert code == 2
     assert "was started with other settings" in err
     assert csq(*arguments, "-o", tmp_path / "broken", "--resume")[0] == 0
+    before = (tmp_path / "broken" / "report.json").stat().st_mtime_ns
+    assert (
+        csq(*arguments, "-o", tmp_path / "broken", "--resume")[0] == 0
+    )  # finished: a job that is queued again succeeds
+    assert (tmp_path / "broken" / "report.json").stat().st_mtime_ns == before
+    assert csq(*arguments, "--seed", 5, "-o", tmp_path / "broken", "--resume")[0] == 2
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
