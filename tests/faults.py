@@ -9,8 +9,10 @@ Every run is a fork of this process, which has imported everything: a cycle take
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import functools
+import io
 import itertools
 import json
 import multiprocessing
@@ -53,7 +55,7 @@ STREAMED = (
 )  # images of more than 64 pixels are read again every epoch
 FINISHED = ["metrics.jsonl", MODEL, "recipe.yaml", "report.json"]
 FORMS = ("bit-packed", "int8-packed", "state-dict")
-OPERATIONS = ("replace", "unlink", "fsync", "mkdir", "truncate", "open")
+OPERATIONS = ("replace", "unlink", "fsync", "mkdir", "truncate", "open", "sendfile")
 
 
 @dataclass
@@ -124,48 +126,49 @@ def refused(ended: Ended, *words: str) -> None:
         assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
 
 
+def at_operations(act: Callable[[int, bool], object]) -> None:
+    """``act(number, False)`` before each of this process's file operations that change something, True after it."""
+    numbers = itertools.count()
+
+    def watched(original: Callable[..., object], changes: Callable[..., bool]) -> Callable[..., object]:
+        def call(*arguments: object, **more: object) -> object:
+            if not changes(*arguments, **more):
+                return original(*arguments, **more)
+            number = next(numbers)
+            act(number, False)
+            try:
+                return original(*arguments, **more)
+            finally:
+                act(number, True)
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(os, name, watched(getattr(os, name), lambda *_, **__: True))
+    for module in (builtins, io):
+        setattr(module, "open", watched(open, lambda _, mode="r", *__, **___: mode.strip("rbt") != ""))  # noqa: B010
+
+
 def dying_at(operation: int, *, after: bool) -> Hook:
     """SIGKILL to oneself at the so-manyth file operation, before it is done or just after."""
 
-    def hook() -> None:
-        calls = itertools.count()
+    def act(number: int, late: bool) -> None:
+        if (number, late) == (operation, after):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def deadly(original: Callable[..., object]) -> Callable[..., object]:
-            def call(*arguments: object, **more: object) -> object:
-                mine = next(calls) == operation
-                if mine and not after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                try:
-                    return original(*arguments, **more)
-                finally:
-                    if mine:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            return call
-
-        for name in OPERATIONS:
-            setattr(os, name, deadly(getattr(os, name)))
-
-    return hook
+    return lambda: at_operations(act)
 
 
 def count_operations(*arguments: object) -> int:
     """File operations of a run that is left alone."""
-    read, write = os.pipe()
-    seen = itertools.count()
+    count = multiprocessing.Value("i", 0)
 
-    def hook() -> None:
-        for name in OPERATIONS:
-            original = getattr(os, name)
-            setattr(os, name, lambda *a, _original=original, **k: (next(seen), _original(*a, **k))[1])
-        original_exit = os._exit
-        os._exit = lambda code: (os.write(write, str(next(seen)).encode()), original_exit(code))  # type: ignore[assignment]
+    def act(number: int, _: bool) -> None:
+        count.value = number + 1  # type: ignore[attr-defined]
 
-    ended = csq(*arguments, hook=hook)
+    ended = csq(*arguments, hook=lambda: at_operations(act))
     assert ended.code == 0, ended
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        return int(pipe.read())
+    return count.value  # type: ignore[attr-defined, no-any-return]
 
 
 def check_folder(folder: Path) -> None:
@@ -259,8 +262,8 @@ class KillCycles:
         """``old``: the complete model that is in the folder already."""
 
         def watch() -> None:
-            if old is not None:
-                checkpoint_file.read(target / MODEL)  # never away, never half
+            if old is not None:  # never away, never half
+                checkpoint_file.read(self._as_it_is(target / MODEL))
 
         for _ in range(self.rng.randint(1, 3)):
             ended = self._kill(kind, *command, "-o", target, self._how(target, old), watch=watch)
@@ -273,6 +276,12 @@ class KillCycles:
         assert (target / MODEL).read_bytes() == self.wanted[kind], f"{target}: other bytes than the unbroken run's"
         check_folder(target)
         assert sorted(path.name for path in target.iterdir()) == FINISHED
+
+    def _as_it_is(self, path: Path) -> Path:
+        """A copy of what the file holds now: safetensors opens a name twice, and the run may replace it in between."""
+        copy = self.work / "seen.safetensors"
+        copy.write_bytes(path.read_bytes())
+        return copy
 
     def _how(self, target: Path, old: bytes | None) -> str:
         """What a person would type: --resume, or --force again when the killed run had saved nothing yet."""
@@ -289,7 +298,7 @@ class KillCycles:
 
         def whole() -> None:
             if existed or output.exists():
-                self._same_weights(output)
+                self._same_weights(self._as_it_is(output))
 
         for _ in range(self.rng.randint(1, 3)):
             self._kill("export", *command, watch=whole)
