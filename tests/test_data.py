@@ -96,6 +96,16 @@ def test_a_corrupt_training_image_is_skipped_and_counted(image_folder: Path, con
 
 
 @pytest.mark.parametrize("config", [CIFAR_CONFIG, LARGE], ids=["in memory", "streamed"])
+def test_a_lost_disk_is_not_a_few_bad_images(image_folder: Path, config: dict) -> None:
+    opened = data.open_data(str(image_folder))
+    for path in opened.train.paths[:11]:  # of 12; up to 10 are passed over
+        Path(path).unlink()
+    settings = data.LoaderSettings(training=True, batch_size=4)
+    with pytest.raises(data.Unavailable, match="11 training images cannot be read"):
+        list(data.make_loader(opened.train, config, settings).epoch(0))
+
+
+@pytest.mark.parametrize("config", [CIFAR_CONFIG, LARGE], ids=["in memory", "streamed"])
 def test_a_corrupt_validation_image_is_an_error_that_names_it(image_folder: Path, config: dict) -> None:
     (image_folder / "val" / "dark" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 40)
     opened = data.open_data(str(image_folder))

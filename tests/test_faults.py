@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("resource", reason="kills and limits are POSIX")
 from faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
