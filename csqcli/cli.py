@@ -236,7 +236,8 @@ def inspect(
     from csqcli import sources
 
     loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
-    found = inspection.coverage(loaded.model, loaded.data_config["input_size"], exclude=exclude or ())
+    size, task = loaded.data_config["input_size"], sources.task_of(loaded.spec)
+    found = inspection.coverage(loaded.model, size, exclude=exclude or (), task=task)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

@@ -7,21 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def coverage(model: nn.Module, input_size: Sequence[int], *, exclude: Sequence[str] = ()) -> dict[str, Any]:
-    """Coverage of a model at one image of ``input_size`` (C, H, W).
+def coverage(
+    model: nn.Module, input_size: Sequence[int], *, exclude: Sequence[str] = (), task: str = "classification"
+) -> dict[str, Any]:
+    """Coverage of a model at one image of ``input_size`` (C, H, W); ``task`` as in :func:`example_inputs`.
 
-    ``macs`` per layer are counted by a hook on the module that owns the weight; null where that module is never called
-    (functional use of its weight), as inside ``nn.MultiheadAttention``.
+    ``macs`` per layer are null where nothing uses the weight.
     """
     layers, left = find_layers(model, exclude=exclude)
-    macs, total_macs = count_macs(model, layers, input_size)
+    macs, total_macs = count_macs(model, layers, input_size, task=task)
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(layer.weights for layer in layers)
     counted = sum(value or 0 for value in macs.values())
@@ -49,41 +51,81 @@ def _float_record(tensor: FloatTensor) -> dict[str, Any]:
     return {"name": tensor.name, "shape": list(tensor.shape), "why": tensor.why}
 
 
+def example_inputs(
+    task: str, input_size: Sequence[int], *, batch: int = 1, device: torch.device | str = "cpu"
+) -> tuple[Any, ...]:
+    """Positional arguments of a forward pass over a batch of noise; ``task`` as `sources.task_of` names it."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, *input_size, generator=generator).to(device)
+    if task == "detection":
+        return (list(images),)
+    return (images, images.flip(-1)) if task == "optical flow" else (images,)
+
+
 @torch.no_grad()
 def count_macs(
-    model: nn.Module, layers: Sequence[Layer], input_size: Sequence[int]
+    model: nn.Module, layers: Sequence[Layer], input_size: Sequence[int], *, task: str = "classification"
 ) -> tuple[dict[str, int | None], int]:
-    """Multiply-accumulates of one image: per layer (None where no hook fired), and of the whole network.
+    """Multiply-accumulates of one image: per layer (None where its weight is in no operation), and of the whole network.
 
-    The total counts convolutions, matrix products and attention as PyTorch's FLOP counter sees them.
+    Counted are convolutions, matrix products and attention, by PyTorch's own formulas. An operation belongs to the layer
+    whose memory it reads, so functional uses and packed projections count; a layer that computes a new weight from its
+    own (weight standardisation) gets the operations of its module's forward pass by a hook. The model is called once, in
+    eval mode; its modes, its gradients and the random stream are as before.
     """
-    modules = dict(model.named_modules())
-    macs: dict[str, int | None] = {layer.name: None for layer in layers}
-    handles = []
-
-    def watch(layer: Layer) -> None:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
-                return
-            if isinstance(module, _TRANSPOSED):
-                done = inputs[0].numel() * layer.weights // module.in_channels
-            else:
-                done = output.numel() * layer.weights // layer.parameter.shape[layer.channel_dim]
-            macs[layer.name] = (macs[layer.name] or 0) + done
-
-        handles.append(modules[layer.name.rpartition(".")[0]].register_forward_hook(hook))
-
-    for layer in layers:
-        watch(layer)
-    was_training = model.training
-    model.eval()
+    hooked: dict[str, int] = {}
+    handles = [_module_of(model, layer.name).register_forward_hook(_counting(layer, hooked)) for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
-    counter = FlopCounterMode(display=False)
+    counter = _Operations(layers)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation without a formula
+    model.eval()
     try:
-        with counter:
-            model(torch.zeros(1, *input_size, device=device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), counter:
+            model(*example_inputs(task, input_size, device=device))
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    return macs, counter.get_total_flops() // 2
+        for module, training in modes:
+            module.training = training
+    return {layer.name: counter.macs.get(layer.name, hooked.get(layer.name)) for layer in layers}, counter.total
+
+
+class _Operations(TorchDispatchMode):
+    """Multiply-accumulates of every operation that runs, by the weight that it reads."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.names = {layer.parameter.untyped_storage().data_ptr(): layer.name for layer in layers}
+        self.macs: dict[str, int] = {}
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            macs = formula(*args, **(kwargs or {}), out_val=result) // 2
+            self.total += macs
+            read = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
+            for name in {self.names[pointer] for pointer in read & self.names.keys()}:
+                self.macs[name] = self.macs.get(name, 0) + macs
+        return result
+
+
+def _counting(layer: Layer, macs: dict[str, int]) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
+            return
+        if isinstance(module, _TRANSPOSED):
+            done = inputs[0].numel() * layer.weights // module.in_channels
+        else:
+            done = output.numel() * layer.weights // layer.parameter.shape[layer.channel_dim]
+        macs[layer.name] = macs.get(layer.name, 0) + done
+
+    return hook
+
+
+def _module_of(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])

@@ -12,6 +12,7 @@ import pickle
 import socket
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -45,6 +46,12 @@ _FALLBACK_CONFIG: DataConfig = {
     "interpolation": "bilinear",
     "crop_pct": 0.875,
     "crop_mode": "center",
+}
+_INPUT_SIZES = {  # torchvision's models that are no image classifiers: an input that all of their task accept
+    "detection": (3, 320, 320),
+    "segmentation": (3, 520, 520),
+    "video": (3, 16, 224, 224),  # C, T, H, W
+    "optical flow": (3, 128, 128),  # of each of the two images
 }
 
 
@@ -234,7 +241,9 @@ def fit_state_dict(
                 )
             shapes = f"{list(value.shape)} in the checkpoint, {list(wanted[name].shape)} in the model"
             raise UserError(f"tensor {name} is {shapes}", where=where, hint="is it this architecture?")
-    model.load_state_dict(dict(state) | {name: wanted[name] for name in optional if name not in state})
+    complete = OrderedDict(wanted | dict(state))
+    complete._metadata = getattr(wanted, "_metadata", {})  # type: ignore[attr-defined]  # versions: mnasnet asks for its own
+    model.load_state_dict(complete)
 
 
 def data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
@@ -258,7 +267,7 @@ def _known_names(library: str) -> list[str]:
         return timm.list_models()
     import torchvision
 
-    return torchvision.models.list_models(module=torchvision.models)
+    return torchvision.models.list_models()
 
 
 def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -282,6 +291,10 @@ def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn
 def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     import torchvision
 
+    if task_of(spec) == "optical flow":
+        kwargs.pop("num_classes", None)
+    if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(spec.name)).parameters:
+        kwargs.setdefault("weights_backbone", None)  # its default is a download
     model = torchvision.models.get_model(spec.name, weights=None, **kwargs)
     if not pretrained:
         return model
@@ -344,9 +357,26 @@ def _reachable(url: str) -> bool:
     return True
 
 
+def task_of(spec: ModelSpec) -> str:
+    """What a model is made for: "classification" (of images), "detection", "segmentation", "video" or "optical flow".
+
+    torchvision's modules say so; everything else is taken for a classifier.
+    """
+    if spec.library != "torchvision":
+        return "classification"
+    import torchvision
+
+    package = torchvision.models.get_model_builder(spec.name).__module__.removeprefix("torchvision.models.")
+    task = package.partition(".")[0].replace("_", " ")
+    return task if task in _INPUT_SIZES else "classification"
+
+
 def _torchvision_config(spec: ModelSpec) -> DataConfig:
     import torchvision
 
+    task = task_of(spec)
+    if task in _INPUT_SIZES:
+        return _FALLBACK_CONFIG | {"input_size": _INPUT_SIZES[task]}
     transforms = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
     crop, resize = transforms.crop_size[0], transforms.resize_size[0]
     return {
