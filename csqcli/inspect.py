@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from csqcli.quant.layers import FloatTensor, Layer, find_layers
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@dataclass(frozen=True)
+class Operations:
+    """Multiply-accumulates of one image of ``input_size``."""
+
+    input_size: tuple[int, ...]
+    macs: dict[str, int | None]  # per layer; None where its weight is in no operation
+    total: int  # of the whole network
+
+
 def coverage(
     model: nn.Module, input_size: Sequence[int], *, exclude: Sequence[str] = (), task: str = "classification"
 ) -> dict[str, Any]:
@@ -23,7 +33,8 @@ def coverage(
     ``macs`` per layer are null where nothing uses the weight.
     """
     layers, left = find_layers(model, exclude=exclude)
-    macs, total_macs = count_macs(model, layers, input_size, task=task)
+    operations = count_macs(model, layers, input_size, task=task)
+    macs, total_macs = operations.macs, operations.total
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(layer.weights for layer in layers)
     counted = sum(value or 0 for value in macs.values())
@@ -65,8 +76,8 @@ def example_inputs(
 @torch.no_grad()
 def count_macs(
     model: nn.Module, layers: Sequence[Layer], input_size: Sequence[int], *, task: str = "classification"
-) -> tuple[dict[str, int | None], int]:
-    """Multiply-accumulates of one image: per layer (None where its weight is in no operation), and of the whole network.
+) -> Operations:
+    """Multiply-accumulates of one image, per layer and in all.
 
     Counted are convolutions, matrix products and attention, by PyTorch's own formulas. An operation belongs to the layer
     whose memory it reads, so functional uses and packed projections count; a layer that computes a new weight from its
@@ -77,7 +88,7 @@ def count_macs(
     handles = [_module_of(model, layer.name).register_forward_hook(_counting(layer, hooked)) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
-    counter = _Operations(layers)
+    counter = _Counter(layers)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation without a formula
     model.eval()
@@ -90,10 +101,11 @@ def count_macs(
             handle.remove()
         for module, training in modes:
             module.training = training
-    return {layer.name: counter.macs.get(layer.name, hooked.get(layer.name)) for layer in layers}, counter.total
+    macs = {layer.name: counter.macs.get(layer.name, hooked.get(layer.name)) for layer in layers}
+    return Operations(tuple(input_size), macs, counter.total)
 
 
-class _Operations(TorchDispatchMode):
+class _Counter(TorchDispatchMode):
     """Multiply-accumulates of every operation that runs, by the weight that it reads."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:

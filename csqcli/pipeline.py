@@ -30,6 +30,7 @@ from csqcli import report as reports
 from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.distributed import Shard
 from csqcli.errors import UserError
+from csqcli.inspect import Operations, count_macs
 from csqcli.interrupt import Interrupted, StopRequest
 from csqcli.progress import Display
 from csqcli.quant import activations, budget
@@ -50,6 +51,7 @@ MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE = (
 )
 
 _CALIBRATION_BATCHES = 4
+_CLASSIFIERS_ONLY = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
 
 
 def search(
@@ -70,6 +72,7 @@ def search(
     if recipe.model.source is None:
         raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
     _check_target(recipe)
+    _check_task(sources.parse(recipe.model.source, recipe.model.arguments))
     images = images or _open_images(recipe)
     folder = _OutputFolder(output, recipe, force=force, resume=resume)
     torch.manual_seed(recipe.seed)
@@ -198,6 +201,7 @@ class _Job:
     accuracy: AccuracyRecord = field(default_factory=AccuracyRecord)
     activations: ActivationQuantizers | None = None
     teacher: nn.Module | None = None
+    operations: Operations | None = None
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
@@ -230,6 +234,7 @@ class _Job:
         if self.saved is not None and self.saved["phase"] == "finetune":
             return {}
         if self.saved is None:
+            self._check_scores()
             measured = evaluate(self.model, self.val_loader)
             self.accuracy = AccuracyRecord(float_top1=measured.top1, samples=measured.samples)
         self.display.say(
@@ -237,6 +242,7 @@ class _Job:
             f"({self.record.weights_from} weights)"
         )
         layers, left_float = self._layers(self.recipe.layers.exclude)
+        self._count_operations(layers)
         self._quantize_activations()
         trainer = self._trainer(self.recipe, layers)
         self._train("search", trainer)
@@ -259,6 +265,7 @@ class _Job:
             self.accuracy = start.manifest.accuracy.model_copy(update={"samples": before.samples, "soft_top1": None})
             self.saved = None
         layers = layers_named(self.model, [layer.name for layer in start.layers])
+        self._count_operations(layers)
         trainer = self._trainer(recipe, layers, start=start.layers)
         self._train("finetune", trainer)
         file, gap = self._write(trainer, start.manifest.left_float)
@@ -275,6 +282,22 @@ class _Job:
         self.display.say(f"finetuned top-1 {after:.2f} %, input {before.top1:.2f} %: kept the {kept} model")
         outcome = {"input_top1": before.top1, "finetuned_top1": after, "kept": kept}
         return self._report(file, parity={"max_logit_gap": gap}, finetune=outcome)
+
+    @torch.no_grad()
+    def _check_scores(self) -> None:
+        """UserError for a model that gives no score per class, before anything is spent on it."""
+        self.model.eval()
+        output = self.model(torch.zeros(1, *self.config["input_size"], device=self.device))
+        shape = list(logits_of(output).shape)
+        if shape != [1, self.images.num_classes]:
+            raise UserError(
+                f"gives outputs of shape {shape} for one image, not {self.images.num_classes} scores",
+                where=self.record.source,
+                hint=_CLASSIFIERS_ONLY,
+            )
+
+    def _count_operations(self, layers: Sequence[Layer]) -> None:
+        self.operations = count_macs(self.model, layers, self.config["input_size"])
 
     def _layers(self, exclude: Sequence[str]) -> tuple[list[Layer], list[FloatTensor]]:
         if self.recipe.quantization.method == "float":
@@ -448,6 +471,7 @@ class _Job:
                 record=self.record,
                 data_config=self.config,
                 target_bits=recipe.quantization.target_bits if layers else None,
+                operations=self.operations,
                 classes=self.images.classes,
                 accuracy=self.accuracy,
                 activations=[vars(r) for r in self.activations.records()] if self.activations is not None else [],
@@ -538,6 +562,12 @@ def make_method(
         limits=limits if searched else None,
     )
     return GateMethod(layers, clock, gates, start=start)
+
+
+def _check_task(spec: sources.ModelSpec) -> None:
+    task = sources.task_of(spec)
+    if task != "classification":
+        raise UserError(f"is made for {task}", where=spec.source, hint=_CLASSIFIERS_ONLY)
 
 
 def _check_target(recipe: Recipe) -> None:

@@ -75,7 +75,6 @@ class LoadedModel:
     model: nn.Module
     spec: ModelSpec
     data_config: DataConfig
-    num_classes: int
     weights_from: str  # "pretrained", "random", or the checkpoint's file name
     checkpoint_sha256: str | None = None
 
@@ -145,14 +144,12 @@ def load(
     spec = parse(source, arguments)
     if checkpoint is None:
         model = build(spec, num_classes=num_classes, pretrained=pretrained)
-        classes = num_classes or _count_classes(model, spec)
         origin = "pretrained" if pretrained else "random"
-        return LoadedModel(model.float(), spec, data_config(model, spec), classes, origin)
+        return LoadedModel(model.float(), spec, data_config(model, spec), origin)
     state, digest, label = read_checkpoint(checkpoint)
     model = build(spec, num_classes=num_classes)
     fit_state_dict(model, state, where=label, num_classes=num_classes, num_classes_from=num_classes_from)
-    classes = num_classes or _count_classes(model, spec)
-    return LoadedModel(model.float(), spec, data_config(model, spec), classes, label, digest)
+    return LoadedModel(model.float(), spec, data_config(model, spec), label, digest)
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
@@ -393,13 +390,3 @@ def crop_share(crop: int, resize: int) -> float:
     """crop_pct for which timm's floor(crop / crop_pct) gives back exactly ``resize``."""
     share = crop / resize
     return share if math.floor(crop / share) == resize else crop / (resize + 0.5)
-
-
-def _count_classes(model: nn.Module, spec: ModelSpec) -> int:
-    declared = getattr(model, "num_classes", None)
-    if isinstance(declared, int):
-        return declared
-    biases = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
-    if biases:
-        return biases[-1]
-    raise UserError("cannot tell the number of classes", where=spec.source, hint="set model.arguments.num_classes")
