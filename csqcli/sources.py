@@ -50,7 +50,7 @@ _FALLBACK_CONFIG: DataConfig = {
 _INPUT_SIZES = {  # torchvision's models that are no image classifiers: an input that all of their task accept
     "detection": (3, 320, 320),
     "segmentation": (3, 520, 520),
-    "video": (3, 16, 224, 224),  # C, T, H, W
+    "video": (3, 16, 112, 112),  # C, T, H, W; H and W are the weights' own
     "optical flow": (3, 128, 128),  # of each of the two images
 }
 
@@ -372,9 +372,12 @@ def _torchvision_config(spec: ModelSpec) -> DataConfig:
     import torchvision
 
     task = task_of(spec)
-    if task in _INPUT_SIZES:
-        return _FALLBACK_CONFIG | {"input_size": _INPUT_SIZES[task]}
     transforms = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
+    if task in _INPUT_SIZES:
+        size = _INPUT_SIZES[task]
+        if task == "video":
+            size = (*size[:2], *transforms.crop_size)
+        return _FALLBACK_CONFIG | {"input_size": size}
     crop, resize = transforms.crop_size[0], transforms.resize_size[0]
     return {
         "input_size": (3, crop, crop),

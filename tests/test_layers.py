@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from csqcli.errors import UserError
 from csqcli.inspect import count_macs, coverage
@@ -78,6 +80,80 @@ def test_multiply_accumulates_are_counted_by_hand() -> None:
     counted = count_macs(model, find_layers(model)[0], (3, 10, 10))
     assert counted.macs == {"0.weight": 21_600, "1.weight": 4_608, "2.weight": 8_192, "4.weight": 5_120}
     assert counted.total == 21_600 + 4_608 + 8_192 + 5_120
+
+
+def test_packed_and_functional_uses_of_a_weight_are_counted() -> None:
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latent = nn.Parameter(torch.zeros(1, 1, 8))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.query = nn.Linear(8, 8)
+            self.functional = nn.Linear(8, 4)
+            self.standardised = nn.Conv2d(3, 8, 1, bias=False)
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.standardised.weight
+            x = self.standardised._conv_forward(x, weight, None)
+            tokens = x.flatten(2).transpose(1, 2)  # [batch, 6, 8]
+            tokens = torch.cat([self.query(self.latent.expand(len(x), -1, -1)), tokens], 1)
+            return F.linear(self.attention(tokens, tokens, tokens)[0][:, 0], self.functional.weight)
+
+    model = Uses()
+    counted = count_macs(model, find_layers(model)[0], (3, 2, 3))
+    assert counted.macs == {
+        "attention.in_proj_weight": 7 * 8 * 24,
+        "attention.out_proj.weight": 7 * 8 * 8,
+        "query.weight": 64,
+        "functional.weight": 32,
+        "standardised.weight": 6 * 8 * 3,
+        "unused.weight": None,
+    }
+    products = 2 * 7 * 7 * 8  # queries with keys, shares with values
+    assert counted.total == sum(value or 0 for value in counted.macs.values()) + products
+
+
+def test_a_weight_computed_from_the_layer_s_own_is_counted_by_its_module() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    model = Standardised(3, 4, 1)
+    counted = count_macs(model, find_layers(model)[0], (3, 5, 5))
+    assert counted.macs == {"weight": 25 * 12}
+    assert counted.total == 25 * 12
+
+
+def test_counting_leaves_statistics_modes_gradients_and_the_random_stream_alone() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Noisy(), nn.Dropout(0.5))
+    model.train()
+    model[1].eval()  # a frozen norm stays frozen
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stream = torch.get_rng_state()
+    count_macs(model, find_layers(model)[0], (3, 4, 4))
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["raft_small", "mc3_18", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large", "quantized_resnet18"]
+)
+def test_torchvision_models_of_every_task_can_be_inspected(csq, name: str) -> None:
+    code, out, _ = csq("inspect", f"torchvision:{name}", "--json")
+    assert code == 0
+    found = json.loads(out)
+    plain = torchvision.models.get_model(name, weights=None, **({"weights_backbone": None} if "v3" in name else {}))
+    linear = nn.Conv2d, nn.Conv3d, nn.Linear
+    assert len(found["layers"]) == sum(isinstance(module, linear) for module in plain.modules())
+    assert found["parameter_share"] > 0.98
+    assert found["mac_share"] > 0.98
 
 
 def test_a_layer_called_twice_counts_twice() -> None:
