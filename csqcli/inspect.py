@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -79,16 +77,16 @@ def count_macs(
 ) -> Operations:
     """Multiply-accumulates of one image, per layer and in all.
 
-    Counted are convolutions, matrix products and attention, by PyTorch's own formulas. An operation belongs to the layer
-    whose memory it reads, so functional uses and packed projections count; a layer that computes a new weight from its
-    own (weight standardisation) gets the operations of its module's forward pass by a hook. The model is called once, in
-    eval mode; its modes, its gradients and the random stream are as before.
+    Counted are convolutions, matrix products and attention by PyTorch's own formulas, and recurrent layers. An operation
+    belongs to the layer whose memory it reads, so functional uses and packed projections count. One that reads no layer's
+    memory belongs to the layer in whose forward pass it runs: weight standardisation and mixtures of experts compute new
+    weights from their own. The model is called once, in eval mode; its modes, its gradients and the random stream are as
+    before.
     """
-    hooked: dict[str, int] = {}
-    handles = [_module_of(model, layer.name).register_forward_hook(_counting(layer, hooked)) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     counter = _Counter(layers)
+    handles = counter.watch(model, layers)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation without a formula
     model.eval()
@@ -101,16 +99,16 @@ def count_macs(
             handle.remove()
         for module, training in modes:
             module.training = training
-    macs = {layer.name: counter.macs.get(layer.name, hooked.get(layer.name)) for layer in layers}
-    return Operations(tuple(input_size), macs, counter.total)
+    return Operations(tuple(input_size), {layer.name: counter.macs.get(layer.name) for layer in layers}, counter.total)
 
 
 class _Counter(TorchDispatchMode):
-    """Multiply-accumulates of every operation that runs, by the weight that it reads."""
+    """Multiply-accumulates of every operation that runs, by the layer that it belongs to."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.names = {layer.parameter.untyped_storage().data_ptr(): layer.name for layer in layers}
+        self.running: list[str] = []  # layers in whose forward pass we are, innermost last
         self.macs: dict[str, int] = {}
         self.total = 0
 
@@ -118,26 +116,35 @@ class _Counter(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
-            macs = formula(*args, **(kwargs or {}), out_val=result) // 2
-            self.total += macs
             read = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
-            for name in {self.names[pointer] for pointer in read & self.names.keys()}:
-                self.macs[name] = self.macs.get(name, 0) + macs
+            names = {self.names[pointer] for pointer in read & self.names.keys()} or set(self.running[-1:])
+            self._add(formula(*args, **(kwargs or {}), out_val=result) // 2, names)
         return result
 
+    def _add(self, macs: int, names: Iterable[str]) -> None:
+        self.total += macs
+        for name in names:
+            self.macs[name] = self.macs.get(name, 0) + macs
 
-def _counting(layer: Layer, macs: dict[str, int]) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
-            return
-        if isinstance(module, _TRANSPOSED):
-            done = inputs[0].numel() * layer.weights // module.in_channels
-        else:
-            done = output.numel() * layer.weights // layer.parameter.shape[layer.channel_dim]
-        macs[layer.name] = macs.get(layer.name, 0) + done
+    def watch(self, model: nn.Module, layers: Sequence[Layer]) -> list[Any]:
+        """Hooks on the modules that own ``layers``, to be removed by the caller."""
+        owned: dict[str, list[Layer]] = {}
+        for layer in layers:
+            owned.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+        handles = []
+        for name, own in owned.items():
+            module = model.get_submodule(name)
+            if isinstance(module, nn.RNNBase):
+                handles.append(module.register_forward_hook(self._recurrent(own)))
+            elif len(own) == 1 and not isinstance(module, nn.MultiheadAttention):  # whose products have no weight
+                handles.append(module.register_forward_pre_hook(lambda *_, name=own[0].name: self.running.append(name)))
+                handles.append(module.register_forward_hook(lambda *_: self.running.pop() and None))
+        return handles
 
-    return hook
+    def _recurrent(self, layers: Sequence[Layer]) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for layer in layers:
+                if layer.name not in self.macs:  # fused: no operation of it was seen
+                    self._add(inputs[0].numel() // module.input_size * layer.weights, [layer.name])
 
-
-def _module_of(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+        return hook

@@ -92,11 +92,13 @@ def test_packed_and_functional_uses_of_a_weight_are_counted() -> None:
             self.functional = nn.Linear(8, 4)
             self.standardised = nn.Conv2d(3, 8, 1, bias=False)
             self.unused = nn.Linear(8, 8)
+            self.recurrent = nn.LSTM(8, 5, batch_first=True, bidirectional=True)
 
         def forward(self, x: Tensor) -> Tensor:
             weight = self.standardised.weight
             x = self.standardised._conv_forward(x, weight, None)
             tokens = x.flatten(2).transpose(1, 2)  # [batch, 6, 8]
+            self.recurrent(tokens)
             tokens = torch.cat([self.query(self.latent.expand(len(x), -1, -1)), tokens], 1)
             return F.linear(self.attention(tokens, tokens, tokens)[0][:, 0], self.functional.weight)
 
@@ -109,20 +111,31 @@ def test_packed_and_functional_uses_of_a_weight_are_counted() -> None:
         "functional.weight": 32,
         "standardised.weight": 6 * 8 * 3,
         "unused.weight": None,
+        **{f"recurrent.weight_ih_l0{side}": 6 * 8 * 20 for side in ("", "_reverse")},  # four gates of five
+        **{f"recurrent.weight_hh_l0{side}": 6 * 5 * 20 for side in ("", "_reverse")},
     }
     products = 2 * 7 * 7 * 8  # queries with keys, shares with values
     assert counted.total == sum(value or 0 for value in counted.macs.values()) + products
 
 
-def test_a_weight_computed_from_the_layer_s_own_is_counted_by_its_module() -> None:
+def test_a_weight_computed_from_the_layer_s_own_is_counted_with_it() -> None:
     class Standardised(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
-    model = Standardised(3, 4, 1)
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6 * 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = torch.full((1, 4), 0.25) @ self.weight
+            return F.conv2d(x, mixed.view(6, 3, 1, 1))
+
+    model = nn.Sequential(Standardised(3, 3, 1), Experts())
     counted = count_macs(model, find_layers(model)[0], (3, 5, 5))
-    assert counted.macs == {"weight": 25 * 12}
-    assert counted.total == 25 * 12
+    assert counted.macs == {"0.weight": 25 * 9, "1.weight": 4 * 18 + 25 * 18}
+    assert counted.total == 25 * 9 + 4 * 18 + 25 * 18
 
 
 def test_counting_leaves_statistics_modes_gradients_and_the_random_stream_alone() -> None:

@@ -120,4 +120,6 @@ def _why_not_a_weight(module: nn.Module, own_name: str, parameter: nn.Parameter)
         return "embedding table"
     if own_name == "weight" or own_name.endswith("_weight"):  # in_proj_weight, q_proj_weight, …
         return None
+    if isinstance(module, nn.RNNBase) and own_name.startswith("weight_"):  # weight_ih_l0, weight_hh_l0_reverse, …
+        return None
     return "no weight of a linear- or convolution-like operation"
