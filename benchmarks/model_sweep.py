@@ -242,29 +242,32 @@ def smallest_input(model: nn.Module, task: str, own: tuple[int, ...]) -> tuple[t
     for norm in norms:
         norm.momentum = 1.0
     try:
-        return _smallest_input(model, task, own)
+        return _smallest_input(model, task, own, norms)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
-def _smallest_input(model: nn.Module, task: str, own: tuple[int, ...]) -> tuple[tuple[int, ...], list[Tensor]]:
+def _smallest_input(
+    model: nn.Module, task: str, own: tuple[int, ...], norms: list[Any]
+) -> tuple[tuple[int, ...], list[Tensor]]:
     fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
     smaller = [] if fixed or task == "detection" else [size for size in SIZES if size < own[-1]]
     for pixels in (*smaller, None):
         size = (*own[:-2], pixels, pixels) if pixels else tuple(own)
         try:
-            images = example_inputs(task, size, batch=BATCH)
-            model.train()
-            with torch.no_grad():
-                outputs = [] if task == "detection" else floats(model(*images))
-            outputs += run(model, task, images, smooth=True)
+            images, trained = example_inputs(task, size, batch=BATCH), []
+            if (smaller or norms) and task != "detection":
+                model.train()
+                with torch.no_grad():
+                    trained = floats(model(*images))
+            outputs = run(model, task, images, smooth=True)
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, ZeroDivisionError):
             if pixels is None:
                 raise
             continue
-        if outputs and all(tensor.numel() and tensor.isfinite().all() for tensor in outputs):
-            return size, run(model, task, images, smooth=True)
+        if outputs and all(tensor.numel() and tensor.isfinite().all() for tensor in (*trained, *outputs)):
+            return size, outputs
     raise AssertionError("no input size gives finite outputs")
 
 
