@@ -307,6 +307,18 @@ def architectures() -> list[str]:
     return names + [f"torchvision:{name}" for name in torchvision.models.list_models()]
 
 
+def in_order(names: list[str], sizes: dict[str, int]) -> list[str]:
+    """The smallest model of every module of the libraries first, then all the others; by size."""
+    modules = [[f"timm:{name}" for name in timm.list_models(module=module)] for module in timm.list_modules()]
+    builders: dict[str, list[str]] = {}
+    for name in torchvision.models.list_models():
+        module = torchvision.models.get_model_builder(name).__module__
+        builders.setdefault(module, []).append(f"torchvision:{name}")
+    groups = [[name for name in group if name in sizes] for group in (*modules, *builders.values())]
+    first = {min(group, key=lambda name: sizes[name]) for group in groups if group}
+    return sorted(names, key=lambda name: (name not in first, sizes[name]))
+
+
 def count_parameters(source: str) -> int:
     """Parameters, without allocating them where the constructor reads no values."""
     spec = sources.parse(source)
@@ -531,7 +543,7 @@ def main() -> None:
     options = parser.parse_args()
 
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    sweep, names = Sweep(options), architectures()
+    sweep, names = Sweep(options), fnmatch.filter(architectures(), options.only or "*")
     sizes = sweep.sizes(names)
     done = read_results(options.results)
     if options.table is not None:
@@ -542,9 +554,8 @@ def main() -> None:
         return
     queue = [
         name
-        for name in sorted(names, key=lambda name: sizes[name])
+        for name in in_order(names, sizes)
         if sizes[name] <= 1e6 * options.max_parameters
-        and fnmatch.fnmatchcase(name, options.only or "*")
         and (name not in done or (options.retry_failed and done[name]["status"] != "passed"))
     ]
     sweep.run(queue)
