@@ -130,7 +130,8 @@ class _Counter(TorchDispatchMode):
         """Hooks on the modules that own ``layers``, to be removed by the caller."""
         owned: dict[str, list[Layer]] = {}
         for layer in layers:
-            owned.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+            owner = layer.name.rpartition(".")[0]
+            owned.setdefault(owner.removesuffix(".parametrizations.weight"), []).append(layer)
         handles = []
         for name, own in owned.items():
             module = model.get_submodule(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from csqcli import CSQ, packing
 from csqcli.errors import UserError
 from csqcli.inspect import count_macs, coverage
 from csqcli.quant.layers import find_layers
@@ -60,6 +62,36 @@ def test_packed_attention_weights_are_weights_and_position_embeddings_are_not() 
         "norm.weight": "normalisation",
         "norm.bias": "normalisation",
     }
+
+
+def test_parametrised_weights_are_weights_by_what_is_behind_them() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 5, 1)),
+        nn.Flatten(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(20, 2)),
+    )
+    layers, left = find_layers(model)
+    assert {layer.name: layer.weights for layer in layers} == {
+        "0.parametrizations.weight.original1": 12,
+        "1.parametrizations.weight.original": 20,
+        "3.parametrizations.weight.original1": 40,
+    }
+    assert [tensor.shape for tensor in left] == [(4, 1, 1, 1), (2, 1)]  # lengths
+    assert list(count_macs(model, layers, (3, 2, 2)).macs.values()) == [4 * 12, 4 * 20, 40]
+
+
+def test_weights_in_channels_last_order_become_the_same_integers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    delivered = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        optimizer = CSQ(copy.deepcopy(model).to(memory_format=memory_format), target_bits=3, total_steps=10)
+        optimizer.harden()
+        delivered.append(optimizer.hard_layers())
+    for plain, permuted in zip(*delivered, strict=True):
+        assert torch.equal(plain.integers, permuted.integers)
+        assert torch.equal(packing.encode(plain.integers)[0], packing.encode(permuted.integers)[0])
 
 
 def test_damaged_weights_are_refused_by_name() -> None:

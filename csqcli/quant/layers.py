@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from csqcli.errors import UserError, did_you_mean
 
@@ -122,4 +123,10 @@ def _why_not_a_weight(module: nn.Module, own_name: str, parameter: nn.Parameter)
         return None
     if isinstance(module, nn.RNNBase) and own_name.startswith("weight_"):  # weight_ih_l0, weight_hh_l0_reverse, …
         return None
+    if (
+        own_name == "weight_v" and "weight_g" in module._parameters
+    ):  # weight_norm: the direction; its length is per channel
+        return None
+    if isinstance(module, ParametrizationList):  # the same, and parametrisations of one tensor
+        return None if own_name in ("original", "original1") else "parameter of a parametrisation"
     return "no weight of a linear- or convolution-like operation"
