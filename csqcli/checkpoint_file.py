@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from csqcli import packing, storage
+from csqcli import packing, sources, storage
 from csqcli.errors import UserError, did_you_mean
 from csqcli.files import replacing
 from csqcli.inspect import Operations
@@ -202,7 +202,7 @@ def assemble(
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
     for name, value in [*others.items(), *((layer.name, layer.scale) for layer in layers)]:
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if sources.is_damaged(value):
             raise UserError("training left NaN or infinite values; nothing was written", where=name)
     records = [_layer_record(layer) for layer in layers]
     total = sum(r.weights for r in records)

@@ -187,9 +187,16 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
     if not tensors:
         raise UserError("holds no tensors", where=path, hint="a state dict is expected")
     for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if is_damaged(value):
             raise UserError(f"tensor `{name}` holds NaN or infinite values", where=path, hint="use another checkpoint")
     return tensors, digest, path if path.startswith("builtin:") else file.name
+
+
+def is_damaged(value: Tensor) -> bool:
+    """NaN, or infinite among finite values. A bound that is infinite throughout (clipping that is off) is neither."""
+    if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+        return False
+    return not bool(torch.isinf(value).all())
 
 
 def _unpickle_tensors(file: Path, path: str) -> Any:
