@@ -125,6 +125,7 @@ def finetune(
     if recipe.optimizer.distill:
         hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
+    _check_task(file.manifest.spec)
     images = _open_images(recipe)
     _check_classes(file.manifest, images, where=str(path))
     folder = _OutputFolder(output, recipe, force=force, resume=resume, source=file.manifest.payload_sha256)
@@ -161,6 +162,7 @@ def evaluate_file(
         file = checkpoint_file.read(path)
         manifest = file.manifest
         model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+    _check_task(manifest.spec)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
     _check_classes(manifest, images, where=str(path))
     settings = data.LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
@@ -259,6 +261,7 @@ class _Job:
         if self.activations is None and start.manifest.activations:
             method = recipe.quantization.act_method
             self.activations = activations.attach(self.model, start.manifest.activation_records(), method=method)
+        self._check_scores()
         before = evaluate(self.model, self.val_loader)
         self.display.say(f"finetune from top-1 {before.top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
         if self.saved is None or self.saved["phase"] == "search":
@@ -298,6 +301,12 @@ class _Job:
 
     def _count_operations(self, layers: Sequence[Layer]) -> None:
         self.operations = count_macs(self.model, layers, self.config["input_size"])
+        unused = [layer for layer in layers if self.operations.macs[layer.name] is None]
+        if unused:
+            self.display.say(
+                f"{len(unused)} of them, {sum(layer.weights for layer in unused):,} weights, take part in no operation of an "
+                f"evaluation but in the budget: {unused[0].name}, …"
+            )
 
     def _layers(self, exclude: Sequence[str]) -> tuple[list[Layer], list[FloatTensor]]:
         if self.recipe.quantization.method == "float":

@@ -138,7 +138,7 @@ def test_a_bound_that_is_infinite_by_design_is_stored_and_nan_is_refused() -> No
     file = checkpoint_file.assemble(model, layers, record=record, data_config={}, target_bits=None)
     assert file.state_dict()["0.upper"] == float("inf")
     model[1].running_mean[1] = float("inf")
-    with pytest.raises(UserError, match="1.running_mean: training left NaN or infinite values"):
+    with pytest.raises(UserError, match=r"1.running_mean: training left NaN or infinite values"):
         checkpoint_file.assemble(model, layers, record=record, data_config={}, target_bits=None)
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from quantized_models import make_file
+
+from csqcli import checkpoint_file
 
 FAST = ("--set", "optimizer.lr=0.02", "--epochs", "1", "--quiet")
 CONTRACT = {
@@ -71,6 +74,12 @@ def test_models_that_are_no_classifiers_are_refused_in_one_line(csq, tmp_path: P
         assert err.splitlines()[-1] == (
             f"csq: error: {model}: {complaint}; csq trains image classifiers; others with csqcli.CSQ in your own loop"
         )
+    file = tmp_path / "segmentation.safetensors"
+    checkpoint_file.write(file, make_file("torchvision:lraspp_mobilenet_v3_large"))
+    for command in ("evaluate", "finetune"):
+        code, _, err = csq(command, file, "--data", "digits")
+        assert code == 2
+        assert "torchvision:lraspp_mobilenet_v3_large: is made for segmentation" in err
 
 
 def test_search_writes_what_it_promises(digits_run: Path) -> None:
