@@ -249,7 +249,8 @@ def inspect(
             typer.echo(f"{tensor['name']:<48} {'×'.join(map(str, tensor['shape'])):<18} float: {tensor['why']}")
         typer.echo(
             f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
-            f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates"
+            f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates "
+            f"for {'×'.join(map(str, size))}"
         )
     if strict is not None and found["parameter_share"] < strict:
         raise UserError(
