@@ -137,10 +137,18 @@ class _Counter(TorchDispatchMode):
             module = model.get_submodule(name)
             if isinstance(module, nn.RNNBase):
                 handles.append(module.register_forward_hook(self._recurrent(own)))
-            elif len(own) == 1 and not isinstance(module, nn.MultiheadAttention):  # whose products have no weight
-                handles.append(module.register_forward_pre_hook(lambda *_, name=own[0].name: self.running.append(name)))
-                handles.append(module.register_forward_hook(lambda *_: self.running.pop() and None))
+            elif len(own) == 1 and dict(module.named_children()).keys() <= {"parametrizations"}:
+                handles += self._around(module, own[0].name)  # all that it does, it does with this weight
         return handles
+
+    def _around(self, module: nn.Module, name: str) -> list[Any]:
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self.running.append(name)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.running.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def _recurrent(self, layers: Sequence[Layer]) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,8 +1,9 @@
 """Which tensors of a model are weights to quantize: one rule, in one place.
 
-A weight is a parameter of two or more dimensions that a linear- or convolution-like operation multiplies its input
-with. It is recognised by what it is (the module that owns it and the role its own name states), never by a list of
-model names. Everything else stays float and is listed with the reason.
+A weight is a parameter of two or more dimensions that a linear- or convolution-like operation multiplies its input with
+(packed attention projections and recurrent layers too), or that a parametrisation computes such a weight from. It is
+recognised by what it is (the module that owns it and the role its own name states), never by a list of model names.
+Everything else stays float and is listed with the reason.
 """
 
 from __future__ import annotations
