@@ -353,7 +353,10 @@ def _child(source: str, method: str, connection: Connection) -> None:
 def _size_child(sources_: list[str], connection: Connection) -> None:
     _quiet()
     for source in sources_:
-        connection.send((source, count_parameters(source)))
+        try:
+            connection.send((source, count_parameters(source)))
+        except Exception:  # the check will say what is wrong with it
+            connection.send((source, 0))
     connection.close()
 
 
@@ -485,12 +488,19 @@ def table(names: list[str], sizes: dict[str, int], results: dict[str, dict[str, 
         label = f"{100 * low:g} % or more" if high > 1 else f"{100 * low:g} to {100 * high:g} %"
         counts = [sum(low <= r[key] < high for r in passed) for key in ("parameter_share", "mac_share")]
         parts.append(f"| {label} | {counts[0]} | {counts[1]} |")
-    for key, what in (("parameter_share", "parameters"), ("mac_share", "multiply-accumulates")):
-        middle = statistics.median(r[key] for r in passed)
-        parts.append(f"\nLeast share of {what} (median {100 * middle:.2f} %):\n")
-        parts.append("| model | share | what stays float |\n|---|---|---|")
-        for result in sorted(passed, key=lambda r: r[key])[:10]:
-            parts.append(f"| {result['model']} | {100 * result[key]:.1f} % | {_left(result)} |")
+    medians = [100 * statistics.median(r[key] for r in passed) for key in ("parameter_share", "mac_share")]
+    parts.append(f"\nLeast share of parameters (median {medians[0]:.2f} %):\n")
+    parts.append("| model | share | what most of the rest is |\n|---|---|---|")
+    for result in sorted(passed, key=lambda r: r["parameter_share"])[:10]:
+        parts.append(f"| {result['model']} | {100 * result['parameter_share']:.1f} % | {_left(result)} |")
+    parts.append(
+        f"\nLeast share of multiply-accumulates (median {medians[1]:.2f} %); the rest are products without a weight, which is "
+        "attention over many positions:\n"
+    )
+    parts.append("| model | share | input |\n|---|---|---|")
+    for result in sorted(passed, key=lambda r: r["mac_share"])[:10]:
+        size = "×".join(map(str, result["input_size"]))
+        parts.append(f"| {result['model']} | {100 * result['mac_share']:.1f} % | {size} |")
 
     idle = [r for r in passed if r["without_gradient"]]
     unused = [r for r in passed if r["uncounted"]]
@@ -518,15 +528,16 @@ def table(names: list[str], sizes: dict[str, int], results: dict[str, dict[str, 
 
 
 def _left(result: dict[str, Any]) -> str:
-    """The largest tensors left float, or what has no weight at all."""
-    if not result["left_float"]:
-        return "products without a weight"
-    by_reason: dict[str, list[tuple[int, str]]] = {}
-    for name, shape, why in result["left_float"]:
-        by_reason.setdefault(why, []).append((math.prod(shape), name))
-    why, tensors = max(by_reason.items(), key=lambda item: sum(size for size, _ in item[1]))
-    size, name = max(tensors)
-    return f"{name} ({size:,}): {why}" + (f", and {len(tensors) - 1} more" if len(tensors) > 1 else "")
+    """The largest group of parameters left float: one-dimensional ones, or tensors with one reason."""
+    tensors = [(math.prod(shape), name, why) for name, shape, why in result["left_float"]]
+    groups = {"norms, biases and other vectors": result["parameters"] - result["quantized_weights"]}
+    for size, name, why in sorted(tensors, reverse=True):
+        groups["norms, biases and other vectors"] -= size
+        same = [group for group in groups if group.endswith(why)]
+        key = same[0] if same else f"{name} and the like: {why}"
+        groups[key] = groups.get(key, 0) + size
+    most = max(groups, key=lambda key: groups[key])
+    return f"{groups[most]:,} in {most}"
 
 
 def main() -> None:

@@ -109,8 +109,11 @@ def test_a_model_over_its_limit_is_a_failed_line_that_a_second_start_retries(tmp
 def test_the_table_counts_what_failed_and_what_was_not_run(sweep: ModuleType) -> None:
     passed = {
         "status": "passed",
-        "parameter_share": 0.97,
+        "parameters": 100,
+        "quantized_weights": 52,
+        "parameter_share": 0.52,
         "mac_share": 0.6,
+        "input_size": [3, 8, 8],
         "left_float": [["pos_embed", [1, 5, 8], "no weight"]],
         "layers": 3,
         "uncounted": ["aux.weight"],
@@ -126,6 +129,7 @@ def test_the_table_counts_what_failed_and_what_was_not_run(sweep: ModuleType) ->
     assert "| timm | 2 | 1 | 1 | 0 |" in text
     assert "| torchvision | 1 | 0 | 0 | 1 |" in text
     assert "| timm:b | load | KeyError: 'x' |" in text
-    assert "| timm:a | 97.0 % | pos_embed (40): no weight |" in text
+    assert "| timm:a | 52.0 % | 40 in pos_embed and the like: no weight |" in text
+    assert "| timm:a | 60.0 % | 3×8×8 |" in text
     assert "Unused: timm:a (1 of 3: aux.weight …)." in text
     assert "torchvision:c (2)" in text
