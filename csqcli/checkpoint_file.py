@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from csqcli import packing, storage
+from csqcli import packing, sources, storage
 from csqcli.errors import UserError, did_you_mean, no_such_file
 from csqcli.files import replacing
+from csqcli.inspect import Operations
 from csqcli.quant import csq
 from csqcli.quant.activations import ActivationRecord
 from csqcli.quant.methods import HardLayer
@@ -90,6 +91,22 @@ class LayerRecord(_Record):
     encoding: str
     packed_bytes: int
     aliases: list[str] = Field(default_factory=list)
+    macs: int | None = (
+        None  # multiply-accumulates of one image; absent where nothing uses the weight or none were counted
+    )
+
+
+class ComputeRecord(_Record):
+    """Operations of one image, and of which size.
+
+    ``bops``: bit operations, Σ MACs · planes in use · bits of the layer's input (32 where activations are float). What no
+    quantized weight takes part in (attention's products, layers left float) counts 32 · 32 per multiply-accumulate.
+    """
+
+    input_size: list[int]
+    macs: int
+    quantized_macs: int
+    bops: int
 
 
 class ActivationEntry(_Record):
@@ -128,6 +145,7 @@ class Manifest(_Record):
     classes: list[str] = Field(default_factory=list)
     budget: BudgetRecord
     sizes: SizesRecord
+    compute: ComputeRecord | None = None
     accuracy: AccuracyRecord = Field(default_factory=AccuracyRecord)
     layers: list[LayerRecord]
     activations: list[ActivationEntry] = Field(default_factory=list)
@@ -172,17 +190,19 @@ def assemble(
     record: ModelRecord,
     data_config: Mapping[str, Any],
     target_bits: float | None,
+    operations: Operations | None = None,
     **details: Any,
 ) -> QuantizedFile:
     """The file for a trained model: ``layers`` as hardened, all else from the model's own state dict.
 
-    ``details`` are further manifest fields (classes, accuracy, recipe, environment, activations, left_float).
+    ``operations`` are what `inspect.count_macs` found. ``details`` are further manifest fields (classes, accuracy, recipe,
+    environment, activations, left_float).
     """
     names = {name for layer in layers for name in (layer.name, *layer.aliases)}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
     for name, value in [*others.items(), *((layer.name, layer.scale) for layer in layers)]:
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if sources.is_damaged(value):
             raise UserError("training left NaN or infinite values; nothing was written", where=name)
     records = [_layer_record(layer) for layer in layers]
     total = sum(r.weights for r in records)
@@ -206,7 +226,23 @@ def assemble(
         payload_sha256=payload_sha256(layers),
         **details,
     )
+    if operations is not None:
+        for layer in manifest.layers:
+            layer.macs = operations.macs[layer.name]
+        manifest.compute = _compute_record(manifest, operations)
     return QuantizedFile(manifest, layers, others)
+
+
+def _compute_record(manifest: Manifest, operations: Operations) -> ComputeRecord:
+    input_bits = {entry.module: entry.bits for entry in manifest.activations}
+    quantized = bops = 0
+    for layer in manifest.layers:
+        macs = layer.macs or 0
+        quantized += macs
+        bops += macs * layer.bits * input_bits.get(layer.name.rpartition(".")[0], 32)
+    rest = max(operations.total - quantized, 0)
+    size = list(operations.input_size)
+    return ComputeRecord(input_size=size, macs=operations.total, quantized_macs=quantized, bops=bops + rest * 32 * 32)
 
 
 def _layer_record(layer: HardLayer) -> LayerRecord:

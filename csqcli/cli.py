@@ -238,7 +238,8 @@ def inspect(
     from csqcli import sources
 
     loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
-    found = inspection.coverage(loaded.model, loaded.data_config["input_size"], exclude=exclude or ())
+    size, task = loaded.data_config["input_size"], sources.task_of(loaded.spec)
+    found = inspection.coverage(loaded.model, size, exclude=exclude or (), task=task)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -250,7 +251,8 @@ def inspect(
             typer.echo(f"{tensor['name']:<48} {'×'.join(map(str, tensor['shape'])):<18} float: {tensor['why']}")
         typer.echo(
             f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
-            f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates"
+            f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates "
+            f"for {'×'.join(map(str, size))}"
         )
     if strict is not None and found["parameter_share"] < strict:
         raise UserError(

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+@dataclass(frozen=True)
+class Operations:
+    """Multiply-accumulates of one image of ``input_size``."""
+
+    input_size: tuple[int, ...]
+    macs: dict[str, int | None]  # per layer; None where its weight is in no operation
+    total: int  # of the whole network
 
 
-def coverage(model: nn.Module, input_size: Sequence[int], *, exclude: Sequence[str] = ()) -> dict[str, Any]:
-    """Coverage of a model at one image of ``input_size`` (C, H, W).
+def coverage(
+    model: nn.Module, input_size: Sequence[int], *, exclude: Sequence[str] = (), task: str = "classification"
+) -> dict[str, Any]:
+    """Coverage of a model at one image of ``input_size`` (C, H, W); ``task`` as in :func:`example_inputs`.
 
-    ``macs`` per layer are counted by a hook on the module that owns the weight; null where that module is never called
-    (functional use of its weight), as inside ``nn.MultiheadAttention``.
+    ``macs`` per layer are null where nothing uses the weight.
     """
     layers, left = find_layers(model, exclude=exclude)
-    macs, total_macs = count_macs(model, layers, input_size)
+    operations = count_macs(model, layers, input_size, task=task)
+    macs, total_macs = operations.macs, operations.total
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(layer.weights for layer in layers)
     counted = sum(value or 0 for value in macs.values())
@@ -49,41 +60,100 @@ def _float_record(tensor: FloatTensor) -> dict[str, Any]:
     return {"name": tensor.name, "shape": list(tensor.shape), "why": tensor.why}
 
 
+def example_inputs(
+    task: str, input_size: Sequence[int], *, batch: int = 1, device: torch.device | str = "cpu"
+) -> tuple[Any, ...]:
+    """Positional arguments of a forward pass over a batch of noise; ``task`` as `sources.task_of` names it."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, *input_size, generator=generator).to(device)
+    if task == "detection":
+        return (list(images),)
+    return (images, images.flip(-1)) if task == "optical flow" else (images,)
+
+
 @torch.no_grad()
 def count_macs(
-    model: nn.Module, layers: Sequence[Layer], input_size: Sequence[int]
-) -> tuple[dict[str, int | None], int]:
-    """Multiply-accumulates of one image: per layer (None where no hook fired), and of the whole network.
+    model: nn.Module, layers: Sequence[Layer], input_size: Sequence[int], *, task: str = "classification"
+) -> Operations:
+    """Multiply-accumulates of one image, per layer and in all.
 
-    The total counts convolutions, matrix products and attention as PyTorch's FLOP counter sees them.
+    Counted are convolutions, matrix products and attention by PyTorch's own formulas, and recurrent layers. An operation
+    belongs to the layer whose memory it reads, so functional uses and packed projections count. One that reads no layer's
+    memory belongs to the layer in whose forward pass it runs: weight standardisation and mixtures of experts compute new
+    weights from their own. The model is called once, in eval mode; its modes, its gradients and the random stream are as
+    before.
     """
-    modules = dict(model.named_modules())
-    macs: dict[str, int | None] = {layer.name: None for layer in layers}
-    handles = []
-
-    def watch(layer: Layer) -> None:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
-                return
-            if isinstance(module, _TRANSPOSED):
-                done = inputs[0].numel() * layer.weights // module.in_channels
-            else:
-                done = output.numel() * layer.weights // layer.parameter.shape[layer.channel_dim]
-            macs[layer.name] = (macs[layer.name] or 0) + done
-
-        handles.append(modules[layer.name.rpartition(".")[0]].register_forward_hook(hook))
-
-    for layer in layers:
-        watch(layer)
-    was_training = model.training
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
-    counter = FlopCounterMode(display=False)
+    counter = _Counter(layers)
+    handles = counter.watch(model, layers)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation without a formula
+    model.eval()
     try:
-        with counter:
-            model(torch.zeros(1, *input_size, device=device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), counter:
+            model(*example_inputs(task, input_size, device=device))
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    return macs, counter.get_total_flops() // 2
+        for module, training in modes:
+            module.training = training
+    return Operations(tuple(input_size), {layer.name: counter.macs.get(layer.name) for layer in layers}, counter.total)
+
+
+class _Counter(TorchDispatchMode):
+    """Multiply-accumulates of every operation that runs, by the layer that it belongs to."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.names = {layer.parameter.untyped_storage().data_ptr(): layer.name for layer in layers}
+        self.running: list[str] = []  # layers in whose forward pass we are, innermost last
+        self.macs: dict[str, int] = {}
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            read = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
+            names = {self.names[pointer] for pointer in read & self.names.keys()} or set(self.running[-1:])
+            self._add(formula(*args, **(kwargs or {}), out_val=result) // 2, names)
+        return result
+
+    def _add(self, macs: int, names: Iterable[str]) -> None:
+        self.total += macs
+        for name in names:
+            self.macs[name] = self.macs.get(name, 0) + macs
+
+    def watch(self, model: nn.Module, layers: Sequence[Layer]) -> list[Any]:
+        """Hooks on the modules that own ``layers``, to be removed by the caller."""
+        owned: dict[str, list[Layer]] = {}
+        for layer in layers:
+            owner = layer.name.rpartition(".")[0]
+            owned.setdefault(owner.removesuffix(".parametrizations.weight"), []).append(layer)
+        handles = []
+        for name, own in owned.items():
+            module = model.get_submodule(name)
+            if isinstance(module, nn.RNNBase):
+                handles.append(module.register_forward_hook(self._recurrent(own)))
+            elif len(own) == 1 and dict(module.named_children()).keys() <= {"parametrizations"}:
+                handles += self._around(module, own[0].name)  # all that it does, it does with this weight
+        return handles
+
+    def _around(self, module: nn.Module, name: str) -> list[Any]:
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self.running.append(name)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.running.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def _recurrent(self, layers: Sequence[Layer]) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for layer in layers:
+                if layer.name not in self.macs:  # fused: no operation of it was seen
+                    self._add(inputs[0].numel() // module.input_size * layer.weights, [layer.name])
+
+        return hook

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 WIDTHS = {2: 1, 4: 7, 8: 127, 16: 32767}  # code width in bits -> largest |Q| that it holds
 
@@ -26,12 +27,24 @@ def code_width(largest: int) -> int:
     raise ValueError(f"|Q| = {largest} needs more than 16 bits")
 
 
+_ENCODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # integers -> (their version, what encode returned)
+
+
 def encode(integers: Tensor) -> tuple[Tensor, str]:
     """Bytes (uint8, 1-D) and the encoding's name (``"codes4"`` or ``"codes4+huffman"``) for one layer's integers.
 
     Wider codes than necessary are tried too: their Huffman tables are smaller, which counts in small layers. So are
-    runs: a Huffman code spends at least one bit on each byte, even where nearly all weights are zero.
+    runs: a Huffman code spends at least one bit on each byte, even where nearly all weights are zero. The last result for
+    a tensor is kept while the tensor lives: a run describes, tries and writes the same integers.
     """
+    version, done = _ENCODED.get(integers, (None, None))
+    if done is None or version != integers._version:
+        done = _encode(integers)
+        _ENCODED[integers] = integers._version, done
+    return done
+
+
+def _encode(integers: Tensor) -> tuple[Tensor, str]:
     values = integers.flatten().cpu().numpy().astype(np.int32)
     narrowest = code_width(int(np.abs(values).max(initial=0)))
     options: dict[str, bytes] = {}

@@ -31,6 +31,7 @@ from csqcli import report as reports
 from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.distributed import Shard
 from csqcli.errors import UserError, did_you_mean
+from csqcli.inspect import Operations, count_macs
 from csqcli.interrupt import Interrupted, StopRequest
 from csqcli.lock import locked
 from csqcli.progress import Display
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 
 _CALIBRATION_BATCHES = 4
 _MOST_ROLLBACKS = 3
+_CLASSIFIERS_ONLY = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
 
 
 def search(
@@ -76,6 +78,7 @@ def search(
     if recipe.model.source is None:
         raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
     _check_target(recipe)
+    _check_task(sources.parse(recipe.model.source, recipe.model.arguments))
     images = images or _open_images(recipe)
     with _OutputFolder(output, recipe, force=force, resume=resume) as folder:
         if folder.finished is not None:
@@ -131,6 +134,7 @@ def finetune(
     if recipe.optimizer.distill:
         hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
+    _check_task(file.manifest.spec)
     images = _open_images(recipe)
     _check_classes(file.manifest, images, where=str(path))
     source = file.manifest.payload_sha256
@@ -171,6 +175,7 @@ def evaluate_file(
         file = checkpoint_file.read(path)
         manifest = file.manifest
         model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+    _check_task(manifest.spec)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
     _check_classes(manifest, images, where=str(path))
     settings = data.LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
@@ -213,6 +218,7 @@ class _Job:
     teacher: nn.Module | None = None
     rollbacks: int = 0  # each halves the learning rates
     input_top1: float | None = None  # percent, of the file that a finetune started from
+    operations: Operations | None = None
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
@@ -249,6 +255,7 @@ class _Job:
         if self.saved is not None and self.saved["phase"] == "finetune":
             return {}
         if self.saved is None:
+            self._check_scores()
             measured = evaluate(self.model, self.val_loader)
             self.accuracy = AccuracyRecord(float_top1=measured.top1, samples=measured.samples)
         self.display.say(
@@ -256,6 +263,7 @@ class _Job:
             f"({self.record.weights_from} weights)"
         )
         layers, left_float = self._layers(self.recipe.layers.exclude)
+        self._count_operations(layers)
         self._quantize_activations()
         trainer = self._train("search", self.recipe, layers)
         left = [vars(tensor) for tensor in left_float]
@@ -271,6 +279,7 @@ class _Job:
         if self.activations is None and start.manifest.activations:
             method = recipe.quantization.act_method
             self.activations = activations.attach(self.model, start.manifest.activation_records(), method=method)
+        self._check_scores()
         if self.saved is None or self.saved["phase"] == "search":
             before = evaluate(self.model, self.val_loader)
             self.input_top1 = before.top1
@@ -279,6 +288,7 @@ class _Job:
         input_top1 = self.input_top1 or 0.0
         self.display.say(f"finetune from top-1 {input_top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
         layers = layers_named(self.model, [layer.name for layer in start.layers])
+        self._count_operations(layers)
         trainer = self._train("finetune", recipe, layers, start=start.layers)
         file, gap = self._write(trainer, start.manifest.left_float, at_least=input_top1)
         after = self.accuracy.hard_top1 or 0.0
@@ -293,6 +303,28 @@ class _Job:
         self.display.say(f"finetuned top-1 {after:.2f} %, input {input_top1:.2f} %: kept the {kept} model")
         outcome = {"input_top1": input_top1, "finetuned_top1": after, "kept": kept}
         return self._report(file, parity={"max_logit_gap": gap}, finetune=outcome)
+
+    @torch.no_grad()
+    def _check_scores(self) -> None:
+        """UserError for a model that gives no score per class, before anything is spent on it."""
+        self.model.eval()
+        output = self.model(torch.zeros(1, *self.config["input_size"], device=self.device))
+        shape = list(logits_of(output).shape)
+        if shape != [1, self.images.num_classes]:
+            raise UserError(
+                f"gives outputs of shape {shape} for one image, not {self.images.num_classes} scores",
+                where=self.record.source,
+                hint=_CLASSIFIERS_ONLY,
+            )
+
+    def _count_operations(self, layers: Sequence[Layer]) -> None:
+        self.operations = count_macs(self.model, layers, self.config["input_size"])
+        unused = [layer for layer in layers if self.operations.macs[layer.name] is None]
+        if unused:
+            self.display.say(
+                f"{len(unused)} of them, {sum(layer.weights for layer in unused):,} weights, take part in no operation of an "
+                f"evaluation but in the budget: {unused[0].name}, …"
+            )
 
     def _layers(self, exclude: Sequence[str]) -> tuple[list[Layer], list[FloatTensor]]:
         if self.recipe.quantization.method == "float":
@@ -525,6 +557,7 @@ class _Job:
                 record=self.record,
                 data_config=self.config,
                 target_bits=recipe.quantization.target_bits if layers else None,
+                operations=self.operations,
                 classes=self.images.classes,
                 accuracy=self.accuracy,
                 activations=[vars(r) for r in self.activations.records()] if self.activations is not None else [],
@@ -623,6 +656,12 @@ def make_method(
         limits=limits if searched else None,
     )
     return GateMethod(layers, clock, gates, start=start)
+
+
+def _check_task(spec: sources.ModelSpec) -> None:
+    task = sources.task_of(spec)
+    if task != "classification":
+        raise UserError(f"is made for {task}", where=spec.source, hint=_CLASSIFIERS_ONLY)
 
 
 def _check_target(recipe: Recipe) -> None:

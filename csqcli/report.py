@@ -26,6 +26,7 @@ def print_table(manifest: Manifest, console: Console) -> None:
         ("layer", "left"),
         ("shape", "left"),
         ("weights", "right"),
+        ("MACs", "right"),
         ("mask", "left"),
         ("bits", "right"),
         ("stored", "right"),
@@ -38,6 +39,7 @@ def print_table(manifest: Manifest, console: Console) -> None:
             layer.name,
             "×".join(map(str, layer.shape)),
             f"{layer.weights:,}",
+            "–" if layer.macs is None else _short(layer.macs),
             layer.mask,
             str(layer.bits),
             str(layer.stored_bits),
@@ -69,6 +71,13 @@ def totals(manifest: Manifest) -> list[str]:
             )
         if manifest.left_float:
             lines.append(f"left float   {len(manifest.left_float)} tensors of two or more dimensions")
+    if compute := manifest.compute:
+        size = "×".join(map(str, compute.input_size))
+        share = 100 * compute.quantized_macs / max(compute.macs, 1)
+        lines.append(
+            f"compute      {_short(compute.macs)} MACs for {size}, {share:.1f} % of them quantized; "
+            f"{_short(compute.bops)} bit operations"
+        )
     if sizes.file_bytes:
         ratio = sizes.float_bytes / sizes.file_bytes
         lines.append(
@@ -84,3 +93,11 @@ def totals(manifest: Manifest) -> list[str]:
         start = f"float {accuracy.float_top1:.2f}{soft} → " if accuracy.float_top1 is not None else ""
         lines.append(f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {accuracy.samples} images")
     return lines
+
+
+def _short(count: int) -> str:
+    """Three digits and a power of thousand: ``1.81 G``."""
+    for power, unit in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return str(count)

@@ -12,6 +12,7 @@ import pickle
 import socket
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -46,6 +47,12 @@ _FALLBACK_CONFIG: DataConfig = {
     "crop_pct": 0.875,
     "crop_mode": "center",
 }
+_INPUT_SIZES = {  # torchvision's models that are no image classifiers: an input that all of their task accept
+    "detection": (3, 320, 320),
+    "segmentation": (3, 520, 520),
+    "video": (3, 16, 112, 112),  # C, T, H, W; H and W are the weights' own
+    "optical flow": (3, 128, 128),  # of each of the two images
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,6 @@ class LoadedModel:
     model: nn.Module
     spec: ModelSpec
     data_config: DataConfig
-    num_classes: int
     weights_from: str  # "pretrained", "random", or the checkpoint's file name
     checkpoint_sha256: str | None = None
 
@@ -140,14 +146,12 @@ def load(
     spec = parse(source, arguments)
     if checkpoint is None:
         model = build(spec, num_classes=num_classes, pretrained=pretrained)
-        classes = num_classes or _count_classes(model, spec)
         origin = "pretrained" if pretrained else "random"
-        return LoadedModel(model.float(), spec, data_config(model, spec), classes, origin)
+        return LoadedModel(model.float(), spec, data_config(model, spec), origin)
     state, digest, label = read_checkpoint(checkpoint)
     model = build(spec, num_classes=num_classes)
     fit_state_dict(model, state, where=label, num_classes=num_classes, num_classes_from=num_classes_from)
-    classes = num_classes or _count_classes(model, spec)
-    return LoadedModel(model.float(), spec, data_config(model, spec), classes, label, digest)
+    return LoadedModel(model.float(), spec, data_config(model, spec), label, digest)
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
@@ -185,9 +189,16 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
     if not tensors:
         raise UserError("holds no tensors", where=path, hint="a state dict is expected")
     for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if is_damaged(value):
             raise UserError(f"tensor `{name}` holds NaN or infinite values", where=path, hint="use another checkpoint")
     return tensors, digest, path if path.startswith("builtin:") else file.name
+
+
+def is_damaged(value: Tensor) -> bool:
+    """NaN, or infinite among finite values. A bound that is infinite throughout (clipping that is off) is neither."""
+    if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+        return False
+    return not bool(torch.isinf(value).all())
 
 
 def _unpickle_tensors(file: Path, path: str) -> Any:
@@ -236,7 +247,9 @@ def fit_state_dict(
                 )
             shapes = f"{list(value.shape)} in the checkpoint, {list(wanted[name].shape)} in the model"
             raise UserError(f"tensor {name} is {shapes}", where=where, hint="is it this architecture?")
-    model.load_state_dict(dict(state) | {name: wanted[name] for name in optional if name not in state})
+    complete = OrderedDict(wanted | dict(state))
+    complete._metadata = getattr(wanted, "_metadata", {})  # type: ignore[attr-defined]  # versions: mnasnet asks for its own
+    model.load_state_dict(complete)
 
 
 def data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
@@ -260,7 +273,7 @@ def _known_names(library: str) -> list[str]:
         return timm.list_models()
     import torchvision
 
-    return torchvision.models.list_models(module=torchvision.models)
+    return torchvision.models.list_models()
 
 
 def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -284,6 +297,10 @@ def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn
 def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     import torchvision
 
+    if task_of(spec) == "optical flow":
+        kwargs.pop("num_classes", None)
+    if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(spec.name)).parameters:
+        kwargs.setdefault("weights_backbone", None)  # its default is a download
     model = torchvision.models.get_model(spec.name, weights=None, **kwargs)
     if not pretrained:
         return model
@@ -346,10 +363,30 @@ def _reachable(url: str) -> bool:
     return True
 
 
+def task_of(spec: ModelSpec) -> str:
+    """What a model is made for: "classification" (of images), "detection", "segmentation", "video" or "optical flow".
+
+    torchvision's modules say so; everything else is taken for a classifier.
+    """
+    if spec.library != "torchvision":
+        return "classification"
+    import torchvision
+
+    package = torchvision.models.get_model_builder(spec.name).__module__.removeprefix("torchvision.models.")
+    task = package.partition(".")[0].replace("_", " ")
+    return task if task in _INPUT_SIZES else "classification"
+
+
 def _torchvision_config(spec: ModelSpec) -> DataConfig:
     import torchvision
 
+    task = task_of(spec)
     transforms = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
+    if task in _INPUT_SIZES:
+        size = _INPUT_SIZES[task]
+        if task == "video":
+            size = (*size[:2], *transforms.crop_size)
+        return _FALLBACK_CONFIG | {"input_size": size}
     crop, resize = transforms.crop_size[0], transforms.resize_size[0]
     return {
         "input_size": (3, crop, crop),
@@ -365,13 +402,3 @@ def crop_share(crop: int, resize: int) -> float:
     """crop_pct for which timm's floor(crop / crop_pct) gives back exactly ``resize``."""
     share = crop / resize
     return share if math.floor(crop / share) == resize else crop / (resize + 0.5)
-
-
-def _count_classes(model: nn.Module, spec: ModelSpec) -> int:
-    declared = getattr(model, "num_classes", None)
-    if isinstance(declared, int):
-        return declared
-    biases = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
-    if biases:
-        return biases[-1]
-    raise UserError("cannot tell the number of classes", where=spec.source, hint="set model.arguments.num_classes")

@@ -20,3 +20,10 @@ def group_norm_cnn(num_classes: int = 10) -> nn.Module:
     )
     model.data_config = {"input_size": (1, 8, 8), "mean": (0.29,), "std": (0.35,)}
     return model
+
+
+def features() -> nn.Module:
+    """Feature maps and no classifier."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1))
+    model.data_config = {"input_size": (1, 8, 8), "mean": (0.29,), "std": (0.35,)}
+    return model

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_models import harden
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import csqcli
 from csqcli import checkpoint_file
+from csqcli.checkpoint_file import ModelRecord
 from csqcli.errors import UserError
 from csqcli.quant.methods import HardLayer
 
@@ -126,6 +128,18 @@ class _Tied(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x))
+
+
+def test_a_bound_that_is_infinite_by_design_is_stored_and_nan_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    model[0].register_buffer("upper", torch.tensor(float("inf")))
+    record = ModelRecord(source="m:f", library="factory", name="m:f", num_classes=2, weights_from="random")
+    layers = harden(model)
+    file = checkpoint_file.assemble(model, layers, record=record, data_config={}, target_bits=None)
+    assert file.state_dict()["0.upper"] == float("inf")
+    model[1].running_mean[1] = float("inf")
+    with pytest.raises(UserError, match=r"1.running_mean: training left NaN or infinite values"):
+        checkpoint_file.assemble(model, layers, record=record, data_config={}, target_bits=None)
 
 
 def test_tied_weights_are_stored_once_and_load_under_both_names(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from quantized_models import make_file
+
+from csqcli import checkpoint_file
 
 FAST = ("--set", "optimizer.lr=0.02", "--epochs", "1", "--quiet")
 CONTRACT = {
@@ -24,7 +27,8 @@ CONTRACT = {
         "file_bytes",
     ],
     "accuracy": ["float_top1", "soft_top1", "hard_top1", "samples"],
-    "layers": ["name", "shape", "weights", "mask", "bits", "stored_bits", "scale"],
+    "compute": ["input_size", "macs", "quantized_macs", "bops"],
+    "layers": ["name", "shape", "weights", "mask", "bits", "stored_bits", "scale", "macs"],
     "history": None,
     "environment": None,
     "recipe": None,
@@ -42,6 +46,40 @@ def test_report_json_keeps_its_contract(digits_run: Path) -> None:
     total = sum(layer["weights"] for layer in report["layers"])
     assert report["budget"]["mean_bits"] == sum(x["weights"] * x["bits"] for x in report["layers"]) / total
     assert all(layer["bits"] == layer["mask"].count("1") for layer in report["layers"])
+
+
+def test_operations_of_the_digits_network_are_those_counted_by_hand(digits_run: Path) -> None:
+    report = json.loads((digits_run / "report.json").read_text())
+    macs = [64 * 16 * 9, 16 * 32 * 16 * 9, 4 * 48 * 32 * 9, 48 * 10]  # outputs × inputs of one output
+    assert [layer["macs"] for layer in report["layers"]] == macs
+    bops = sum(count * layer["bits"] * 32 for count, layer in zip(macs, report["layers"], strict=True))
+    assert report["compute"] == {
+        "input_size": [1, 8, 8],
+        "macs": sum(macs),
+        "quantized_macs": sum(macs),
+        "bops": bops,
+    }
+
+
+def test_models_that_are_no_classifiers_are_refused_in_one_line(csq, tmp_path: Path) -> None:
+    for model, complaint in (
+        ("torchvision:fcn_resnet50", "is made for segmentation"),
+        ("plain_models:features", "gives outputs of shape [1, 4, 8, 8] for one image, not 10 scores"),
+    ):
+        output = tmp_path / "run"
+        code, _, err = csq(
+            *("search", model, "--no-pretrained", "--data", "digits", "--target-bits", 3, "--output", output)
+        )
+        assert code == 2
+        assert err.splitlines()[-1] == (
+            f"csq: error: {model}: {complaint}; csq trains image classifiers; others with csqcli.CSQ in your own loop"
+        )
+    file = tmp_path / "segmentation.safetensors"
+    checkpoint_file.write(file, make_file("torchvision:lraspp_mobilenet_v3_large"))
+    for command in ("evaluate", "finetune"):
+        code, _, err = csq(command, file, "--data", "digits")
+        assert code == 2
+        assert "torchvision:lraspp_mobilenet_v3_large: is made for segmentation" in err
 
 
 def test_search_writes_what_it_promises(digits_run: Path) -> None:

@@ -228,6 +228,8 @@ def test_every_form_exports_evaluates_and_reports_alike(digits_run: Path, tmp_pa
         assert report["parity"]["top1"] == wanted["top1"]
         assert report["parity"]["payload_sha256"] == checkpoint_file.read_manifest(model).payload_sha256
         assert report["parity"]["max_logit_error"] == 0.0
+        assert report["compute"] == json.loads((digits_run / "report.json").read_text())["compute"]
+        assert [layer["macs"] for layer in report["layers"]] == [9216, 73728, 55296, 480]
         assert "mean bits" in csq("report", out)[1]
         previous = out
     assert (tmp_path / "bit-packed.safetensors").stat().st_size < model.stat().st_size

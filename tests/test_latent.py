@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from csqcli.quant import budget
+from csqcli.quant import budget, latent
 from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings, mse_step, quantize
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod
@@ -68,6 +68,23 @@ def test_mse_step_beats_the_largest_magnitude_and_its_own_neighbours(planes: int
     largest = weight.abs().amax(dim=1, keepdim=True) if per_channel else weight.abs().max()
     assert error(step) <= error(largest / (2**planes - 1)) * 1.0001
     assert error(step) <= min(error(step * 0.93), error(step * 1.07)) * 1.01
+
+
+@pytest.mark.parametrize("channel_dim", [0, 1, None])
+def test_mse_step_is_the_same_in_one_piece_and_in_many(
+    monkeypatch: pytest.MonkeyPatch, channel_dim: int | None
+) -> None:
+    weight = torch.randn(24, 20, 3, 3, generator=torch.Generator().manual_seed(0))
+    whole = mse_step(weight, 3, channel_dim=channel_dim)
+    monkeypatch.setattr(latent, "_CHUNK", 400)
+    assert torch.equal(mse_step(weight, 3, channel_dim=channel_dim), whole)
+
+
+def test_a_layer_with_one_weight_per_channel_has_one_step() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 1, groups=6, bias=False), nn.Flatten(), nn.Linear(6, 2))
+    method = StagedCSQ(find_layers(model)[0], Clock(10, 10), StagedSettings(4))
+    method.harden(0)
+    assert [len(layer.scale) for layer in method.hard_layers()] == [1, 2]
 
 
 def test_channels_of_zeros_and_of_one_value_survive() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from csqcli import CSQ, packing
 from csqcli.errors import UserError
 from csqcli.inspect import count_macs, coverage
 from csqcli.quant.layers import find_layers
@@ -60,6 +64,36 @@ def test_packed_attention_weights_are_weights_and_position_embeddings_are_not() 
     }
 
 
+def test_parametrised_weights_are_weights_by_what_is_behind_them() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 5, 1)),
+        nn.Flatten(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(20, 2)),
+    )
+    layers, left = find_layers(model)
+    assert {layer.name: layer.weights for layer in layers} == {
+        "0.parametrizations.weight.original1": 12,
+        "1.parametrizations.weight.original": 20,
+        "3.parametrizations.weight.original1": 40,
+    }
+    assert [tensor.shape for tensor in left] == [(4, 1, 1, 1), (2, 1)]  # lengths
+    assert list(count_macs(model, layers, (3, 2, 2)).macs.values()) == [4 * 12, 4 * 20, 40]
+
+
+def test_weights_in_channels_last_order_become_the_same_integers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    delivered = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        optimizer = CSQ(copy.deepcopy(model).to(memory_format=memory_format), target_bits=3, total_steps=10)
+        optimizer.harden()
+        delivered.append(optimizer.hard_layers())
+    for plain, permuted in zip(*delivered, strict=True):
+        assert torch.equal(plain.integers, permuted.integers)
+        assert torch.equal(packing.encode(plain.integers)[0], packing.encode(permuted.integers)[0])
+
+
 def test_damaged_weights_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].weight.data[1, 1] = float("inf")
@@ -75,9 +109,96 @@ def test_multiply_accumulates_are_counted_by_hand() -> None:
         nn.Flatten(),
         nn.Linear(4 * 16 * 16, 5),
     )
-    macs, total = count_macs(model, find_layers(model)[0], (3, 10, 10))
-    assert macs == {"0.weight": 21_600, "1.weight": 4_608, "2.weight": 8_192, "4.weight": 5_120}
-    assert total == sum(macs.values())
+    counted = count_macs(model, find_layers(model)[0], (3, 10, 10))
+    assert counted.macs == {"0.weight": 21_600, "1.weight": 4_608, "2.weight": 8_192, "4.weight": 5_120}
+    assert counted.total == 21_600 + 4_608 + 8_192 + 5_120
+
+
+def test_packed_and_functional_uses_of_a_weight_are_counted() -> None:
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latent = nn.Parameter(torch.zeros(1, 1, 8))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.query = nn.Linear(8, 8)
+            self.functional = nn.Linear(8, 4)
+            self.standardised = nn.Conv2d(3, 8, 1, bias=False)
+            self.unused = nn.Linear(8, 8)
+            self.recurrent = nn.LSTM(8, 5, batch_first=True, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.standardised.weight
+            x = self.standardised._conv_forward(x, weight, None)
+            tokens = x.flatten(2).transpose(1, 2)  # [batch, 6, 8]
+            self.recurrent(tokens)
+            tokens = torch.cat([self.query(self.latent.expand(len(x), -1, -1)), tokens], 1)
+            return F.linear(self.attention(tokens, tokens, tokens)[0][:, 0], self.functional.weight)
+
+    model = Uses()
+    counted = count_macs(model, find_layers(model)[0], (3, 2, 3))
+    assert counted.macs == {
+        "attention.in_proj_weight": 7 * 8 * 24,
+        "attention.out_proj.weight": 7 * 8 * 8,
+        "query.weight": 64,
+        "functional.weight": 32,
+        "standardised.weight": 6 * 8 * 3,
+        "unused.weight": None,
+        **{f"recurrent.weight_ih_l0{side}": 6 * 8 * 20 for side in ("", "_reverse")},  # four gates of five
+        **{f"recurrent.weight_hh_l0{side}": 6 * 5 * 20 for side in ("", "_reverse")},
+    }
+    products = 2 * 7 * 7 * 8  # queries with keys, shares with values
+    assert counted.total == sum(value or 0 for value in counted.macs.values()) + products
+
+
+def test_a_weight_computed_from_the_layer_s_own_is_counted_with_it() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6 * 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = torch.full((1, 4), 0.25) @ self.weight
+            return F.conv2d(x, mixed.view(6, 3, 1, 1))
+
+    model = nn.Sequential(Standardised(3, 3, 1), Experts())
+    counted = count_macs(model, find_layers(model)[0], (3, 5, 5))
+    assert counted.macs == {"0.weight": 25 * 9, "1.weight": 4 * 18 + 25 * 18}
+    assert counted.total == 25 * 9 + 4 * 18 + 25 * 18
+
+
+def test_counting_leaves_statistics_modes_gradients_and_the_random_stream_alone() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Noisy(), nn.Dropout(0.5))
+    model.train()
+    model[1].eval()  # a frozen norm stays frozen
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stream = torch.get_rng_state()
+    count_macs(model, find_layers(model)[0], (3, 4, 4))
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["raft_small", "mc3_18", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large", "quantized_resnet18"]
+)
+def test_torchvision_models_of_every_task_can_be_inspected(csq, name: str) -> None:
+    code, out, _ = csq("inspect", f"torchvision:{name}", "--json")
+    assert code == 0
+    found = json.loads(out)
+    plain = torchvision.models.get_model(name, weights=None, **({"weights_backbone": None} if "v3" in name else {}))
+    linear = nn.Conv2d, nn.Conv3d, nn.Linear
+    assert len(found["layers"]) == sum(isinstance(module, linear) for module in plain.modules())
+    assert found["parameter_share"] > 0.98
+    assert found["mac_share"] > 0.98
 
 
 def test_a_layer_called_twice_counts_twice() -> None:

@@ -67,3 +67,12 @@ def test_layers_of_nearly_nothing_but_zeros_take_nearly_no_bytes() -> None:
     data, encoding = packing.encode(integers)
     assert data.numel() * 8 / 200_000 < 0.05
     assert torch.equal(packing.decode(data, encoding, (200_000,)).to(torch.int32), integers)
+
+
+def test_integers_changed_in_place_are_packed_anew() -> None:
+    integers = torch.zeros(64, dtype=torch.int32)
+    first, encoding = packing.encode(integers)
+    assert packing.encode(integers)[0] is first
+    integers[5] = 3
+    again, encoding = packing.encode(integers)
+    assert packing.decode(again, encoding, (64,))[5] == 3

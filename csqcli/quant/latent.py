@@ -39,6 +39,8 @@ from csqcli.quant.bitplanes import levels_of, nearest_level
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods import Clock, HardLayer, WeightMethod, spread
 
+_CHUNK = 2**17  # weights that `mse_step` passes over at a time on a CPU: half a MiB
+
 
 def top_integer(planes: int) -> int:
     """2^k − 1: the largest integer of k planes."""
@@ -58,15 +60,23 @@ def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None, grid: int 
     for the integers). All-zero channels get step 1, where every integer is zero.
     """
     rows = weight.detach().reshape(1, -1) if channel_dim is None else weight.detach().movedim(channel_dim, 0).flatten(1)
+    at_a_time = max(1, _CHUNK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    return torch.cat([_row_steps(part, planes, grid, refits) for part in rows.split(at_a_time)])
+
+
+def _row_steps(rows: Tensor, planes: int, grid: int, refits: int) -> Tensor:
+    """`mse_step` of few enough rows ([channels, weights]) that the many passes over them stay in cache."""
     top = top_integer(planes)
     largest = rows.abs().amax(dim=1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
-    sample = rows[:, :: max(1, rows.shape[1] // 2048)]  # the grid needs no more than this per channel
+    sample = rows[:, :: max(1, rows.shape[1] // 2048)].contiguous()  # the grid needs no more than this per channel
     best = largest / top
     least = torch.full_like(best, float("inf"))
+    rounded = torch.empty_like(sample)
     for fraction in torch.linspace(0.1, 1.0, grid).tolist():
         step = largest * (fraction / top)
-        error = (sample - quantize(sample, step, planes) * step).square().sum(dim=1, keepdim=True)
+        torch.div(sample, step, out=rounded).round_().clamp_(-top, top).mul_(step)
+        error = rounded.sub_(sample).square_().sum(dim=1, keepdim=True)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     for _ in range(refits):
         integers = quantize(rows, best, planes)
@@ -210,9 +220,11 @@ class StagedCSQ(WeightMethod):
         self.soft_steps: list[list[Tensor]] = []  # [layer][planes − 1], while the masks are soft
         if start is None:
             budget.check_feasible(settings.target_bits, self.weights, self.limits)
-            widths = range(1, settings.max_bits + 1)
-            pairs = zip(values, layers, strict=True)
-            self.soft_steps = [[self._mse_step(value, layer, k) for k in widths] for value, layer in pairs]
+            widths = range(2, settings.max_bits + 1)
+            self.soft_steps = [
+                [unit, *(self._mse_step(value, layer, k) for k in widths)]
+                for value, layer, unit in zip(values, layers, self.units, strict=True)
+            ]
             if not searching:
                 self._fix_planes()
         self.materialise(0)
@@ -324,9 +336,12 @@ class StagedCSQ(WeightMethod):
     def _staircase(self, index: int, sharpness: float) -> Tensor:
         """The soft integer: linear flanks of slope 1/(1 − sharpness) half way between neighbouring levels."""
         ratio, levels = self._ratio(index), self._levels(index).to(self.latents[index])
-        upper = torch.bucketize(ratio, levels, right=True).clamp_(1, max(len(levels) - 1, 1))
         if len(levels) == 1:
             return torch.zeros_like(ratio)
+        if _without_holes(levels):
+            low = ratio.floor().clamp_(float(levels[0]), float(levels[-2]))
+            return low.add_((0.5 + (ratio - low - 0.5) / max(1 - sharpness, 1e-3)).clamp_(0, 1))
+        upper = torch.bucketize(ratio, levels, right=True).clamp_(1, len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]
         share = (ratio - low) / (high - low)
         return low + (0.5 + (share - 0.5) / max(1 - sharpness, 1e-3)).clamp_(0, 1) * (high - low)
@@ -335,7 +350,7 @@ class StagedCSQ(WeightMethod):
         """Hard integers (as float) of a layer with a fixed mask."""
         ratio = self._ratio(index)
         levels = self._levels(index).to(ratio)
-        if len(levels) == 2 * float(levels[-1]) + 1:  # no holes: rounding does it
+        if _without_holes(levels):
             return ratio.round_().clamp_(float(levels[0]), float(levels[-1]))
         return nearest_level(ratio, levels)
 
@@ -432,7 +447,13 @@ class StagedCSQ(WeightMethod):
         self.soft_steps = [[step.to(device) for step in widths] for widths in state["soft_steps"]]
 
     def _mse_step(self, value: Tensor, layer: Layer, planes: int) -> Tensor:
-        return mse_step(value, planes, channel_dim=layer.channel_dim if self.settings.per_channel else None)
+        shared = not self.settings.per_channel or layer.weights == value.shape[layer.channel_dim]
+        return mse_step(value, planes, channel_dim=None if shared else layer.channel_dim)  # never a step per weight
+
+
+def _without_holes(levels: Tensor) -> bool:
+    """Whether the levels are all integers between their ends, so that rounding finds the nearest."""
+    return len(levels) == 2 * float(levels[-1]) + 1
 
 
 def top_planes(planes: int, bits: int) -> Tensor:

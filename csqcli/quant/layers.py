@@ -1,8 +1,9 @@
 """Which tensors of a model are weights to quantize: one rule, in one place.
 
-A weight is a parameter of two or more dimensions that a linear- or convolution-like operation multiplies its input
-with. It is recognised by what it is (the module that owns it and the role its own name states), never by a list of
-model names. Everything else stays float and is listed with the reason.
+A weight is a parameter of two or more dimensions that a linear- or convolution-like operation multiplies its input with
+(packed attention projections and recurrent layers too), or that a parametrisation computes such a weight from. It is
+recognised by what it is (the module that owns it and the role its own name states), never by a list of model names.
+Everything else stays float and is listed with the reason.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from csqcli.errors import UserError, did_you_mean
 
@@ -120,4 +122,12 @@ def _why_not_a_weight(module: nn.Module, own_name: str, parameter: nn.Parameter)
         return "embedding table"
     if own_name == "weight" or own_name.endswith("_weight"):  # in_proj_weight, q_proj_weight, …
         return None
+    if isinstance(module, nn.RNNBase) and own_name.startswith("weight_"):  # weight_ih_l0, weight_hh_l0_reverse, …
+        return None
+    if (
+        own_name == "weight_v" and "weight_g" in module._parameters
+    ):  # weight_norm: the direction; its length is per channel
+        return None
+    if isinstance(module, ParametrizationList):  # the same, and parametrisations of one tensor
+        return None if own_name in ("original", "original1") else "parameter of a parametrisation"
     return "no weight of a linear- or convolution-like operation"
