@@ -6,6 +6,7 @@ for your own loop, :func:`save` writes what it trained.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ def model_from_file(file: QuantizedFile, *, trust_code: bool = False, where: str
 def _plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Module:
     """The same without activation quantizers, for those who go on training them."""
     from csqcli import sources
+    from csqcli.allocation import AllocationLimit
     from csqcli.errors import UserError
 
     spec = file.manifest.spec
@@ -52,8 +54,11 @@ def _plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Mod
         raise UserError(f"the file asks to import `{spec.name}`", where=where, hint=hint)
     if spec.library != "factory":
         spec = sources.parse(spec.source, spec.arguments)
-    model = sources.build(spec, num_classes=file.manifest.model.num_classes)
-    sources.fit_state_dict(model, file.state_dict(), where=where)
+    state, classes = file.state_dict(), file.manifest.model.num_classes
+    elements = 4 * sum(value.numel() for value in state.values()) + 2**24
+    with contextlib.nullcontext() if trust_code else AllocationLimit(elements):
+        model = sources.build(spec, num_classes=classes)
+    sources.fit_state_dict(model, state, where=where)
     return model.eval()
 
 
@@ -79,7 +84,7 @@ def save(
     record = checkpoint_file.ModelRecord(
         source=spec.source, library=spec.library, name=spec.name, num_classes=num_classes, weights_from="library"
     )
-    config = data_config or sources.data_config(model, spec)
+    config = sources.usable_config(data_config or sources.data_config(model, spec), where=source)
     target = optimizer.method.target_bits
     layers = optimizer.hard_layers()
     file = checkpoint_file.assemble(model, layers, record=record, data_config=config, target_bits=target)

@@ -10,20 +10,21 @@ accuracy, and per layer the mask, planes, encoding and entropy. Integers × scal
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from csqcli import packing, sources, storage
+from csqcli import packing, sources, storage, untrusted
 from csqcli.errors import UserError, did_you_mean, no_such_file
 from csqcli.files import replacing
 from csqcli.inspect import Operations
@@ -34,66 +35,79 @@ from csqcli.sources import ModelSpec
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "csq"
-_DAMAGE = (
-    ValueError,
-    RuntimeError,
-    OverflowError,
-    SafetensorError,
-)  # what decoding raises for bytes it cannot be given
+_DAMAGE = (ValueError, RuntimeError, SafetensorError)  # what decoding raises for bytes it cannot be given
+_MANIFEST_BYTES, _MANIFEST_VALUES = 2**26, 2**22  # of its JSON; a layer takes a few hundred bytes, a channel's scale 20
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Scale = Annotated[float, Field(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow")  # later versions may add; readers of this one ignore what they do not know
+    model_config = ConfigDict(
+        extra="allow", allow_inf_nan=False
+    )  # later versions may add; readers of this one ignore what they do not know
 
 
 class ModelRecord(_Record):
-    source: str  # what rebuilds it: "timm:resnet18", "package.module:factory"
-    library: str
-    name: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    num_classes: int
+    source: Name  # what rebuilds it: "timm:resnet18", "package.module:factory"
+    library: Name
+    name: Name
+    arguments: Annotated[dict[str, Any], AfterValidator(untrusted.check_arguments)] = Field(default_factory=dict)
+    num_classes: int = Field(ge=1, le=sources.MAX_CLASSES)
     weights_from: str
     checkpoint_sha256: str | None = None
 
 
 class BudgetRecord(_Record):
-    target_mean_bits: float | None  # null where nothing was asked for (float)
-    mean_bits: float
-    total_weights: int
+    target_mean_bits: Amount | None  # null where nothing was asked for (float)
+    mean_bits: Amount
+    total_weights: Count
 
 
 class SizesRecord(_Record):
-    float_bytes: int  # every parameter and buffer at 4 bytes
-    paper_compression: float  # 32 / mean planes: the paper's count, weights only
-    stored_bits_per_weight: float  # dense sign-magnitude layout
-    entropy_bits_per_weight: float  # ideal order-0 coder, per layer
-    file_bytes: int | None = None  # measured; absent inside the file itself
+    float_bytes: Count  # every parameter and buffer at 4 bytes
+    paper_compression: Amount | None  # 32 / mean planes: the paper's count, weights only; null where no plane is left
+    stored_bits_per_weight: Amount  # dense sign-magnitude layout
+    entropy_bits_per_weight: Amount  # ideal order-0 coder, per layer
+    file_bytes: Count | None = None  # measured; absent inside the file itself
 
 
 class AccuracyRecord(_Record):
-    float_top1: float | None = None  # percent, as all below
-    soft_top1: float | None = None
-    hard_top1: float | None = None
-    hard_top5: float | None = None
-    samples: int = 0
+    float_top1: Percent | None = None
+    soft_top1: Percent | None = None
+    hard_top1: Percent | None = None
+    hard_top5: Percent | None = None
+    samples: Count = 0
 
 
 class LayerRecord(_Record):
-    name: str
-    shape: list[int]
-    weights: int
-    mask: str  # most significant plane first
+    name: Name
+    shape: list[Annotated[int, Field(ge=1, lt=2**31)]] = Field(min_length=1, max_length=8)
+    weights: Count
+    mask: str = Field(pattern=r"\A[01]{1,8}\z")  # most significant plane first
     bits: int  # planes in use: the paper's precision
-    stored_bits: int  # dense sign-magnitude bits per weight
-    entropy_bits: float
-    scale: float | list[float]  # value of integer 1
+    stored_bits: int = Field(ge=0, le=9)  # dense sign-magnitude bits per weight
+    entropy_bits: float = Field(ge=0, le=16)
+    scale: Scale | list[Scale]  # value of integer 1
     channel_dim: int = 0
-    encoding: str
-    packed_bytes: int
-    aliases: list[str] = Field(default_factory=list)
-    macs: int | None = (
+    encoding: str = Field(max_length=32)
+    packed_bytes: Count
+    aliases: list[Name] = Field(default_factory=list)
+    macs: Count | None = (
         None  # multiply-accumulates of one image; absent where nothing uses the weight or none were counted
     )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> LayerRecord:
+        if self.weights != math.prod(self.shape) or self.bits != self.mask.count("1"):
+            raise ValueError(f"{self.name}: mask, bits, shape and weights disagree")
+        if not -len(self.shape) <= self.channel_dim < len(self.shape):
+            raise ValueError(f"{self.name}: no dimension {self.channel_dim} in shape {self.shape}")
+        return self
 
 
 class ComputeRecord(_Record):
@@ -103,14 +117,14 @@ class ComputeRecord(_Record):
     quantized weight takes part in (attention's products, layers left float) counts 32 · 32 per multiply-accumulate.
     """
 
-    input_size: list[int]
-    macs: int
-    quantized_macs: int
-    bops: int
+    input_size: list[Count]
+    macs: Count
+    quantized_macs: Count
+    bops: Count
 
 
 class ActivationEntry(_Record):
-    module: str  # whose input is rounded
+    module: str = Field(max_length=512)  # whose input is rounded
     bits: int = Field(ge=1, le=16)
     signed: bool
     scale: float = Field(gt=0, allow_inf_nan=False)  # value of integer 1
@@ -120,28 +134,29 @@ class ParityRecord(_Record):
     """The certificate of an export: what was compared, between the hard model in torch and the file just written."""
 
     payload_sha256: str  # of the integers as read back
-    layers_matched: int
+    layers_matched: Count
     layers_absent: list[str] = Field(default_factory=list)  # weights that the forward pass never uses (ONNX only)
     layers_int8: list[str] = Field(default_factory=list)  # inputs and weights both int8 (ONNX with int8 activations)
     calibrated: list[str] = Field(default_factory=list)  # layers whose output scale was measured, not trained
     inputs: str  # "8 synthetic images", "8 images of DATA"
-    max_logit_error: float
-    logit_std: float
-    tolerance_in_std: float
-    top1: float | None = None  # percent, of this file through its engine
-    samples: int = 0
+    max_logit_error: Amount
+    logit_std: Amount
+    tolerance_in_std: Amount
+    top1: Percent | None = None  # of this file through its engine
+    samples: Count = 0
     engine: str  # "onnxruntime 1.32.0"
     versions: dict[str, str] = Field(default_factory=dict)
-    file_bytes: int = 0  # this file, certificate included
-    load_seconds: float
-    latency_ms: float | None = None  # batch 1, one thread, median
-    latency_ratio: float | None = None  # fp32 time / this file's time, interleaved in one run: > 1 is faster
+    file_bytes: Count = 0  # this file, certificate included
+    graph_sha256: str | None = None  # of all of an ONNX file but its metadata
+    load_seconds: Amount
+    latency_ms: Amount | None = None  # batch 1, one thread, median
+    latency_ratio: Amount | None = None  # fp32 time / this file's time, interleaved in one run: > 1 is faster
 
 
 class Manifest(_Record):
     schema_version: int = SCHEMA_VERSION
     model: ModelRecord
-    data_config: dict[str, Any]
+    data_config: Annotated[dict[str, Any], AfterValidator(sources.check_data_config)]
     classes: list[str] = Field(default_factory=list)
     budget: BudgetRecord
     sizes: SizesRecord
@@ -153,9 +168,28 @@ class Manifest(_Record):
     payload_sha256: str
     environment: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
-    form: str = "compact"  # how the tensors are laid out, see `storage`
+    form: storage.Form | Literal["onnx"] = "compact"  # how the tensors are laid out, see `storage`
     packed_others: list[storage.TensorRecord] = Field(default_factory=list)  # bit-packed files only
     parity: ParityRecord | None = None  # exported files only
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Manifest:
+        total = sum(layer.weights for layer in self.layers)
+        planes = sum(layer.weights * layer.bits for layer in self.layers)
+        if total != self.budget.total_weights or (total and abs(planes / total - self.budget.mean_bits) > 1e-6):
+            raise ValueError("the budget is not that of the layers")
+        for kind in (itertools.chain.from_iterable((r.name, *r.aliases) for r in self.layers),
+                     (r.name for r in self.packed_others), (r.module for r in self.activations)):  # fmt: skip
+            names = list(kind)
+            if len(set(names)) < len(names):
+                raise ValueError("a name stands twice")
+        return self
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Bytes that the layers' weights take as float32, and a bit-packed file's other tensors as they are."""
+        others = sum(math.prod(record.shape) * storage.itemsize(record.dtype) for record in self.packed_others)
+        return 4 * sum(layer.weights for layer in self.layers) + others
 
     def activation_records(self) -> list[ActivationRecord]:
         """The activation quantizers, as `activations.attach` takes them."""
@@ -213,7 +247,7 @@ def assemble(
     mean_bits = mean([r.bits for r in records])
     sizes = SizesRecord(
         float_bytes=4 * sum(value.numel() for value in state.values()),
-        paper_compression=32 / mean_bits if mean_bits else math.inf,
+        paper_compression=32 / mean_bits if mean_bits else None,
         stored_bits_per_weight=mean([r.stored_bits for r in records]),
         entropy_bits_per_weight=mean([r.entropy_bits for r in records]),
     )
@@ -356,7 +390,10 @@ def read(path: str | Path) -> QuantizedFile:
             except _DAMAGE as error:
                 raise UserError(f"layer {record.name}: {error}", where=where, hint="the file is damaged") from None
             record.scale = scale.tolist() if scale.numel() > 1 else float(scale)
-        others = reader.others()
+        try:
+            others = reader.others()
+        except _DAMAGE as error:
+            raise UserError(f"float tensors: {error}", where=where, hint="the file is damaged") from None
     if payload_sha256(layers) != manifest.payload_sha256:
         raise UserError("integers do not match their sha-256", where=where, hint="the file is damaged")
     manifest.sizes.file_bytes = path.stat().st_size
@@ -380,14 +417,18 @@ def read_layer(path: str | Path, name: str) -> HardLayer:
 
 
 def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> HardLayer:
+    """The layer, when its integers are ones that the mask can form and its weights are finite. Else ValueError."""
     mask = csq.mask_from_string(record.mask)
-    if not 1 <= len(mask) <= 8 or int(mask.sum()) != record.bits or record.weights != integers.numel():
-        raise ValueError("mask, bits and weights disagree")
-    channels = integers.shape[record.channel_dim] if -integers.dim() <= record.channel_dim < integers.dim() else 0
-    if scale.dtype != torch.float32 or scale.dim() != 1 or scale.numel() not in (1, channels):
-        raise ValueError(f"scale of shape {list(scale.shape)} and dtype {scale.dtype}")
-    if not torch.isfinite(scale).all():
+    if not scale.isfinite().all():
         raise ValueError("scale is not finite")
+    recorded = torch.tensor(record.scale, dtype=torch.float32).reshape(-1)
+    if recorded.numel() and not torch.equal(recorded, scale):  # a bit-packed file's manifest does without
+        raise ValueError("scale disagrees with the manifest")
+    largest = int(integers.abs().max())
+    if not csq.formable(integers, mask):
+        raise ValueError(f"integers that mask {record.mask} cannot form")
+    if not bool((scale.abs() * largest).isfinite().all()):
+        raise ValueError("integers × scale is not finite")
     return HardLayer(record.name, integers, scale, mask, record.channel_dim, tuple(record.aliases))
 
 
@@ -401,8 +442,17 @@ def _opened(path: Path) -> Any:
 
 
 def _manifest(file: Any, path: Path) -> Manifest:
-    squeezed = file.get_tensor(storage.MANIFEST).numpy().tobytes() if storage.MANIFEST in file.keys() else None
-    return parse_manifest((file.metadata() or {}).get(METADATA_KEY), where=str(path), deflated=squeezed)
+    where = str(path)
+    try:
+        squeezed = storage.raw_bytes(file, storage.MANIFEST) if storage.MANIFEST in file.keys() else None
+    except _DAMAGE as error:
+        raise UserError(f"manifest is damaged ({error})", where=where) from None
+    manifest = parse_manifest((file.metadata() or {}).get(METADATA_KEY), where=where, deflated=squeezed)
+    try:
+        untrusted.check_unpacked(manifest.unpacked_bytes, file_bytes=path.stat().st_size)
+    except ValueError as error:
+        raise UserError(f"manifest is damaged ({error} of weights)", where=where) from None
+    return manifest
 
 
 def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = None) -> Manifest:
@@ -410,14 +460,27 @@ def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = Non
     if text is None:
         raise UserError("not a csq file (no manifest)", where=where, hint="`csq search` writes one")
     try:
-        raw = json.loads(text)
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
+        raw = _read_json(text)
+        if raw.get("schema_version") != SCHEMA_VERSION:
             hint = f"this csq reads version {SCHEMA_VERSION}; upgrade csq"
-            raise UserError(f"schema version {version!r}", where=where, hint=hint)
+            raise UserError(f"schema version {raw.get('schema_version')!r}", where=where, hint=hint)
         if deflated is not None:
-            raw |= json.loads(packing.inflate(deflated, storage.MANIFEST_LIMIT, exact=False))
+            raw |= _read_json(packing.inflate(deflated, storage.MANIFEST_LIMIT, exact=False))
         return Manifest.model_validate(raw)
-    except (ValidationError, ValueError, TypeError, RecursionError) as error:
-        first = error.errors()[0]["loc"] if isinstance(error, ValidationError) else "not JSON"
-        raise UserError(f"manifest is damaged ({first})", where=where) from None
+    except ValidationError as error:
+        raise UserError(f"manifest is damaged ({_first(error)})", where=where) from None
+    except ValueError as error:
+        raise UserError(f"manifest is damaged ({error})", where=where) from None
+
+
+def _read_json(text: str | bytes) -> dict[str, Any]:
+    if len(text) > _MANIFEST_BYTES:
+        raise ValueError(f"{len(text):,} bytes")
+    return untrusted.read_json(text, nodes=_MANIFEST_VALUES)
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem: ``layers.0.bits: Input should be a valid integer``."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")

@@ -142,18 +142,19 @@ def finetune(
 ) -> None:
     """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
     from csqcli import checkpoint_file
-    from csqcli.recipe import parse_assignments, resolve_from
+    from csqcli.recipe import parse_assignments, resolve_stored
 
     manifest = checkpoint_file.read_manifest(file)
     typed = {
         "data.source": data,
-        "finetune.epochs": epochs or manifest.recipe.get("finetune", {}).get("epochs") or 5,
+        "finetune.epochs": epochs,
         "seed": seed,
         "device": device.value if device else None,
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
     }
     overrides = {key: value for key, value in typed.items() if value is not None} | parse_assignments(settings or [])
-    resolved = resolve_from(manifest.recipe, overrides, where=f"recipe in {file}")
+    resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}")
+    resolved.finetune.epochs = resolved.finetune.epochs or 5
     target = output or file.absolute().parent.with_name(file.absolute().parent.name + "-finetuned")
 
     from csqcli import pipeline
@@ -392,9 +393,11 @@ def _print_report(file: Path) -> None:
 
 def _history_beside(file: Path) -> list[dict[str, Any]]:
     """The training history lies beside the model in metrics.jsonl; a file that travelled alone has none."""
+    from csqcli.untrusted import read_json
+
     try:
         lines = (file.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [read_json(line, nodes=1000) for line in lines]
     except (OSError, ValueError):
         return []
 

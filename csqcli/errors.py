@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+_MAX_LINE = 2000  # characters; names out of damaged files can be any length
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # torch's allocators, CUDA and CPU
 
 
@@ -19,7 +20,12 @@ class UserError(Exception):
     def line(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         text = f"{text}; {self.hint}" if self.hint else text
-        return " ".join(text.split())  # library messages inside may span lines
+        return printable(" ".join(text.split()))[:_MAX_LINE]  # library messages inside may span lines
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what would steer a terminal or cannot be encoded: names come out of files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def machine_fault(error: BaseException) -> UserError | None:

@@ -89,6 +89,8 @@ def decode(data: Tensor, encoding: str, shape: tuple[int, ...]) -> Tensor:
     width = int(codes_name.removeprefix("codes")) if codes_name.removeprefix("codes").isdecimal() else 0
     if not codes_name.startswith("codes") or width not in WIDTHS or huffman not in ("", "huffman"):
         raise ValueError(f"unknown encoding `{encoding}`")
+    if data.dtype != torch.uint8 or data.dim() != 1:
+        raise ValueError(f"codes of type {data.dtype} and shape {list(data.shape)}")
     weights = math.prod(shape)
     expected = packed_bytes(weights, width)
     raw = data.cpu().numpy().tobytes()

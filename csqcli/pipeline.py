@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import timm
 import torch
 import torchvision
+from pydantic import BaseModel, ConfigDict, Field
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -30,7 +31,7 @@ from csqcli import checkpoint_file, data, distributed, files, sources
 from csqcli import report as reports
 from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.distributed import Shard
-from csqcli.errors import UserError, did_you_mean
+from csqcli.errors import UserError, did_you_mean, machine_fault
 from csqcli.inspect import Operations, count_macs
 from csqcli.interrupt import Interrupted, StopRequest
 from csqcli.lock import locked
@@ -42,7 +43,17 @@ from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe import Recipe, to_yaml
-from csqcli.train import Accuracy, NonFinite, Trainer, evaluate, is_finite, logits_of, recalibrate_batchnorm
+from csqcli.train import (
+    Accuracy,
+    NonFinite,
+    Trainer,
+    check_scores,
+    evaluate,
+    is_finite,
+    logits_of,
+    recalibrate_batchnorm,
+)
+from csqcli.untrusted import check_archive, check_tree, read_json
 
 MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
     "model.safetensors",
@@ -57,6 +68,7 @@ log = logging.getLogger(__name__)
 
 _CALIBRATION_BATCHES = 4
 _MOST_ROLLBACKS = 3
+_REPORT_VALUES = 2**22
 _CLASSIFIERS_ONLY = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
 
 
@@ -178,6 +190,7 @@ def evaluate_file(
     _check_task(manifest.spec)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
     _check_classes(manifest, images, where=str(path))
+    check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
     settings = data.LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
     return evaluate(model, data.make_loader(images.val, manifest.data_config, settings)), manifest
 
@@ -304,18 +317,9 @@ class _Job:
         outcome = {"input_top1": input_top1, "finetuned_top1": after, "kept": kept}
         return self._report(file, parity={"max_logit_gap": gap}, finetune=outcome)
 
-    @torch.no_grad()
     def _check_scores(self) -> None:
-        """UserError for a model that gives no score per class, before anything is spent on it."""
-        self.model.eval()
-        output = self.model(torch.zeros(1, *self.config["input_size"], device=self.device))
-        shape = list(logits_of(output).shape)
-        if shape != [1, self.images.num_classes]:
-            raise UserError(
-                f"gives outputs of shape {shape} for one image, not {self.images.num_classes} scores",
-                where=self.record.source,
-                hint=_CLASSIFIERS_ONLY,
-            )
+        """Before anything is spent on the model."""
+        check_scores(self.model, self.config["input_size"], self.images.num_classes, where=self.record.source)
 
     def _count_operations(self, layers: Sequence[Layer]) -> None:
         self.operations = count_macs(self.model, layers, self.config["input_size"])
@@ -456,6 +460,24 @@ class _Job:
         if self.shard.is_main:
             log.warning("%s; back to the last saved state, learning rates × %g", error.what, 0.5**self.rollbacks)
 
+    def _restore(self, trainer: Trainer, saved: dict[str, Any]) -> None:
+        """Put a saved state back. UserError for one that this run cannot have saved."""
+        try:
+            self.model.load_state_dict(saved["model"])
+            trainer.optimizer.load_state_dict(saved["optimizer"])
+            if self.accuracy.soft_top1 is not None:
+                trainer.optimizer.before_harden = None
+            if self.activations is not None:
+                self.activations.load_state_dict(saved["activations"])
+            torch.set_rng_state(saved["rng"])
+            if not 0 <= saved["batch"] <= trainer.steps_per_epoch:
+                raise ValueError(f"batch {saved['batch']}")
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            if machine_fault(error) is not None:
+                raise
+            where, hint = str(self.folder.path / RESUME_FILE), "pass --force to start over"
+            raise UserError(f"does not fit this run ({error})", where=where, hint=hint) from error
+
     def _run(self, phase: str, trainer: Trainer) -> None:
         fresh: dict[str, Any] = {"batch": 0, "losses": []}
         first, done = 0, fresh
@@ -485,13 +507,7 @@ class _Job:
             self.folder.save_state(state)
 
         if self.saved is not None:
-            self.model.load_state_dict(self.saved["model"])
-            trainer.optimizer.load_state_dict(self.saved["optimizer"])
-            if self.accuracy.soft_top1 is not None:
-                trainer.optimizer.before_harden = None
-            if self.activations is not None:
-                self.activations.load_state_dict(self.saved["activations"])
-            torch.set_rng_state(self.saved["rng"])
+            self._restore(trainer, self.saved)
             first, done = self.saved["epoch"], self.saved
             self.display.say(f"resumed {phase} at epoch {first + 1}, batch {done['batch'] + 1}")
             self.saved = None
@@ -701,7 +717,7 @@ def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
             raise UserError(what, where=f"data.{key}", hint="give one, or one per channel")
     if settings.input_size is not None:
         changed["input_size"] = (config["input_size"][0], settings.input_size, settings.input_size)
-    return changed
+    return sources.usable_config(changed, where="recipe")
 
 
 class _OutputFolder:
@@ -763,7 +779,7 @@ class _OutputFolder:
 
     def _report_of_this_run(self) -> dict[str, Any] | None:
         try:
-            report: dict[str, Any] = json.loads((self.path / REPORT_FILE).read_text(encoding="utf-8"))
+            report = read_json((self.path / REPORT_FILE).read_text(encoding="utf-8"), nodes=_REPORT_VALUES)
         except (OSError, ValueError):
             return None
         return report if report.get("fingerprint") == self.fingerprint else None
@@ -822,14 +838,40 @@ class _OutputFolder:
 
 
 def _load_state(path: Path) -> dict[str, Any] | None:
-    """A resume state, or None when its bytes are not those that were saved."""
+    """A resume state, or None when its bytes are not those that were saved. Never unpickled freely."""
     try:
-        if files.is_intact(path):
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state
+        if not files.is_intact(path):
+            return None
+        check_archive(path)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _SavedState.model_validate(state)
+        check_tree(state["history"], nodes=_REPORT_VALUES)
+        return state
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
-    return None
+    except Exception as error:  # torch.load raises many kinds for damaged files; all mean the same to the user
+        log.debug("%s: %r", path, error)
+        return None
+
+
+class _SavedState(BaseModel):
+    """What a resume state holds."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, strict=True)
+
+    fingerprint: str
+    phase: Literal["search", "finetune"]
+    epoch: int = Field(ge=0)
+    batch: int = Field(ge=0)
+    losses: list[float]
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    activations: dict[str, torch.Tensor]
+    rng: torch.Tensor
+    history: list[dict[str, Any]]
+    accuracy: AccuracyRecord
+    rollbacks: int = Field(ge=0, le=_MOST_ROLLBACKS)
+    input_top1: float | None
 
 
 def _fingerprint(recipe: Recipe, source: str) -> str:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from csqcli.errors import UserError, did_you_mean
+from csqcli.untrusted import check_arguments, check_tree
 
 Method = Literal["csq", "csq-paper", "csq-uniform", "ste", "lsq", "float"]
 DEFAULT_RECIPE = "short"
+_MAX_BYTES, _MAX_VALUES = 2**18, 10_000  # of a recipe file; a rule per layer of the largest model takes less
 
 
 class _Section(BaseModel):
@@ -35,7 +37,7 @@ class ModelSettings(_Section):
     """Load the library's pretrained weights when no checkpoint is given."""
     checkpoint: str | None = None
     """Weights file: .safetensors, .pth, .pt, .th or .tar. `builtin:digits` is the embedded digits checkpoint."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: Annotated[dict[str, Any], AfterValidator(check_arguments)] = Field(default_factory=dict)
     """Keyword arguments for the model's constructor, e.g. `{drop_path_rate: 0.1}`."""
 
 
@@ -44,15 +46,15 @@ class DataSettings(_Section):
 
     source: str | None = None
     """Image folder with `train/` and `val/` (`valid/`, `validation/`, `test/`), `cifar10:DIR`, `cifar100:DIR` or `digits`."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=2**20)
     """Training images per step."""
-    eval_batch_size: int = Field(256, ge=1)
+    eval_batch_size: int = Field(256, ge=1, le=2**20)
     """Validation images per step; does not change results."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, le=1024)
     """Loader processes; small data sets are held in memory and use none. Does not change results."""
     augment: Literal["auto", "none", "crop", "crop-flip", "imagenet"] = "auto"
     """`auto`: padded random crop and flip up to 64 pixels (no flip for digits), random resized crop and flip beyond."""
-    input_size: int | None = Field(None, ge=1)
+    input_size: int | None = Field(None, ge=1, le=4096)
     """Side of the square input in pixels."""
     mean: list[float] | None = None
     """Channel means in [0, 1] for normalisation."""
@@ -162,7 +164,7 @@ class OptimizerSettings(_Section):
 class FinetuneSettings(_Section):
     """The second half of Algorithm 1: masks fixed, temperature rewound, bits trained again."""
 
-    epochs: int = Field(0, ge=0)
+    epochs: int = Field(0, ge=0, le=10**6)
     """Epochs after a search; 0 for none."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate; 0.4 of the search's when unset, since the model is already trained at its precision."""
@@ -185,15 +187,15 @@ class Recipe(_Section):
     """Training."""
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
     """The optional second phase."""
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(10, ge=1, le=10**6)
     """Epochs of the search."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=10**9)
     """Stop every epoch after this many steps; for trying a job out."""
-    bn_recalibration_batches: int = Field(100, ge=0)
+    bn_recalibration_batches: int = Field(100, ge=0, le=10**6)
     """Training batches that re-estimate BatchNorm statistics once the weights are hard; 0 leaves them."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seeds data order, augmentation and fresh weights."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads; unset leaves torch's choice. Runs repeat bit for bit at equal threads; tiny models are fastest with 1."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """Training in bfloat16 autocast: `auto` on a GPU, off on the CPU. Gates, latents and evaluation stay float32."""
@@ -237,16 +239,28 @@ def read(name_or_file: str) -> tuple[dict[str, Any], str]:
             hint = did_you_mean(name_or_file, builtin_names()) or f"shipped recipes: {', '.join(builtin_names())}"
             raise UserError("no such recipe or file", where=name_or_file, hint=hint)
         try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise UserError(f"is larger than {_MAX_BYTES:,} bytes", where=name_or_file, hint="give a recipe")
             text, where = path.read_text(encoding="utf-8"), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot be read ({error})", where=name_or_file) from None
     try:
-        raw = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raw = _load_yaml(text) or {}
+    except ValueError as error:
         raise UserError(f"not valid YAML: {error}", where=where) from None
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of settings", where=where)
     return raw, where
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML of plain values: no objects, and no more of them than a recipe needs. ValueError for anything else."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own slips too
+        raise ValueError(error) from None
+    check_tree(value, nodes=_MAX_VALUES)
+    return value
 
 
 def resolve(name_or_file: str, overrides: dict[str, Any]) -> Recipe:
@@ -270,6 +284,17 @@ def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) 
                 raise UserError(f"`{parent}` is not a section", where=where)
         section[leaf] = value
     return validate(raw, where=where)
+
+
+def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) -> Recipe:
+    """As :func:`resolve`, from the recipe inside a model file.
+
+    Whatever would make csq import or read something is left out of it (model, data.source): only users name those.
+    """
+    kept = {name: part for name, part in raw.items() if name != "model"}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = {name: value for name, value in kept["data"].items() if name != "source"}
+    return resolve_from(kept, overrides, where=where)
 
 
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:
@@ -296,8 +321,8 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"`{assignment}` is not key=value", where="--set", hint="e.g. --set optimizer.lr=0.05")
         try:
-            parsed[full_key(key.strip())] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed[full_key(key.strip())] = _load_yaml(value)
+        except ValueError:
             raise UserError(f"`{value}` is not a YAML value", where=f"--set {key}") from None
     return parsed
 

@@ -7,6 +7,7 @@ from typing import Any
 import rich.box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from csqcli.checkpoint_file import Manifest
 
@@ -20,7 +21,11 @@ def print_table(manifest: Manifest, console: Console) -> None:
     """Per-layer table, totals, and accuracy from float to hard."""
     total_packed = sum(layer.packed_bytes for layer in manifest.layers) or 1
     table = Table(
-        title=manifest.model.source, title_justify="left", box=rich.box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
+        title=Text(manifest.model.source),
+        title_justify="left",
+        box=rich.box.SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for heading, justify in (
         ("layer", "left"),
@@ -36,7 +41,7 @@ def print_table(manifest: Manifest, console: Console) -> None:
         table.add_column(heading, justify=justify, no_wrap=heading != "layer", overflow="fold")  # type: ignore[arg-type]
     for layer in manifest.layers:
         table.add_row(
-            layer.name,
+            Text(layer.name),
             "×".join(map(str, layer.shape)),
             f"{layer.weights:,}",
             "–" if layer.macs is None else _short(layer.macs),
@@ -49,7 +54,7 @@ def print_table(manifest: Manifest, console: Console) -> None:
     if manifest.layers:
         console.print(table)
     for line in totals(manifest):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
 
 def totals(manifest: Manifest) -> list[str]:
@@ -60,7 +65,7 @@ def totals(manifest: Manifest) -> list[str]:
         asked = f" (target {budget.target_mean_bits:g})" if budget.target_mean_bits is not None else ""
         lines += [
             f"mean bits    {budget.mean_bits:.4f}{asked} over {budget.total_weights:,} weights; "
-            f"paper's compression {sizes.paper_compression:.2f}×",
+            f"paper's compression {f'{sizes.paper_compression:.2f}×' if sizes.paper_compression else 'without bound'}",
             f"stored       {sizes.stored_bits_per_weight:.3f} bits per weight dense, "
             f"{sizes.entropy_bits_per_weight:.3f} entropy",
         ]

@@ -17,20 +17,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from csqcli import models as own
-from csqcli.errors import UserError, did_you_mean
+from csqcli.errors import UserError, did_you_mean, machine_fault
+from csqcli.untrusted import check_archive, check_arguments
 
 log = logging.getLogger(__name__)
 
 DataConfig = dict[str, Any]
+MAX_SIDE, MAX_CLASSES = 4096, 10**6
 _WRAPPERS = (
     "state_dict_ema",
     "model_ema",
@@ -53,6 +56,28 @@ _INPUT_SIZES = {  # torchvision's models that are no image classifiers: an input
     "video": (3, 16, 112, 112),  # C, T, H, W; H and W are the weights' own
     "optical flow": (3, 128, 128),  # of each of the two images
 }
+
+
+class _DataConfigRules(BaseModel):
+    """What a data config may say."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    input_size: tuple[int, ...] = Field(min_length=3, max_length=4)  # C, (T,) H, W
+    mean: list[Annotated[float, Field(ge=-1e6, le=1e6)]]
+    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+    crop_pct: float = Field(1.0, gt=0.01, le=1)
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+    @model_validator(mode="after")
+    def _fits(self) -> _DataConfigRules:
+        channels = self.input_size[0]
+        if not 1 <= min(self.input_size) or max(self.input_size) > MAX_SIDE:
+            raise ValueError(f"input_size {list(self.input_size)} is not within 1 to {MAX_SIDE}")
+        if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} deviations for {channels} channels")
+        return self
 
 
 @dataclass(frozen=True)
@@ -110,9 +135,10 @@ def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False)
     Raises UserError when arguments do not fit or pretrained weights cannot be had.
     """
     kwargs = dict(spec.arguments)
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
     try:
+        check_arguments(kwargs)
+        if num_classes is not None:
+            kwargs["num_classes"] = num_classes
         if spec.library == "csq":
             if pretrained:
                 raise UserError(
@@ -126,7 +152,9 @@ def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False)
         if spec.library == "torchvision":
             return _build_torchvision(spec, kwargs, pretrained)
         return _build_factory(spec, kwargs, pretrained)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if machine_fault(error) is not None:
+            raise
         raise UserError(f"the constructor refused its arguments: {error}", where=spec.source) from error
 
 
@@ -183,15 +211,30 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
     tensors = {}
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Tensor):
+            name = str(name)
             for prefix in _PREFIXES:
-                name = str(name).removeprefix(prefix)
+                name = name.removeprefix(prefix)
             tensors[name] = value
     if not tensors:
         raise UserError("holds no tensors", where=path, hint="a state dict is expected")
     for name, value in tensors.items():
-        if is_damaged(value):
+        try:
+            _check_tensor(value)
+        except ValueError as error:
+            raise UserError(f"tensor `{name}` is {error}", where=path, hint="a plain state dict is expected") from None
+        if is_damaged(value.float()):
             raise UserError(f"tensor `{name}` holds NaN or infinite values", where=path, hint="use another checkpoint")
     return tensors, digest, path if path.startswith("builtin:") else file.name
+
+
+def _check_tensor(value: Tensor) -> None:
+    """A plain dense tensor whose elements are all there."""
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
+        raise ValueError(f"a {value.dtype} tensor of layout {value.layout} on {value.device}")
+    if value.is_floating_point() and value.dtype.itemsize < 2:
+        raise ValueError(f"a tensor of type {value.dtype}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"shape {list(value.shape)} on {value.untyped_storage().nbytes():,} bytes")
 
 
 def is_damaged(value: Tensor) -> bool:
@@ -203,6 +246,7 @@ def is_damaged(value: Tensor) -> bool:
 
 def _unpickle_tensors(file: Path, path: str) -> Any:
     try:
+        check_archive(file)
         with warnings.catch_warnings():  # torch's remarks on pickle protocols mean nothing to the user
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -253,7 +297,14 @@ def fit_state_dict(
 
 
 def data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
-    """Input size, mean, std, interpolation and crop of the model's pretrained weights (or of its architecture)."""
+    """Input size, mean, std, interpolation and crop of the model's pretrained weights (or of its architecture).
+
+    Raises UserError where a factory's model states what cannot be.
+    """
+    return usable_config(_data_config(model, spec), where=spec.source)
+
+
+def _data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
     if spec.library == "timm":
         from timm.data import resolve_model_data_config
 
@@ -262,6 +313,25 @@ def data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
     if spec.library == "torchvision":
         return _torchvision_config(spec)
     return _FALLBACK_CONFIG | dict(getattr(model, "data_config", {}))
+
+
+def usable_config(config: Mapping[str, Any], *, where: str) -> DataConfig:
+    """As :func:`check_data_config`, with a UserError."""
+    try:
+        return check_data_config(config)
+    except ValueError as error:
+        raise UserError(f"data config: {error}", where=where) from None
+
+
+def check_data_config(config: Mapping[str, Any]) -> DataConfig:
+    """The config, when batches can be made from it; else ValueError."""
+    try:
+        _DataConfigRules.model_validate(dict(config))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")) from None
+    return dict(config)
 
 
 def _known_names(library: str) -> list[str]:
@@ -368,7 +438,7 @@ def task_of(spec: ModelSpec) -> str:
 
     torchvision's modules say so; everything else is taken for a classifier.
     """
-    if spec.library != "torchvision":
+    if spec.library != "torchvision" or spec.name not in _known_names("torchvision"):
         return "classification"
     import torchvision
 

@@ -15,14 +15,14 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
-from csqcli import packing
+from csqcli import packing, sources
 from csqcli.quant.methods import HardLayer, spread
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CODES, MANIFEST = (
     "csq_codes",
     "csq_manifest",
 )  # tensors of a bit-packed file, beside one csq_TYPE per type of the others
-MANIFEST_LIMIT = 2**26  # bytes; a manifest is a few hundred bytes per layer
+MANIFEST_LIMIT = 2**23  # bytes once inflated; a manifest is a few hundred bytes per layer
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -54,9 +54,21 @@ _DTYPES = {
 class TensorRecord(BaseModel):
     """A float parameter or buffer inside a bit-packed file; those of one type follow each other in ``csq_TYPE``."""
 
-    name: str
+    name: str = Field(min_length=1, max_length=512)
     dtype: str
-    shape: list[int]
+    shape: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(max_length=8)
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in _DTYPES:
+            raise ValueError(f"unknown type {dtype}")
+        return dtype
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    return _DTYPES[dtype].itemsize
 
 
 @dataclass
@@ -103,12 +115,13 @@ class Reader:
         self.file = file
         self.unread = set(file.keys())
         self.bit_packed = CODES in self.unread
+        self.weights = {name for record in layers for name in (record.name, *record.aliases)}
         self.floats: dict[str, Tensor] = {}
         if self.bit_packed:
             self.unread.clear()
             self.floats = _unpack_tensors(file, others)
             ends = list(itertools.accumulate(record.packed_bytes for record in layers))
-            if ends[-1:] not in ([], file.get_slice(CODES).get_shape()):
+            if (ends[-1:] or [0]) != file.get_slice(CODES).get_shape():
                 raise ValueError("payloads do not fill the codes")
             self.spans = {
                 record.name: (end - record.packed_bytes, end) for record, end in zip(layers, ends, strict=True)
@@ -116,6 +129,16 @@ class Reader:
 
     def layer(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
         """Integers (int32, the weight's shape) and scale (float32, [1] or [channels])."""
+        integers, scale = self._layer(record)
+        if (
+            scale.dtype != torch.float32
+            or scale.dim() != 1
+            or scale.numel() not in (1, record.shape[record.channel_dim])
+        ):
+            raise ValueError(f"scale of shape {list(scale.shape)} and dtype {scale.dtype}")
+        return integers, scale
+
+    def _layer(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
         shape, name = tuple(record.shape), record.name
         if self.bit_packed:
             start, end = self.spans[name]
@@ -136,8 +159,14 @@ class Reader:
         return packing.decode(payload, record.encoding, shape).to(torch.int32), scale
 
     def others(self) -> dict[str, Tensor]:
-        """What is left after every layer was read."""
-        return {name: self.file.get_tensor(name) for name in sorted(self.unread)} | self.floats
+        """What is left after every layer was read: plain numbers, none of them under a layer's name."""
+        left = {name: self.file.get_tensor(name) for name in sorted(self.unread)} | self.floats
+        for name, value in left.items():
+            if value.dtype not in _DTYPES.values() or name in self.weights:
+                raise ValueError(f"tensor {name} of type {value.dtype} does not belong here")
+            if sources.is_damaged(value.float()):
+                raise ValueError(f"tensor {name} holds NaN or infinite values")
+        return left
 
     def _take(self, name: str) -> Tensor:
         if name not in self.unread:
@@ -148,6 +177,8 @@ class Reader:
     def _from_weight(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
         """Integers back from float weights: |Q| < 2^15 and one rounding of 2^-24, so W / scale rounds to Q exactly."""
         weight, scale = self._take(record.name), _recorded_scale(record)
+        if scale.numel() not in (1, record.shape[record.channel_dim]):
+            raise ValueError(f"{scale.numel()} scales")
         if tuple(weight.shape) != tuple(record.shape) or weight.dtype != torch.float32:
             raise ValueError(f"weight of shape {list(weight.shape)} and dtype {weight.dtype}")
         unit = spread(scale, weight, record.channel_dim)
@@ -189,18 +220,25 @@ def _unpack_tensors(file: Any, records: Sequence[TensorRecord]) -> dict[str, Ten
     """Inverse of the packing above; ValueError when the bytes are not what the records say."""
     groups: dict[str, list[TensorRecord]] = {}
     for record in records:
-        if record.dtype not in _DTYPES or min(record.shape, default=0) < 0:
-            raise ValueError(f"{record.name}: dtype {record.dtype}, shape {record.shape}")
         groups.setdefault(record.dtype, []).append(record)
     tensors: dict[str, Tensor] = {}
     for dtype, members in groups.items():
         sizes = [math.prod(record.shape) for record in members]
         width = _DTYPES[dtype].itemsize
-        raw = packing.inflate(file.get_tensor(f"csq_{dtype}").numpy().tobytes(), sum(sizes) * width)
+        raw = packing.inflate(raw_bytes(file, f"csq_{dtype}"), sum(sizes) * width)
         flat = np.frombuffer(raw, dtype=np.uint8).reshape(width, sum(sizes)).T.reshape(-1).copy()
         values = torch.from_numpy(flat).view(_DTYPES[dtype]).split(sizes)
         tensors |= {record.name: part.view(record.shape).clone() for record, part in zip(members, values, strict=True)}
     return {record.name: tensors[record.name] for record in records}
+
+
+def raw_bytes(file: Any, name: str) -> bytes:
+    """A tensor that holds bytes. ValueError for any other."""
+    tensor = file.get_tensor(name)
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(f"{name} is no row of bytes")
+    data: bytes = tensor.numpy().tobytes()
+    return data
 
 
 def deflate(data: bytes) -> bytes:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from csqcli import distributed
 from csqcli.data import Loader, Unavailable, stream_seed
-from csqcli.errors import UserError
+from csqcli.errors import UserError, machine_fault
 from csqcli.quant.optimizer import QuantizedOptimizer
 
 
@@ -60,6 +60,26 @@ def is_finite(state: Any) -> bool:
     if isinstance(state, (list, tuple)):
         return all(is_finite(value) for value in state)
     return not isinstance(state, float) or math.isfinite(state)
+
+
+@torch.no_grad()
+def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int | None, *, where: str) -> None:
+    """UserError for a model that does not make one score per class (None: anything) of an image. Leaves it in eval mode."""
+    model.eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    size = "×".join(map(str, input_size))
+    try:
+        shape = list(logits_of(model(torch.zeros(1, *input_size, device=device))).shape)
+    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
+        if machine_fault(error) is not None:
+            raise
+        hint = "check data.input_size"
+        raise UserError(f"cannot run on an image of {size} ({error})", where=where, hint=hint) from error
+    if num_classes is not None and shape != [1, num_classes]:
+        hint = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
+        raise UserError(
+            f"gives outputs of shape {shape} for one image, not {num_classes} scores", where=where, hint=hint
+        )
 
 
 @torch.no_grad()

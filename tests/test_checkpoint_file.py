@@ -16,6 +16,7 @@ import csqcli
 from csqcli import checkpoint_file
 from csqcli.checkpoint_file import ModelRecord
 from csqcli.errors import UserError
+from csqcli.models import DIGITS_CONFIG
 from csqcli.quant.methods import HardLayer
 
 
@@ -135,11 +136,11 @@ def test_a_bound_that_is_infinite_by_design_is_stored_and_nan_is_refused() -> No
     model[0].register_buffer("upper", torch.tensor(float("inf")))
     record = ModelRecord(source="m:f", library="factory", name="m:f", num_classes=2, weights_from="random")
     layers = harden(model)
-    file = checkpoint_file.assemble(model, layers, record=record, data_config={}, target_bits=None)
+    file = checkpoint_file.assemble(model, layers, record=record, data_config=DIGITS_CONFIG, target_bits=None)
     assert file.state_dict()["0.upper"] == float("inf")
     model[1].running_mean[1] = float("inf")
     with pytest.raises(UserError, match=r"1.running_mean: training left NaN or infinite values"):
-        checkpoint_file.assemble(model, layers, record=record, data_config={}, target_bits=None)
+        checkpoint_file.assemble(model, layers, record=record, data_config=DIGITS_CONFIG, target_bits=None)
 
 
 def test_tied_weights_are_stored_once_and_load_under_both_names(tmp_path: Path) -> None:
@@ -153,7 +154,9 @@ def test_tied_weights_are_stored_once_and_load_under_both_names(tmp_path: Path) 
     record = checkpoint_file.ModelRecord(
         source="tests:_Tied", library="factory", name="tests:_Tied", num_classes=4, weights_from="random"
     )
-    file = checkpoint_file.assemble(model, method.hard_layers(), record=record, data_config={}, target_bits=3.0)
+    file = checkpoint_file.assemble(
+        model, method.hard_layers(), record=record, data_config=DIGITS_CONFIG, target_bits=3.0
+    )
     checkpoint_file.write(tmp_path / "tied.safetensors", file)
     state = checkpoint_file.read(tmp_path / "tied.safetensors").state_dict()
     assert [layer.name for layer in layers] == ["first.weight"]

@@ -17,7 +17,7 @@ from csqcli.errors import UserError
 from csqcli.export import verify
 from csqcli.export.verify import ParityError, Probe
 from csqcli.storage import Form
-from csqcli.train import evaluate
+from csqcli.train import check_scores, evaluate
 
 if TYPE_CHECKING:
     from csqcli.export.onnx_graph import PackedGraph
@@ -60,6 +60,7 @@ def export_file(
     if calib is not None and activations != "int8":
         raise UserError("--calib belongs to --activations int8", where="csq export")
     model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
+    check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
     workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
     loader = _loader(file, data_source, val_limit, workers=workers) if data_source is not None else None
     images = next(iter(loader.epoch(0)))[0][: verify.PROBE_IMAGES] if loader is not None else None
@@ -198,9 +199,13 @@ class _Onnx:
             self.tolerance = max(self.tolerance, 2 * floor)
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
+        from csqcli.export import runtime
+
         self.manifest.parity = parity
         del self.proto.metadata_props[:]
         entry = self.proto.metadata_props.add(key=METADATA_KEY)
+        if parity is not None:
+            parity.graph_sha256 = runtime.graph_sha256(self.proto)
         for _ in range(4):  # the certificate states the size of the file that it is part of
             entry.value = self.manifest.model_dump_json()
             content = self.proto.SerializeToString()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -29,22 +30,25 @@ def require(*names: str, extra: str = "onnx") -> list[ModuleType]:
 class OnnxModel(nn.Module):
     """An ONNX Runtime session (CPU) behind a module's face: images in, logits out."""
 
-    def __init__(self, model: Path | bytes, *, threads: int = 0) -> None:
+    def __init__(self, model: Path | bytes, *, threads: int = 0, where: str = "ONNX") -> None:
         """``threads`` 0 takes all cores. Raises UserError when the engine refuses the file."""
         super().__init__()
         (onnxruntime,) = require("onnxruntime")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.intra_op_num_threads, options.log_severity_level = threads, 4  # an error is raised, not printed
+        self.where = str(model) if isinstance(model, Path) else where
         try:
             source = str(model) if isinstance(model, Path) else model
             self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the engine's own exception classes are no public API
-            where = str(model) if isinstance(model, Path) else "ONNX"
-            raise UserError(f"onnxruntime cannot load it ({_first_line(error)})", where=where) from None
+            raise UserError(f"onnxruntime cannot load it ({_first_line(error)})", where=self.where) from None
         self.engine = f"onnxruntime {onnxruntime.__version__}"
 
     def forward(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run([OUTPUT], {INPUT: images.contiguous().numpy()})
+        try:
+            (logits,) = self.session.run([OUTPUT], {INPUT: images.contiguous().numpy()})
+        except Exception as error:  # as above
+            raise UserError(f"onnxruntime cannot run it ({_first_line(error)})", where=self.where) from None
         return torch.from_numpy(logits)
 
 
@@ -71,29 +75,41 @@ class OpenVinoModel(nn.Module):
 
 
 def open_model(path: Path) -> tuple[OnnxModel, Manifest]:
-    """An exported ONNX file ready to run, and its manifest. UserError for ONNX files that csq did not write."""
-    if not path.is_file():
-        raise UserError("no such file", where=str(path))
-    model = OnnxModel(path)
-    metadata = model.session.get_modelmeta().custom_metadata_map
-    manifest = checkpoint_file.parse_manifest(metadata.get(METADATA_KEY), where=str(path))
-    manifest.sizes.file_bytes = path.stat().st_size
-    return model, manifest
+    """An exported ONNX file ready to run, and its manifest. UserError for ONNX files that csq did not write.
+
+    The engine is given nothing but a graph that is as it was exported, and never a path that it could follow to others.
+    """
+    proto, manifest = _read(path)
+    if manifest.parity is None or manifest.parity.graph_sha256 != graph_sha256(proto):
+        raise UserError("the graph does not match its sha-256", where=str(path), hint="the file is damaged")
+    return OnnxModel(proto.SerializeToString(), where=str(path)), manifest
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest inside an exported ONNX file, without starting an engine."""
+    return _read(path)[1]
+
+
+def graph_sha256(proto: Any) -> str:
+    """SHA-256 of a ModelProto without its metadata, where csq's manifest is."""
+    bare = type(proto)()
+    bare.CopyFrom(proto)
+    del bare.metadata_props[:]
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _read(path: Path) -> tuple[Any, Manifest]:
     (onnx,) = require("onnx")
     if not path.is_file():
         raise UserError("no such file", where=str(path))
     try:
-        model = onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's exception differs between its implementations
         raise UserError(f"not an ONNX file ({_first_line(error)})", where=str(path)) from None
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
     manifest = checkpoint_file.parse_manifest(metadata.get(METADATA_KEY), where=str(path))
     manifest.sizes.file_bytes = path.stat().st_size
-    return manifest
+    return proto, manifest
 
 
 def _first_line(error: Exception) -> str:

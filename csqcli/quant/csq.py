@@ -89,6 +89,20 @@ def mask_string(mask: Tensor) -> str:
     return "".join("1" if bit else "0" for bit in reversed(mask.tolist()))
 
 
+def formable(integers: Tensor, mask: Tensor) -> bool:
+    """Whether digits in {−1, 0, 1} on the planes of ``mask`` (bool [bits], shifted down to its lowest) form them all."""
+    on = torch.nonzero(mask).flatten()
+    levels = torch.zeros(1, dtype=torch.int64)
+    for plane in (on - on[:1]).tolist():
+        levels = torch.cat([levels - 2**plane, levels, levels + 2**plane]).unique()
+    top = int(levels[-1])
+    if int(integers.abs().max()) > top:
+        return False
+    table = torch.zeros(2 * top + 1, dtype=torch.bool)
+    table[levels + top] = True
+    return bool(table.all() or table[(integers + top).long()].all())
+
+
 def mask_from_string(mask: str) -> Tensor:
     """Inverse of :func:`mask_string`: bool tensor [bits], index 0 the least significant plane."""
     return torch.tensor([character == "1" for character in reversed(mask)])
