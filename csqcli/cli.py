@@ -85,6 +85,9 @@ def search(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
     device: DeviceOption = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Train through torch.compile.")
+    ] = None,
     pretrained: Annotated[
         bool | None, typer.Option("--pretrained/--no-pretrained", help="Library weights when no checkpoint is given.")
     ] = None,
@@ -110,6 +113,7 @@ def search(
         "seed": seed,
         "device": device.value if device else None,
         "model.pretrained": pretrained,
+        "compile": compile_,
     }
     resolved = resolve(recipe, overrides | {key: value for key, value in typed.items() if value is not None})
 

@@ -196,7 +196,7 @@ class _ArrayLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for batch, where in enumerate(self.plan.order(epoch)[start:], start):
-            where = where.to(self.device)
+            where = _send(where, self.device)
             pixels = self.pixels[where]
             if self.settings.training and self.settings.augment != "none":
                 pixels = self._crop(pixels, epoch, batch, flip=self.settings.augment != "crop")
@@ -216,9 +216,14 @@ class _ArrayLoader:
         if flip:
             mirrored = torch.rand(count * shard.world, 1, generator=rng)[mine] < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        rows, columns = rows.to(self.device), columns.to(self.device)
+        rows, columns = _send(rows, self.device), _send(columns, self.device)
         which = torch.arange(count, device=self.device)[:, None, None]
         return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _ImageLoader:

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -239,6 +240,10 @@ class _Job:
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.model = self.model.to(self.device)
+        auto = recipe.channels_last == "auto" and self.device.type == "cuda"
+        self.channels_last = recipe.channels_last == "on" or auto
+        if self.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         train, val = self.images.train, self.images.val
         assert train is not None
         augment = data.choose_augment(settings.augment, self.images, self.config)
@@ -413,16 +418,23 @@ class _Job:
             seed=recipe.seed,
             clip_grad_norm=settings.clip_grad_norm,
             amp=recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda"),
+            micro_batch=recipe.data.micro_batch,
+            channels_last=self.channels_last,
             activation_scales=self.activations.parameters() if self.activations is not None else (),
             replica=self._replica(),
         )
 
-    def _replica(self) -> nn.Module | None:
-        """The data-parallel wrapper: it averages dL/dW, one number per weight, over the processes."""
-        if self.shard.world == 1:
-            return None
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+    def _replica(self) -> Any:
+        """What training calls in place of the model: data-parallel (one number per weight is averaged), compiled, or None."""
+        replica: Any = None
+        if self.shard.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            replica = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        if self.recipe.compile:
+            if self.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+                raise UserError("no C++ compiler", where="compile", hint="install one, or leave compile off")
+            replica = torch.compile(replica or self.model)
+        return replica
 
     def _measure_soft(self) -> None:
         self.accuracy.soft_top1 = evaluate(self.model, self.val_loader).top1
@@ -470,6 +482,8 @@ class _Job:
             if self.activations is not None:
                 self.activations.load_state_dict(saved["activations"])
             torch.set_rng_state(saved["rng"])
+            if self.device.type == "cuda" and saved["device_rng"] is not None:
+                torch.cuda.set_rng_state(saved["device_rng"], self.device)
             if not 0 <= saved["batch"] <= trainer.steps_per_epoch:
                 raise ValueError(f"batch {saved['batch']}")
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
@@ -492,6 +506,7 @@ class _Job:
                 "optimizer": trainer.optimizer.state_dict(),
                 "activations": self.activations.state_dict() if self.activations is not None else {},
                 "rng": torch.get_rng_state(),
+                "device_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                 "history": self.history,
                 "accuracy": self.accuracy.model_dump(),
                 "rollbacks": self.rollbacks,

@@ -48,6 +48,8 @@ class DataSettings(_Section):
     """Image folder with `train/` and `val/` (`valid/`, `validation/`, `test/`), `cifar10:DIR`, `cifar100:DIR` or `digits`."""
     batch_size: int = Field(128, ge=1, le=2**20)
     """Training images per step."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images per forward pass: a batch is split into parts of this size whose gradients add up; unset takes it whole. For memory."""
     eval_batch_size: int = Field(256, ge=1, le=2**20)
     """Validation images per step; does not change results."""
     workers: int = Field(2, ge=0, le=1024)
@@ -199,6 +201,10 @@ class Recipe(_Section):
     """CPU threads; unset leaves torch's choice. Runs repeat bit for bit at equal threads; tiny models are fastest with 1."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """Training in bfloat16 autocast: `auto` on a GPU, off on the CPU. Gates, latents and evaluation stay float32."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory format of weights and images: `auto` is channels_last on a GPU, contiguous on the CPU."""
+    compile: bool = False
+    """Train through torch.compile; worth its minutes of compilation in long runs. Needs a C++ compiler on the CPU."""
     save_every_minutes: float = Field(10.0, gt=0)
     """Save the resume state inside long epochs too; it is always saved after each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -140,12 +141,14 @@ class Trainer:
     criterion: nn.Module
     clip_grad_norm: float | None = None
     amp: bool = False  # bfloat16 autocast of the forward pass
+    micro_batch: int | None = None  # images per forward pass; None takes the batch whole
+    channels_last: bool = False  # memory format of the images; the model has it already
     teacher: nn.Module | None = None  # the float model, in eval mode
     distill: float = 0.0  # share of the loss that follows the teacher
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # timm's Mixup: labels become distributions
     seed: int = 0  # of mixup
     activation_scales: Sequence[nn.Parameter] = ()  # trained, but outside the model
-    replica: nn.Module | None = None  # the data-parallel wrapper that training calls in place of the model
+    replica: Any = None  # the data-parallel or compiled wrapper that training calls in place of the model
     on_step: Callable[[int, int, list[Tensor | float]], None] | None = None  # (epoch, batches done, losses so far)
 
     def run_epoch(self, epoch: int, *, start: int = 0, losses: Sequence[float] = ()) -> dict[str, Any]:
@@ -161,15 +164,14 @@ class Trainer:
             if len(labels) == 0:
                 continue
             self.scheduler.step_update(num_updates=epoch * self.steps_per_epoch + batch)
-            loss = self._loss(*self._mixed(images, labels, epoch, batch))
-            loss.backward()
+            loss = self._backward(*self._mixed(images, labels, epoch, batch))
             distributed.average_gradients(self.activation_scales)
             if self.clip_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
             lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             self.optimizer.zero_grad()
-            seen.append(loss.detach())
+            seen.append(loss)
             images_seen += len(labels)
             if self.on_step is not None:
                 self.on_step(epoch, batch + 1, seen)
@@ -194,6 +196,22 @@ class Trainer:
             "images_per_second": images_seen / seconds,
             "skipped_images": self.train_loader.skipped,
         }
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate the gradients of the batch's mean loss, part by part; that loss, detached. Reads nothing back."""
+        if self.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        size = self.micro_batch or len(images)
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        whole = torch.zeros((), device=images.device)
+        for number, (pixels, wanted) in enumerate(parts, 1):
+            # the processes exchange gradients once a step, with the last part
+            waits = number < len(parts) and hasattr(self.replica, "no_sync")
+            with self.replica.no_sync() if waits else contextlib.nullcontext():
+                loss = self._loss(pixels, wanted) * (len(pixels) / len(images))
+                loss.backward()
+            whole += loss.detach()
+        return whole
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):

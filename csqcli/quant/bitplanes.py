@@ -2,15 +2,18 @@
 
 The gates of every layer live in ``[bits, total_weights]`` buffers; a layer is a name and a slice. No autograd touches
 them: the gradient with respect to each gate is a closed form of dL/dW (Eq. 5 is elementwise per plane), so one pass
-reads dL/dW and updates the gates in place, and one pass writes the new weights into the untouched model. Both work on
-slices of ``CHUNK`` weights, so their temporaries stay in cache.
+reads dL/dW and updates the gates in place, and one pass writes the new weights into the untouched model. On the CPU, the
+reference, both work on slices of ``CHUNK`` weights, so their temporaries stay in cache; on a GPU with Triton each is one
+kernel per layer (`kernels`), without Triton PyTorch on larger slices.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from csqcli.quant import csq
 from csqcli.quant.layers import Layer
 
 CHUNK = 2**15  # weights per slice: 8 planes of fp32 temporaries are 1 MiB each
+GPU_CHUNK = 2**22  # without Triton: few launches, and temporaries that fit beside any model
 
 
 @dataclass
@@ -48,6 +52,8 @@ class BitPlanes:
         self.plane_weights = csq.plane_weights(bits, device=device)
         starts = torch.tensor([0, *(layer.weights for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+        self.chunk = GPU_CHUNK if device.type == "cuda" else CHUNK
+        self.kernels = _load_kernels() if device.type == "cuda" else None
 
     def initialise(self, *, logit: float, mask_logit: float, beta: float, scales: Sequence[Tensor]) -> None:
         """Logits from the layers' present weights, so that the soft weight at ``beta`` is the n-bit quantized weight.
@@ -62,7 +68,8 @@ class BitPlanes:
 
     def set_integers(self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float) -> None:
         """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers."""
-        pos, neg = csq.logits_from_integers(integers.flatten(), self.bits, logit=logit)
+        flat = self.layers[index].flat(integers)
+        pos, neg = csq.logits_from_integers(flat, self.bits, logit=logit)
         self.pos[:, self.slices[index]], self.neg[:, self.slices[index]] = pos, neg
         softness = torch.tanh(torch.tensor(beta * logit / 2))
         if self.fixed_mask is None:
@@ -81,9 +88,15 @@ class BitPlanes:
     def materialise(self, beta: float) -> None:
         """Eq. 5 (Eq. 4 with a fixed mask) for all layers, written into the model's own parameters."""
         per_plane = self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)  # [layers, bits]
+        weights = [layer.flat_view() for layer in self.layers]
+        if self.kernels is not None:
+            for index, where in enumerate(self.slices):
+                pos, neg = self.pos[:, where], self.neg[:, where]
+                self.kernels.soft_weight(pos, neg, per_plane[index], beta, weights[index])
+            return
         for index, chunk, of_layer in self._chunks():
             digits = torch.sigmoid(self.pos[:, chunk] * beta).sub_(torch.sigmoid(self.neg[:, chunk] * beta))
-            _flat(self.layers[index].parameter.data)[of_layer] = per_plane[index] @ digits
+            weights[index][of_layer] = per_plane[index] @ digits
 
     @torch.no_grad()
     def update_gates(self, beta: float, *, lr: float, momentum: float, weight_decay: float) -> LayerGradients:
@@ -96,8 +109,16 @@ class BitPlanes:
         gated = per_plane * self.mask(beta)
         mask_gradient = torch.zeros_like(self.mask_logits)
         squared = torch.zeros_like(self.scale)
-        gradients = [None if (grad := layer.parameter.grad) is None else grad.reshape(-1) for layer in self.layers]
-        for index, chunk, of_layer in self._chunks():
+        gradients = [None if (grad := layer.parameter.grad) is None else layer.flat(grad) for layer in self.layers]
+        if self.kernels is not None:
+            for index, (where, gradient) in enumerate(zip(self.slices, gradients, strict=True)):
+                if gradient is not None:
+                    state = self.pos, self.neg, self.pos_momentum, self.neg_momentum
+                    slices = (buffer[:, where] for buffer in state)
+                    mask_gradient[index], squared[index] = self.kernels.update_gates(
+                        *slices, gradient, gated[index], beta, lr=lr, momentum=momentum, weight_decay=weight_decay
+                    )
+        for index, chunk, of_layer in self._chunks() if self.kernels is None else ():
             whole = gradients[index]
             if whole is None:
                 continue
@@ -160,7 +181,7 @@ class BitPlanes:
             else:
                 soft = (powers * soft_mask[index]) @ csq.soft_digits(pos, neg, beta)
                 values = nearest_level(soft, levels_of(mask[index]))
-            hardened.append(values.round().to(torch.int32).view(layer.parameter.shape))
+            hardened.append(layer.unflatten(values.round().to(torch.int32)))
         return hardened
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -187,8 +208,8 @@ class BitPlanes:
     def _chunks(self) -> Iterator[tuple[int, slice, slice]]:
         """(layer index, slice of the flat buffers, slice of the layer's own flat weight)."""
         for index, where in enumerate(self.slices):
-            for start in range(where.start, where.stop, CHUNK):
-                stop = min(start + CHUNK, where.stop)
+            for start in range(where.start, where.stop, self.chunk):
+                stop = min(start + self.chunk, where.stop)
                 yield index, slice(start, stop), slice(start - where.start, stop - where.start)
 
 
@@ -206,8 +227,10 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     return levels[torch.bucketize(values, middles)]
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """A flat view in the tensor's logical (contiguous) order."""
-    if not tensor.is_contiguous():
-        raise ValueError("csq keeps weights contiguous; move the input, not the model, to channels_last")
-    return tensor.view(-1)
+@functools.cache
+def _load_kernels() -> ModuleType | None:
+    try:
+        from csqcli.quant import kernels
+    except ImportError:  # no Triton for this platform
+        return None
+    return kernels

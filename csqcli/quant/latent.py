@@ -249,7 +249,8 @@ class StagedCSQ(WeightMethod):
     def collect(self, step: int, *, lr: float, lr_share: float) -> None:
         for layer, latent, unit in zip(self.layers, self.latents, self.units, strict=True):
             gradient = layer.parameter.grad
-            latent.grad = None if gradient is None else gradient * spread(unit, gradient, layer.channel_dim)
+            # in place: the weight's gradient is not needed again, and a copy would cost four bytes a weight
+            latent.grad = None if gradient is None else gradient.mul_(spread(unit, gradient, layer.channel_dim))
         self.adam.param_groups[0]["lr"] = self.settings.latent_lr * lr_share**self.settings.latent_lr_power
         self.adam.step()
         for latent in self.latents:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from csqcli.errors import UserError, did_you_mean
@@ -34,6 +34,26 @@ class Layer:
     @property
     def weights(self) -> int:
         return self.parameter.numel()
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """``tensor`` of the weight's shape as [weights], in the order in which the weight lies in memory (channels_last too)."""
+        return tensor.permute(self._memory_order()).reshape(-1)
+
+    def flat_view(self) -> Tensor:
+        """The weight's own values as [weights], to write to. ValueError where its elements overlap or have gaps."""
+        return self.parameter.data.permute(self._memory_order()).view(-1)
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """Inverse of :meth:`flat`: contiguous, in the weight's shape."""
+        order = self._memory_order()
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return flat.view([self.parameter.shape[dim] for dim in order]).permute(inverse).contiguous()
+
+    def _memory_order(self) -> list[int]:
+        strides = self.parameter.stride()
+        return sorted(
+            range(len(strides)), key=lambda dim: -strides[dim]
+        )  # stable: dimensions of size 1 keep their place
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ class GateMethod(WeightMethod):
         if settings.target_bits is not None:
             budget.check_feasible(settings.target_bits, self.weights, self.limits)
         self.planes = BitPlanes(layers, bits=settings.bits, device=device)
+        self.device_weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
         self.fisher = torch.zeros(len(layers), device=device)  # running Σ_i g_i² per layer
         self.hardened: _Hardened | None = None
         beta = self.beta(0)
@@ -213,7 +214,10 @@ class GateMethod(WeightMethod):
             return
         beta, planes, settings = self.beta(step), self.planes, self.settings
         options = {"lr": lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
-        gap = self.budget_gap()
+        # Δ_S on the device and in float64, so that a step never waits for the host
+        gap = (planes.hard_mask().sum(dim=1).double() @ self.device_weights) / sum(self.weights) - (
+            settings.target_bits or 0.0
+        )
         gradients = planes.update_gates(beta, **options)
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
         sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)

@@ -1,0 +1,89 @@
+"""Triton twins of the two passes in `bitplanes`: one kernel each, every byte moved once, nothing read back.
+
+Imported only where there is a GPU. Without one, ``TRITON_INTERPRET=1`` runs them on CPU tensors, as the tests do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _soft_weight_kernel(
+    pos, neg, per_plane, out, count, plane_stride, beta, BITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = where < count
+    plane_stride = tl.cast(plane_stride, tl.int64)
+    weight = tl.zeros([BLOCK], tl.float32)
+    for b in tl.static_range(BITS):
+        on = tl.sigmoid(beta * tl.load(pos + b * plane_stride + where, mask=mask, other=0.0))
+        off = tl.sigmoid(beta * tl.load(neg + b * plane_stride + where, mask=mask, other=0.0))
+        weight += tl.load(per_plane + b) * (on - off)
+    tl.store(out + where, weight, mask=mask)
+
+
+def soft_weight(pos: Tensor, neg: Tensor, per_plane: Tensor, beta: float, out: Tensor) -> None:
+    """Eq. 5 of one layer into ``out`` (flat). ``pos``, ``neg``: the layer's slice of the gate buffers, [bits, weights]."""
+    _soft_weight_kernel[_grid(out)](
+        pos, neg, per_plane, out, out.numel(), pos.stride(0), beta, BITS=pos.shape[0], BLOCK=_BLOCK
+    )
+
+
+@triton.jit
+def _update_gates_kernel(
+    pos, neg, pos_momentum, neg_momentum, gradient, gated, digits, squared, count, plane_stride,
+    beta, lr, momentum, weight_decay, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    where = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = where < count
+    plane_stride = tl.cast(plane_stride, tl.int64)
+    slope = tl.load(gradient + where, mask=mask, other=0.0)
+    tl.store(squared + program, tl.sum(slope * slope, axis=0))
+    for b in tl.static_range(BITS):
+        here = b * plane_stride + where
+        pos_logit = tl.load(pos + here, mask=mask, other=0.0)
+        neg_logit = tl.load(neg + here, mask=mask, other=0.0)
+        on, off = tl.sigmoid(beta * pos_logit), tl.sigmoid(beta * neg_logit)
+        tl.store(digits + program * BITS + b, tl.sum((on - off) * slope, axis=0))
+        common = tl.load(gated + b) * beta * slope
+        pos_velocity = tl.load(pos_momentum + here, mask=mask, other=0.0) * momentum
+        neg_velocity = tl.load(neg_momentum + here, mask=mask, other=0.0) * momentum
+        pos_velocity += on * (1 - on) * common + weight_decay * pos_logit
+        neg_velocity += weight_decay * neg_logit - off * (1 - off) * common
+        tl.store(pos_momentum + here, pos_velocity, mask=mask)
+        tl.store(neg_momentum + here, neg_velocity, mask=mask)
+        tl.store(pos + here, pos_logit - lr * pos_velocity, mask=mask)
+        tl.store(neg + here, neg_logit - lr * neg_velocity, mask=mask)
+
+
+def update_gates(
+    pos: Tensor,  # [bits, weights]: the layer's slice of the buffers, as the next three
+    neg: Tensor,
+    pos_momentum: Tensor,
+    neg_momentum: Tensor,
+    gradient: Tensor,  # [weights]
+    gated: Tensor,  # [bits]: s · 2^b/(2^n−1) · mask_b
+    beta: float,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """Momentum SGD on one layer's gates in place; (Σ_i g_i d_bi [bits], Σ_i g_i² []), summed in a fixed order."""
+    bits, (programs,) = pos.shape[0], _grid(gradient)
+    digits, squared = gradient.new_empty(programs, bits), gradient.new_empty(programs)
+    _update_gates_kernel[(programs,)](
+        pos, neg, pos_momentum, neg_momentum, gradient.contiguous(), gated, digits, squared, gradient.numel(),
+        pos.stride(0), beta, lr, momentum, weight_decay, BITS=bits, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return digits.sum(dim=0), squared.sum()
+
+
+def _grid(tensor: Tensor) -> tuple[int]:
+    return (triton.cdiv(tensor.numel(), _BLOCK),)
