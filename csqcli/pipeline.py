@@ -28,7 +28,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import csqcli
-from csqcli import checkpoint_file, data, distributed, files, sources
+from csqcli import checkpoint_file, data, distributed, files, memory, sources
 from csqcli import report as reports
 from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.distributed import Shard
@@ -365,6 +365,18 @@ class _Job:
         settings = recipe.optimizer
         steps = min(self.train_loader.batches, recipe.max_steps or self.train_loader.batches)
         total = recipe.epochs * steps
+        amp = recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda")
+        memory.check(
+            self.model,
+            self.config["input_size"],
+            method=recipe.quantization.method if layers else "float",
+            bits=recipe.quantization.max_bits,
+            images=min(
+                recipe.data.micro_batch or recipe.data.batch_size, recipe.data.batch_size, self.train_loader.samples
+            ),
+            amp=amp,
+            device=self.device,
+        )
         method = make_method(recipe, layers, Clock(total, steps), start=start)
         groups = base_groups(self.model, method)
         if self.activations is not None:
@@ -417,7 +429,7 @@ class _Job:
             mixup=mixup,
             seed=recipe.seed,
             clip_grad_norm=settings.clip_grad_norm,
-            amp=recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda"),
+            amp=amp,
             micro_batch=recipe.data.micro_batch,
             channels_last=self.channels_last,
             activation_scales=self.activations.parameters() if self.activations is not None else (),

@@ -310,3 +310,25 @@ def test_the_recipe_s_method_goes_on_from_the_delivered_integers(name: str) -> N
         torch.testing.assert_close(layer.parameter.detach(), hard.weight(), atol=1e-6, rtol=1e-4)
         if name != "csq-uniform":  # at β = 1 gates are soft: tanh(1/2) of an integer, scaled back by s
             assert torch.equal(hard.integers, kept.integers)
+
+
+@pytest.mark.parametrize(("kind", "bytes_per_weight"), [("csq", 12), ("gates", 128)])
+def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(kind: str, bytes_per_weight: int) -> None:
+    """csq: a latent and Adam's two moments. Gates: 2·8 logits and their momenta (docs/performance.md)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 256, bias=False))
+    method = make(kind, model)
+    optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method) or model.parameters(), lr=0.01))
+    for _ in range(6):  # csq: past the soft masks
+        model(torch.randn(2, 256)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def size(state: object) -> int:
+        if isinstance(state, Tensor):
+            return state.numel() * state.element_size()
+        parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+        return sum(map(size, parts))
+
+    held = size(method.state_dict()) / (2 * 256 * 256)
+    assert bytes_per_weight <= held < bytes_per_weight * 1.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,30 @@ def test_a_compiled_run_trains_the_same_model(whole: Any, tmp_path: Path) -> Non
     compiled = run(tmp_path / "run", compile=True)
     assert differing(compiled, whole) < 0.05
     torch._dynamo.reset()
+
+
+def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
+    from csqcli import memory
+    from csqcli.errors import UserError
+
+    per_image = 4 * (64 + 2 * 16 * 64 + 2 * 32 * 16 + 32)  # image, two tensors of each stage kept, pooled; floats
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 200_000 + 20 * per_image)
+    with pytest.raises(UserError, match=r"needs at least .* micro_batch=(\d+) fits") as refusal:
+        run(tmp_path / "run")
+    advised = int(re.search(r"micro_batch=(\d+)", str(refusal.value))[1])
+    assert 8 <= advised <= 32
+    run(tmp_path / "again", data__micro_batch=advised)
+
+
+def test_kept_activations_are_counted_once_and_the_model_is_left_alone() -> None:
+    from csqcli.memory import activation_bytes
+
+    model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.BatchNorm1d(50), torch.nn.Dropout())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    kept = activation_bytes(model, (100,), amp=False, device=torch.device("cpu"))
+    # the image [100] and ReLU's output [50], which BatchNorm keeps too; BatchNorm's running statistics [2 × 50]
+    assert 4 * 150 <= kept <= 4 * (150 + 200)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
