@@ -283,7 +283,7 @@ def fit_state_dict(
         )
     for name, value in state.items():
         if tuple(value.shape) != tuple(wanted[name].shape):
-            if num_classes is not None and wanted[name].shape[:1] == (num_classes,):
+            if num_classes is not None and value.dim() and wanted[name].shape[:1] == (num_classes,):
                 raise UserError(
                     f"the checkpoint has {value.shape[0]} classes, {num_classes_from} has {num_classes} (tensor {name})",
                     where=where,
