@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from csqcli.errors import UserError, did_you_mean
-from csqcli.untrusted import check_arguments, check_tree
+from csqcli.untrusted import MAX_DEPTH, check_arguments, check_tree
 
 Method = Literal["csq", "csq-paper", "csq-uniform", "ste", "lsq", "float"]
 DEFAULT_RECIPE = "short"
@@ -259,10 +259,24 @@ def read(name_or_file: str) -> tuple[dict[str, Any], str]:
     return raw, where
 
 
+class _Loader(yaml.SafeLoader):
+    """Stops where the nesting gets deep, which PyYAML reads in quadratic time."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 def _load_yaml(text: str) -> Any:
     """YAML of plain values: no objects, and no more of them than a recipe needs. ValueError for anything else."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own slips too
         raise ValueError(error) from None
     check_tree(value, nodes=_MAX_VALUES)

@@ -63,11 +63,11 @@ class _DataConfigRules(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    input_size: tuple[int, ...] = Field(min_length=3, max_length=4)  # C, (T,) H, W
-    mean: list[Annotated[float, Field(ge=-1e6, le=1e6)]]
-    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
+    input_size: tuple[Annotated[int, Field(strict=True)], ...] = Field(min_length=3, max_length=4)  # C, (T,) H, W
+    mean: list[Annotated[float, Field(strict=True, ge=-1e6, le=1e6)]]
+    std: list[Annotated[float, Field(strict=True, ge=1e-6, le=1e6)]]
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-    crop_pct: float = Field(1.0, gt=0.01, le=1)
+    crop_pct: float = Field(1.0, strict=True, gt=0.01, le=1)
     crop_mode: Literal["center", "squash", "border"] = "center"
 
     @model_validator(mode="after")
@@ -283,7 +283,7 @@ def fit_state_dict(
         )
     for name, value in state.items():
         if tuple(value.shape) != tuple(wanted[name].shape):
-            if num_classes is not None and wanted[name].shape[:1] == (num_classes,):
+            if num_classes is not None and value.dim() and wanted[name].shape[:1] == (num_classes,):
                 raise UserError(
                     f"the checkpoint has {value.shape[0]} classes, {num_classes_from} has {num_classes} (tensor {name})",
                     where=where,

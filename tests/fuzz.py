@@ -6,7 +6,7 @@ A corpus is made by csq itself (the digits network in every form, checkpoints, a
 case takes one file of it, mutates it, and gives it to one reader: a function of the package, or the command line in this
 process. Case ``i`` of a seed is always the same input; ``--only i --keep DIR`` repeats it and keeps the file.
 
-What counts as a failure: any exception but UserError, more than one line on stderr, five seconds, more than 512 MiB over
+What counts as a failure: any exception but UserError, more than one line on stderr, five seconds of the processor, more than 512 MiB over
 the process's size before (or what 4 GiB of address space refuse), a model delivered that is not finite or not what its
 manifest says, and, by an audit hook: an import, a connection, a process, a file written outside the case's folder, or a
 file read that only the input names. Cases run in a child process, so a crash or a kill is reported with its number.
@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SECONDS, GRACE = 5, 60  # a hang, and when the parent ends a child that does not even answer its alarm
+SECONDS, GRACE = 5, 60  # of the processor: a hang; of the clock: when the parent ends a child that says nothing
 MEMORY = 2**29  # bytes over the process's size before the case
 CANARY = "csq_fuzz_canary"
 SECRET = "/tmp/csq-fuzz-secret"  # never there; reading it is noticed all the same
@@ -892,7 +892,7 @@ class Watch:
     def __init__(self) -> None:
         self.armed, self.folder, self.seen = False, "", list[str]()
         sys.addaudithook(self._audit)
-        signal.signal(signal.SIGALRM, self._alarm)
+        signal.signal(signal.SIGPROF, self._alarm)
         limit = self._status("VmSize") + 2**32
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
@@ -902,13 +902,13 @@ class Watch:
         before = self._status("VmRSS")
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         self.armed = True
         try:
             yield
         finally:
             self.armed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         grown = self._status("VmHWM") - before
         assert grown <= MEMORY, f"{grown / 2**20:.0f} MiB more memory"
         assert not self.seen, f"side effects: {self.seen[:3]}"
@@ -982,7 +982,7 @@ def child(corpus: Path, seed: int, first: int, last: int, keep: Path | None) -> 
             print(f"start {index}", flush=True)
             folder = Path(scratch) / "case"
             folder.mkdir()
-            started = time.monotonic()
+            started = time.process_time()
             try:
                 case = Case(corpus, folder, random.Random(f"{seed}:{index}"))
                 with watch(folder):
@@ -993,7 +993,7 @@ def child(corpus: Path, seed: int, first: int, last: int, keep: Path | None) -> 
                 if keep is not None:
                     shutil.copytree(folder, keep / f"case-{seed}-{index}", dirs_exist_ok=True)
             shutil.rmtree(folder)
-            print(json.dumps({"case": index, "outcome": outcome, "seconds": time.monotonic() - started}), flush=True)
+            print(json.dumps({"case": index, "outcome": outcome, "seconds": time.process_time() - started}), flush=True)
 
 
 def run(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
 
 
 def group_norm_cnn(num_classes: int = 10) -> nn.Module:
@@ -27,3 +30,31 @@ def features() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1))
     model.data_config = {"input_size": (1, 8, 8), "mean": (0.29,), "std": (0.35,)}
     return model
+
+
+class Corners(nn.Module):
+    """Layers that a quantizer meets once a year: all zeros, one weight, one value, an outlier, and 1e-30 next to 1e30."""
+
+    data_config: ClassVar = {"input_size": (1, 8, 8), "mean": (0.29,), "std": (0.35,)}
+
+    def __init__(self, num_classes: int = 10, tiny: float = 1e-30) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.zeros = nn.Conv2d(16, 16, 1, bias=False)
+        self.single = nn.Conv2d(1, 1, 1, bias=False)
+        self.constant = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.tiny = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+        self.huge = nn.Conv2d(32, 32, 1, bias=False)
+        self.outlier = nn.Linear(32, num_classes)
+        with torch.no_grad():
+            self.zeros.weight.zero_()
+            self.constant.weight.fill_(0.1)
+            self.tiny.weight.mul_(tiny)
+            self.huge.weight.div_(tiny)
+            self.outlier.weight[0, 0] = 300.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x) + self.single(x))
+        x = x + self.zeros(x) + self.constant(x)
+        x = torch.relu(self.huge(torch.relu(self.tiny(x))))
+        return self.outlier(x.mean(dim=(2, 3)))

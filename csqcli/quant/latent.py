@@ -69,6 +69,8 @@ def _row_steps(rows: Tensor, planes: int, grid: int, refits: int) -> Tensor:
     top = top_integer(planes)
     largest = rows.abs().amax(dim=1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
+    unit = power_of_two(largest)  # exact, and squares of the weights neither vanish nor overflow
+    rows, largest = rows / unit, largest / unit
     sample = rows[:, :: max(1, rows.shape[1] // 2048)].contiguous()  # the grid needs no more than this per channel
     best = largest / top
     least = torch.full_like(best, float("inf"))
@@ -83,7 +85,13 @@ def _row_steps(rows: Tensor, planes: int, grid: int, refits: int) -> Tensor:
         square = integers.square().sum(dim=1, keepdim=True)
         fitted = (rows * integers).sum(dim=1, keepdim=True) / square.clamp_min(1e-12)
         best = torch.where(square > 0, fitted, best)
-    return best.flatten()
+    return (best * unit).clamp_min(torch.finfo(best.dtype).tiny).flatten()
+
+
+def power_of_two(values: Tensor) -> Tensor:
+    """The power of two below each positive value, within what divides without loss."""
+    exponent = (torch.frexp(values).exponent - 1).clamp(-125, 125)
+    return torch.ldexp(torch.ones_like(values), exponent)
 
 
 class LatentUniform(WeightMethod):
@@ -98,10 +106,12 @@ class LatentUniform(WeightMethod):
         super().__init__(layers, clock)
         self.planes, self.learned_step = list(planes), learned_step
         self.latents = [nn.Parameter(layer.parameter.detach().clone()) for layer in layers]
-        self.steps = []
+        self.steps, self.least_steps = [], []
         for latent, k in zip(self.latents, planes, strict=True):
-            start = 2 * latent.detach().abs().mean().clamp_min(1e-8) / top_integer(k) ** 0.5
+            mean = latent.detach().abs().mean()
+            start = 2 * torch.where(mean > 0, mean, 1e-8) / top_integer(k) ** 0.5
             self.steps.append(nn.Parameter(start.reshape(1), requires_grad=learned_step))
+            self.least_steps.append(min(1e-8, float(start) / 1000))
         self.materialise(0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -125,8 +135,8 @@ class LatentUniform(WeightMethod):
 
     @torch.no_grad()
     def materialise(self, step: int) -> None:
-        for layer, latent, size, k in self._rows():
-            size.data.clamp_(min=1e-8)
+        for (layer, latent, size, k), least in zip(self._rows(), self.least_steps, strict=True):
+            size.data.clamp_(min=least)
             layer.parameter.data.copy_(quantize(latent, size, k) * size)
 
     @torch.no_grad()
