@@ -414,7 +414,7 @@ def main() -> None:
         code = result if isinstance(result, int) else 0
     except UserError as error:
         _fail(error.line())
-    except click.NoArgsIsHelpError as error:
+    except getattr(click, "NoArgsIsHelpError", ()) as error:  # click 8.2 and later
         typer.echo(error.format_message())
         code = 0
     except click.UsageError as error:

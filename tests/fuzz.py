@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib.util
 import io
 import json
 import math
@@ -629,10 +630,7 @@ def build_corpus(folder: Path) -> None:
         for name, content in (("search", file), ("holes", holes)):
             content.manifest.sizes.file_bytes = None
             checkpoint_file.write(folder / f"{name}-{form}.safetensors", content, form=form)  # type: ignore[arg-type]
-    with contextlib.suppress(ImportError):
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
         export_file(folder / "search-compact.safetensors", folder / "search.onnx", form="onnx")
     torch.manual_seed(0)
     state = models.digits_cnn().state_dict()
