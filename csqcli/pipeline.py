@@ -21,7 +21,7 @@ import numpy
 import timm
 import torch
 import torchvision
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -899,6 +899,12 @@ class _SavedState(BaseModel):
     accuracy: AccuracyRecord
     rollbacks: int = Field(ge=0, le=_MOST_ROLLBACKS)
     input_top1: float | None
+
+    @model_validator(mode="after")
+    def _measured(self) -> _SavedState:
+        if self.phase == "search" and self.accuracy.float_top1 is None:
+            raise ValueError("a search without the float model's accuracy")
+        return self
 
 
 def _fingerprint(recipe: Recipe, source: str) -> str:

@@ -48,7 +48,7 @@ class DataSettings(_Section):
     """Image folder with `train/` and `val/` (`valid/`, `validation/`, `test/`), `cifar10:DIR`, `cifar100:DIR` or `digits`."""
     batch_size: int = Field(128, ge=1, le=2**20)
     """Training images per step."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=2**20)
     """Images per forward pass: a batch is split into parts of this size whose gradients add up; unset takes it whole. For memory."""
     eval_batch_size: int = Field(256, ge=1, le=2**20)
     """Validation images per step; does not change results."""
@@ -309,11 +309,12 @@ def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) 
 def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) -> Recipe:
     """As :func:`resolve`, from the recipe inside a model file.
 
-    Whatever would make csq import or read something is left out of it (model, data.source): only users name those.
+    Whatever would make csq import or read something (model, data.source) or start processes (data.workers, compile) is
+    left out of it: only users name those.
     """
-    kept = {name: part for name, part in raw.items() if name != "model"}
+    kept = {name: part for name, part in raw.items() if name not in ("model", "compile")}
     if isinstance(kept.get("data"), dict):
-        kept["data"] = {name: value for name, value in kept["data"].items() if name != "source"}
+        kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("source", "workers")}
     return resolve_from(kept, overrides, where=where)
 
 

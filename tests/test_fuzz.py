@@ -117,7 +117,7 @@ def test_a_finetune_takes_neither_model_nor_data_from_the_file(
         "checkpoint": str(tmp_path / "planted.pth"),
         "arguments": {"checkpoint_path": "x"},
     }
-    planted = {"model": named, "data": {"source": "cifar10:/etc", "batch_size": 64}, "epochs": 3}
+    planted = {"model": named, "data": {"source": "cifar10:/etc", "batch_size": 64, "workers": 999}, "compile": True}
     path = forged(digits_file, tmp_path / "in.safetensors", lambda manifest: manifest.update(recipe=planted))
     code, _, err = csq("finetune", path, "-o", tmp_path / "out")
     assert (code, err) == (2, "csq: error: no data given; pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)\n")
@@ -125,7 +125,7 @@ def test_a_finetune_takes_neither_model_nor_data_from_the_file(
     assert csq("finetune", path, "-o", tmp_path / "out", *run)[0] == 0
     kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert (kept["model"]["source"], kept["model"]["checkpoint"], kept["data"]["source"]) == (None, None, "digits")
-    assert kept["data"]["batch_size"] == 64
+    assert (kept["data"]["workers"], kept["compile"], kept["data"]["batch_size"]) == (2, False, 64)
     assert "planted" not in sys.modules
 
 
@@ -315,6 +315,27 @@ def test_an_onnx_file_that_was_changed_never_reaches_the_engine(csq, digits_file
     code, _, err = csq("evaluate", tmp_path / "b.onnx", "--data", "digits", "--val-limit", 8)
     assert (code, "the graph does not match its sha-256" in err) == (2, True)
     assert csq("evaluate", tmp_path / "a.onnx", "--data", "digits", "--val-limit", 8)[0] == 0
+
+
+def test_an_onnx_file_with_tensors_in_other_files_is_refused_even_with_a_right_hash(
+    csq, digits_file: Path, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from csqcli.export import runtime
+
+    assert csq("export", digits_file, "--onnx", "-o", tmp_path / "a.onnx")[0] == 0
+    proto = onnx.load(tmp_path / "a.onnx")
+    packed = next(value for value in proto.graph.initializer if value.name == "conv2.weight_packed")
+    packed.data_location = onnx.TensorProto.EXTERNAL
+    packed.external_data.add(key="location", value="secret")
+    packed.ClearField("raw_data")
+    manifest = json.loads(proto.metadata_props[0].value)
+    manifest["parity"]["graph_sha256"] = runtime.graph_sha256(proto)
+    proto.metadata_props[0].value = json.dumps(manifest)
+    (tmp_path / "b.onnx").write_bytes(proto.SerializeToString())
+    code, _, err = csq("evaluate", tmp_path / "b.onnx", "--data", "digits", "--val-limit", 8)
+    assert (code, "keeps tensors in other files, which csq never follows" in err) == (2, True)
 
 
 class _Evil:

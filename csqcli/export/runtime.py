@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,6 +84,8 @@ def open_model(path: Path) -> tuple[OnnxModel, Manifest]:
     proto, manifest = _read(path)
     if manifest.parity is None or manifest.parity.graph_sha256 != graph_sha256(proto):
         raise UserError("the graph does not match its sha-256", where=str(path), hint="the file is damaged")
+    if any(tensor.data_location for tensor in itertools.chain(*map(_tensors, (proto.graph, *proto.functions)))):
+        raise UserError("keeps tensors in other files, which csq never follows", where=str(path))
     return OnnxModel(proto.SerializeToString(), where=str(path)), manifest
 
 
@@ -96,6 +100,19 @@ def graph_sha256(proto: Any) -> str:
     bare.CopyFrom(proto)
     del bare.metadata_props[:]
     return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every TensorProto of a GraphProto or FunctionProto, those of nodes and subgraphs too."""
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield from (sparse.values, sparse.indices)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def _read(path: Path) -> tuple[Any, Manifest]:
