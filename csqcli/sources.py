@@ -229,6 +229,8 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
 
 def _check_tensor(value: Tensor) -> None:
     """A plain dense tensor whose elements are all there."""
+    if value.is_nested:  # whose layout is strided, and whose shape cannot be asked for
+        raise ValueError("a nested tensor")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
         raise ValueError(f"a {value.dtype} tensor of layout {value.layout} on {value.device}")
     if value.is_floating_point() and value.dtype.itemsize < 2:

@@ -9,6 +9,7 @@ import pickle
 import random
 import struct
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,11 @@ def test_a_tensor_without_its_bytes_is_no_weight(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(3).to_sparse()}, tmp_path / "sparse.pth")
     with pytest.raises(UserError, match=r"torch\.sparse_coo"):
         sources.read_checkpoint(str(tmp_path / "sparse.pth"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        torch.save({"fc.weight": torch.nested.nested_tensor([torch.zeros(3)])}, tmp_path / "nested.pth")
+    with pytest.raises(UserError, match="nested tensor|pickled code"):  # newer releases do not load them
+        sources.read_checkpoint(str(tmp_path / "nested.pth"))
 
 
 @pytest.mark.parametrize("text", fuzz.YAML_SNIPPETS[:2])
