@@ -15,13 +15,14 @@ from torch import nn
 from csqcli.quant.bitplanes import BitPlanes
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods import max_abs_scale
+from tests.test_state import rounded_once
 
 pytest.importorskip("triton")
 
 
-def planes_of(model: nn.Module, device: str) -> BitPlanes:
+def planes_of(model: nn.Module, device: str, state_dtype: torch.dtype = torch.float32) -> BitPlanes:
     layers, _ = find_layers(model)
-    planes = BitPlanes(layers, bits=5, device=torch.device(device))
+    planes = BitPlanes(layers, bits=5, device=torch.device(device), state_dtype=state_dtype)
     planes.initialise(logit=0.7, mask_logit=0.4, beta=2.0, scales=[max_abs_scale(layer.parameter) for layer in layers])
     return planes
 
@@ -52,11 +53,23 @@ def compare(device: str) -> None:
     assert not torch.equal(reference.pos, planes_of(model, "cpu").pos)
 
 
+def compare_rounding(device: str) -> None:
+    """bfloat16 state after one update: the exact result's neighbours, and right on average."""
+    from csqcli.quant import kernels
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 50), nn.Linear(50, 30)).to(device)
+    tested, exact = planes_of(model, device, torch.bfloat16), planes_of(copy.deepcopy(model), device)
+    tested.kernels, exact.kernels = kernels, None
+    rounded_once(tested, exact)
+
+
 def test_interpreted_kernels_equal_the_reference() -> None:
     """In a process of its own: Triton decides on interpretation when it is first imported."""
     here = Path(__file__)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parent.parent}"}
-    command = [sys.executable, "-c", "import test_kernels; test_kernels.compare('cpu')"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(here.parent.parent)}
+    code = "from tests import test_kernels as t; t.compare('cpu'); t.compare_rounding('cpu')"
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -65,3 +78,4 @@ def test_interpreted_kernels_equal_the_reference() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_compiled_kernels_equal_the_reference() -> None:
     compare("cuda")
+    compare_rounding("cuda")

@@ -3,26 +3,22 @@
 The gates of every layer live in ``[bits, total_weights]`` buffers; a layer is a name and a slice. No autograd touches
 them: the gradient with respect to each gate is a closed form of dL/dW (Eq. 5 is elementwise per plane), so one pass
 reads dL/dW and updates the gates in place, and one pass writes the new weights into the untouched model. On the CPU, the
-reference, both work on slices of ``CHUNK`` weights, so their temporaries stay in cache; on a GPU with Triton each is one
-kernel per layer (`kernels`), without Triton PyTorch on larger slices.
+reference, both work on slices of `state.CHUNK` weights, so their temporaries stay in cache; on a GPU with Triton each is one
+kernel per layer (`kernels`), without Triton PyTorch on larger slices. Arithmetic is float32, whatever the state is held in.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from csqcli.quant import csq
 from csqcli.quant.layers import Layer
-
-CHUNK = 2**15  # weights per slice: 8 planes of fp32 temporaries are 1 MiB each
-GPU_CHUNK = 2**22  # without Triton: few launches, and temporaries that fit beside any model
+from csqcli.quant.state import Noise, chunk_for, load_kernels, round_into
 
 
 @dataclass
@@ -37,13 +33,20 @@ class LayerGradients:
 class BitPlanes:
     """State of Eq. 5 for a list of layers: m_p, m_n (flat, with momentum), m_B and s per layer."""
 
-    def __init__(self, layers: Sequence[Layer], *, bits: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        bits: int,
+        device: torch.device,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``state_dtype``: of m_p, m_n and their momenta; float32 or bfloat16."""
         self.layers, self.bits = list(layers), bits
         total = sum(layer.weights for layer in layers)
-        self.pos = torch.empty(bits, total, device=device)
-        self.neg = torch.empty(bits, total, device=device)
-        self.pos_momentum = torch.zeros(bits, total, device=device)
-        self.neg_momentum = torch.zeros(bits, total, device=device)
+        self.pos = torch.empty(bits, total, dtype=state_dtype, device=device)
+        self.neg = torch.empty_like(self.pos)
+        self.pos_momentum, self.neg_momentum = torch.zeros_like(self.pos), torch.zeros_like(self.pos)
         self.mask_logits = torch.zeros(len(layers), bits, device=device)
         self.scale = torch.ones(len(layers), device=device)
         self.mask_momentum = torch.zeros_like(self.mask_logits)
@@ -52,8 +55,8 @@ class BitPlanes:
         self.plane_weights = csq.plane_weights(bits, device=device)
         starts = torch.tensor([0, *(layer.weights for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
-        self.chunk = GPU_CHUNK if device.type == "cuda" else CHUNK
-        self.kernels = _load_kernels() if device.type == "cuda" else None
+        self.chunk = chunk_for(device)
+        self.kernels = load_kernels() if device.type == "cuda" else None
 
     def initialise(self, *, logit: float, mask_logit: float, beta: float, scales: Sequence[Tensor]) -> None:
         """Logits from the layers' present weights, so that the soft weight at ``beta`` is the n-bit quantized weight.
@@ -95,50 +98,74 @@ class BitPlanes:
                 self.kernels.soft_weight(pos, neg, per_plane[index], beta, weights[index])
             return
         for index, chunk, of_layer in self._chunks():
-            digits = torch.sigmoid(self.pos[:, chunk] * beta).sub_(torch.sigmoid(self.neg[:, chunk] * beta))
+            pos, neg = self._logits(chunk)
+            digits = torch.sigmoid(pos * beta).sub_(torch.sigmoid(neg * beta))
             weights[index][of_layer] = per_plane[index] @ digits
 
     @torch.no_grad()
-    def update_gates(self, beta: float, *, lr: float, momentum: float, weight_decay: float) -> LayerGradients:
+    def update_gates(
+        self, beta: float, *, lr: float, momentum: float, weight_decay: float, seed: int = 0
+    ) -> LayerGradients:
         """One momentum-SGD step on m_p and m_n from the parameters' ``.grad``; mask and scale gradients returned.
+
+        ``seed`` draws the rounding of bfloat16 state: another one for every step.
 
         dL/dm_p[b] = g·c[b]·β·σ'(βm_p[b]) and dL/dm_n[b] = −g·c[b]·β·σ'(βm_n[b]), with
         c[b] = s·2^b/(2^n−1)·mask[b]; the update is PyTorch's SGD (momentum without dampening, coupled weight decay).
         """
-        per_plane = self.scale.unsqueeze(1) * self.plane_weights
-        gated = per_plane * self.mask(beta)
+        gated = self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)
         mask_gradient = torch.zeros_like(self.mask_logits)
         squared = torch.zeros_like(self.scale)
-        gradients = [None if (grad := layer.parameter.grad) is None else layer.flat(grad) for layer in self.layers]
-        if self.kernels is not None:
-            for index, (where, gradient) in enumerate(zip(self.slices, gradients, strict=True)):
-                if gradient is not None:
-                    state = self.pos, self.neg, self.pos_momentum, self.neg_momentum
-                    slices = (buffer[:, where] for buffer in state)
-                    mask_gradient[index], squared[index] = self.kernels.update_gates(
-                        *slices, gradient, gated[index], beta, lr=lr, momentum=momentum, weight_decay=weight_decay
-                    )
-        for index, chunk, of_layer in self._chunks() if self.kernels is None else ():
-            whole = gradients[index]
-            if whole is None:
+        sgd = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        rounded = self.pos.dtype != torch.float32
+        noise = Noise(self.chunk, seed=seed, device=self.pos.device) if rounded and self.kernels is None else None
+        for index, layer in enumerate(self.layers):
+            if layer.parameter.grad is None:
                 continue
-            gradient = whole[of_layer].to(self.pos.dtype)
-            pos_gate, neg_gate = torch.sigmoid(self.pos[:, chunk] * beta), torch.sigmoid(self.neg[:, chunk] * beta)
-            mask_gradient[index] += (pos_gate - neg_gate) @ gradient
-            squared[index] += gradient.square().sum()
-            common = torch.outer(gated[index] * beta, gradient)  # [bits, chunk]
-            for logits, velocity, value, sign in (
-                (self.pos[:, chunk], self.pos_momentum[:, chunk], pos_gate, 1.0),
-                (self.neg[:, chunk], self.neg_momentum[:, chunk], neg_gate, -1.0),
-            ):
-                step = value.mul_(1 - value).mul_(common)
-                velocity.mul_(momentum).add_(step, alpha=sign)
-                if weight_decay:
-                    velocity.add_(logits, alpha=weight_decay)
-                logits.sub_(velocity, alpha=lr)
+            gradient = layer.flat(layer.parameter.grad)
+            if self.kernels is not None:
+                state = (buffer[:, self.slices[index]] for buffer in self._state())
+                sums = self.kernels.update_gates(*state, gradient, gated[index], beta, **sgd, seed=seed)
+                mask_gradient[index], squared[index] = sums
+                continue
+            for chunk, of_layer in self._chunks_of(index):
+                part = gradient[of_layer].float()
+                mask_gradient[index] += self._update_chunk(chunk, part, gated[index], beta, noise, **sgd)
+                squared[index] += part.square().sum()
         sums = mask_gradient * self.plane_weights  # [layers, bits]: 2^b/(2^n−1) Σ_i g_i d_i
         scale_gradient = (sums * self.mask(beta)).sum(dim=1)
         return LayerGradients(mask=sums * self.scale.unsqueeze(1), scale=scale_gradient, squared=squared)
+
+    def _update_chunk(
+        self,
+        chunk: slice,
+        gradient: Tensor,  # [chunk]
+        gated: Tensor,  # [bits]: c
+        beta: float,
+        noise: Noise | None,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> Tensor:
+        """The update of one slice of the buffers; Σ_i g_i d_bi [bits]."""
+        pos, neg = self._logits(chunk)
+        pos_gate, neg_gate = (pos * beta).sigmoid_(), (neg * beta).sigmoid_()
+        digits = pos_gate @ gradient - neg_gate @ gradient
+        held_pos, held_neg, *held_momenta = (buffer[:, chunk] for buffer in self._state())
+        rows = (pos, held_pos, held_momenta[0], pos_gate, 1.0), (neg, held_neg, held_momenta[1], neg_gate, -1.0)
+        for logits, held, held_momentum, value, sign in rows:
+            slope = torch.outer(gated * (sign * beta), gradient)  # [bits, chunk]: dL/d f(m), then dL/dm
+            slope = torch.ops.aten.sigmoid_backward(slope, value)
+            velocity = held_momentum.float()  # the state itself when it is float32
+            torch.add(slope, velocity, alpha=momentum, out=velocity)
+            if weight_decay:
+                velocity.add_(logits, alpha=weight_decay)
+            logits.sub_(velocity, alpha=lr)
+            if noise is not None:  # a momentum changes by a tenth a step, which rounding to the nearest follows
+                round_into(held, logits, noise.window(*logits.shape))
+                held_momentum.copy_(velocity)
+        return digits
 
     @torch.no_grad()
     def refit_scale(self, old_beta: float, new_beta: float) -> None:
@@ -148,7 +175,7 @@ class BitPlanes:
         cross, square = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         old_planes, new_planes = self.plane_weights * self.mask(old_beta), self.plane_weights * self.mask(new_beta)
         for index, chunk, _ in self._chunks():
-            pos, neg = self.pos[:, chunk], self.neg[:, chunk]
+            pos, neg = self._logits(chunk)
             old = old_planes[index] @ csq.soft_digits(pos, neg, old_beta)
             new = new_planes[index] @ csq.soft_digits(pos, neg, new_beta)
             cross[index] += old @ new
@@ -160,7 +187,7 @@ class BitPlanes:
         """[layers, bits]: Σ_i (s·2^b/(2^n−1)·d_bi)², the squared change of the weights if a whole plane vanished."""
         energy = torch.zeros_like(self.mask_logits)
         for index, chunk, _ in self._chunks():
-            energy[index] += csq.soft_digits(self.pos[:, chunk], self.neg[:, chunk], beta).square().sum(dim=1)
+            energy[index] += csq.soft_digits(*self._logits(chunk), beta).square().sum(dim=1)
         return energy * (self.scale.unsqueeze(1) * self.plane_weights).square()
 
     @torch.no_grad()
@@ -174,7 +201,7 @@ class BitPlanes:
         soft_mask = self.mask(beta)
         powers = 2.0 ** torch.arange(self.bits, device=self.pos.device)
         for index, layer in enumerate(self.layers):
-            pos, neg = self.pos[:, self.slices[index]], self.neg[:, self.slices[index]]
+            pos, neg = self._logits(self.slices[index])
             if rounding == "threshold":
                 digits = csq.hard_gate(pos) - csq.hard_gate(neg)
                 values = (powers * mask[index]) @ digits
@@ -205,12 +232,24 @@ class BitPlanes:
             else:
                 getattr(self, name).copy_(value)
 
+    def _logits(self, where: slice) -> tuple[Tensor, Tensor]:
+        """m_p and m_n of some weights as float32: the state itself, or a copy of bfloat16 state."""
+        return self.pos[:, where].float(), self.neg[:, where].float()
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.pos, self.neg, self.pos_momentum, self.neg_momentum
+
     def _chunks(self) -> Iterator[tuple[int, slice, slice]]:
         """(layer index, slice of the flat buffers, slice of the layer's own flat weight)."""
-        for index, where in enumerate(self.slices):
-            for start in range(where.start, where.stop, self.chunk):
-                stop = min(start + self.chunk, where.stop)
-                yield index, slice(start, stop), slice(start - where.start, stop - where.start)
+        for index in range(len(self.layers)):
+            for chunk, of_layer in self._chunks_of(index):
+                yield index, chunk, of_layer
+
+    def _chunks_of(self, index: int) -> Iterator[tuple[slice, slice]]:
+        where = self.slices[index]
+        for start in range(where.start, where.stop, self.chunk):
+            stop = min(start + self.chunk, where.stop)
+            yield slice(start, stop), slice(start - where.start, stop - where.start)
 
 
 def levels_of(mask: Tensor) -> Tensor:
@@ -225,12 +264,3 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     """The nearest entry of ascending ``levels`` for each value; ties go to the lower one."""
     middles = (levels[1:] + levels[:-1]) / 2
     return levels[torch.bucketize(values, middles)]
-
-
-@functools.cache
-def _load_kernels() -> ModuleType | None:
-    try:
-        from csqcli.quant import kernels
-    except ImportError:  # no Triton for this platform
-        return None
-    return kernels

@@ -13,6 +13,23 @@ _BLOCK = 1024
 
 
 @triton.jit
+def _round(value, bits):  # `state.round_into`: the upper half of 32 random bits, added to the half that is cut off
+    raw = value.to(tl.uint32, bitcast=True) + (bits >> 16)
+    return ((raw >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def _nearest(value):  # written out, since the interpreter's cast cuts off
+    raw = value.to(tl.uint32, bitcast=True) + 0x8000
+    return ((raw >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def _next_bits(bits):  # a congruential step, whose upper half is good enough to round with
+    return bits * 1664525 + 1013904223
+
+
+@triton.jit
 def _soft_weight_kernel(
     pos, neg, per_plane, out, count, plane_stride, beta, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -21,8 +38,8 @@ def _soft_weight_kernel(
     plane_stride = tl.cast(plane_stride, tl.int64)
     weight = tl.zeros([BLOCK], tl.float32)
     for b in tl.static_range(BITS):
-        on = tl.sigmoid(beta * tl.load(pos + b * plane_stride + where, mask=mask, other=0.0))
-        off = tl.sigmoid(beta * tl.load(neg + b * plane_stride + where, mask=mask, other=0.0))
+        on = tl.sigmoid(beta * tl.load(pos + b * plane_stride + where, mask=mask, other=0.0).to(tl.float32))
+        off = tl.sigmoid(beta * tl.load(neg + b * plane_stride + where, mask=mask, other=0.0).to(tl.float32))
         weight += tl.load(per_plane + b) * (on - off)
     tl.store(out + where, weight, mask=mask)
 
@@ -34,32 +51,44 @@ def soft_weight(pos: Tensor, neg: Tensor, per_plane: Tensor, beta: float, out: T
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _update_gates_kernel(
     pos, neg, pos_momentum, neg_momentum, gradient, gated, digits, squared, count, plane_stride,
-    beta, lr, momentum, weight_decay, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    beta, lr, momentum, weight_decay, seed, BITS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     where = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = where < count
     plane_stride = tl.cast(plane_stride, tl.int64)
-    slope = tl.load(gradient + where, mask=mask, other=0.0)
+    slope = tl.load(gradient + where, mask=mask, other=0.0).to(tl.float32)
     tl.store(squared + program, tl.sum(slope * slope, axis=0))
+    if ROUND:
+        bits = tl.randint(seed, where.to(tl.int32)).to(tl.uint32, bitcast=True)
     for b in tl.static_range(BITS):
         here = b * plane_stride + where
-        pos_logit = tl.load(pos + here, mask=mask, other=0.0)
-        neg_logit = tl.load(neg + here, mask=mask, other=0.0)
+        pos_logit = tl.load(pos + here, mask=mask, other=0.0).to(tl.float32)
+        neg_logit = tl.load(neg + here, mask=mask, other=0.0).to(tl.float32)
         on, off = tl.sigmoid(beta * pos_logit), tl.sigmoid(beta * neg_logit)
         tl.store(digits + program * BITS + b, tl.sum((on - off) * slope, axis=0))
         common = tl.load(gated + b) * beta * slope
-        pos_velocity = tl.load(pos_momentum + here, mask=mask, other=0.0) * momentum
-        neg_velocity = tl.load(neg_momentum + here, mask=mask, other=0.0) * momentum
+        pos_velocity = tl.load(pos_momentum + here, mask=mask, other=0.0).to(tl.float32) * momentum
+        neg_velocity = tl.load(neg_momentum + here, mask=mask, other=0.0).to(tl.float32) * momentum
         pos_velocity += on * (1 - on) * common + weight_decay * pos_logit
         neg_velocity += weight_decay * neg_logit - off * (1 - off) * common
-        tl.store(pos_momentum + here, pos_velocity, mask=mask)
-        tl.store(neg_momentum + here, neg_velocity, mask=mask)
-        tl.store(pos + here, pos_logit - lr * pos_velocity, mask=mask)
-        tl.store(neg + here, neg_logit - lr * neg_velocity, mask=mask)
+        pos_logit -= lr * pos_velocity
+        neg_logit -= lr * neg_velocity
+        if ROUND:
+            bits = _next_bits(bits)
+            tl.store(pos + here, _round(pos_logit, bits), mask=mask)
+            bits = _next_bits(bits)
+            tl.store(neg + here, _round(neg_logit, bits), mask=mask)
+            tl.store(pos_momentum + here, _nearest(pos_velocity), mask=mask)
+            tl.store(neg_momentum + here, _nearest(neg_velocity), mask=mask)
+        else:
+            tl.store(pos + here, pos_logit, mask=mask)
+            tl.store(neg + here, neg_logit, mask=mask)
+            tl.store(pos_momentum + here, pos_velocity, mask=mask)
+            tl.store(neg_momentum + here, neg_velocity, mask=mask)
 
 
 def update_gates(
@@ -74,13 +103,17 @@ def update_gates(
     lr: float,
     momentum: float,
     weight_decay: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Momentum SGD on one layer's gates in place; (Σ_i g_i d_bi [bits], Σ_i g_i² []), summed in a fixed order."""
+    """Momentum SGD on one layer's gates in place; (Σ_i g_i d_bi [bits], Σ_i g_i² []), summed in a fixed order.
+
+    ``seed`` draws the rounding of bfloat16 state.
+    """
     bits, (programs,) = pos.shape[0], _grid(gradient)
-    digits, squared = gradient.new_empty(programs, bits), gradient.new_empty(programs)
+    digits, squared = gated.new_empty(programs, bits), gated.new_empty(programs)
     _update_gates_kernel[(programs,)](
         pos, neg, pos_momentum, neg_momentum, gradient.contiguous(), gated, digits, squared, gradient.numel(),
-        pos.stride(0), beta, lr, momentum, weight_decay, BITS=bits, BLOCK=_BLOCK,
+        pos.stride(0), beta, lr, momentum, weight_decay, seed, BITS=bits, ROUND=pos.element_size() == 2, BLOCK=_BLOCK,
     )  # fmt: skip
     return digits.sum(dim=0), squared.sum()
 

@@ -144,6 +144,7 @@ class GateSettings:
     refit_scale: bool = False  # keep weights still when β moves
     rounding: str = "threshold"  # threshold (the paper) | nearest
     harden_at: float = 1.0  # share of training after which the weights are hard and only the rest adapts
+    state_dtype: torch.dtype = torch.float32  # of bit logits and momenta; bfloat16 takes half the memory
     limits: budget.PlaneLimits | None = None
 
 
@@ -174,7 +175,7 @@ class GateMethod(WeightMethod):
         self.limits = settings.limits or budget.plane_limits(layers, bits=settings.bits)
         if settings.target_bits is not None:
             budget.check_feasible(settings.target_bits, self.weights, self.limits)
-        self.planes = BitPlanes(layers, bits=settings.bits, device=device)
+        self.planes = BitPlanes(layers, bits=settings.bits, device=device, state_dtype=settings.state_dtype)
         self.device_weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
         self.fisher = torch.zeros(len(layers), device=device)  # running Σ_i g_i² per layer
         self.hardened: _Hardened | None = None
@@ -218,7 +219,7 @@ class GateMethod(WeightMethod):
         gap = (planes.hard_mask().sum(dim=1).double() @ self.device_weights) / sum(self.weights) - (
             settings.target_bits or 0.0
         )
-        gradients = planes.update_gates(beta, **options)
+        gradients = planes.update_gates(beta, **options, seed=step)
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
         sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
         if settings.target_bits is not None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'

@@ -1,0 +1,92 @@
+"""bfloat16 state: half the bytes, rounded at random so that small updates are not lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from csqcli.quant.bitplanes import BitPlanes
+from csqcli.quant.layers import find_layers
+from csqcli.quant.methods import max_abs_scale
+from csqcli.quant.state import Noise, round_into
+
+CPU = torch.device("cpu")
+
+
+def neighbours(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bfloat16 numbers at or next below and next above each float32 in magnitude, as float32."""
+    low = (value.view(torch.int32) >> 16 << 16).view(torch.float32)
+    high = ((value.view(torch.int32) >> 16) + 1 << 16).view(torch.float32)
+    return low, high
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1), st.integers(0, 2**32))
+def test_rounding_gives_a_neighbour_and_leaves_bfloat16_numbers_alone(values: list[float], seed: int) -> None:
+    exact = torch.tensor(values)
+    target = torch.empty(len(values), dtype=torch.bfloat16)
+    noise = Noise(len(values), seed=seed, device=CPU)
+    round_into(target, exact.clone(), noise.window(1, len(values))[0])
+    low, high = neighbours(exact)
+    assert ((target.float() == low) | (target.float() == high)).all()
+    again = target.clone()
+    round_into(again, target.float(), noise.window(1, len(values))[0])
+    assert torch.equal(again, target)
+
+
+def test_steps_far_below_the_last_digit_add_up() -> None:
+    """1 + 1000 · 1e-4; rounding to the nearest would stay at 1, whose last digit is worth 0.0078."""
+    state = torch.ones(4096, dtype=torch.bfloat16)
+    for step in range(1000):
+        value = state.float().add_(1e-4)
+        round_into(state, value, Noise(4096, seed=step, device=CPU).window(1, 4096)[0])
+    assert float(state.float().mean()) == pytest.approx(1.1, abs=0.002)
+
+
+def test_the_same_seed_rounds_alike_and_another_does_not() -> None:
+    first, again, other = (Noise(1000, seed=seed, device=CPU).window(8, 1000) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.float().mean() == pytest.approx(2**15, rel=0.05)
+    assert 0 <= int(first.min()) <= int(first.max()) < 2**16
+
+
+def rounded_once(tested: BitPlanes, exact: BitPlanes) -> None:
+    """One update of bfloat16 state against float32 state that starts at the same numbers."""
+    for name in ("pos", "neg", "pos_momentum", "neg_momentum"):
+        state = getattr(tested, name)
+        state.copy_(torch.randn(state.shape, generator=torch.Generator().manual_seed(len(name))))
+        getattr(exact, name).copy_(state)
+    for ours, theirs in zip(tested.layers, exact.layers, strict=True):
+        ours.parameter.grad = torch.randn_like(ours.parameter)
+        theirs.parameter.grad = ours.parameter.grad.clone()
+    options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+    got, wanted = tested.update_gates(2.0, **options, seed=7), exact.update_gates(2.0, **options, seed=7)
+    torch.testing.assert_close(got.mask, wanted.mask, rtol=1e-4, atol=1e-4)
+    for name in ("pos", "neg"):
+        value, state = getattr(exact, name), getattr(tested, name).float()
+        low, high = neighbours(value)
+        near = (state - value).abs() <= (high - low).abs() * 1.0001  # another order of operations moves the last bit
+        assert near.all()
+        place = (state - low) / (high - low)  # 1 where it was rounded away from zero
+        share = (value - low) / (high - low)
+        assert abs(float((place - share).mean())) < 0.01  # of a last digit; 4 standard deviations of this many numbers
+        assert 0.05 < float((place > 0.5).float().mean()) < 0.95
+    momentum = tested.pos_momentum.float()
+    torch.testing.assert_close(momentum, exact.pos_momentum, rtol=2**-8, atol=1e-5)
+
+
+def test_gates_in_bfloat16_are_the_exact_update_s_neighbours_and_right_on_average() -> None:
+    torch.manual_seed(0)
+    model, twin = nn.Linear(200, 60), nn.Linear(200, 60)
+    twin.load_state_dict(model.state_dict())
+    made = []
+    for module, dtype in ((model, torch.bfloat16), (twin, torch.float32)):
+        layers, _ = find_layers(module)
+        planes = BitPlanes(layers, bits=5, device=CPU, state_dtype=dtype)
+        scales = [max_abs_scale(layer.parameter) for layer in layers]
+        planes.initialise(logit=0.7, mask_logit=0.4, beta=2.0, scales=scales)
+        made.append(planes)
+    rounded_once(*made)
