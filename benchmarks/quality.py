@@ -61,6 +61,7 @@ PAPER = {  # section IV-A's method on the proxy's schedule
     "quantization.beta_schedule": "epoch",
     "bn_recalibration_batches": 0,
 }
+BFLOAT16 = {"quantization.state_dtype": "bfloat16"}
 ROWS: dict[str, dict[str, Any]] = {
     "float": method("float"),
     **{f"ste {k}": method("ste", k) for k in (1, 2, 3)},
@@ -76,6 +77,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "csq 2, 3 epochs + 3 finetune": method("csq", 2, epochs=3, **{"finetune.epochs": 3}),
     "csq-uniform 2": method("csq-uniform", 2),
     "csq-paper 2": method("csq-paper", 2, **PAPER),
+    **{f"csq {k}, bfloat16 state": method("csq", k, **BFLOAT16) for k in (1, 2)},
+    "csq-uniform 2, bfloat16 state": method("csq-uniform", 2, **BFLOAT16),
+    "csq-paper 2, bfloat16 state": method("csq-paper", 2, **PAPER, **BFLOAT16),
 }
 
 

@@ -653,6 +653,7 @@ def make_method(
 ) -> WeightMethod:
     """The weight method that a recipe asks for."""
     settings = recipe.quantization
+    state_dtype = torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32
     if not layers:
         return WeightMethod(layers, clock)
     rules = recipe.layers
@@ -680,6 +681,7 @@ def make_method(
             recovery=settings.recovery,
             per_channel=settings.per_channel,
             limits=limits,
+            state_dtype=state_dtype,
         )
         return StagedCSQ(layers, clock, staged, start=start)
     searched = settings.method != "csq-uniform" and start is None
@@ -697,6 +699,7 @@ def make_method(
         refit_scale=settings.refit_scale,
         rounding=settings.rounding,
         limits=limits if searched else None,
+        state_dtype=state_dtype,
     )
     return GateMethod(layers, clock, gates, start=start)
 

@@ -99,6 +99,8 @@ class QuantizationSettings(_Section):
     """`csq`: discount of a plane's importance per plane below it, for what training at few planes wins back."""
     per_channel: bool = True
     """`csq`: one scale per output channel instead of one per layer."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Format of Adam's moments (`csq`), or of bit logits and momenta (gate methods); bfloat16 takes half the memory."""
     beta_initial: float = Field(1.0, gt=0)
     """Gate methods (`csq-paper`, `csq-uniform`), as all below: β0, gate temperature at the start."""
     beta_final: float = Field(200.0, gt=0)

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from csqcli.quant.adam import LatentAdam
 from csqcli.quant.bitplanes import BitPlanes
+from csqcli.quant.latent import StagedCSQ, StagedSettings
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import max_abs_scale
+from csqcli.quant.methods import Clock, max_abs_scale
+from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+from csqcli.quant.rounding import Staircase, levels_of, soft_planes
 from tests.test_state import rounded_once
 
 pytest.importorskip("triton")
@@ -64,11 +68,102 @@ def compare_rounding(device: str) -> None:
     rounded_once(tested, exact)
 
 
+def compare_latents(device: str) -> None:
+    """Adam's update, the soft planes and both staircases: channels in front and in the middle, a step for each or for all."""
+    from csqcli.quant import kernels
+
+    rng = torch.Generator().manual_seed(0)
+    for shape, per_channel in (((1, 7, 300), True), ((5, 6, 9), True), ((1, 7, 300), False)):
+        latent = 2 * torch.randn(shape, generator=rng)
+        channels = shape[1] if per_channel else 1
+        unit, width = (0.1 + torch.rand(channels, 1, generator=rng) for _ in range(2))
+        gradients = [torch.randn(shape, generator=rng) * 1e-3 for _ in range(3)]
+
+        def on(value: Tensor) -> Tensor:
+            return value.clone().to(device)
+
+        for edge in (None, width * 1.5):
+            ours, theirs = latent.clone(), on(latent)
+            adam = LatentAdam([ours], beta1=0.9, beta2=0.99, state_dtype=torch.float32)
+            twin = LatentAdam([theirs], beta1=0.9, beta2=0.99, state_dtype=torch.float32)
+            twin.kernels = kernels
+            for step, gradient in enumerate(gradients):
+                edges = None if edge is None else [edge]
+                options = {"lr": 0.01, "seed": step}
+                adam.step([ours], [gradient], units=[unit], edges=edges, **options)
+                edges = None if edge is None else [on(edge)]
+                twin.step([theirs], [on(gradient)], units=[on(unit)], edges=edges, **options)
+            for wanted, got in ((ours, theirs), (adam.first[0], twin.first[0]), (adam.second[0], twin.second[0])):
+                torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-6)
+            assert not torch.equal(ours, latent)
+
+        out, wanted = on(latent), latent.clone()
+        latent.view(-1)[:8] = torch.arange(-4, 4) + 0.5  # ties, where the step is 1
+        for planes, slope in ((1, None), (3, None), (2, 1.0), (2, 4.0), (0, None), (0, 2.0)):
+            stairs = Staircase(unit, torch.ones_like(width), levels_of(torch.ones(planes, dtype=torch.bool)))
+            stairs.write(latent, wanted, sharpness=None if slope is None else 1 - 1 / slope)
+            kernels.staircase(on(latent), out, on(unit), on(stairs.width), top=stairs.top, slope=slope)
+            torch.testing.assert_close(out.cpu(), wanted, rtol=1e-5, atol=1e-5)
+            if slope is None:
+                assert torch.equal(out.cpu(), wanted)  # the very integers
+
+        steps = [width * 0.6**k for k in range(8)]
+        masks = torch.tensor([1.0, 0.9, 0.9, 0.4, 0.1, 1e-3, 1e-5, 0.0])
+        soft_planes(latent, wanted, unit=unit, steps=steps, soft_mask=masks)
+        kept = torch.where(masks < 1e-4, 0.0, masks)
+        shares = kept - torch.cat([kept[1:], torch.zeros(1)])
+        kernels.soft_planes(on(latent), out, on(unit), on(torch.stack(steps)), on(shares))
+        torch.testing.assert_close(out.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def compare_rounded_moments(device: str) -> None:
+    """bfloat16 moments after one update of float32 latents: the exact ones' neighbours, the second right on average."""
+    from csqcli.quant import kernels
+
+    latent, unit = torch.zeros(1, 40, 500, device=device), torch.ones(1, 1, device=device)
+    gradient = torch.rand(latent.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    made = [LatentAdam([latent.clone()], beta1=0.9, beta2=0.99, state_dtype=d) for d in (torch.bfloat16, torch.float32)]
+    made[0].kernels, made[1].kernels = kernels, None
+    for adam in made:
+        adam.step([latent.clone()], [gradient], units=[unit], edges=None, lr=0.01, seed=5)
+    for rounded, exact in ((made[0].first[0], made[1].first[0]), (made[0].second[0], made[1].second[0])):
+        error = rounded.float() / exact - 1
+        assert float(error.abs().max()) <= 2**-7
+        assert abs(float(error.mean())) < 1e-4
+
+
+def compare_searches(device: str) -> None:
+    """The default method through all of its stages, with the kernels and without."""
+    from csqcli.quant import adam, kernels, rounding
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 12, 3), nn.ConvTranspose2d(12, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5))
+    images = torch.randn(16, 2, 6, 6)
+    wanted, got = (copy.deepcopy(model).to(place) for place in ("cpu", device))
+    for module, used in ((wanted, None), (got, kernels)):
+        with pytest.MonkeyPatch.context() as patch:  # interpreted, there is no GPU to ask for
+            for user in (adam, rounding):
+                patch.setattr(user, "kernels_for", lambda device, used=used: used)
+            layers, _ = find_layers(module)
+            method = StagedCSQ(layers, Clock(30, 10), StagedSettings(target_bits=2, search_share=0.3, refresh_every=2))
+            optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(module, method), lr=0.05))
+            for _ in range(30):
+                module(images.to(layers[0].parameter.device)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for ours, theirs in zip(wanted.parameters(), got.parameters(), strict=True):
+        moved = (ours - theirs.cpu()).abs() > 1e-3  # a last bit may decide a rounding
+        assert float(moved.float().mean()) < 0.02
+
+
+COMPARISONS = compare, compare_rounding, compare_latents, compare_rounded_moments, compare_searches
+
+
 def test_interpreted_kernels_equal_the_reference() -> None:
     """In a process of its own: Triton decides on interpretation when it is first imported."""
     here = Path(__file__)
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(here.parent.parent)}
-    code = "from tests import test_kernels as t; t.compare('cpu'); t.compare_rounding('cpu')"
+    code = "from tests import test_kernels as t; [f('cpu') for f in t.COMPARISONS]"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -77,5 +172,5 @@ def test_interpreted_kernels_equal_the_reference() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_compiled_kernels_equal_the_reference() -> None:
-    compare("cuda")
-    compare_rounding("cuda")
+    for compare_on in COMPARISONS:
+        compare_on("cuda")

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from csqcli.quant import budget, latent
-from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings, mse_step, quantize
+from csqcli.quant import budget, rounding
+from csqcli.quant.adam import LatentAdam
+from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+from csqcli.quant.rounding import mse_step, quantize
 
 CLOCK = Clock(total_steps=40, steps_per_epoch=10)
 
@@ -32,13 +34,14 @@ def small_model(seed: int = 0) -> nn.Sequential:
     )
 
 
-def make(kind: str, model: nn.Module, target: float = 2.0) -> WeightMethod:
+def make(kind: str, model: nn.Module, target: float = 2.0, state_dtype: torch.dtype = torch.float32) -> WeightMethod:
     layers, _ = find_layers(model)
     if kind in ("ste", "lsq"):
         return LatentUniform(layers, CLOCK, planes=[int(target)] * len(layers), learned_step=kind == "lsq")
     if kind == "csq":
-        return StagedCSQ(layers, CLOCK, StagedSettings(target_bits=target))
-    return GateMethod(layers, CLOCK, GateSettings(target_bits=target, beta_per_epoch=False))
+        return StagedCSQ(layers, CLOCK, StagedSettings(target_bits=target, state_dtype=state_dtype))
+    settings = GateSettings(target_bits=target, beta_per_epoch=False, state_dtype=state_dtype)
+    return GateMethod(layers, CLOCK, settings)
 
 
 def train(model: nn.Module, optimizer: QuantizedOptimizer, steps: range) -> None:
@@ -50,9 +53,11 @@ def train(model: nn.Module, optimizer: QuantizedOptimizer, steps: range) -> None
         optimizer.zero_grad()
 
 
-def start(kind: str, target: float = 2.0, seed: int = 0) -> tuple[nn.Module, QuantizedOptimizer]:
+def start(
+    kind: str, target: float = 2.0, seed: int = 0, state_dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, QuantizedOptimizer]:
     model = small_model(seed)
-    method = make(kind, model, target)
+    method = make(kind, model, target, state_dtype)
     return model, QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=0.05, momentum=0.9))
 
 
@@ -76,7 +81,7 @@ def test_mse_step_is_the_same_in_one_piece_and_in_many(
 ) -> None:
     weight = torch.randn(24, 20, 3, 3, generator=torch.Generator().manual_seed(0))
     whole = mse_step(weight, 3, channel_dim=channel_dim)
-    monkeypatch.setattr(latent, "_CHUNK", 400)
+    monkeypatch.setattr(rounding, "_CHUNK", 400)
     assert torch.equal(mse_step(weight, 3, channel_dim=channel_dim), whole)
 
 
@@ -127,15 +132,12 @@ def test_importance_is_the_fisher_weighted_error_that_each_plane_removes() -> No
     importance = method.importance()
     expected = torch.zeros_like(importance)
     for index, layer in enumerate(method.layers):
-        latent, unit = method.latents[index].detach(), method.units[index]
-        wide = unit.view(-1, *[1] * (latent.dim() - 1))
-        state = method.adam.state[method.latents[index]]
-        fisher = state["exp_avg_sq"] / (1 - 0.99**3) / wide**2  # per weight, not per unit
+        latent, wide = method.latents[index], method.units[index]  # [1, channels, inner], [channels, 1]
+        fisher = method.adam.second[index] / (1 - 0.99**3) / wide**2  # per weight, not per unit
         value = latent * wide
         errors = [(fisher * value**2).sum()]
         for k, step in enumerate(method.soft_steps[index], 1):
-            spread = step.view(wide.shape)
-            errors.append((fisher * (value - (value / spread).round().clamp(1 - 2**k, 2**k - 1) * spread) ** 2).sum())
+            errors.append((fisher * (value - (value / step).round().clamp(1 - 2**k, 2**k - 1) * step) ** 2).sum())
         drops = torch.stack(errors[:-1]) - torch.stack(errors[1:])
         expected[index] = torch.cummin(drops / 2, dim=0).values.clamp_min(0) * 0.25 ** torch.arange(8)
         assert layer.weights == latent.numel()
@@ -211,11 +213,18 @@ def test_the_staircase_goes_from_the_identity_to_rounding() -> None:
     _, optimizer = start("csq")
     method = optimizer.method
     method.harden(0)
-    ratio, hard = method._ratio(1), method._integers(1)
-    torch.testing.assert_close(method._staircase(1, 0.0), ratio, atol=1e-5, rtol=1e-5)
+    latent, stairs = method.latents[1], method.stairs[1]
+    ratio, hard = latent / stairs.width, stairs.integers(latent)
+
+    def soft(sharpness: float) -> Tensor:
+        out = torch.empty_like(latent)
+        stairs.write(latent, out, sharpness=sharpness)
+        return out / stairs.step
+
+    torch.testing.assert_close(soft(0.0), ratio, atol=1e-5, rtol=1e-5)
     away_from_ties = (ratio - hard).abs() < 0.49
-    assert torch.equal(method._staircase(1, 1.0)[away_from_ties], hard[away_from_ties])
-    assert ((method._staircase(1, 0.6) - ratio).abs() <= (hard - ratio).abs() + 1e-5).all()
+    torch.testing.assert_close(soft(1.0)[away_from_ties], hard[away_from_ties])
+    assert ((soft(0.6) - ratio).abs() <= (hard - ratio).abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("kind", ["csq", "gates", "ste", "lsq"])
@@ -238,15 +247,21 @@ def test_after_training_soft_weights_are_hard_weights_within_the_budget(kind: st
     assert min(layer.planes for layer in hard) >= 1
 
 
-@pytest.mark.parametrize("kind", ["csq", "gates", "ste", "lsq"])
+@pytest.mark.parametrize(
+    ("kind", "state_dtype"),
+    [
+        *((kind, torch.float32) for kind in ("csq", "gates", "ste", "lsq")),
+        *((kind, torch.bfloat16) for kind in ("csq", "gates")),
+    ],
+)
 @pytest.mark.parametrize("stop", [1, 3, 17, 39])
-def test_a_restored_run_continues_bit_for_bit(kind: str, stop: int, tmp_path) -> None:
-    whole, optimizer = start(kind)
+def test_a_restored_run_continues_bit_for_bit(kind: str, state_dtype: torch.dtype, stop: int, tmp_path) -> None:
+    whole, optimizer = start(kind, state_dtype=state_dtype)
     train(whole, optimizer, range(stop))
     torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     train(whole, optimizer, range(stop, 40))
 
-    again, resumed = start(kind, seed=1)  # other weights: everything must come from the state
+    again, resumed = start(kind, seed=1, state_dtype=state_dtype)  # other weights: everything must come from the state
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     again.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
@@ -312,12 +327,22 @@ def test_the_recipe_s_method_goes_on_from_the_delivered_integers(name: str) -> N
             assert torch.equal(hard.integers, kept.integers)
 
 
-@pytest.mark.parametrize(("kind", "bytes_per_weight"), [("csq", 12), ("gates", 128)])
-def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(kind: str, bytes_per_weight: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "state_dtype", "bytes_per_weight"),
+    [
+        ("csq", torch.float32, 12),
+        ("csq", torch.bfloat16, 8),
+        ("gates", torch.float32, 128),
+        ("gates", torch.bfloat16, 64),
+    ],
+)
+def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(
+    kind: str, state_dtype: torch.dtype, bytes_per_weight: int
+) -> None:
     """csq: a latent and Adam's two moments. Gates: 2·8 logits and their momenta (docs/performance.md)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 256, bias=False))
-    method = make(kind, model)
+    method = make(kind, model, state_dtype=state_dtype)
     optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method) or model.parameters(), lr=0.01))
     for _ in range(6):  # csq: past the soft masks
         model(torch.randn(2, 256)).square().mean().backward()
@@ -332,3 +357,32 @@ def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(kind: str, byte
 
     held = size(method.state_dict()) / (2 * 256 * 256)
     assert bytes_per_weight <= held < bytes_per_weight * 1.01
+
+
+def test_adam_on_latents_is_torch_s_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    ours = [torch.randn(1, 5, 70_000), torch.randn(4, 3, 9)]  # more than one part, and channels in the middle
+    theirs = [nn.Parameter(latent.clone()) for latent in ours]
+    units = [torch.rand(5, 1) + 0.1, torch.rand(1, 1) + 0.1]
+    adam = LatentAdam(ours, beta1=0.9, beta2=0.99, state_dtype=torch.float32)
+    reference = torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.99), eps=1e-12, foreach=False)
+    for step in range(4):
+        gradients: list[Tensor | None] = [torch.randn_like(latent) for latent in ours]
+        if step == 1:
+            gradients[0] = None  # a layer that took no part
+        for parameter, gradient, unit in zip(theirs, gradients, units, strict=True):
+            parameter.grad = None if gradient is None else gradient * unit
+        reference.param_groups[0]["lr"] = 0.1 / (step + 1)
+        adam.step(ours, gradients, units=units, edges=None, lr=0.1 / (step + 1), seed=step)
+        reference.step()
+        for latent, parameter in zip(ours, theirs, strict=True):
+            assert torch.equal(latent, parameter)
+
+
+def test_latents_are_clipped_to_their_channel_s_range() -> None:
+    latent, edge = torch.zeros(2, 3, 4), torch.tensor([[0.1], [0.2], [10.0]])
+    adam = LatentAdam([latent], beta1=0.9, beta2=0.99, state_dtype=torch.float32)
+    gradient = torch.tensor([1.0, -1.0]).view(2, 1, 1).expand(2, 3, 4)
+    adam.step([latent], [gradient], units=[torch.ones(1, 1)], edges=[edge], lr=0.5, seed=0)
+    expected = torch.tensor([0.1, 0.2, 0.5]).view(1, 3, 1).expand(1, 3, 4)  # Adam's first step is its rate
+    torch.testing.assert_close(latent, torch.cat([-expected, expected]))

@@ -220,3 +220,21 @@ def test_inspect_prints_coverage_and_strict_fails_below_it(csq) -> None:
     code, _, err = csq("inspect", "digits_cnn", "--exclude", "conv3", "--strict", "0.9")
     assert code == 2
     assert err.endswith("of the parameters are covered; --strict asks for 0.9\n")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("module", [nn.Conv2d(3, 5, 2), nn.ConvTranspose2d(3, 5, 2), nn.Conv2d(4, 4, 3, groups=4)])
+def test_by_channel_keeps_every_output_channel_in_one_row(
+    module: nn.Module, memory_format: torch.memory_format
+) -> None:
+    (layer,), _ = find_layers(module.to(memory_format=memory_format))
+    weight = layer.parameter.detach()
+    rows = layer.by_channel(layer.flat(weight))
+    assert rows.shape[1] == weight.shape[layer.channel_dim]
+    for channel in range(rows.shape[1]):
+        wanted = weight.select(layer.channel_dim, channel).flatten().sort().values
+        assert torch.equal(rows[:, channel].flatten().sort().values, wanted)
+    assert torch.equal(layer.unflatten(rows.flatten()), weight)
+    before = weight.clone()
+    layer.by_channel(layer.flat_view()).mul_(2)  # writes to the weight itself
+    assert torch.equal(layer.parameter, 2 * before)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import csqcli
 from csqcli import checkpoint_file, data, models, pipeline
-from csqcli.quant.latent import mse_step, quantize
+from csqcli.quant.rounding import mse_step, quantize
 from csqcli.train import evaluate, logits_of
 from tests.plain_models import Corners
 

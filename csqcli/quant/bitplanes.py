@@ -18,7 +18,8 @@ from torch import Tensor
 
 from csqcli.quant import csq
 from csqcli.quant.layers import Layer
-from csqcli.quant.state import Noise, chunk_for, load_kernels, round_into
+from csqcli.quant.rounding import levels_of, nearest_level
+from csqcli.quant.state import Noise, chunk_size, kernels_for, round_into
 
 
 @dataclass
@@ -55,8 +56,8 @@ class BitPlanes:
         self.plane_weights = csq.plane_weights(bits, device=device)
         starts = torch.tensor([0, *(layer.weights for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
-        self.chunk = chunk_for(device)
-        self.kernels = load_kernels() if device.type == "cuda" else None
+        self.chunk = chunk_size(device)
+        self.kernels = kernels_for(device)
 
     def initialise(self, *, logit: float, mask_logit: float, beta: float, scales: Sequence[Tensor]) -> None:
         """Logits from the layers' present weights, so that the soft weight at ``beta`` is the n-bit quantized weight.
@@ -250,17 +251,3 @@ class BitPlanes:
         for start in range(where.start, where.stop, self.chunk):
             stop = min(start + self.chunk, where.stop)
             yield slice(start, stop), slice(start - where.start, stop - where.start)
-
-
-def levels_of(mask: Tensor) -> Tensor:
-    """Every integer that digits in {−1, 0, 1} on the planes of a bool mask [bits] can form, ascending (float)."""
-    levels = torch.zeros(1, device=mask.device)
-    for plane in torch.nonzero(mask).flatten().tolist():
-        levels = torch.cat([levels - 2.0**plane, levels, levels + 2.0**plane]).unique()
-    return levels
-
-
-def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
-    """The nearest entry of ascending ``levels`` for each value; ties go to the lower one."""
-    middles = (levels[1:] + levels[:-1]) / 2
-    return levels[torch.bucketize(values, middles)]

@@ -1,4 +1,5 @@
-"""Triton twins of the two passes in `bitplanes`: one kernel each, every byte moved once, nothing read back.
+"""Triton twins of the passes over gates (`bitplanes`) and latents (`adam`, `rounding`): one kernel each, every byte
+moved once, nothing read back.
 
 Imported only where there is a GPU. Without one, ``TRITON_INTERPRET=1`` runs them on CPU tensors, as the tests do.
 """
@@ -116,6 +117,125 @@ def update_gates(
         pos.stride(0), beta, lr, momentum, weight_decay, seed, BITS=bits, ROUND=pos.element_size() == 2, BLOCK=_BLOCK,
     )  # fmt: skip
     return digits.sum(dim=0), squared.sum()
+
+
+@triton.jit
+def _channel_of(where, inner, channels):  # of [outer, channels, inner]
+    return (where // inner) % channels
+
+
+@triton.jit
+def _integer(ratio, top):  # round half to even, as PyTorch does: numbers of this size have no digits behind the point
+    return tl.minimum(tl.maximum(ratio, -top), top) + 12582912.0 - 12582912.0
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _update_latents_kernel(
+    latent, gradient, first, second, unit, edge, count, inner, channels, unit_stride, edge_stride,
+    size, correction, beta1, beta2, eps, seed, CLIP: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = where < count
+    channel = _channel_of(where, inner, channels)
+    slope = tl.load(gradient + where, mask=mask, other=0.0).to(tl.float32)
+    slope *= tl.load(unit + channel * unit_stride, mask=mask, other=0.0)
+    m = tl.load(first + where, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(second + where, mask=mask, other=0.0).to(tl.float32)
+    m += (1 - beta1) * (slope - m)
+    v = v * beta2 + (1 - beta2) * slope * slope
+    moved = tl.load(latent + where, mask=mask, other=0.0) - size * m / (tl.sqrt(v) / correction + eps)
+    if CLIP:
+        most = tl.load(edge + channel * edge_stride, mask=mask, other=0.0)
+        moved = tl.minimum(tl.maximum(moved, -most), most)
+    tl.store(latent + where, moved, mask=mask)
+    if ROUND:
+        bits = tl.randint(seed, where).to(tl.uint32, bitcast=True)
+        tl.store(first + where, _nearest(m), mask=mask)
+        tl.store(second + where, _round(v, bits), mask=mask)
+    else:
+        tl.store(first + where, m, mask=mask)
+        tl.store(second + where, v, mask=mask)
+
+
+def update_latents(
+    latent: Tensor,  # [outer, channels, inner], as the next three
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    unit: Tensor,  # [channels, 1] or [1, 1]
+    edge: Tensor | None,
+    *,
+    size: float,
+    correction: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    seed: int,
+) -> None:
+    """`adam.LatentAdam.step` of one layer, in place."""
+    most = unit if edge is None else edge
+    _update_latents_kernel[_grid(latent)](
+        latent, gradient.contiguous(), first, second, unit, most, latent.numel(), latent.shape[2], latent.shape[1],
+        _stride(unit), _stride(most), size, correction, beta1, beta2, eps, seed,
+        CLIP=edge is not None, ROUND=first.element_size() == 2, BLOCK=_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _staircase_kernel(
+    latent, out, step, width, count, inner, channels, step_stride, width_stride, top, slope,
+    SOFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = where < count
+    channel = _channel_of(where, inner, channels)
+    wide = tl.load(width + channel * width_stride, mask=mask, other=1.0)
+    # the correctly rounded quotient: the integers are those that PyTorch finds, ties included
+    ratio = tl.math.div_rn(tl.load(latent + where, mask=mask, other=0.0), wide)
+    if SOFT:
+        low = tl.minimum(tl.maximum(tl.floor(ratio), -top), top - 1)
+        integer = low + tl.minimum(tl.maximum((ratio - low) * slope + (0.5 - 0.5 * slope), 0.0), 1.0)
+    else:
+        integer = _integer(ratio, top)
+    tl.store(out + where, integer * tl.load(step + channel * step_stride, mask=mask, other=0.0), mask=mask)
+
+
+def staircase(latent: Tensor, out: Tensor, step: Tensor, width: Tensor, *, top: int, slope: float | None) -> None:
+    """`rounding.Staircase.write` of one layer whose levels are −top … top; hard where ``slope`` is None."""
+    _staircase_kernel[_grid(latent)](
+        latent, out, step, width, latent.numel(), latent.shape[2], latent.shape[1], _stride(step), _stride(width),
+        float(top), slope or 0.0, SOFT=slope is not None and top > 0, BLOCK=_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _soft_planes_kernel(
+    latent, out, unit, steps, shares, count, inner, channels, unit_stride, width_stride, step_stride,
+    BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = where < count
+    channel = _channel_of(where, inner, channels)
+    value = tl.load(latent + where, mask=mask, other=0.0)
+    value *= tl.load(unit + channel * unit_stride, mask=mask, other=0.0)
+    weight = tl.zeros([BLOCK], tl.float32)
+    for b in tl.static_range(BITS):
+        step = tl.load(steps + b * width_stride + channel * step_stride, mask=mask, other=1.0)
+        weight += tl.load(shares + b) * (_integer(tl.math.div_rn(value, step), (2 << b) - 1.0) * step)
+    tl.store(out + where, weight, mask=mask)
+
+
+def soft_planes(latent: Tensor, out: Tensor, unit: Tensor, steps: Tensor, shares: Tensor) -> None:
+    """`rounding.soft_planes` of one layer. ``steps``: [bits, channels or 1, 1]; ``shares``: [bits], f_{k−1} − f_k."""
+    _soft_planes_kernel[_grid(latent)](
+        latent, out, unit, steps, shares, latent.numel(), latent.shape[2], latent.shape[1], _stride(unit),
+        steps.stride(0), _stride(steps[0]), BITS=len(steps), BLOCK=_BLOCK,
+    )  # fmt: skip
+
+
+def _stride(vector: Tensor) -> int:
+    """From channel to channel of [channels, 1]; 0 where [1, 1] holds for all."""
+    return 0 if len(vector) == 1 else vector.stride(0)
 
 
 def _grid(tensor: Tensor) -> tuple[int]:

@@ -26,7 +26,6 @@ units of the layer's one-plane step, so that every weight moves by a comparable 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,63 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.quant import budget, csq
-from csqcli.quant.bitplanes import levels_of, nearest_level
+from csqcli.quant.adam import LatentAdam
 from csqcli.quant.layers import Layer
-from csqcli.quant.methods import Clock, HardLayer, WeightMethod, spread
-
-_CHUNK = 2**17  # weights that `mse_step` passes over at a time on a CPU: half a MiB
-
-
-def top_integer(planes: int) -> int:
-    """2^k − 1: the largest integer of k planes."""
-    return 2**planes - 1
-
-
-def quantize(latent: Tensor, step: Tensor, planes: int) -> Tensor:
-    """Integers (as float) nearest to latent/step within ±(2^k−1); ``step`` broadcasts over the weight."""
-    top = top_integer(planes)
-    return torch.round(latent / step).clamp_(-top, top)
-
-
-def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None, grid: int = 24, refits: int = 3) -> Tensor:
-    """The step that minimises the squared rounding error of ±(2^k−1), [1] or [channels] along ``channel_dim``.
-
-    A grid over fractions of the largest magnitude, then alternating refits (integers for the step, least-squares step
-    for the integers). All-zero channels get step 1, where every integer is zero.
-    """
-    rows = weight.detach().reshape(1, -1) if channel_dim is None else weight.detach().movedim(channel_dim, 0).flatten(1)
-    at_a_time = max(1, _CHUNK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-    return torch.cat([_row_steps(part, planes, grid, refits) for part in rows.split(at_a_time)])
-
-
-def _row_steps(rows: Tensor, planes: int, grid: int, refits: int) -> Tensor:
-    """`mse_step` of few enough rows ([channels, weights]) that the many passes over them stay in cache."""
-    top = top_integer(planes)
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
-    unit = power_of_two(largest)  # exact, and squares of the weights neither vanish nor overflow
-    rows, largest = rows / unit, largest / unit
-    sample = rows[:, :: max(1, rows.shape[1] // 2048)].contiguous()  # the grid needs no more than this per channel
-    best = largest / top
-    least = torch.full_like(best, float("inf"))
-    rounded = torch.empty_like(sample)
-    for fraction in torch.linspace(0.1, 1.0, grid).tolist():
-        step = largest * (fraction / top)
-        torch.div(sample, step, out=rounded).round_().clamp_(-top, top).mul_(step)
-        error = rounded.sub_(sample).square_().sum(dim=1, keepdim=True)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
-    for _ in range(refits):
-        integers = quantize(rows, best, planes)
-        square = integers.square().sum(dim=1, keepdim=True)
-        fitted = (rows * integers).sum(dim=1, keepdim=True) / square.clamp_min(1e-12)
-        best = torch.where(square > 0, fitted, best)
-    return (best * unit).clamp_min(torch.finfo(best.dtype).tiny).flatten()
-
-
-def power_of_two(values: Tensor) -> Tensor:
-    """The power of two below each positive value, within what divides without loss."""
-    exponent = (torch.frexp(values).exponent - 1).clamp(-125, 125)
-    return torch.ldexp(torch.ones_like(values), exponent)
+from csqcli.quant.methods import Clock, HardLayer, WeightMethod
+from csqcli.quant.rounding import Staircase, levels_of, mse_step, plane_errors, quantize, soft_planes, top_integer
 
 
 class LatentUniform(WeightMethod):
@@ -191,6 +137,7 @@ class StagedSettings:
     recovery: float = 0.25  # share of a plane's importance that training does not win back by itself, per plane below
     per_channel: bool = True
     limits: budget.PlaneLimits | None = None
+    state_dtype: torch.dtype = torch.float32  # of Adam's moments; bfloat16 takes half the memory
 
 
 class StagedCSQ(WeightMethod):
@@ -214,21 +161,23 @@ class StagedCSQ(WeightMethod):
         self.search_steps = max(1, round(settings.search_share * clock.total_steps)) if searching else 0
         self.refresh_every = max(1, min(settings.refresh_every, self.search_steps // 10))
         self.masks: list[Tensor] | None = None  # bool [bits] per layer, once planes are fixed
-        self.steps: list[Tensor] = []  # value of the lowest plane in use, per layer, once planes are fixed
-        values = [layer.parameter.detach().clone() for layer in layers]
+        self.stairs: list[Staircase] = []  # once planes are fixed
+        values = [layer.by_channel(layer.flat(layer.parameter.detach())).clone() for layer in layers]
         if start is not None:
-            self.masks = [hard.mask for hard in start]
-            self.steps = [hard.scale.to(value) for hard, value in zip(start, values, strict=True)]
-            values = [hard.weight().to(value) for hard, value in zip(start, values, strict=True)]
+            delivered = zip(layers, start, values, strict=True)
+            values = [layer.by_channel(layer.flat(hard.weight().to(value))) for layer, hard, value in delivered]
         # A latent's unit is its one-plane step: about the same number of standard deviations in every layer.
         self.units = [self._mse_step(value, layer, 1) for value, layer in zip(values, layers, strict=True)]
-        rows = zip(values, self.units, layers, strict=True)
-        self.latents = [nn.Parameter(value / spread(unit, value, layer.channel_dim)) for value, unit, layer in rows]
-        betas = (0.9, settings.fisher_decay)
-        self.adam = torch.optim.Adam(self.latents, lr=settings.latent_lr, betas=betas, eps=1e-12, foreach=False)
-        self.soft_mask = torch.ones(len(layers), settings.max_bits)  # f_β(m): every plane until gradients say otherwise
+        self.latents = [value / unit for value, unit in zip(values, self.units, strict=True)]
+        beta1, beta2 = 0.9, settings.fisher_decay
+        self.adam = LatentAdam(self.latents, beta1=beta1, beta2=beta2, state_dtype=settings.state_dtype)
+        device = self.latents[0].device
+        # f_β(m) [layers, bits]: every plane until gradients say otherwise
+        self.soft_mask = torch.ones(len(layers), settings.max_bits, device=device)
         self.soft_steps: list[list[Tensor]] = []  # [layer][planes − 1], while the masks are soft
-        if start is None:
+        if start is not None:
+            self._set_planes([hard.mask for hard in start], [hard.scale.view(-1, 1).to(device) for hard in start])
+        else:
             budget.check_feasible(settings.target_bits, self.weights, self.limits)
             widths = range(2, settings.max_bits + 1)
             self.soft_steps = [
@@ -257,17 +206,17 @@ class StagedCSQ(WeightMethod):
 
     @torch.no_grad()
     def collect(self, step: int, *, lr: float, lr_share: float) -> None:
-        for layer, latent, unit in zip(self.layers, self.latents, self.units, strict=True):
-            gradient = layer.parameter.grad
-            # in place: the weight's gradient is not needed again, and a copy would cost four bytes a weight
-            latent.grad = None if gradient is None else gradient.mul_(spread(unit, gradient, layer.channel_dim))
-        self.adam.param_groups[0]["lr"] = self.settings.latent_lr * lr_share**self.settings.latent_lr_power
-        self.adam.step()
-        for latent in self.latents:
-            latent.grad = None
+        gradients = [
+            None if (gradient := layer.parameter.grad) is None else layer.by_channel(layer.flat(gradient))
+            for layer in self.layers
+        ]
+        # latents stay inside the representable range, so that none drifts beyond reach of its gradient
+        edges = [stairs.edge for stairs in self.stairs] if self.masks is not None else None
+        rate = self.settings.latent_lr * lr_share**self.settings.latent_lr_power
+        self.adam.step(self.latents, gradients, units=self.units, edges=edges, lr=rate, seed=step)
         if self.masks is not None:
-            self._clip_latents()
-        elif step + 1 >= self.search_steps:
+            return
+        if step + 1 >= self.search_steps:
             self._fix_planes()
         elif (step + 1) % self.refresh_every == 0:
             self.soft_mask = self._solve_masks(self.importance(), self.beta(step + 1))
@@ -277,118 +226,71 @@ class StagedCSQ(WeightMethod):
         """[layers, bits]: ρ^b ½ Σ_i F_i ((V − Q_b)² − (V − Q_{b+1})²), the loss that plane b saves; falling with b.
 
         F is Adam's bias-corrected second moment of the latent's gradient. ρ (`recovery`) discounts finer planes: training
-        at few planes wins part of their loss back. Float64, on the CPU.
+        at few planes wins part of their loss back. Float64, on the latents' device.
         """
-        error = torch.zeros(len(self.layers), self.settings.max_bits + 1, dtype=torch.float64)
-        for index, (layer, latent, unit) in enumerate(zip(self.layers, self.latents, self.units, strict=True)):
-            state = self.adam.state.get(latent, {})
-            if not state:  # no gradient ever reached this layer
-                continue
-            fisher = state["exp_avg_sq"] / (1 - self.settings.fisher_decay ** float(state["step"]))
-            wide = spread(unit, latent, layer.channel_dim)
-            error[index, 0] = (fisher * latent.square()).sum()
-            for k, step in enumerate(self.soft_steps[index], 1):
-                rounding = latent - self._soft_level(index, k, step) / wide
-                error[index, k] = (fisher * rounding.square_()).sum()
-        saved = torch.cummin((error[:, :-1] - error[:, 1:]) / 2, dim=1).values.clamp_min(0)
-        return saved * self.settings.recovery ** torch.arange(self.settings.max_bits, dtype=torch.float64)
+        bits, device = self.settings.max_bits, self.latents[0].device
+        errors = torch.zeros(len(self.layers), bits + 1, dtype=torch.float64, device=device)
+        rows = zip(self.latents, self.units, self.soft_steps, strict=True)
+        for index, (latent, unit, steps) in enumerate(rows):
+            fisher = self.adam.second_moment(index)
+            if fisher is not None:
+                errors[index] = plane_errors(latent, unit=unit, steps=steps, fisher=fisher)
+        saved = torch.cummin((errors[:, :-1] - errors[:, 1:]) / 2, dim=1).values.clamp_min(0)
+        return saved * self.settings.recovery ** torch.arange(bits, dtype=torch.float64, device=device)
 
     def _solve_masks(self, importance: Tensor, beta: float) -> Tensor:
         """Soft masks σ(β(log I − log λ)) with λ such that their mean over weight elements is the target."""
-        weights = torch.tensor(self.weights, dtype=torch.float64).unsqueeze(1)
+        # all on the device: a training step never waits for the host
+        device = importance.device
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=device).unsqueeze(1)
         logits = (importance / weights).clamp_min(1e-30).log()
-        plane = torch.arange(self.settings.max_bits)
-        always = plane < torch.tensor(self.limits.fewest).unsqueeze(1)
-        never = plane >= torch.tensor(self.limits.most).unsqueeze(1)
+        plane = torch.arange(self.settings.max_bits, device=device)
+        always = plane < torch.tensor(self.limits.fewest, device=device).unsqueeze(1)
+        never = plane >= torch.tensor(self.limits.most, device=device).unsqueeze(1)
 
-        def masks(price: float) -> Tensor:
+        def masks(price: Tensor) -> Tensor:
             return csq.gate(logits - price, beta).masked_fill(always, 1.0).masked_fill(never, 0.0)
 
-        low, high = -100.0, 100.0  # log λ
+        low, high = logits.new_tensor(-100.0), logits.new_tensor(100.0)  # log λ
         for _ in range(60):
             middle = (low + high) / 2
-            mean = float((masks(middle) * weights).sum() / weights.sum())
-            low, high = (middle, high) if mean > self.settings.target_bits else (low, middle)
+            over = (masks(middle) * weights).sum() / weights.sum() > self.settings.target_bits
+            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
         return masks(high).float()
 
     def _allocate(self) -> list[int]:
-        return budget.allocate(self.importance(), self.weights, target=self.settings.target_bits, limits=self.limits)
+        importance = self.importance().cpu()
+        return budget.allocate(importance, self.weights, target=self.settings.target_bits, limits=self.limits)
 
     def _fix_planes(self) -> None:
         """End of stage 1: an exact knapsack on the importance, and each width's own step for the latents as they are."""
         planes = self._allocate()
         rows = zip(self.layers, self.latents, self.units, planes, strict=True)
-        for layer, latent, unit, k in rows:
-            value = latent.detach() * spread(unit, latent, layer.channel_dim)
-            self.steps.append(self._mse_step(value, layer, max(k, 1)))
-        self.masks = [top_planes(k, self.settings.max_bits) for k in planes]
+        steps = [self._mse_step(latent * unit, layer, max(k, 1)) for layer, latent, unit, k in rows]
+        self._set_planes([top_planes(k, self.settings.max_bits) for k in planes], steps)
         self.soft_steps = []
-        self._clip_latents()
+        for latent, stairs in zip(self.latents, self.stairs, strict=True):
+            latent.clamp_(-stairs.edge, stairs.edge)
 
-    def _clip_latents(self) -> None:
-        """Keep latents inside the representable range, so that none drifts beyond reach of its gradient."""
-        for index, latent in enumerate(self.latents):
-            dim = self.layers[index].channel_dim
-            top = float(self._levels(index)[-1])
-            edge = spread(self.steps[index] / self.units[index], latent, dim) * top
-            latent.data = torch.minimum(torch.maximum(latent.data, -edge), edge)
-
-    def _levels(self, index: int) -> Tensor:
-        """Integers that the layer's fixed mask can form, lowest plane in use = 1; ascending."""
-        assert self.masks is not None
-        on = torch.nonzero(self.masks[index]).flatten()
-        return levels_of(self.masks[index][int(on[0]) :] if len(on) else self.masks[index][:0])
-
-    def _ratio(self, index: int) -> Tensor:
-        """A layer's latent in steps: where it stands between the integers."""
-        latent = self.latents[index].detach()
-        return latent / spread(self.steps[index] / self.units[index], latent, self.layers[index].channel_dim)
-
-    def _staircase(self, index: int, sharpness: float) -> Tensor:
-        """The soft integer: linear flanks of slope 1/(1 − sharpness) half way between neighbouring levels."""
-        ratio, levels = self._ratio(index), self._levels(index).to(self.latents[index])
-        if len(levels) == 1:
-            return torch.zeros_like(ratio)
-        if _without_holes(levels):
-            low = ratio.floor().clamp_(float(levels[0]), float(levels[-2]))
-            return low.add_((0.5 + (ratio - low - 0.5) / max(1 - sharpness, 1e-3)).clamp_(0, 1))
-        upper = torch.bucketize(ratio, levels, right=True).clamp_(1, len(levels) - 1)
-        low, high = levels[upper - 1], levels[upper]
-        share = (ratio - low) / (high - low)
-        return low + (0.5 + (share - 0.5) / max(1 - sharpness, 1e-3)).clamp_(0, 1) * (high - low)
-
-    def _integers(self, index: int) -> Tensor:
-        """Hard integers (as float) of a layer with a fixed mask."""
-        ratio = self._ratio(index)
-        levels = self._levels(index).to(ratio)
-        if _without_holes(levels):
-            return ratio.round_().clamp_(float(levels[0]), float(levels[-1]))
-        return nearest_level(ratio, levels)
-
-    def _soft_level(self, index: int, planes: int, step: Tensor) -> Tensor:
-        """Q_k of the latent, as a weight."""
-        latent, layer = self.latents[index].detach(), self.layers[index]
-        wide = spread(step, latent, layer.channel_dim)
-        return quantize(latent * spread(self.units[index], latent, layer.channel_dim), wide, planes) * wide
+    def _set_planes(self, masks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+        """``masks``: bool [bits] per layer; ``steps``: [channels, 1] or [1, 1], the weight of the lowest plane in use."""
+        self.masks = list(masks)
+        self.stairs = [
+            Staircase(step, step / unit, levels_of(mask[int(mask.int().argmax()) :]))
+            for mask, step, unit in zip(masks, steps, self.units, strict=True)
+        ]
 
     @torch.no_grad()
     def materialise(self, step: int) -> None:
-        for index, layer in enumerate(self.layers):
+        soft = step < self.soft_end
+        sharpness = (step - self.search_steps) / max(self.soft_end - self.search_steps, 1) if soft else None
+        for index, (layer, latent) in enumerate(zip(self.layers, self.latents, strict=True)):
+            weight = layer.by_channel(layer.flat_view())
             if self.masks is not None:
-                soft = step < self.soft_end
-                sharpness = (step - self.search_steps) / max(self.soft_end - self.search_steps, 1)
-                integers = self._staircase(index, sharpness) if soft else self._integers(index)
-                layer.parameter.data.copy_(integers * spread(self.steps[index], layer.parameter, layer.channel_dim))
-                continue
-            gates = self.soft_mask[index].tolist()
-            weight, before = torch.zeros_like(layer.parameter), torch.zeros_like(layer.parameter)
-            for k, width in enumerate(self.soft_steps[index], 1):
-                if max(gates[k - 1 :]) < 1e-4:  # finer planes are all off
-                    break
-                refined = self._soft_level(index, k, width)
-                weight.add_(refined - before, alpha=gates[k - 1])
-                before = refined
-            layer.parameter.data.copy_(weight)
+                self.stairs[index].write(latent, weight, sharpness=sharpness)
+            else:
+                steps, mask = self.soft_steps[index], self.soft_mask[index]
+                soft_planes(latent, weight, unit=self.units[index], steps=steps, soft_mask=mask)
 
     @torch.no_grad()
     def harden(self, step: int) -> None:
@@ -401,25 +303,17 @@ class StagedCSQ(WeightMethod):
     def hard_layers(self) -> list[HardLayer]:
         assert self.masks is not None, "harden() first"
         delivered = []
-        for index, layer in enumerate(self.layers):
-            scale = self.steps[index].detach().float().cpu()
-            integers = self._integers(index).to(torch.int32).cpu()
-            delivered.append(
-                HardLayer(layer.name, integers, scale, self.masks[index], layer.channel_dim, layer.aliases)
-            )
+        for layer, latent, stairs, mask in zip(self.layers, self.latents, self.stairs, self.masks, strict=True):
+            integers = layer.unflatten(stairs.integers(latent).to(torch.int32).flatten()).cpu()
+            scale = stairs.step.flatten().cpu()
+            delivered.append(HardLayer(layer.name, integers, scale, mask, layer.channel_dim, layer.aliases))
         return delivered
 
     def preview(self, step: int) -> list[HardLayer]:
         if self.masks is not None:
             return self.hard_layers()
-        future = copy.copy(
-            self
-        )  # shares latents and Adam's state, which fixing the planes replaces but never writes to
-        future.steps, future.latents = [], [nn.Parameter(latent.detach().clone()) for latent in self.latents]
-        future.adam = copy.copy(self.adam)
-        future.adam.state = defaultdict(dict)
-        for new, old in zip(future.latents, self.latents, strict=True):
-            future.adam.state[new] = self.adam.state.get(old, {})
+        future = copy.copy(self)  # shares Adam's state, which fixing the planes only reads
+        future.latents = [latent.clone() for latent in self.latents]
         with torch.no_grad():
             future._fix_planes()
         return future.hard_layers()
@@ -427,7 +321,7 @@ class StagedCSQ(WeightMethod):
     def mean_bits(self) -> float:
         if self.masks is not None:
             return budget.mean_planes([int(mask.sum()) for mask in self.masks], self.weights)
-        per_layer = self.soft_mask.double().sum(dim=1)
+        per_layer = self.soft_mask.double().sum(dim=1).cpu()
         return float((per_layer * torch.tensor(self.weights)).sum()) / sum(self.weights)
 
     def monitor(self, step: int) -> dict[str, float]:
@@ -437,11 +331,11 @@ class StagedCSQ(WeightMethod):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "latents": [latent.data for latent in self.latents],
+            "latents": self.latents,
             "adam": self.adam.state_dict(),
             "units": self.units,
             "masks": self.masks,
-            "steps": self.steps,
+            "steps": [stairs.step for stairs in self.stairs],
             "soft_mask": self.soft_mask,
             "soft_steps": self.soft_steps,
             "soft_end": self.soft_end,
@@ -450,21 +344,19 @@ class StagedCSQ(WeightMethod):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.latents[0].device
         for latent, saved in zip(self.latents, state["latents"], strict=True):
-            latent.data.copy_(saved)
+            latent.copy_(saved)
         self.adam.load_state_dict(state["adam"])
         self.units = [unit.to(device) for unit in state["units"]]
-        self.masks, self.soft_mask, self.soft_end = state["masks"], state["soft_mask"], state["soft_end"]
-        self.steps = [step.to(device) for step in state["steps"]]
+        self.soft_mask, self.soft_end = state["soft_mask"].to(device), state["soft_end"]
         self.soft_steps = [[step.to(device) for step in widths] for widths in state["soft_steps"]]
+        self.masks, self.stairs = None, []
+        if state["masks"] is not None:
+            self._set_planes(state["masks"], [step.to(device) for step in state["steps"]])
 
     def _mse_step(self, value: Tensor, layer: Layer, planes: int) -> Tensor:
-        shared = not self.settings.per_channel or layer.weights == value.shape[layer.channel_dim]
-        return mse_step(value, planes, channel_dim=None if shared else layer.channel_dim)  # never a step per weight
-
-
-def _without_holes(levels: Tensor) -> bool:
-    """Whether the levels are all integers between their ends, so that rounding finds the nearest."""
-    return len(levels) == 2 * float(levels[-1]) + 1
+        """[channels, 1] or [1, 1] for a value of shape [outer, channels, inner]."""
+        shared = not self.settings.per_channel or layer.weights == value.shape[1]  # never a step per weight
+        return mse_step(value, planes, channel_dim=None if shared else 1).view(-1, 1)
 
 
 def top_planes(planes: int, bits: int) -> Tensor:

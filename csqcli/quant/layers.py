@@ -9,6 +9,7 @@ Everything else stays float and is listed with the reason.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,6 +43,13 @@ class Layer:
     def flat_view(self) -> Tensor:
         """The weight's own values as [weights], to write to. ValueError where its elements overlap or have gaps."""
         return self.parameter.data.permute(self._memory_order()).view(-1)
+
+    def by_channel(self, flat: Tensor) -> Tensor:
+        """[weights] of :meth:`flat` as [outer, channels, inner]: output channels are the middle dimension."""
+        order = self._memory_order()
+        at = order.index(self.channel_dim)
+        inner = math.prod(self.parameter.shape[dim] for dim in order[at + 1 :])
+        return flat.view(-1, self.parameter.shape[self.channel_dim], inner)
 
     def unflatten(self, flat: Tensor) -> Tensor:
         """Inverse of :meth:`flat`: contiguous, in the weight's shape."""

@@ -8,24 +8,35 @@ bits are a pure function of the step, so resumed runs and all ranks round alike.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-CHUNK = 2**15  # weights per slice on a CPU: 8 planes of fp32 temporaries are 1 MiB each
+CHUNK = 2**15  # weights per slice of gates on a CPU: 8 planes of fp32 temporaries are 1 MiB each
+PART = 2**17  # latents per slice and thread on a CPU
 GPU_CHUNK = 2**22  # without Triton: few launches, and temporaries that fit beside any model
 _SHIFT, _SHIFTS = 509, 64  # two windows of the noise start this far apart, or a multiple of it
 
 
-def chunk_for(device: torch.device) -> int:
-    """Weights per slice of a pass on this device."""
+def chunk_size(device: torch.device) -> int:
+    """Weights per slice of a pass over gates."""
     return GPU_CHUNK if device.type == "cuda" else CHUNK
 
 
+def part_size(device: torch.device) -> int:
+    """Weights per slice of a pass over latents."""
+    return GPU_CHUNK if device.type == "cuda" else PART * torch.get_num_threads()
+
+
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """The Triton twins of the passes; None on a CPU, and where Triton does not exist."""
+    return _load_kernels() if device.type == "cuda" else None
+
+
 @functools.cache
-def load_kernels() -> ModuleType | None:
-    """The Triton twins of the passes; None where Triton does not exist."""
+def _load_kernels() -> ModuleType | None:
     try:
         from csqcli.quant import kernels
     except ImportError:
@@ -60,3 +71,19 @@ def round_into(target: Tensor, value: Tensor, noise: Tensor) -> None:
     """
     value.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
     target.copy_(value)
+
+
+def parts_of(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of [outer, channels, inner] along its first two dimensions, of `part_size` weights or one channel."""
+    outer, channels, inner = rows.shape
+    weights = part_size(rows.device)
+    some = max(1, weights // inner)  # channels at a time
+    many = max(1, weights // (channels * inner))
+    for first in range(0, outer, many):
+        for start in range(0, channels, some):
+            yield slice(first, first + many), slice(start, start + some)
+
+
+def of_channels(vector: Tensor, channels: slice) -> Tensor:
+    """The entries of a vector [channels, 1] that belong to some channels; one of [1, 1] belongs to all."""
+    return vector if len(vector) == 1 else vector[channels]
