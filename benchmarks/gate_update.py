@@ -3,9 +3,9 @@
     python benchmarks/gate_update.py --json runs/gate_update.json
 
 The reference keeps per-layer tensors [*weight, bits] and lets autograd differentiate Eq. 5, as one writes it down: forward
-for all layers, backward from dL/dW, torch.optim.SGD with momentum and weight decay. Both sides hold the same model's gates.
-`ratio` is reference time over csq's: larger is better. Memory is each side's peak in a process of its own, beyond weights and
-their gradients.
+for all layers, backward from dL/dW, torch.optim.SGD with momentum and weight decay. All sides hold the same model's gates;
+csq's in float32 and in bfloat16. `ratio` is reference time over csq's in float32: larger is better. Memory is each side's peak
+in a process of its own, beyond weights and their gradients.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods import max_abs_scale
 
 BITS, BETA = 8, 3.0
+STATES = {"csq, float32": torch.float32, "csq, bfloat16": torch.bfloat16}
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 
@@ -39,8 +40,8 @@ def weights_of(name: str, device: str) -> list[Layer]:
     return layers
 
 
-def flat(layers: list[Layer]) -> Callable[[], None]:
-    planes = BitPlanes(layers, bits=BITS, device=layers[0].parameter.device)
+def flat(layers: list[Layer], state_dtype: torch.dtype) -> Callable[[], None]:
+    planes = BitPlanes(layers, bits=BITS, device=layers[0].parameter.device, state_dtype=state_dtype)
     scales = [max_abs_scale(layer.parameter) for layer in layers]
     planes.initialise(logit=1.0, mask_logit=1.0, beta=BETA, scales=scales)
 
@@ -86,7 +87,7 @@ def peak(side: str, name: str, device: str) -> float:
     """Peak bytes per weight beyond what the weights and their gradients take."""
     layers = weights_of(name, device)
     before = measure.peak_bytes(device)
-    work = {"csq": flat, "reference": reference}[side](layers)
+    work = reference(layers) if side == "reference" else flat(layers, STATES[side])
     for _ in range(3):
         work()
     return (measure.peak_bytes(device) - before) / sum(layer.weights for layer in layers)
@@ -97,17 +98,19 @@ def main() -> None:
     parser.add_argument("--model", default="torchvision:resnet18")
     arguments = parser.parse_args()
     memory: dict[str, Any] = {  # first: a process inherits the peak of the one that starts it
-        side: measure.in_fresh_process(peak, side, arguments.model, arguments.device) for side in ("csq", "reference")
+        side: measure.in_fresh_process(peak, side, arguments.model, arguments.device) for side in (*STATES, "reference")
     }
     layers = weights_of(arguments.model, arguments.device)
-    works = {"csq": flat(layers), "reference": reference(layers)}
+    works = {side: flat(layers, dtype) for side, dtype in STATES.items()} | {"reference": reference(layers)}
     seconds = measure.interleaved(works, arguments.repeats, arguments.device)
+    ratios = {side: seconds["reference"] / seconds[side] for side in STATES}
     measure.emit(
         {
-            "ratio": seconds["reference"] / seconds["csq"],
+            "ratio": ratios["csq, float32"],
             "ratio_of": "seconds of autograd on per-layer [*, bits] tensors / csq's flat passes",
-            "memory_ratio": memory["csq"] / memory["reference"],
-            "memory_ratio_of": "peak bytes per weight of csq's gates / of the reference's",
+            "ratios": ratios,
+            "memory_ratios": {side: memory[side] / memory["reference"] for side in STATES},
+            "memory_ratios_of": "peak bytes per weight of csq's gates / of the reference's",
             "seconds": seconds,
             "peak_bytes_per_weight": memory,
             "model": arguments.model,

@@ -23,20 +23,22 @@ from csqcli.quant.layers import find_layers
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 
-METHODS = ("float", "csq", "ste", "csq-paper")
+METHODS = ("float", "csq", "csq, bfloat16 state", "ste", "csq-paper", "csq-paper, bfloat16 state")
 STEPS = 8
 
 
 def make(name: str, model: nn.Module) -> WeightMethod:
     layers, _ = find_layers(model)
     clock = Clock(STEPS, STEPS)
+    name, _, state = name.partition(", ")
+    dtype = torch.bfloat16 if state else torch.float32
     if name == "float":
         return WeightMethod([], clock)
     if name == "ste":
         return LatentUniform(layers, clock, planes=[3] * len(layers), learned_step=False)
     if name == "csq":
-        return StagedCSQ(layers, clock, StagedSettings(target_bits=3, search_share=0.4))
-    return GateMethod(layers, clock, GateSettings(target_bits=3))
+        return StagedCSQ(layers, clock, StagedSettings(target_bits=3, search_share=0.4, state_dtype=dtype))
+    return GateMethod(layers, clock, GateSettings(target_bits=3, state_dtype=dtype))
 
 
 def peak(name: str, width: int, depth: int, device: str) -> float:

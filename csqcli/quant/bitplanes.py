@@ -73,8 +73,8 @@ class BitPlanes:
     def set_integers(self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float) -> None:
         """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers."""
         flat = self.layers[index].flat(integers)
-        pos, neg = csq.logits_from_integers(flat, self.bits, logit=logit)
-        self.pos[:, self.slices[index]], self.neg[:, self.slices[index]] = pos, neg
+        for chunk, of_layer in self._chunks_of(index):
+            self.pos[:, chunk], self.neg[:, chunk] = csq.logits_from_integers(flat[of_layer], self.bits, logit=logit)
         softness = torch.tanh(torch.tensor(beta * logit / 2))
         if self.fixed_mask is None:
             softness = softness * csq.gate(self.mask_logits[index, 0].cpu(), beta)
@@ -98,10 +98,12 @@ class BitPlanes:
                 pos, neg = self.pos[:, where], self.neg[:, where]
                 self.kernels.soft_weight(pos, neg, per_plane[index], beta, weights[index])
             return
+        scratch = self._scratch(2)
         for index, chunk, of_layer in self._chunks():
-            pos, neg = self._logits(chunk)
-            digits = torch.sigmoid(pos * beta).sub_(torch.sigmoid(neg * beta))
-            weights[index][of_layer] = per_plane[index] @ digits
+            on, off = scratch[:, :, : chunk.stop - chunk.start]
+            _gates(self.pos[:, chunk], beta, on)
+            _gates(self.neg[:, chunk], beta, off)
+            weights[index][of_layer] = per_plane[index] @ on.sub_(off)
 
     @torch.no_grad()
     def update_gates(
@@ -120,6 +122,7 @@ class BitPlanes:
         sgd = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         rounded = self.pos.dtype != torch.float32
         noise = Noise(self.chunk, seed=seed, device=self.pos.device) if rounded and self.kernels is None else None
+        scratch = self._scratch(3)
         for index, layer in enumerate(self.layers):
             if layer.parameter.grad is None:
                 continue
@@ -131,42 +134,15 @@ class BitPlanes:
                 continue
             for chunk, of_layer in self._chunks_of(index):
                 part = gradient[of_layer].float()
-                mask_gradient[index] += self._update_chunk(chunk, part, gated[index], beta, noise, **sgd)
+                room = scratch[:, :, : len(part)]
+                for sign, logits, velocity in ((1, self.pos, self.pos_momentum), (-1, self.neg, self.neg_momentum)):
+                    state = logits[:, chunk], velocity[:, chunk]
+                    gates = _update_chunk(*state, part, sign * gated[index], beta, noise, room, **sgd)
+                    mask_gradient[index] += sign * gates
                 squared[index] += part.square().sum()
         sums = mask_gradient * self.plane_weights  # [layers, bits]: 2^b/(2^n−1) Σ_i g_i d_i
         scale_gradient = (sums * self.mask(beta)).sum(dim=1)
         return LayerGradients(mask=sums * self.scale.unsqueeze(1), scale=scale_gradient, squared=squared)
-
-    def _update_chunk(
-        self,
-        chunk: slice,
-        gradient: Tensor,  # [chunk]
-        gated: Tensor,  # [bits]: c
-        beta: float,
-        noise: Noise | None,
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-    ) -> Tensor:
-        """The update of one slice of the buffers; Σ_i g_i d_bi [bits]."""
-        pos, neg = self._logits(chunk)
-        pos_gate, neg_gate = (pos * beta).sigmoid_(), (neg * beta).sigmoid_()
-        digits = pos_gate @ gradient - neg_gate @ gradient
-        held_pos, held_neg, *held_momenta = (buffer[:, chunk] for buffer in self._state())
-        rows = (pos, held_pos, held_momenta[0], pos_gate, 1.0), (neg, held_neg, held_momenta[1], neg_gate, -1.0)
-        for logits, held, held_momentum, value, sign in rows:
-            slope = torch.outer(gated * (sign * beta), gradient)  # [bits, chunk]: dL/d f(m), then dL/dm
-            slope = torch.ops.aten.sigmoid_backward(slope, value)
-            velocity = held_momentum.float()  # the state itself when it is float32
-            torch.add(slope, velocity, alpha=momentum, out=velocity)
-            if weight_decay:
-                velocity.add_(logits, alpha=weight_decay)
-            logits.sub_(velocity, alpha=lr)
-            if noise is not None:  # a momentum changes by a tenth a step, which rounding to the nearest follows
-                round_into(held, logits, noise.window(*logits.shape))
-                held_momentum.copy_(velocity)
-        return digits
 
     @torch.no_grad()
     def refit_scale(self, old_beta: float, new_beta: float) -> None:
@@ -202,14 +178,18 @@ class BitPlanes:
         soft_mask = self.mask(beta)
         powers = 2.0 ** torch.arange(self.bits, device=self.pos.device)
         for index, layer in enumerate(self.layers):
-            pos, neg = self._logits(self.slices[index])
-            if rounding == "threshold":
-                digits = csq.hard_gate(pos) - csq.hard_gate(neg)
-                values = (powers * mask[index]) @ digits
-            else:
-                soft = (powers * soft_mask[index]) @ csq.soft_digits(pos, neg, beta)
-                values = nearest_level(soft, levels_of(mask[index]))
-            hardened.append(layer.unflatten(values.round().to(torch.int32)))
+            levels = levels_of(mask[index])
+            integers = torch.empty(layer.weights, dtype=torch.int32, device=self.pos.device)
+            for chunk, of_layer in self._chunks_of(index):
+                pos, neg = self._logits(chunk)
+                if rounding == "threshold":
+                    digits = csq.hard_gate(pos) - csq.hard_gate(neg)
+                    values = (powers * mask[index]) @ digits
+                else:
+                    soft = (powers * soft_mask[index]) @ csq.soft_digits(pos, neg, beta)
+                    values = nearest_level(soft, levels)
+                integers[of_layer] = values.round().to(torch.int32)
+            hardened.append(layer.unflatten(integers))
         return hardened
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -233,6 +213,11 @@ class BitPlanes:
             else:
                 getattr(self, name).copy_(value)
 
+    def _scratch(self, count: int) -> Tensor:
+        """[count, bits, chunk] float32 for temporaries: memory that is reused stays in cache."""
+        widest = 0 if self.kernels is not None else min(self.chunk, max(layer.weights for layer in self.layers))
+        return torch.empty(count, self.bits, widest, device=self.pos.device)
+
     def _logits(self, where: slice) -> tuple[Tensor, Tensor]:
         """m_p and m_n of some weights as float32: the state itself, or a copy of bfloat16 state."""
         return self.pos[:, where].float(), self.neg[:, where].float()
@@ -251,3 +236,42 @@ class BitPlanes:
         for start in range(where.start, where.stop, self.chunk):
             stop = min(start + self.chunk, where.stop)
             yield slice(start, stop), slice(start - where.start, stop - where.start)
+
+
+def _gates(logits: Tensor, beta: float, out: Tensor) -> None:
+    """f_β of float32 or bfloat16 logits, computed in float32."""
+    if logits.dtype == out.dtype:
+        torch.mul(logits, beta, out=out).sigmoid_()
+    else:
+        out.copy_(logits).mul_(beta).sigmoid_()
+
+
+def _update_chunk(
+    logits: Tensor,  # [bits, chunk]: m_p or m_n, as the next
+    velocity: Tensor,
+    gradient: Tensor,  # [chunk]
+    gated: Tensor,  # [bits]: c, negative for m_n
+    beta: float,
+    noise: Noise | None,  # None where the state is float32
+    room: Tensor,  # [3, bits, chunk]
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """The update of one slice of the state in place; Σ_i g_i f(m_bi) [bits] of before."""
+    gates, slope, exact = room
+    value = logits if noise is None else exact.copy_(logits)
+    _gates(value, beta, gates)
+    sums = gates @ gradient
+    torch.mul(gated.unsqueeze(1) * beta, gradient, out=slope)  # dL/df(m)
+    torch.ops.aten.sigmoid_backward.grad_input(slope, gates, grad_input=slope)  # dL/dm
+    moved = velocity if noise is None else gates.copy_(velocity)
+    torch.add(slope, moved, alpha=momentum, out=moved)
+    if weight_decay:
+        moved.add_(value, alpha=weight_decay)
+    value.sub_(moved, alpha=lr)
+    if noise is not None:  # a momentum changes by a tenth a step, which rounding to the nearest follows
+        round_into(logits, value, noise.window(*value.shape))
+        velocity.copy_(moved)
+    return sums
