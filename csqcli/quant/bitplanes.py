@@ -129,16 +129,17 @@ class BitPlanes:
             gradient = layer.flat(layer.parameter.grad)
             if self.kernels is not None:
                 state = (buffer[:, self.slices[index]] for buffer in self._state())
-                sums = self.kernels.update_gates(*state, gradient, gated[index], beta, **sgd, seed=seed)
-                mask_gradient[index], squared[index] = sums
+                mask_gradient[index], squared[index] = self.kernels.update_gates(
+                    *state, gradient, gated[index], beta, **sgd, seed=seed
+                )
                 continue
             for chunk, of_layer in self._chunks_of(index):
                 part = gradient[of_layer].float()
                 room = scratch[:, :, : len(part)]
                 for sign, logits, velocity in ((1, self.pos, self.pos_momentum), (-1, self.neg, self.neg_momentum)):
-                    state = logits[:, chunk], velocity[:, chunk]
-                    gates = _update_chunk(*state, part, sign * gated[index], beta, noise, room, **sgd)
-                    mask_gradient[index] += sign * gates
+                    held, moving = logits[:, chunk], velocity[:, chunk]
+                    sums = _update_chunk(held, moving, part, sign * gated[index], beta, noise=noise, room=room, **sgd)
+                    mask_gradient[index] += sign * sums
                 squared[index] += part.square().sum()
         sums = mask_gradient * self.plane_weights  # [layers, bits]: 2^b/(2^n−1) Σ_i g_i d_i
         scale_gradient = (sums * self.mask(beta)).sum(dim=1)
@@ -252,9 +253,9 @@ def _update_chunk(
     gradient: Tensor,  # [chunk]
     gated: Tensor,  # [bits]: c, negative for m_n
     beta: float,
+    *,
     noise: Noise | None,  # None where the state is float32
     room: Tensor,  # [3, bits, chunk]
-    *,
     lr: float,
     momentum: float,
     weight_decay: float,
