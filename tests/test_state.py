@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
+from csqcli.quant import rounding
+from csqcli.quant.adam import LatentAdam
 from csqcli.quant.bitplanes import BitPlanes
-from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import max_abs_scale
+from csqcli.quant.latent import StagedCSQ, StagedSettings
+from csqcli.quant.layers import Layer, find_layers
+from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod, max_abs_scale
+from csqcli.quant.rounding import Staircase
 from csqcli.quant.state import Noise, round_into
 
 CPU = torch.device("cpu")
@@ -90,3 +98,61 @@ def test_gates_in_bfloat16_are_the_exact_update_s_neighbours_and_right_on_averag
         planes.initialise(logit=0.7, mask_logit=0.4, beta=2.0, scales=scales)
         made.append(planes)
     rounded_once(*made)
+
+
+class NoKernels:
+    """Stands for Triton's kernels where only what surrounds them matters."""
+
+    def update_gates(self, pos: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return pos.new_zeros(len(pos)), pos.new_zeros(())
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def to_meta(value: Any) -> Any:
+    """The same state on the device that has no values: whatever asks for one raises."""
+    if isinstance(value, Tensor):
+        return nn.Parameter(value.to("meta")) if isinstance(value, nn.Parameter) else value.to("meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_meta, value))
+    if isinstance(value, Staircase):  # levels are on the CPU wherever the latents are
+        return replace(value, step=to_meta(value.step), width=to_meta(value.width))
+    if isinstance(value, Layer):
+        return replace(value, parameter=to_meta(value.parameter))
+    if isinstance(value, (BitPlanes, LatentAdam)):
+        value.__dict__.update({name: to_meta(part) for name, part in value.__dict__.items()})
+        value.kernels = NoKernels()
+    return value
+
+
+def soft_masks(layers: list[Layer]) -> WeightMethod:
+    return StagedCSQ(layers, Clock(40, 10), StagedSettings(target_bits=2, search_share=0.5, refresh_every=2))
+
+
+def fixed_planes(layers: list[Layer]) -> WeightMethod:
+    method = StagedCSQ(layers, Clock(40, 10), StagedSettings(target_bits=2, search_share=0.5))
+    method._fix_planes()
+    return method
+
+
+def gates(layers: list[Layer]) -> WeightMethod:
+    return GateMethod(layers, Clock(40, 10), GateSettings(target_bits=2, refit_scale=True, beta_per_epoch=False))
+
+
+@pytest.mark.parametrize(("make", "steps"), [(soft_masks, 0), (fixed_planes, 22), (fixed_planes, 36), (gates, 0)])
+def test_a_step_reads_nothing_back_from_the_device(
+    make: Callable[[list[Layer]], WeightMethod], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "kernels_for", lambda device: NoKernels())
+    layers, _ = find_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(20, 30)))
+    method = make(layers)
+    state = {name: to_meta(value) for name, value in vars(method).items() if name != "masks"}  # masks are on the CPU
+    method.__dict__.update(state)
+    for step in range(steps, steps + 4):
+        for layer in method.layers:
+            layer.parameter.grad = torch.zeros_like(layer.parameter)
+        method.collect(step, lr=0.1, lr_share=1.0)
+        method.materialise(step + 1)
+    with pytest.raises(RuntimeError):  # what a read does
+        method.layers[0].parameter.sum().item()

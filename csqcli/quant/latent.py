@@ -175,6 +175,12 @@ class StagedCSQ(WeightMethod):
         # f_β(m) [layers, bits]: every plane until gradients say otherwise
         self.soft_mask = torch.ones(len(layers), settings.max_bits, device=device)
         self.soft_steps: list[list[Tensor]] = []  # [layer][planes − 1], while the masks are soft
+        fewest, most = torch.tensor([self.limits.fewest, self.limits.most]).unsqueeze(2)  # [layers, 1]
+        plane = torch.arange(settings.max_bits)
+        weights = torch.tensor(self.weights, dtype=torch.float64).unsqueeze(1)
+        self.rules = [
+            part.to(device) for part in (weights, plane < fewest, plane >= most)
+        ]  # planes always, never in use
         if start is not None:
             self._set_planes([hard.mask for hard in start], [hard.scale.view(-1, 1).to(device) for hard in start])
         else:
@@ -240,18 +246,14 @@ class StagedCSQ(WeightMethod):
 
     def _solve_masks(self, importance: Tensor, beta: float) -> Tensor:
         """Soft masks σ(β(log I − log λ)) with λ such that their mean over weight elements is the target."""
-        # all on the device: a training step never waits for the host
-        device = importance.device
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=device).unsqueeze(1)
+        weights, always, never = self.rules
         logits = (importance / weights).clamp_min(1e-30).log()
-        plane = torch.arange(self.settings.max_bits, device=device)
-        always = plane < torch.tensor(self.limits.fewest, device=device).unsqueeze(1)
-        never = plane >= torch.tensor(self.limits.most, device=device).unsqueeze(1)
 
         def masks(price: Tensor) -> Tensor:
             return csq.gate(logits - price, beta).masked_fill(always, 1.0).masked_fill(never, 0.0)
 
-        low, high = logits.new_tensor(-100.0), logits.new_tensor(100.0)  # log λ
+        low = torch.full_like(weights[0], -100.0)  # log λ; all on the device: a training step never waits for the host
+        high = -low
         for _ in range(60):
             middle = (low + high) / 2
             over = (masks(middle) * weights).sum() / weights.sum() > self.settings.target_bits
