@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from csqcli.quant.latent import StagedCSQ, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod, max_abs_scale
 from csqcli.quant.rounding import Staircase
-from csqcli.quant.state import Noise, round_into
+from csqcli.quant.state import Noise, kernels_for, round_into
 
 CPU = torch.device("cpu")
 
@@ -98,6 +99,17 @@ def test_gates_in_bfloat16_are_the_exact_update_s_neighbours_and_right_on_averag
         planes.initialise(logit=0.7, mask_logit=0.4, beta=2.0, scales=scales)
         made.append(planes)
     rounded_once(*made)
+
+
+def test_kernels_that_cannot_be_built_are_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("Failed to find C compiler.\nmore")))
+    assert kernels_for(torch.device("cuda", 7)) is None
+    assert kernels_for(torch.device("cuda", 7)) is None
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "Triton's kernels do not run here (Failed to find C compiler.)"
+    ]
 
 
 class NoKernels:

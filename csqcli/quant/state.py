@@ -8,11 +8,14 @@ bits are a pure function of the step, so resumed runs and all ranks round alike.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 CHUNK = 2**15  # weights per slice of gates on a CPU: 8 planes of fp32 temporaries are 1 MiB each
 PART = 2**17  # latents per slice and thread on a CPU
@@ -31,15 +34,21 @@ def part_size(device: torch.device) -> int:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The Triton twins of the passes; None on a CPU, and where Triton does not exist."""
-    return _load_kernels() if device.type == "cuda" else None
+    """The Triton twins of the passes; None on a CPU, and where Triton is missing or cannot build them."""
+    return _load_kernels(device) if device.type == "cuda" else None
 
 
 @functools.cache
-def _load_kernels() -> ModuleType | None:
+def _load_kernels(device: torch.device) -> ModuleType | None:
     try:
         from csqcli.quant import kernels
-    except ImportError:
+
+        # Triton compiles at the first launch, which fails without a C compiler and on old devices
+        one = torch.zeros(1, 1, device=device)
+        kernels.soft_weight(one, one, one[0], 1.0, one[0])
+    except Exception as error:  # whatever it is: PyTorch's own operations do the same
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning("Triton's kernels do not run here (%s): PyTorch's operations take their place, slower", reason)
         return None
     return kernels
 
