@@ -6,6 +6,9 @@ The reference keeps per-layer tensors [*weight, bits] and lets autograd differen
 for all layers, backward from dL/dW, torch.optim.SGD with momentum and weight decay. All sides hold the same model's gates;
 csq's in float32 and in bfloat16. `ratio` is reference time over csq's in float32: larger is better. Memory is each side's peak
 in a process of its own, beyond weights and their gradients.
+
+The default method's passes over its latents are timed beside them, and all of csq's against a copy of a large tensor:
+`bandwidth_shares` are the bytes that a pass cannot avoid to move, per second, over what the copy moves.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ import measure
 
 from csqcli import sources
 from csqcli.quant.bitplanes import BitPlanes
+from csqcli.quant.latent import StagedCSQ, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods import max_abs_scale
+from csqcli.quant.methods import Clock, max_abs_scale
 
 BITS, BETA = 8, 3.0
 STATES = {"csq, float32": torch.float32, "csq, bfloat16": torch.bfloat16}
@@ -83,6 +87,30 @@ def reference(layers: list[Layer]) -> Callable[[], None]:
     return work
 
 
+def latents(layers: list[Layer], state_dtype: torch.dtype) -> Callable[[], None]:
+    settings = StagedSettings(target_bits=3, state_dtype=state_dtype)
+    method = StagedCSQ(layers, Clock(1000, 100), settings)
+    method._fix_planes()
+
+    def work() -> None:  # on the soft staircase
+        method.collect(300, lr=1e-3, lr_share=0.5)
+        method.materialise(301)
+
+    return work
+
+
+def bytes_moved(side: str) -> int:
+    """Per weight: what `materialise` reads and writes, then what the update does."""
+    size = torch.empty(0, dtype=STATES[side]).element_size()
+    return (2 * BITS * size + 4) + (4 + 2 * 4 * BITS * size)
+
+
+def latent_bytes_moved(side: str) -> int:
+    """The same for latents: the latent and the weight, then gradient, latent and two moments."""
+    size = torch.empty(0, dtype=STATES[side]).element_size()
+    return (4 + 4) + (4 + 2 * (4 + 2 * size))
+
+
 def peak(side: str, name: str, device: str) -> float:
     """Peak bytes per weight beyond what the weights and their gradients take."""
     layers = weights_of(name, device)
@@ -101,9 +129,23 @@ def main() -> None:
         side: measure.in_fresh_process(peak, side, arguments.model, arguments.device) for side in (*STATES, "reference")
     }
     layers = weights_of(arguments.model, arguments.device)
-    works = {side: flat(layers, dtype) for side, dtype in STATES.items()} | {"reference": reference(layers)}
+    weights = sum(layer.weights for layer in layers)
+    source = torch.zeros(2**27, device=arguments.device)  # half a GiB
+    target = torch.empty_like(source)
+    works = {
+        **{side: flat(layers, dtype) for side, dtype in STATES.items()},
+        **{f"latents of {side}": latents(layers, dtype) for side, dtype in STATES.items()},
+        "copy": lambda: target.copy_(source),
+        "reference": reference(layers),
+    }
     seconds = measure.interleaved(works, arguments.repeats, arguments.device)
     ratios = {side: seconds["reference"] / seconds[side] for side in STATES}
+    copied = 2 * source.nbytes / seconds["copy"]
+    shares = {side: weights * bytes_moved(side) / seconds[side] / copied for side in STATES} | {
+        name: weights * latent_bytes_moved(side) / seconds[name] / copied
+        for side in STATES
+        for name in [f"latents of {side}"]
+    }
     measure.emit(
         {
             "ratio": ratios["csq, float32"],
@@ -111,10 +153,12 @@ def main() -> None:
             "ratios": ratios,
             "memory_ratios": {side: memory[side] / memory["reference"] for side in STATES},
             "memory_ratios_of": "peak bytes per weight of csq's gates / of the reference's",
+            "bandwidth_shares": shares,
+            "copy_bytes_per_second": copied,
             "seconds": seconds,
             "peak_bytes_per_weight": memory,
             "model": arguments.model,
-            "weights": sum(layer.weights for layer in layers),
+            "weights": weights,
             "repeats": arguments.repeats,
             "machine": measure.machine(arguments.device),
         },
