@@ -183,7 +183,7 @@ def update_latents(
 
 @triton.jit
 def _staircase_kernel(
-    latent, out, step, width, count, inner, channels, step_stride, width_stride, top, slope,
+    latent, out, step, width, count, inner, channels, step_stride, width_stride, top, flank,
     SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -194,17 +194,17 @@ def _staircase_kernel(
     ratio = tl.math.div_rn(tl.load(latent + where, mask=mask, other=0.0), wide)
     if SOFT:
         low = tl.minimum(tl.maximum(tl.floor(ratio), -top), top - 1)
-        integer = low + tl.minimum(tl.maximum((ratio - low) * slope + (0.5 - 0.5 * slope), 0.0), 1.0)
+        integer = low + tl.minimum(tl.maximum((ratio - low - 0.5) / flank + 0.5, 0.0), 1.0)
     else:
         integer = _integer(ratio, top)
     tl.store(out + where, integer * tl.load(step + channel * step_stride, mask=mask, other=0.0), mask=mask)
 
 
-def staircase(latent: Tensor, out: Tensor, step: Tensor, width: Tensor, *, top: int, slope: float | None) -> None:
-    """`rounding.Staircase.write` of one layer whose levels are −top … top; hard where ``slope`` is None."""
+def staircase(latent: Tensor, out: Tensor, step: Tensor, width: Tensor, *, top: int, flank: float | None) -> None:
+    """`rounding.Staircase.write` of one layer whose levels are −top … top; hard where ``flank`` is None."""
     _staircase_kernel[_grid(latent)](
         latent, out, step, width, latent.numel(), latent.shape[2], latent.shape[1], _stride(step), _stride(width),
-        float(top), slope or 0.0, SOFT=slope is not None and top > 0, BLOCK=_BLOCK,
+        float(top), flank or 1.0, SOFT=flank is not None and top > 0, BLOCK=_BLOCK,
     )  # fmt: skip
 
 

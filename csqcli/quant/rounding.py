@@ -118,14 +118,14 @@ class Staircase:
         A soft staircase has linear flanks of slope 1/(1 − sharpness) half way between neighbouring levels: the identity
         at 0, rounding towards 1.
         """
-        slope = None if sharpness is None else 1 / max(1 - sharpness, 1e-3)
+        flank = None if sharpness is None else max(1 - sharpness, 1e-3)  # its share of the way between two levels
         kernels = kernels_for(latent.device) if self.without_holes else None
         if kernels is not None:
-            kernels.staircase(latent, out, self.step, self.width, top=self.top, slope=slope)
+            kernels.staircase(latent, out, self.step, self.width, top=self.top, flank=flank)
             return
         for part in parts_of(latent):
             ratio = latent[part] / of_channels(self.width, part[1])
-            integers = self._nearest(ratio) if slope is None else self._soft(ratio, slope)
+            integers = self._nearest(ratio) if flank is None else self._soft(ratio, flank)
             torch.mul(integers, of_channels(self.step, part[1]), out=out[part])
 
     def _nearest(self, ratio: Tensor) -> Tensor:
@@ -133,17 +133,17 @@ class Staircase:
             return ratio.round_().clamp_(-self.top, self.top)
         return nearest_level(ratio, self.levels.to(ratio))
 
-    def _soft(self, ratio: Tensor, slope: float) -> Tensor:
+    def _soft(self, ratio: Tensor, flank: float) -> Tensor:
         if len(self.levels) == 1:
             return ratio.zero_()
         if self.without_holes:
             low = ratio.floor().clamp_(-self.top, self.top - 1)
-            return ratio.sub_(low).mul_(slope).add_(0.5 - 0.5 * slope).clamp_(0, 1).add_(low)
+            return ratio.sub_(low).sub_(0.5).div_(flank).add_(0.5).clamp_(0, 1).add_(low)
         levels = self.levels.to(ratio)
         upper = torch.bucketize(ratio, levels, right=True).clamp_(1, len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]
         share = (ratio - low) / (high - low)
-        return low + (0.5 + (share - 0.5) * slope).clamp_(0, 1) * (high - low)
+        return low + (0.5 + (share - 0.5) / flank).clamp_(0, 1) * (high - low)
 
 
 def soft_planes(latent: Tensor, out: Tensor, *, unit: Tensor, steps: Sequence[Tensor], soft_mask: Tensor) -> None:
