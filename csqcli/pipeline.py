@@ -118,10 +118,11 @@ def search(
         job = _Job(recipe, folder, display, loaded.model, images, _overridden(loaded.data_config, recipe), record)
         if recipe.optimizer.distill:
             job.teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-        report = job.search()
-        if recipe.finetune.epochs and recipe.quantization.method != "float":
-            searched = checkpoint_file.read(folder.path / MODEL_FILE) if folder.shard.is_main else None
-            report = job.finetune(distributed.from_main(searched))
+        with contextlib.closing(job):
+            report = job.search()
+            if recipe.finetune.epochs and recipe.quantization.method != "float":
+                searched = checkpoint_file.read(folder.path / MODEL_FILE) if folder.shard.is_main else None
+                report = job.finetune(distributed.from_main(searched))
         folder.finish()
     return report
 
@@ -158,8 +159,8 @@ def finetune(
         torch.manual_seed(recipe.seed)
         model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
         config = _overridden(file.manifest.data_config, recipe)
-        job = _Job(recipe, folder, display, model, images, config, file.manifest.model)
-        report = job.finetune(file)
+        with contextlib.closing(_Job(recipe, folder, display, model, images, config, file.manifest.model)) as job:
+            report = job.finetune(file)
         folder.finish()
     return report
 
@@ -262,6 +263,11 @@ class _Job:
         self.whole_val_loader = data.make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
         self.saved = self.folder.load_state()
         self._take_saved()
+
+    def close(self) -> None:
+        """End the loaders' worker processes."""
+        for loader in (self.train_loader, self.val_loader, self.whole_val_loader):
+            loader.close()
 
     def _take_saved(self) -> None:
         if self.saved is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import shutil
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_a_compiled_run_trains_the_same_model(whole: Any, tmp_path: Path) -> Non
     compiled = run(tmp_path / "run", compile=True)
     assert differing(compiled, whole) < 0.05
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+def test_the_loader_processes_end_with_the_run(image_folder: Path, tmp_path: Path) -> None:
+    more = {"data__source": str(image_folder), "data__input_size": 72, "data__batch_size": 4, "data__workers": 2}
+    run(tmp_path / "run", data__train_limit=None, finetune__epochs=1, max_steps=1, **more)
+    assert not multiprocessing.active_children()
 
 
 def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
