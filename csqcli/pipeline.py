@@ -233,6 +233,7 @@ class _Job:
     teacher: nn.Module | None = None
     rollbacks: int = 0  # each halves the learning rates
     input_top1: float | None = None  # percent, of the file that a finetune started from
+    step_images: int | None = None  # per forward pass; None until it is known that they fit
     operations: Operations | None = None
 
     def __post_init__(self) -> None:
@@ -372,17 +373,8 @@ class _Job:
         steps = min(self.train_loader.batches, recipe.max_steps or self.train_loader.batches)
         total = recipe.epochs * steps
         amp = recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda")
-        memory.check(
-            self.model,
-            self.config["input_size"],
-            method=recipe.quantization.method if layers else "float",
-            bits=recipe.quantization.max_bits,
-            images=min(
-                recipe.data.micro_batch or recipe.data.batch_size, recipe.data.batch_size, self.train_loader.samples
-            ),
-            amp=amp,
-            device=self.device,
-        )
+        if self.step_images is None:
+            self.step_images = self._fitting(recipe, method=recipe.quantization.method if layers else "float", amp=amp)
         method = make_method(recipe, layers, Clock(total, steps), start=start)
         groups = base_groups(self.model, method)
         if self.activations is not None:
@@ -436,11 +428,27 @@ class _Job:
             seed=recipe.seed,
             clip_grad_norm=settings.clip_grad_norm,
             amp=amp,
-            micro_batch=recipe.data.micro_batch,
+            micro_batch=self.step_images,
             channels_last=self.channels_last,
             activation_scales=self.activations.parameters() if self.activations is not None else (),
             replica=self._replica(),
         )
+
+    def _fitting(self, recipe: Recipe, *, method: str, amp: bool) -> int:
+        """Images per forward pass, the same on all processes: the recipe's.
+
+        UserError when they do not fit.
+        """
+        batch = min(recipe.data.batch_size, max(1, self.train_loader.samples // self.shard.world))
+        images = min(recipe.data.micro_batch or batch, batch)
+        free = memory.free_bytes(self.device)
+        if free is None:
+            return images
+        free = distributed.smallest(free, self.device)
+        size, bits = self.config["input_size"], recipe.quantization.max_bits
+        step = memory.estimate(self.model, size, method=method, bits=bits, amp=amp, device=self.device)
+        memory.check(step, images, free, self.device)
+        return images
 
     def _replica(self) -> Any:
         """What training calls in place of the model: data-parallel (one number per weight is averaged), compiled, or None."""

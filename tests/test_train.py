@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from csqcli import checkpoint_file, pipeline
+from csqcli import checkpoint_file, memory, pipeline
+from csqcli.errors import UserError
 from csqcli.progress import Display
 from csqcli.recipe import resolve
 
 
-def run(output: Path, **overrides: Any) -> checkpoint_file.QuantizedFile:
+def run(
+    output: Path, display: Display | None = None, *, resume: bool = False, **overrides: Any
+) -> checkpoint_file.QuantizedFile:
     shared = {
         "model.source": "plain_models:group_norm_cnn",
         "model.checkpoint": None,
@@ -27,7 +30,7 @@ def run(output: Path, **overrides: Any) -> checkpoint_file.QuantizedFile:
         "data.batch_size": 64,
     }
     recipe = resolve("digits", shared | {key.replace("__", "."): value for key, value in overrides.items()})
-    pipeline.search(recipe, output, display=Display(quiet=True))
+    pipeline.search(recipe, output, display=display or Display(quiet=True), resume=resume)
     return checkpoint_file.read(output / "model.safetensors")
 
 
@@ -74,25 +77,31 @@ def test_the_loader_processes_end_with_the_run(image_folder: Path, tmp_path: Pat
 
 
 def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
-    from csqcli import memory
-    from csqcli.errors import UserError
-
     per_image = 4 * (64 + 2 * 16 * 64 + 2 * 32 * 16 + 32)  # image, two tensors of each stage kept, pooled; floats
     monkeypatch.setattr(memory, "free_bytes", lambda device: 200_000 + 20 * per_image)
-    with pytest.raises(UserError, match=r"needs at least .* micro_batch=(\d+) fits") as refusal:
+    with pytest.raises(UserError, match=r"needs about .* micro_batch=(\d+) fits") as refusal:
         run(tmp_path / "run")
     advised = int(re.search(r"micro_batch=(\d+)", str(refusal.value))[1])
     assert 8 <= advised <= 32
     run(tmp_path / "again", data__micro_batch=advised)
 
 
-def test_kept_activations_are_counted_once_and_the_model_is_left_alone() -> None:
-    from csqcli.memory import activation_bytes
+def test_what_does_not_grow_with_the_images_is_counted_once() -> None:
+    linear = [torch.nn.Linear(1000, 1000, bias=False) for _ in range(2)]
+    model = torch.nn.Sequential(linear[0], torch.nn.ReLU(), linear[1])
+    step = memory.estimate(model, (1000,), method="csq", bits=8, amp=True, device=torch.device("cpu"))
+    kept = step.fixed - 16 * 2 * 10**6  # gradients and states of 2 · 10⁶ weights
+    assert 2 * 10**6 <= kept <= 3 * 10**6  # the second weight in bfloat16, which the image's gradient needs
+    assert 4000 <= step.per_image <= 6000  # image and ReLU's output, [1000] in bfloat16 each
+    assert step.most_images(step.of(7)) == 7
+    assert step.most_images(step.fixed - 1) == 0
 
+
+def test_kept_activations_are_counted_once_and_the_model_is_left_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.BatchNorm1d(50), torch.nn.Dropout())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()
-    kept = activation_bytes(model, (100,), amp=False, device=torch.device("cpu"))
+    kept = memory.activation_bytes(model, (100,), images=1, amp=False, device=torch.device("cpu"))
     # the image [100] and ReLU's output [50], which BatchNorm keeps too; BatchNorm's running statistics [2 × 50]
     assert 4 * 150 <= kept <= 4 * (150 + 200)
     assert torch.equal(rng, torch.get_rng_state())
