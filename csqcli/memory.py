@@ -55,7 +55,7 @@ def check(step: StepMemory, images: int, free: int, device: torch.device) -> Non
         return
     fitting = step.most_images(free)
     hint = (
-        f"--set micro_batch={2 ** (fitting.bit_length() - 1)} fits"
+        f"--batch-size auto takes it in parts that fit, as does --set micro_batch={2 ** (fitting.bit_length() - 1)}"
         if fitting > 0
         else "take a smaller model or a larger machine"
     )

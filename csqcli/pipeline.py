@@ -274,6 +274,8 @@ class _Job:
         if self.saved is not None:
             self.history, self.accuracy = self.saved["history"], AccuracyRecord(**self.saved["accuracy"])
             self.rollbacks, self.input_top1 = self.saved["rollbacks"], self.saved["input_top1"]
+            if self.recipe.data.micro_batch == "auto":  # found once per run: parts change what BatchNorm sees
+                self.step_images = self.saved["step_images"]
 
     def search(self) -> dict[str, Any]:
         """Measure the float model, search, deliver. Returns at once when a resumed run is past this phase."""
@@ -435,18 +437,27 @@ class _Job:
         )
 
     def _fitting(self, recipe: Recipe, *, method: str, amp: bool) -> int:
-        """Images per forward pass, the same on all processes: the recipe's.
+        """Images per forward pass, the same on all processes: the recipe's; for `auto`, as many as the free memory takes.
 
         UserError when they do not fit.
         """
         batch = min(recipe.data.batch_size, max(1, self.train_loader.samples // self.shard.world))
-        images = min(recipe.data.micro_batch or batch, batch)
+        asked = recipe.data.micro_batch
+        images = min(asked, batch) if isinstance(asked, int) else batch
         free = memory.free_bytes(self.device)
         if free is None:
             return images
         free = distributed.smallest(free, self.device)
         size, bits = self.config["input_size"], recipe.quantization.max_bits
         step = memory.estimate(self.model, size, method=method, bits=bits, amp=amp, device=self.device)
+        most = step.most_images(free)
+        if asked == "auto" and 0 < most < batch:
+            parts = -(-batch // most)
+            images = -(-batch // parts)
+            needed = memory.gib(step.of(batch))
+            self.display.say(
+                f"a step on {batch} images needs {needed}, {memory.gib(free)} are free: in parts of {images}"
+            )
         memory.check(step, images, free, self.device)
         return images
 
@@ -537,6 +548,7 @@ class _Job:
                 "accuracy": self.accuracy.model_dump(),
                 "rollbacks": self.rollbacks,
                 "input_top1": self.input_top1,
+                "step_images": self.step_images,
             }
             bad = not all(is_finite(state[key]) for key in ("losses", "model", "optimizer", "activations"))
             if batch == 0:  # all processes are here
@@ -913,6 +925,7 @@ class _SavedState(BaseModel):
     accuracy: AccuracyRecord
     rollbacks: int = Field(ge=0, le=_MOST_ROLLBACKS)
     input_top1: float | None
+    step_images: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _measured(self) -> _SavedState:

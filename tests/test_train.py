@@ -5,16 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plain_models
 import pytest
 import torch
 
 from csqcli import checkpoint_file, memory, pipeline
+from csqcli.data import Unavailable
 from csqcli.errors import UserError
 from csqcli.progress import Display
 from csqcli.recipe import resolve
+from csqcli.train import Trainer
 
 
 def run(
@@ -69,6 +73,75 @@ def test_a_compiled_run_trains_the_same_model(whole: Any, tmp_path: Path) -> Non
     torch._dynamo.reset()
 
 
+class Listening(Display):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the free memory be what a step on so many images of the runs here takes, and half an image."""
+    model, device = plain_models.group_norm_cnn(num_classes=10), torch.device("cpu")
+    step = memory.estimate(model, (1, 8, 8), method="csq", bits=8, amp=False, device=device)
+    return lambda images: monkeypatch.setattr(
+        memory, "free_bytes", lambda _: step.of(images) + int(step.per_image * 0.5)
+    )
+
+
+def same_integers(one: checkpoint_file.QuantizedFile, two: checkpoint_file.QuantizedFile) -> bool:
+    return differing(one, two) == 0 and one.manifest.accuracy == two.manifest.accuracy
+
+
+@pytest.mark.parametrize(("images", "parts_of"), [(63, 32), (31, 22), (17, 16), (1, 1)])  # of batches of 64
+def test_auto_takes_the_fewest_parts_that_fit(room: Any, images: int, parts_of: int, tmp_path: Path) -> None:
+    by_hand = run(tmp_path / "hand", data__micro_batch=parts_of, max_steps=1)
+    room(images)
+    display = Listening()
+    auto = run(tmp_path / "auto", display, data__micro_batch="auto", max_steps=1)
+    assert same_integers(auto, by_hand)
+    (line,) = [line for line in display.said if "images needs" in line]
+    assert re.fullmatch(rf"a step on 64 images needs \S+ GiB, \S+ GiB are free: in parts of {parts_of}", line)
+
+
+def test_auto_leaves_a_batch_whole_that_fits_and_refuses_where_no_image_does(
+    room: Any, whole: Any, tmp_path: Path
+) -> None:
+    room(64)
+    display = Listening()
+    assert same_integers(run(tmp_path / "run", display, data__micro_batch="auto"), whole)
+    assert not [line for line in display.said if "parts" in line]
+    room(0)
+    with pytest.raises(UserError, match="take a smaller model or a larger machine"):
+        run(tmp_path / "none", data__micro_batch="auto")
+
+
+def test_a_resumed_run_keeps_the_parts_that_auto_found(
+    room: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    by_hand = run(tmp_path / "hand", data__micro_batch=22)
+    original = Trainer.run_epoch
+
+    def lost(self: Trainer, epoch: int, **more: Any) -> dict[str, Any]:
+        if epoch == 1:
+            raise Unavailable("the disk is gone")
+        return original(self, epoch, **more)
+
+    room(31)
+    monkeypatch.setattr(Trainer, "run_epoch", lost)
+    with pytest.raises(Unavailable):
+        run(tmp_path / "auto", data__micro_batch="auto")
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    for free in (0, 64):
+        room(free)
+        copy = tmp_path / f"resumed{free}"
+        shutil.copytree(tmp_path / "auto", copy)
+        assert same_integers(run(copy, resume=True, data__micro_batch="auto"), by_hand)
+
+
 @pytest.mark.filterwarnings("error::ResourceWarning")
 def test_the_loader_processes_end_with_the_run(image_folder: Path, tmp_path: Path) -> None:
     more = {"data__source": str(image_folder), "data__input_size": 72, "data__batch_size": 4, "data__workers": 2}
@@ -79,7 +152,7 @@ def test_the_loader_processes_end_with_the_run(image_folder: Path, tmp_path: Pat
 def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
     per_image = 4 * (64 + 2 * 16 * 64 + 2 * 32 * 16 + 32)  # image, two tensors of each stage kept, pooled; floats
     monkeypatch.setattr(memory, "free_bytes", lambda device: 200_000 + 20 * per_image)
-    with pytest.raises(UserError, match=r"needs about .* micro_batch=(\d+) fits") as refusal:
+    with pytest.raises(UserError, match=r"needs about .* --batch-size auto .* micro_batch=(\d+)") as refusal:
         run(tmp_path / "run")
     advised = int(re.search(r"micro_batch=(\d+)", str(refusal.value))[1])
     assert 8 <= advised <= 32
