@@ -49,6 +49,14 @@ DataOption = Annotated[
     str | None, typer.Option("--data", help="Image folder with train/ and val/, cifar10:DIR, cifar100:DIR, or digits.")
 ]
 DeviceOption = Annotated[Device | None, typer.Option("--device", help="auto takes a GPU when there is one.")]
+BatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N|auto",
+        help="Images per step; auto keeps the recipe's and takes it in parts that fit.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. optimizer.lr=0.05. Repeatable."),
@@ -84,6 +92,7 @@ def search(
         float | None, typer.Option(help="Share of the loss that follows the float model, 0 to 1.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
+    batch_size: BatchOption = None,
     device: DeviceOption = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Train through torch.compile.")
@@ -114,6 +123,7 @@ def search(
         "device": device.value if device else None,
         "model.pretrained": pretrained,
         "compile": compile_,
+        **_batch_settings(batch_size),
     }
     resolved = resolve(recipe, overrides | {key: value for key, value in typed.items() if value is not None})
 
@@ -137,6 +147,7 @@ def finetune(
         Path | None, typer.Option("--output", "-o", help="Folder; FILE's folder + -finetuned if unset.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
+    batch_size: BatchOption = None,
     device: DeviceOption = None,
     settings: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")] = False,
@@ -155,6 +166,7 @@ def finetune(
         "seed": seed,
         "device": device.value if device else None,
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
+        **_batch_settings(batch_size),
     }
     overrides = {key: value for key, value in typed.items() if value is not None} | parse_assignments(settings or [])
     resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}")
@@ -393,6 +405,18 @@ def _print_report(file: Path) -> None:
     if not console.is_terminal:
         console = Console(width=140)
     reports.print_table(checkpoint_file.read_manifest(file), console)
+
+
+def _batch_settings(batch_size: str | None) -> dict[str, Any]:
+    """Recipe keys of ``--batch-size``."""
+    if batch_size is None:
+        return {}
+    if batch_size == "auto":
+        return {"data.micro_batch": "auto"}
+    try:
+        return {"data.batch_size": int(batch_size)}
+    except ValueError:
+        raise UserError(f"`{batch_size}` is neither a number of images nor auto", where="--batch-size") from None
 
 
 def _history_beside(file: Path) -> list[dict[str, Any]]:

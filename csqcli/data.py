@@ -12,6 +12,8 @@ import io
 import logging
 import pickle
 import random
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -116,7 +118,14 @@ class Loader(Protocol):
     skipped: int  # images left out because they could not be decoded
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches ``start`` … ``batches − 1`` of an epoch; one whose images are all unreadable is empty."""
+        """Batches ``start`` … ``batches − 1`` of an epoch; one whose images are all unreadable is empty.
+
+        One epoch at a time: one that was left early must not be gone on with once another was begun.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the worker processes, if any; another epoch would start new ones."""
         ...
 
 
@@ -202,6 +211,9 @@ class _ArrayLoader:
                 pixels = self._crop(pixels, epoch, batch, flip=self.settings.augment != "crop")
             yield pixels.float() * self.gain - self.shift, self.labels[where]
 
+    def close(self) -> None:
+        pass
+
     def _crop(self, pixels: Tensor, epoch: int, batch: int, *, flip: bool) -> Tensor:
         """Per-image random crop out of the padded image, and a mirror for half of them."""
         count, _, height, width = pixels.shape
@@ -234,24 +246,17 @@ class _ImageLoader:
         self.workers = min(settings.workers, self.batches)
         transform = _transform(config, settings.augment if settings.training else None)
         self.dataset = _Transformed(images, transform, config["input_size"][0])
+        self.sampler = _Replaceable()
+        self.loader: torch.utils.data.DataLoader | None = None  # from the first epoch on
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        seed = self.settings.seed
+        seed, device = self.settings.seed, self.settings.device
         plan = [
             [(index, stream_seed(seed, epoch, index)) for index in where.tolist()]
             for where in self.plan.order(epoch)[start:]
         ]
-        device = self.settings.device
-        loader = torch.utils.data.DataLoader(
-            self.dataset,
-            batch_sampler=plan,  # type: ignore[arg-type]  # indices carry their seeds
-            collate_fn=_collate,
-            num_workers=self.workers,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator().manual_seed(seed),  # leave the global stream to the model
-        )
         lost = 0
-        for pixels, labels, unreadable in _guarded(loader):
+        for pixels, labels, unreadable in self._planned(plan):
             if unreadable and not self.settings.training:
                 hint = "repair or remove this validation image"
                 raise Unavailable("cannot be decoded", where=unreadable[0], hint=hint)
@@ -261,6 +266,61 @@ class _ImageLoader:
             lost += len(unreadable)
             _check_lost(lost, self.samples, unreadable, whole_batch=len(labels) == 0)
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _planned(self, plan: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """The batches of a plan; Unavailable when a worker process died or found no memory."""
+        self.sampler.plan = plan
+        try:
+            if self.loader is None:
+                self.loader = self._start()
+            for batch in _begun(self.loader):
+                yield batch
+                if self.sampler.plan is not plan:  # the next batch is the other epoch's
+                    raise RuntimeError("another epoch of this loader was begun before this one ended")
+        except (RuntimeError, MemoryError, ConnectionError, FileNotFoundError, EOFError) as error:
+            # a batch of which the process that made it died before it was fetched from there: the last three
+            lost = not isinstance(error, (RuntimeError, MemoryError))
+            fault = machine_fault(RuntimeError(f"DataLoader worker gone: {error}") if lost else error)
+            if fault is None:
+                raise
+            self.close()
+            raise Unavailable(fault.what, hint=fault.hint) from error
+
+    def _start(self) -> torch.utils.data.DataLoader:
+        """Workers are started once, at the first epoch, not for each."""
+        return torch.utils.data.DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,  # type: ignore[arg-type]  # indices carry their seeds
+            collate_fn=_collate,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.settings.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.settings.seed),  # leave the global stream to the model
+        )
+
+    def close(self) -> None:
+        self.loader = None  # the processes end with it
+
+
+def _begun(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """The loader's next epoch, without torch's signal handler, which raises the news of a dead worker wherever this process
+    happens to be, in the middle of a save too. Waiting for a batch tells as well, within 5 seconds and between two steps."""
+    handled = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if handled else None
+    batches = iter(loader)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+class _Replaceable:
+    """Batch sampler of a loader that outlives its epochs. The main process alone asks it, so that a new plan reaches
+    workers that are already running."""
+
+    plan: Sequence[list[tuple[int, int]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.plan)
 
 
 class _Transformed(torch.utils.data.Dataset):
@@ -292,17 +352,6 @@ def _check_lost(lost: int, samples: int, last: Sequence[str], *, whole_batch: bo
     if lost > max(_FEW, samples // 100) or (whole_batch and len(last) > _FEW):
         hint = "check that the data is still there and whole; an unfinished run goes on with --resume"
         raise Unavailable(f"{lost} training images cannot be read", where=f"{last[-1]} and others", hint=hint)
-
-
-def _guarded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """The loader's batches; Unavailable when one of its processes died or found no memory."""
-    try:
-        yield from loader
-    except (RuntimeError, MemoryError) as error:
-        fault = machine_fault(error)
-        if fault is None:
-            raise
-        raise Unavailable(fault.what, hint=fault.hint) from error
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[str]]:

@@ -54,6 +54,15 @@ def sum_counts(counts: Sequence[int], device: torch.device) -> list[int]:
     return [int(value) for value in total]
 
 
+def smallest(count: int, device: torch.device) -> int:
+    """The smallest of all processes' values, everywhere."""
+    if not _running():
+        return count
+    least = torch.tensor(count, dtype=torch.int64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Mean over processes of the gradients of parameters that live outside the data-parallel model."""
     if not _running():

@@ -33,7 +33,7 @@ def machine_fault(error: BaseException) -> UserError | None:
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return UserError("out of memory", hint="free some, or lower data.batch_size and data.eval_batch_size")
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text or "Pin memory thread" in text:
         hint = "most often for lack of memory: lower data.workers, then --resume"
         return UserError(f"a loader process died ({text.split('. ')[0].rstrip('.')})", hint=hint)
     if isinstance(error, OSError) and error.strerror:

@@ -118,10 +118,11 @@ def search(
         job = _Job(recipe, folder, display, loaded.model, images, _overridden(loaded.data_config, recipe), record)
         if recipe.optimizer.distill:
             job.teacher = copy.deepcopy(job.model).eval().requires_grad_(False)
-        report = job.search()
-        if recipe.finetune.epochs and recipe.quantization.method != "float":
-            searched = checkpoint_file.read(folder.path / MODEL_FILE) if folder.shard.is_main else None
-            report = job.finetune(distributed.from_main(searched))
+        with contextlib.closing(job):
+            report = job.search()
+            if recipe.finetune.epochs and recipe.quantization.method != "float":
+                searched = checkpoint_file.read(folder.path / MODEL_FILE) if folder.shard.is_main else None
+                report = job.finetune(distributed.from_main(searched))
         folder.finish()
     return report
 
@@ -158,8 +159,8 @@ def finetune(
         torch.manual_seed(recipe.seed)
         model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
         config = _overridden(file.manifest.data_config, recipe)
-        job = _Job(recipe, folder, display, model, images, config, file.manifest.model)
-        report = job.finetune(file)
+        with contextlib.closing(_Job(recipe, folder, display, model, images, config, file.manifest.model)) as job:
+            report = job.finetune(file)
         folder.finish()
     return report
 
@@ -232,6 +233,7 @@ class _Job:
     teacher: nn.Module | None = None
     rollbacks: int = 0  # each halves the learning rates
     input_top1: float | None = None  # percent, of the file that a finetune started from
+    step_images: int | None = None  # per forward pass; None until it is known that they fit
     operations: Operations | None = None
 
     def __post_init__(self) -> None:
@@ -263,10 +265,17 @@ class _Job:
         self.saved = self.folder.load_state()
         self._take_saved()
 
+    def close(self) -> None:
+        """End the loaders' worker processes."""
+        for loader in (self.train_loader, self.val_loader, self.whole_val_loader):
+            loader.close()
+
     def _take_saved(self) -> None:
         if self.saved is not None:
             self.history, self.accuracy = self.saved["history"], AccuracyRecord(**self.saved["accuracy"])
             self.rollbacks, self.input_top1 = self.saved["rollbacks"], self.saved["input_top1"]
+            if self.recipe.data.micro_batch == "auto":  # found once per run: parts change what BatchNorm sees
+                self.step_images = self.saved["step_images"]
 
     def search(self) -> dict[str, Any]:
         """Measure the float model, search, deliver. Returns at once when a resumed run is past this phase."""
@@ -366,17 +375,8 @@ class _Job:
         steps = min(self.train_loader.batches, recipe.max_steps or self.train_loader.batches)
         total = recipe.epochs * steps
         amp = recipe.amp == "bf16" or (recipe.amp == "auto" and self.device.type == "cuda")
-        memory.check(
-            self.model,
-            self.config["input_size"],
-            method=recipe.quantization.method if layers else "float",
-            bits=recipe.quantization.max_bits,
-            images=min(
-                recipe.data.micro_batch or recipe.data.batch_size, recipe.data.batch_size, self.train_loader.samples
-            ),
-            amp=amp,
-            device=self.device,
-        )
+        if self.step_images is None:
+            self.step_images = self._fitting(recipe, method=recipe.quantization.method if layers else "float", amp=amp)
         method = make_method(recipe, layers, Clock(total, steps), start=start)
         groups = base_groups(self.model, method)
         if self.activations is not None:
@@ -430,11 +430,36 @@ class _Job:
             seed=recipe.seed,
             clip_grad_norm=settings.clip_grad_norm,
             amp=amp,
-            micro_batch=recipe.data.micro_batch,
+            micro_batch=self.step_images,
             channels_last=self.channels_last,
             activation_scales=self.activations.parameters() if self.activations is not None else (),
             replica=self._replica(),
         )
+
+    def _fitting(self, recipe: Recipe, *, method: str, amp: bool) -> int:
+        """Images per forward pass, the same on all processes: the recipe's; for `auto`, as many as the free memory takes.
+
+        UserError when they do not fit.
+        """
+        batch = min(recipe.data.batch_size, max(1, self.train_loader.samples // self.shard.world))
+        asked = recipe.data.micro_batch
+        images = min(asked, batch) if isinstance(asked, int) else batch
+        free = memory.free_bytes(self.device)
+        if free is None:
+            return images
+        free = distributed.smallest(free, self.device)
+        size, bits = self.config["input_size"], recipe.quantization.max_bits
+        step = memory.estimate(self.model, size, method=method, bits=bits, amp=amp, device=self.device)
+        most = step.most_images(free)
+        if asked == "auto" and 0 < most < batch:
+            parts = -(-batch // most)
+            images = -(-batch // parts)
+            needed = memory.gib(step.of(batch))
+            self.display.say(
+                f"a step on {batch} images needs {needed}, {memory.gib(free)} are free: in parts of {images}"
+            )
+        memory.check(step, images, free, self.device)
+        return images
 
     def _replica(self) -> Any:
         """What training calls in place of the model: data-parallel (one number per weight is averaged), compiled, or None."""
@@ -523,6 +548,7 @@ class _Job:
                 "accuracy": self.accuracy.model_dump(),
                 "rollbacks": self.rollbacks,
                 "input_top1": self.input_top1,
+                "step_images": self.step_images,
             }
             bad = not all(is_finite(state[key]) for key in ("losses", "model", "optimizer", "activations"))
             if batch == 0:  # all processes are here
@@ -902,6 +928,7 @@ class _SavedState(BaseModel):
     accuracy: AccuracyRecord
     rollbacks: int = Field(ge=0, le=_MOST_ROLLBACKS)
     input_top1: float | None
+    step_images: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _measured(self) -> _SavedState:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from csqcli.errors import UserError, did_you_mean
 from csqcli.untrusted import MAX_DEPTH, check_arguments, check_tree
 
 Method = Literal["csq", "csq-paper", "csq-uniform", "ste", "lsq", "float"]
 DEFAULT_RECIPE = "short"
+_MAX_BATCH = 2**20
 _MAX_BYTES, _MAX_VALUES = 2**18, 10_000  # of a recipe file; a rule per layer of the largest model takes less
 
 
@@ -46,11 +47,12 @@ class DataSettings(_Section):
 
     source: str | None = None
     """Image folder with `train/` and `val/` (`valid/`, `validation/`, `test/`), `cifar10:DIR`, `cifar100:DIR` or `digits`."""
-    batch_size: int = Field(128, ge=1, le=2**20)
+    batch_size: int = Field(128, ge=1, le=_MAX_BATCH)
     """Training images per step."""
-    micro_batch: int | None = Field(None, ge=1, le=2**20)
-    """Images per forward pass: a batch is split into parts of this size whose gradients add up; unset takes it whole. For memory."""
-    eval_batch_size: int = Field(256, ge=1, le=2**20)
+    micro_batch: Annotated[int, Field(ge=1, le=_MAX_BATCH)] | Literal["auto"] | None = None
+    """Images per forward pass: a batch is split into parts of this size whose gradients add up; unset takes it whole. For memory.
+    `auto`: the fewest parts that fit into the memory that is free at the start."""
+    eval_batch_size: int = Field(256, ge=1, le=_MAX_BATCH)
     """Validation images per step; does not change results."""
     workers: int = Field(2, ge=0, le=1024)
     """Loader processes; small data sets are held in memory and use none. Does not change results."""
@@ -70,6 +72,13 @@ class DataSettings(_Section):
     """Use only this many training images, spread evenly over the set."""
     val_limit: int | None = Field(None, ge=1)
     """Use only this many validation images, spread evenly over the set."""
+
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:  # one message, where pydantic has one for each kind
+        if value is None or value == "auto" or (type(value) is int and 1 <= value <= _MAX_BATCH):
+            return value
+        raise ValueError(f"Input should be a whole number from 1 to {_MAX_BATCH:,}, or auto")
 
 
 class QuantizationSettings(_Section):

@@ -569,17 +569,32 @@ class Faults:
         command = (*STREAMED, "--data", images, "--set", "workers=1")
         wanted = self._unbroken(f"{folder.name}/whole", *command)
 
-        def kill_workers(_: Trainer) -> None:
-            for process in multiprocessing.active_children():
-                process.kill()
+        def kill(which: Callable[[set[int]], set[int]]) -> Callable[[Trainer], None]:
+            def act(_: Trainer) -> None:
+                for pid in which({process.pid or 0 for process in multiprocessing.active_children()}):
+                    os.kill(pid, signal.SIGKILL)
 
-        refused(
-            csq(*command, "-o", folder / "run", hook=at_step(1, 3, kill_workers)),
-            "a loader process died",
-            "lower data.workers, then --resume",
-        )
-        self._goes_on(folder / "run", *command, wanted=wanted)
-        return "one line that names data.workers; --resume ends in the same bytes"
+            return act
+
+        def training(pids: set[int]) -> set[int]:
+            return {max(pids)}
+
+        def validation(pids: set[int]) -> set[int]:  # started first
+            return {min(pids)}
+
+        for epoch, batch, which, saved in (
+            (1, 3, set, 3),  # both at once
+            (1, 3, training, 3),
+            (0, 12, training, 0),  # nothing left to do in this epoch: missed in the next
+            (1, 12, validation, 12),  # missed in the evaluation
+        ):
+            run = folder / f"{epoch}, {batch}, {which.__name__}"
+            ended = csq(*command, "-o", run, hook=at_step(epoch, batch, kill(which)))
+            refused(ended, "a loader process died", "lower data.workers, then --resume")
+            state = torch.load(run / STATES[0], weights_only=True)
+            assert (state["epoch"], state["batch"] >= saved) == (1, True), (state["epoch"], state["batch"])
+            self._goes_on(run, *command, wanted=wanted)
+        return "one line that names data.workers, the last step saved; --resume ends in the same bytes"
 
     def _images(self, folder: Path) -> Path:
         rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from quantized_models import make_file
 
-from csqcli import checkpoint_file
+from csqcli import checkpoint_file, memory
 
 FAST = ("--set", "optimizer.lr=0.02", "--epochs", "1", "--quiet")
 CONTRACT = {
@@ -257,6 +257,28 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
+
+
+def test_batch_size_takes_a_number_or_auto(
+    csq, digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches(folder: Path) -> tuple[int, object]:
+        settings = yaml.safe_load((folder / "recipe.yaml").read_text())["data"]
+        return settings["batch_size"], settings["micro_batch"]
+
+    search = ("search", "--recipe", "digits", "--target-bits", 2, "--set", "max_steps=1", *FAST)
+    finetune = ("finetune", digits_run / "model.safetensors", "--data", "digits", "--set", "max_steps=1")
+    monkeypatch.setattr(memory, "estimate", lambda *_, **__: memory.StepMemory(1000, 10))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000 + 10 * 25)
+    for number, command in enumerate((search, finetune)):
+        code, _, err = csq(*command, "--batch-size", 20, "-o", tmp_path / f"{number}")
+        assert (code, batches(tmp_path / f"{number}")) == (0, (20, None)), err
+        code, _, err = csq(*command, "-o", tmp_path / f"{number} whole")
+        assert code == 2
+        assert "--batch-size auto" in err
+        code, _, err = csq(*command, "--batch-size", "auto", "-o", tmp_path / f"{number} parts")
+        assert (code, batches(tmp_path / f"{number} parts")) == (0, (64, "auto")), err
+    assert "a step on 64 images needs 0.0 GiB, 0.0 GiB are free: in parts of 22" in err  # 3 parts of at most 25
 
 
 def test_finetune_starts_from_the_file_alone_and_never_delivers_a_worse_model(

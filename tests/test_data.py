@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -143,6 +145,71 @@ def test_batches_are_a_function_of_seed_and_epoch_alone(image_folder: Path, conf
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(first[0], batches(4)[0])
     assert not torch.equal(first[0], batches(3, seed=2)[0])
+
+
+def streamed(folder: Path, *, workers: int, batch_size: int = 2) -> data.Loader:
+    """A loader of the folder's 12 training images."""
+    settings = data.LoaderSettings(training=True, batch_size=batch_size, augment="imagenet", workers=workers)
+    return data.make_loader(data.open_data(str(folder)).train, LARGE, settings)
+
+
+def worker_pids() -> set[int | None]:
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def same_batches(found: list, wanted: list) -> bool:
+    pairs = zip(found, wanted, strict=True)
+    return all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+def test_the_same_workers_serve_every_epoch_until_the_loader_is_closed(image_folder: Path) -> None:
+    loader = streamed(image_folder, workers=2)
+    list(loader.epoch(0))
+    first = worker_pids()
+    list(loader.epoch(1))
+    assert worker_pids() == first
+    assert len(first) == 2
+    loader.close()
+    assert not worker_pids()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_left_early_leaves_nothing_to_the_next(image_folder: Path, workers: int) -> None:
+    fresh = [list(streamed(image_folder, workers=0).epoch(epoch)) for epoch in range(3)]
+    loader = streamed(image_folder, workers=workers)
+    left = loader.epoch(0)
+    assert same_batches([next(left)], fresh[0][:1])
+    assert same_batches(list(loader.epoch(1)), fresh[1])
+    assert same_batches(list(itertools.islice(loader.epoch(2), 4)), fresh[2][:4])
+    assert same_batches(list(loader.epoch(2, 3)), fresh[2][3:])
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_of_one_loader_never_mix(image_folder: Path, workers: int) -> None:
+    wanted = list(streamed(image_folder, workers=0).epoch(1))
+    loader = streamed(image_folder, workers=workers)
+    first, second = loader.epoch(0), loader.epoch(1)
+    next(first)
+    begun = [next(second)]
+    with pytest.raises(RuntimeError, match="another epoch of this loader was begun"):
+        next(first)
+    assert same_batches(begun + list(second), wanted)
+    loader.close()
+
+
+def test_a_dead_worker_ends_its_epoch_and_the_next_has_new_ones(image_folder: Path) -> None:
+    loader = streamed(image_folder, workers=1)
+    epoch = loader.epoch(0)
+    next(epoch)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()  # nothing is raised here, outside the loader
+    with pytest.raises(data.Unavailable, match="a loader process died"):
+        list(epoch)
+    assert not worker_pids()
+    assert same_batches(list(loader.epoch(1)), list(streamed(image_folder, workers=0).epoch(1)))
+    loader.close()
 
 
 def test_padded_crops_are_shifted_copies() -> None:

@@ -42,6 +42,18 @@ def test_two_processes_end_like_one_with_the_doubled_batch(tmp_path: Path) -> No
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
 
 
+def test_all_processes_learn_the_smallest_value(tmp_path: Path) -> None:
+    script = tmp_path / "smallest.py"
+    script.write_text(
+        "import torch\nfrom csqcli import distributed\nshard, device = distributed.start(torch.device('cpu'))\n"
+        "assert distributed.smallest(2**40 + 7 - shard.rank, device) == 2**40 + 6\ndistributed.stop()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def _layers(folder: Path) -> list[torch.Tensor]:
     return [layer.integers for layer in checkpoint_file.read(folder / "model.safetensors").layers]
 
@@ -56,6 +68,7 @@ def test_fingerprints_tell_states_apart_by_a_single_bit() -> None:
 def test_a_single_process_needs_no_group() -> None:
     assert distributed.sum_counts((1, 2), torch.device("cpu")) == [1, 2]
     assert distributed.from_main("x") == "x"
+    assert distributed.smallest(3, torch.device("cpu")) == 3
     distributed.check_equal(torch.ones(1), what="nothing")
 
 

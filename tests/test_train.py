@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plain_models
 import pytest
 import torch
 
-from csqcli import checkpoint_file, pipeline
+from csqcli import checkpoint_file, memory, pipeline
+from csqcli.data import Unavailable
+from csqcli.errors import UserError
 from csqcli.progress import Display
 from csqcli.recipe import resolve
+from csqcli.train import Trainer
 
 
-def run(output: Path, **overrides: Any) -> checkpoint_file.QuantizedFile:
+def run(
+    output: Path, display: Display | None = None, *, resume: bool = False, **overrides: Any
+) -> checkpoint_file.QuantizedFile:
     shared = {
         "model.source": "plain_models:group_norm_cnn",
         "model.checkpoint": None,
@@ -26,7 +34,7 @@ def run(output: Path, **overrides: Any) -> checkpoint_file.QuantizedFile:
         "data.batch_size": 64,
     }
     recipe = resolve("digits", shared | {key.replace("__", "."): value for key, value in overrides.items()})
-    pipeline.search(recipe, output, display=Display(quiet=True))
+    pipeline.search(recipe, output, display=display or Display(quiet=True), resume=resume)
     return checkpoint_file.read(output / "model.safetensors")
 
 
@@ -65,26 +73,108 @@ def test_a_compiled_run_trains_the_same_model(whole: Any, tmp_path: Path) -> Non
     torch._dynamo.reset()
 
 
-def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
-    from csqcli import memory
-    from csqcli.errors import UserError
+class Listening(Display):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
 
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the free memory be what a step on so many images of the runs here takes, and half an image."""
+    model, device = plain_models.group_norm_cnn(num_classes=10), torch.device("cpu")
+    step = memory.estimate(model, (1, 8, 8), method="csq", bits=8, amp=False, device=device)
+    return lambda images: monkeypatch.setattr(
+        memory, "free_bytes", lambda _: step.of(images) + int(step.per_image * 0.5)
+    )
+
+
+def same_integers(one: checkpoint_file.QuantizedFile, two: checkpoint_file.QuantizedFile) -> bool:
+    return differing(one, two) == 0 and one.manifest.accuracy == two.manifest.accuracy
+
+
+@pytest.mark.parametrize(("images", "parts_of"), [(63, 32), (31, 22), (17, 16), (1, 1)])  # of batches of 64
+def test_auto_takes_the_fewest_parts_that_fit(room: Any, images: int, parts_of: int, tmp_path: Path) -> None:
+    by_hand = run(tmp_path / "hand", data__micro_batch=parts_of, max_steps=1)
+    room(images)
+    display = Listening()
+    auto = run(tmp_path / "auto", display, data__micro_batch="auto", max_steps=1)
+    assert same_integers(auto, by_hand)
+    (line,) = [line for line in display.said if "images needs" in line]
+    assert re.fullmatch(rf"a step on 64 images needs \S+ GiB, \S+ GiB are free: in parts of {parts_of}", line)
+
+
+def test_auto_leaves_a_batch_whole_that_fits_and_refuses_where_no_image_does(
+    room: Any, whole: Any, tmp_path: Path
+) -> None:
+    room(64)
+    display = Listening()
+    assert same_integers(run(tmp_path / "run", display, data__micro_batch="auto"), whole)
+    assert not [line for line in display.said if "parts" in line]
+    room(0)
+    with pytest.raises(UserError, match="take a smaller model or a larger machine"):
+        run(tmp_path / "none", data__micro_batch="auto")
+
+
+def test_a_resumed_run_keeps_the_parts_that_auto_found(
+    room: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    by_hand = run(tmp_path / "hand", data__micro_batch=22)
+    original = Trainer.run_epoch
+
+    def lost(self: Trainer, epoch: int, **more: Any) -> dict[str, Any]:
+        if epoch == 1:
+            raise Unavailable("the disk is gone")
+        return original(self, epoch, **more)
+
+    room(31)
+    monkeypatch.setattr(Trainer, "run_epoch", lost)
+    with pytest.raises(Unavailable):
+        run(tmp_path / "auto", data__micro_batch="auto")
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    for free in (0, 64):
+        room(free)
+        copy = tmp_path / f"resumed{free}"
+        shutil.copytree(tmp_path / "auto", copy)
+        assert same_integers(run(copy, resume=True, data__micro_batch="auto"), by_hand)
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+def test_the_loader_processes_end_with_the_run(image_folder: Path, tmp_path: Path) -> None:
+    more = {"data__source": str(image_folder), "data__input_size": 72, "data__batch_size": 4, "data__workers": 2}
+    run(tmp_path / "run", data__train_limit=None, finetune__epochs=1, max_steps=1, **more)
+    assert not multiprocessing.active_children()
+
+
+def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
     per_image = 4 * (64 + 2 * 16 * 64 + 2 * 32 * 16 + 32)  # image, two tensors of each stage kept, pooled; floats
     monkeypatch.setattr(memory, "free_bytes", lambda device: 200_000 + 20 * per_image)
-    with pytest.raises(UserError, match=r"needs at least .* micro_batch=(\d+) fits") as refusal:
+    with pytest.raises(UserError, match=r"needs about .* --batch-size auto .* micro_batch=(\d+)") as refusal:
         run(tmp_path / "run")
     advised = int(re.search(r"micro_batch=(\d+)", str(refusal.value))[1])
     assert 8 <= advised <= 32
     run(tmp_path / "again", data__micro_batch=advised)
 
 
-def test_kept_activations_are_counted_once_and_the_model_is_left_alone() -> None:
-    from csqcli.memory import activation_bytes
+def test_what_does_not_grow_with_the_images_is_counted_once() -> None:
+    linear = [torch.nn.Linear(1000, 1000, bias=False) for _ in range(2)]
+    model = torch.nn.Sequential(linear[0], torch.nn.ReLU(), linear[1])
+    step = memory.estimate(model, (1000,), method="csq", bits=8, amp=True, device=torch.device("cpu"))
+    kept = step.fixed - 16 * 2 * 10**6  # gradients and states of 2 · 10⁶ weights
+    assert 2 * 10**6 <= kept <= 3 * 10**6  # the second weight in bfloat16, which the image's gradient needs
+    assert 4000 <= step.per_image <= 6000  # image and ReLU's output, [1000] in bfloat16 each
+    assert step.most_images(step.of(7)) == 7
+    assert step.most_images(step.fixed - 1) == 0
 
+
+def test_kept_activations_are_counted_once_and_the_model_is_left_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.BatchNorm1d(50), torch.nn.Dropout())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()
-    kept = activation_bytes(model, (100,), amp=False, device=torch.device("cpu"))
+    kept = memory.activation_bytes(model, (100,), images=1, amp=False, device=torch.device("cpu"))
     # the image [100] and ReLU's output [50], which BatchNorm keeps too; BatchNorm's running statistics [2 × 50]
     assert 4 * 150 <= kept <= 4 * (150 + 200)
     assert torch.equal(rng, torch.get_rng_state())
