@@ -448,8 +448,15 @@ class _Job:
         if free is None:
             return images
         free = distributed.smallest(free, self.device)
-        size, bits = self.config["input_size"], recipe.quantization.max_bits
-        step = memory.estimate(self.model, size, method=method, bits=bits, amp=amp, device=self.device)
+        step = memory.estimate(
+            self.model,
+            self.config["input_size"],
+            method=method,
+            bits=recipe.quantization.max_bits,
+            state_dtype=recipe.quantization.state_dtype,
+            amp=amp,
+            device=self.device,
+        )
         most = step.most_images(free)
         if asked == "auto" and 0 < most < batch:
             parts = -(-batch // most)

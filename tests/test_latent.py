@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from csqcli.memory import state_bytes
 from csqcli.quant import budget, rounding
 from csqcli.quant.adam import LatentAdam
 from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
@@ -357,6 +358,8 @@ def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(
 
     held = size(method.state_dict()) / (2 * 256 * 256)
     assert bytes_per_weight <= held < bytes_per_weight * 1.01
+    name = {"csq": "csq", "gates": "csq-paper"}[kind]  # what the estimate before training counts with
+    assert state_bytes(name, bits=8, state_dtype=str(state_dtype).removeprefix("torch.")) == bytes_per_weight
 
 
 def test_adam_on_latents_is_torch_s_bit_for_bit() -> None:
