@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +168,44 @@ def test_interpreted_kernels_equal_the_reference() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+GATES = {"BITS": 8, "BLOCK": 1024}
+SIZES, NUMBERS = ["i32"] * 5, ["fp32"] * 5
+
+
+@pytest.mark.parametrize("capability", [80, 90])  # A100, H100
+@pytest.mark.parametrize("state", ["*fp32", "*bf16"])
+def test_kernels_compile_for_devices_that_are_not_here(
+    state: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter is lenient about types; the compiler, down to machine code, is not."""
+    triton = pytest.importorskip("triton", minversion="3.2")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from csqcli.quant import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    rounded = {"ROUND": state == "*bf16"}
+    gates, floats = [state] * 4, ["*fp32"] * 5
+    cases: list[tuple[Any, list[str], dict[str, Any]]] = [
+        (kernels._soft_weight_kernel, [*gates[:2], *floats[:2], *SIZES[:2], "fp32"], GATES),
+        (kernels._update_gates_kernel, [*gates, *floats[:4], *SIZES[:2], *NUMBERS[:4], "i32"], GATES | rounded),
+        (
+            kernels._update_latents_kernel,
+            [*floats[:2], *gates[:2], *floats[:2], *SIZES, *NUMBERS, "i32"],
+            {"CLIP": True, "BLOCK": 1024} | rounded,
+        ),
+        (kernels._staircase_kernel, [*floats[:4], *SIZES, *NUMBERS[:2]], {"SOFT": True, "BLOCK": 1024}),
+        (kernels._soft_planes_kernel, [*floats, *SIZES, "i32"], GATES),
+    ]
+    for kernel, types, constants in cases:
+        assert len(types) + len(constants) == len(kernel.arg_names)
+        signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels._OPTIONS)
+        assert compiled.asm["cubin"]
 
 
 @pytest.mark.gpu

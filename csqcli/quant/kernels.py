@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
+# products and sums round one by one, as on a CPU; Triton's releases differ in their default
+_OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def _soft_weight_kernel(
 def soft_weight(pos: Tensor, neg: Tensor, per_plane: Tensor, beta: float, out: Tensor) -> None:
     """Eq. 5 of one layer into ``out`` (flat). ``pos``, ``neg``: the layer's slice of the gate buffers, [bits, weights]."""
     _soft_weight_kernel[_grid(out)](
-        pos, neg, per_plane, out, out.numel(), pos.stride(0), beta, BITS=pos.shape[0], BLOCK=_BLOCK
+        pos, neg, per_plane, out, out.numel(), pos.stride(0), beta, BITS=pos.shape[0], BLOCK=_BLOCK, **_OPTIONS
     )
 
 
@@ -114,7 +116,7 @@ def update_gates(
     digits, squared = gated.new_empty(programs, bits), gated.new_empty(programs)
     _update_gates_kernel[(programs,)](
         pos, neg, pos_momentum, neg_momentum, gradient.contiguous(), gated, digits, squared, gradient.numel(),
-        pos.stride(0), beta, lr, momentum, weight_decay, seed, BITS=bits, ROUND=pos.element_size() == 2, BLOCK=_BLOCK,
+        pos.stride(0), beta, lr, momentum, weight_decay, seed, BITS=bits, ROUND=pos.element_size() == 2, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
     return digits.sum(dim=0), squared.sum()
 
@@ -177,7 +179,7 @@ def update_latents(
     _update_latents_kernel[_grid(latent)](
         latent, gradient.contiguous(), first, second, unit, most, latent.numel(), latent.shape[2], latent.shape[1],
         _stride(unit), _stride(most), size, correction, beta1, beta2, eps, seed,
-        CLIP=edge is not None, ROUND=first.element_size() == 2, BLOCK=_BLOCK,
+        CLIP=edge is not None, ROUND=first.element_size() == 2, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -204,7 +206,7 @@ def staircase(latent: Tensor, out: Tensor, step: Tensor, width: Tensor, *, top: 
     """`rounding.Staircase.write` of one layer whose levels are −top … top; hard where ``flank`` is None."""
     _staircase_kernel[_grid(latent)](
         latent, out, step, width, latent.numel(), latent.shape[2], latent.shape[1], _stride(step), _stride(width),
-        float(top), flank or 1.0, SOFT=flank is not None and top > 0, BLOCK=_BLOCK,
+        float(top), flank or 1.0, SOFT=flank is not None and top > 0, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def soft_planes(latent: Tensor, out: Tensor, unit: Tensor, steps: Tensor, shares
     """`rounding.soft_planes` of one layer. ``steps``: [bits, channels or 1, 1]; ``shares``: [bits], f_{k−1} − f_k."""
     _soft_planes_kernel[_grid(latent)](
         latent, out, unit, steps, shares, latent.numel(), latent.shape[2], latent.shape[1], _stride(unit),
-        steps.stride(0), _stride(steps[0]), BITS=len(steps), BLOCK=_BLOCK,
+        steps.stride(0), _stride(steps[0]), BITS=len(steps), BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
 
 
