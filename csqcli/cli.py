@@ -450,7 +450,8 @@ def main() -> None:
         code = _INTERRUPTED
         typer.echo(_RESUME_HINT, err=True)
     except Interrupted as stop:
-        typer.echo(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on", err=True)
+        if _is_main_process():
+            typer.echo(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on", err=True)
         code = 128 + stop.signum
     except (MemoryError, RuntimeError, OSError) as error:
         fault = machine_fault(error)

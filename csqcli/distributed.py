@@ -63,6 +63,16 @@ def smallest(count: int, device: torch.device) -> int:
     return int(least)
 
 
+def largest(count: int, device: torch.device) -> int:
+    """The largest of all processes' values, everywhere."""
+    return -smallest(-count, device)
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Return once every process is here."""
+    sum_counts([0], device)
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Mean over processes of the gradients of parameters that live outside the data-parallel model."""
     if not _running():

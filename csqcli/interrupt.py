@@ -17,10 +17,11 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Context manager that remembers the first SIGINT or SIGTERM; a second one acts at once."""
+    """Context manager that remembers the first SIGINT or SIGTERM; a second one acts at once, unless ``patient``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.signum: int | None = None
+        self.patient = patient
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -34,7 +35,8 @@ class StopRequest:
 
     def _remember(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
-        self._restore()
+        if not self.patient:
+            self._restore()
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

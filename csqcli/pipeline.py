@@ -69,6 +69,7 @@ log = logging.getLogger(__name__)
 
 _CALIBRATION_BATCHES = 4
 _MOST_ROLLBACKS = 3
+_ASK_EVERY = 8  # steps after which several processes ask each other whether one was told to stop
 _REPORT_VALUES = 2**22
 _CLASSIFIERS_ONLY = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
 
@@ -576,8 +577,9 @@ class _Job:
         self.folder.write_metrics(self.history)
 
         target, minutes = self.recipe.quantization.target_bits, self.recipe.save_every_minutes
+        several = self.shard.world > 1  # whose launcher and scheduler may each send the signal
         with (
-            StopRequest() if self.shard.world == 1 else contextlib.nullcontext() as request,
+            StopRequest(patient=several) as request,
             self.display.training(trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=target),
         ):
             saved_at = time.monotonic()
@@ -587,11 +589,16 @@ class _Job:
                 nonlocal saved_at, last
                 self.display.on_step(batch, losses)
                 last = epoch, batch, losses
-                stop = request.signum if request is not None else None
+                stop = request.signum
+                if several:  # all stop after the same step
+                    asks = (epoch * trainer.steps_per_epoch + batch) % _ASK_EVERY == 0
+                    stop = distributed.largest(stop or 0, self.device) or None if asks else None
                 if stop is not None or time.monotonic() - saved_at > 60 * minutes:
                     save(epoch, batch, losses)
                     saved_at = time.monotonic()
                 if stop is not None:
+                    distributed.wait_for_all(self.device)  # a launcher may end the others once one has left
+                    distributed.stop()
                     raise Interrupted(stop, f"{phase}, epoch {epoch + 1}, batch {batch}")
 
             trainer.on_step = on_step

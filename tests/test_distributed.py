@@ -1,11 +1,13 @@
-"""Two processes are one process with the doubled batch."""
+"""Two processes are one process with the doubled batch, and stop and go on together."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,23 +17,27 @@ from csqcli import checkpoint_file, distributed
 
 TESTS = Path(__file__).parent
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
 
-def run(output: Path, batch_size: int, *launcher: str) -> dict:
+
+def command(output: Path, batch_size: int, *more: str, launcher: tuple[str, ...] = TORCHRUN) -> list[str]:
     arguments = [
         *("search", "plain_models:group_norm_cnn", "--no-pretrained", "--data", "digits", "--target-bits", "2.5"),
         *("--epochs", "2", "--set", f"batch_size={batch_size}", "--set", "threads=1", "--quiet", "-o", str(output)),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    command = [sys.executable, *(launcher or ("-m",)), "csqcli", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return [sys.executable, *launcher, "csqcli", *arguments, *more]
+
+
+def run(arguments: list[str], output: Path) -> dict:
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((output / "report.json").read_text())
 
 
 def test_two_processes_end_like_one_with_the_doubled_batch(tmp_path: Path) -> None:
-    alone = run(tmp_path / "one", 64)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    together = run(tmp_path / "two", 32, *torchrun)
+    alone = run(command(tmp_path / "one", 64, launcher=("-m",)), tmp_path / "one")
+    together = run(command(tmp_path / "two", 32), tmp_path / "two")
     assert [layer["mask"] for layer in together["layers"]] == [layer["mask"] for layer in alone["layers"]]
     assert together["budget"]["mean_bits"] == alone["budget"]["mean_bits"] <= 2.5
     assert together["accuracy"]["samples"] == 500
@@ -40,6 +46,28 @@ def test_two_processes_end_like_one_with_the_doubled_batch(tmp_path: Path) -> No
         differing = (one != two).float().mean()
         assert differing < 0.05  # sums in another order flip few roundings
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+def test_processes_that_are_told_to_stop_save_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """SIGTERM to the launcher, as a scheduler sends it."""
+    longer = ["--epochs", "20", "--set", "save_every_minutes=0.003"]
+    run(command(tmp_path / "unbroken", 32, *longer), tmp_path / "unbroken")
+    output = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(output, 32, *longer), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "resume.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("csq: stopped and saved (") == 1
+    state = torch.load(output / "resume.pt", weights_only=True)
+    assert f"epoch {state['epoch'] + 1}, batch {state['batch']})" in err
+    run(command(output, 32, *longer, "--resume"), output)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "stopped")]
+    assert written[0] == written[1]
 
 
 def test_all_processes_learn_the_smallest_value(tmp_path: Path) -> None:
