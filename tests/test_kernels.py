@@ -204,7 +204,7 @@ def test_kernels_compile_for_devices_that_are_not_here(
         assert len(types) + len(constants) == len(kernel.arg_names)
         signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels._OPTIONS)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels.OPTIONS)
         assert compiled.asm["cubin"]
 
 

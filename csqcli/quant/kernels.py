@@ -6,13 +6,16 @@ Imported only where there is a GPU. Without one, ``TRITON_INTERPRET=1`` runs the
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
 # products and sums round one by one, as on a CPU; Triton's releases differ in their default
-_OPTIONS = {"enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -49,9 +52,7 @@ def _soft_weight_kernel(
 
 def soft_weight(pos: Tensor, neg: Tensor, per_plane: Tensor, beta: float, out: Tensor) -> None:
     """Eq. 5 of one layer into ``out`` (flat). ``pos``, ``neg``: the layer's slice of the gate buffers, [bits, weights]."""
-    _soft_weight_kernel[_grid(out)](
-        pos, neg, per_plane, out, out.numel(), pos.stride(0), beta, BITS=pos.shape[0], BLOCK=_BLOCK, **_OPTIONS
-    )
+    _launch(_soft_weight_kernel, out, pos, neg, per_plane, out, out.numel(), pos.stride(0), beta, BITS=pos.shape[0])
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -112,11 +113,12 @@ def update_gates(
 
     ``seed`` draws the rounding of bfloat16 state.
     """
-    bits, (programs,) = pos.shape[0], _grid(gradient)
+    bits, programs = pos.shape[0], _programs(gradient)
     digits, squared = gated.new_empty(programs, bits), gated.new_empty(programs)
-    _update_gates_kernel[(programs,)](
+    _launch(
+        _update_gates_kernel, gradient,
         pos, neg, pos_momentum, neg_momentum, gradient.contiguous(), gated, digits, squared, gradient.numel(),
-        pos.stride(0), beta, lr, momentum, weight_decay, seed, BITS=bits, ROUND=pos.element_size() == 2, BLOCK=_BLOCK, **_OPTIONS,
+        pos.stride(0), beta, lr, momentum, weight_decay, seed, BITS=bits, ROUND=pos.element_size() == 2,
     )  # fmt: skip
     return digits.sum(dim=0), squared.sum()
 
@@ -176,10 +178,11 @@ def update_latents(
 ) -> None:
     """`adam.LatentAdam.step` of one layer, in place."""
     most = unit if edge is None else edge
-    _update_latents_kernel[_grid(latent)](
+    _launch(
+        _update_latents_kernel, latent,
         latent, gradient.contiguous(), first, second, unit, most, latent.numel(), latent.shape[2], latent.shape[1],
         _stride(unit), _stride(most), size, correction, beta1, beta2, eps, seed,
-        CLIP=edge is not None, ROUND=first.element_size() == 2, BLOCK=_BLOCK, **_OPTIONS,
+        CLIP=edge is not None, ROUND=first.element_size() == 2,
     )  # fmt: skip
 
 
@@ -204,9 +207,10 @@ def _staircase_kernel(
 
 def staircase(latent: Tensor, out: Tensor, step: Tensor, width: Tensor, *, top: int, flank: float | None) -> None:
     """`rounding.Staircase.write` of one layer whose levels are −top … top; hard where ``flank`` is None."""
-    _staircase_kernel[_grid(latent)](
+    _launch(
+        _staircase_kernel, latent,
         latent, out, step, width, latent.numel(), latent.shape[2], latent.shape[1], _stride(step), _stride(width),
-        float(top), flank or 1.0, SOFT=flank is not None and top > 0, BLOCK=_BLOCK, **_OPTIONS,
+        float(top), flank or 1.0, SOFT=flank is not None and top > 0,
     )  # fmt: skip
 
 
@@ -229,9 +233,10 @@ def _soft_planes_kernel(
 
 def soft_planes(latent: Tensor, out: Tensor, unit: Tensor, steps: Tensor, shares: Tensor) -> None:
     """`rounding.soft_planes` of one layer. ``steps``: [bits, channels or 1, 1]; ``shares``: [bits], f_{k−1} − f_k."""
-    _soft_planes_kernel[_grid(latent)](
+    _launch(
+        _soft_planes_kernel, latent,
         latent, out, unit, steps, shares, latent.numel(), latent.shape[2], latent.shape[1], _stride(unit),
-        steps.stride(0), _stride(steps[0]), BITS=len(steps), BLOCK=_BLOCK, **_OPTIONS,
+        steps.stride(0), _stride(steps[0]), BITS=len(steps),
     )  # fmt: skip
 
 
@@ -240,5 +245,11 @@ def _stride(vector: Tensor) -> int:
     return 0 if len(vector) == 1 else vector.stride(0)
 
 
-def _grid(tensor: Tensor) -> tuple[int]:
-    return (triton.cdiv(tensor.numel(), _BLOCK),)
+def _launch(kernel: Any, over: Tensor, *arguments: Any, **constants: Any) -> None:
+    """One program per block of ``over``, on its device, which need not be the current one."""
+    with torch.cuda.device_of(over):
+        kernel[(_programs(over),)](*arguments, BLOCK=_BLOCK, **constants, **OPTIONS)
+
+
+def _programs(over: Tensor) -> int:
+    return triton.cdiv(over.numel(), _BLOCK)
