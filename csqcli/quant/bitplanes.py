@@ -56,7 +56,7 @@ class BitPlanes:
         self.plane_weights = csq.plane_weights(bits, device=device)
         starts = torch.tensor([0, *(layer.weights for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
-        self.chunk = chunk_size(device)
+        self.chunk = chunk_size(device) * 4 // self.pos.element_size()
         self.kernels = kernels_for(device)
 
     def initialise(self, *, logit: float, mask_logit: float, beta: float, scales: Sequence[Tensor]) -> None:
