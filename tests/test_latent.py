@@ -389,3 +389,20 @@ def test_latents_are_clipped_to_their_channel_s_range() -> None:
     adam.step([latent], [gradient], units=[torch.ones(1, 1)], edges=[edge], lr=0.5, seed=0)
     expected = torch.tensor([0.1, 0.2, 0.5]).view(1, 3, 1).expand(1, 3, 4)  # Adam's first step is its rate
     torch.testing.assert_close(latent, torch.cat([-expected, expected]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_another_precision_trains_and_ends_at_its_delivered_weights(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)).to(dtype)
+    method = make("csq", model)
+    optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=0.05))
+    start = [layer.parameter.detach().clone() for layer in method.layers]
+    for _ in range(40):
+        model(torch.randn(8, 1, 6, 6, dtype=dtype)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer, hard, before in zip(method.layers, optimizer.hard_layers(), start, strict=True):
+        assert layer.parameter.dtype == dtype
+        assert torch.equal(layer.parameter.detach(), hard.weight().to(dtype))
+        assert not torch.equal(layer.parameter.detach(), before)

@@ -162,7 +162,8 @@ class StagedCSQ(WeightMethod):
         self.refresh_every = max(1, min(settings.refresh_every, self.search_steps // 10))
         self.masks: list[Tensor] | None = None  # bool [bits] per layer, once planes are fixed
         self.stairs: list[Staircase] = []  # once planes are fixed
-        values = [layer.by_channel(layer.flat(layer.parameter.detach())).clone() for layer in layers]
+        # float32 whatever the model's weights are
+        values = [layer.by_channel(layer.flat(layer.parameter.detach())).float() for layer in layers]
         if start is not None:
             delivered = zip(layers, start, values, strict=True)
             values = [layer.by_channel(layer.flat(hard.weight().to(value))) for layer, hard, value in delivered]
