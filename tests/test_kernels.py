@@ -19,7 +19,7 @@ from csqcli.quant.latent import StagedCSQ, StagedSettings
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods import Clock, max_abs_scale
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.quant.rounding import Staircase, levels_of, soft_planes
+from csqcli.quant.rounding import Staircase, levels_of, plane_shares, soft_planes
 from tests.test_state import rounded_once
 
 pytest.importorskip("triton")
@@ -108,12 +108,10 @@ def compare_latents(device: str) -> None:
             if flank is None:
                 assert torch.equal(out.cpu(), wanted)  # the very integers
 
-        steps = [width * 0.6**k for k in range(8)]
-        masks = torch.tensor([1.0, 0.9, 0.9, 0.4, 0.1, 1e-3, 1e-5, 0.0])
-        soft_planes(latent, wanted, unit=unit, steps=steps, soft_mask=masks)
-        kept = torch.where(masks < 1e-4, 0.0, masks)
-        shares = kept - torch.cat([kept[1:], torch.zeros(1)])
-        kernels.soft_planes(on(latent), out, on(unit), on(torch.stack(steps)), on(shares))
+        steps = torch.stack([width * 0.6**k for k in range(8)])
+        (shares,) = plane_shares(torch.tensor([[1.0, 0.9, 0.9, 0.4, 0.1, 1e-3, 1e-5, 0.0]]))
+        soft_planes(latent, wanted, unit=unit, steps=steps, shares=shares)
+        kernels.soft_planes(on(latent), out, on(unit), on(steps), on(shares))
         torch.testing.assert_close(out.cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.quant.rounding import mse_step, quantize
+from csqcli.quant.rounding import mse_step, plane_shares, quantize, soft_planes
 
 CLOCK = Clock(total_steps=40, steps_per_epoch=10)
 
@@ -143,6 +143,23 @@ def test_importance_is_the_fisher_weighted_error_that_each_plane_removes() -> No
         expected[index] = torch.cummin(drops / 2, dim=0).values.clamp_min(0) * 0.25 ** torch.arange(8)
         assert layer.weights == latent.numel()
     torch.testing.assert_close(importance, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_soft_planes_are_the_sum_of_refinements_under_their_masks() -> None:
+    """W = Σ_b f_b (Q_{b+1} − Q_b), Q_0 = 0, in float64."""
+    rng = torch.Generator().manual_seed(0)
+    latent, unit = torch.randn(1, 3, 500, generator=rng), torch.rand(3, 1, generator=rng) + 0.1
+    steps = torch.stack([(torch.rand(3, 1, generator=rng) + 0.5) * 0.6**k for k in range(4)])
+    masks = torch.tensor([[1.0, 0.7, 0.7, 0.2]])
+    out = torch.empty_like(latent)
+    soft_planes(latent, out, unit=unit, steps=steps, shares=plane_shares(masks)[0])
+    expected, before = torch.zeros_like(latent, dtype=torch.float64), torch.zeros_like(latent, dtype=torch.float64)
+    for k, (step, mask) in enumerate(zip(steps.double(), masks[0].double(), strict=True), 1):
+        value = (latent * unit).double()
+        refined = (value / step).round().clamp(1 - 2**k, 2**k - 1) * step
+        expected += mask * (refined - before)
+        before = refined
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=60)

@@ -37,7 +37,16 @@ from csqcli.quant import budget, csq
 from csqcli.quant.adam import LatentAdam
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods import Clock, HardLayer, WeightMethod
-from csqcli.quant.rounding import Staircase, levels_of, mse_step, plane_errors, quantize, soft_planes, top_integer
+from csqcli.quant.rounding import (
+    Staircase,
+    levels_of,
+    mse_step,
+    plane_errors,
+    plane_shares,
+    quantize,
+    soft_planes,
+    top_integer,
+)
 
 
 class LatentUniform(WeightMethod):
@@ -175,20 +184,19 @@ class StagedCSQ(WeightMethod):
         device = self.latents[0].device
         # f_β(m) [layers, bits]: every plane until gradients say otherwise
         self.soft_mask = torch.ones(len(layers), settings.max_bits, device=device)
-        self.soft_steps: list[list[Tensor]] = []  # [layer][planes − 1], while the masks are soft
+        self.soft_steps: list[Tensor] = []  # [bits, channels or 1, 1] per layer, while the masks are soft
         fewest, most = torch.tensor([self.limits.fewest, self.limits.most]).unsqueeze(2)  # [layers, 1]
         plane = torch.arange(settings.max_bits)
         weights = torch.tensor(self.weights, dtype=torch.float64).unsqueeze(1)
-        self.rules = [
-            part.to(device) for part in (weights, plane < fewest, plane >= most)
-        ]  # planes always, never in use
+        rules = weights, plane < fewest, plane >= most  # planes that are always, and never, in use
+        self.rules = [part.to(device) for part in rules]
         if start is not None:
             self._set_planes([hard.mask for hard in start], [hard.scale.view(-1, 1).to(device) for hard in start])
         else:
             budget.check_feasible(settings.target_bits, self.weights, self.limits)
             widths = range(2, settings.max_bits + 1)
             self.soft_steps = [
-                [unit, *(self._mse_step(value, layer, k) for k in widths)]
+                torch.stack([unit, *(self._mse_step(value, layer, k) for k in widths)])
                 for value, layer, unit in zip(values, layers, self.units, strict=True)
             ]
             if not searching:
@@ -285,15 +293,17 @@ class StagedCSQ(WeightMethod):
 
     @torch.no_grad()
     def materialise(self, step: int) -> None:
+        weights = [layer.by_channel(layer.flat_view()) for layer in self.layers]
+        if self.masks is None:
+            shares = plane_shares(self.soft_mask)
+            for index, (latent, weight) in enumerate(zip(self.latents, weights, strict=True)):
+                unit, steps = self.units[index], self.soft_steps[index]
+                soft_planes(latent, weight, unit=unit, steps=steps, shares=shares[index])
+            return
         soft = step < self.soft_end
         sharpness = (step - self.search_steps) / max(self.soft_end - self.search_steps, 1) if soft else None
-        for index, (layer, latent) in enumerate(zip(self.layers, self.latents, strict=True)):
-            weight = layer.by_channel(layer.flat_view())
-            if self.masks is not None:
-                self.stairs[index].write(latent, weight, sharpness=sharpness)
-            else:
-                steps, mask = self.soft_steps[index], self.soft_mask[index]
-                soft_planes(latent, weight, unit=self.units[index], steps=steps, soft_mask=mask)
+        for latent, weight, stairs in zip(self.latents, weights, self.stairs, strict=True):
+            stairs.write(latent, weight, sharpness=sharpness)
 
     @torch.no_grad()
     def harden(self, step: int) -> None:
@@ -351,7 +361,7 @@ class StagedCSQ(WeightMethod):
         self.adam.load_state_dict(state["adam"])
         self.units = [unit.to(device) for unit in state["units"]]
         self.soft_mask, self.soft_end = state["soft_mask"].to(device), state["soft_end"]
-        self.soft_steps = [[step.to(device) for step in widths] for widths in state["soft_steps"]]
+        self.soft_steps = [steps.to(device) for steps in state["soft_steps"]]
         self.masks, self.stairs = None, []
         if state["masks"] is not None:
             self._set_planes(state["masks"], [step.to(device) for step in state["steps"]])

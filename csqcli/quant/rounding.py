@@ -7,7 +7,7 @@ one Triton kernel on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -93,12 +93,12 @@ class Staircase:
     width: Tensor  # the same in units of the latents
     levels: Tensor  # [levels], float, on the CPU: the integers that the planes form, ascending
 
-    @property
+    @functools.cached_property
     def top(self) -> int:
         """The largest integer."""
         return int(self.levels[-1])
 
-    @property
+    @functools.cached_property
     def edge(self) -> Tensor:
         """The largest latent that stands for a level."""
         return self.width * self.top
@@ -146,17 +146,21 @@ class Staircase:
         return low + (0.5 + (share - 0.5) / flank).clamp_(0, 1) * (high - low)
 
 
-def soft_planes(latent: Tensor, out: Tensor, *, unit: Tensor, steps: Sequence[Tensor], soft_mask: Tensor) -> None:
-    """W = Σ_b f_b (Q_{b+1} − Q_b) of one layer into ``out``: Q_k rounds to k planes, f_b is ``soft_mask`` [bits], falling.
-
-    ``steps`` holds the step of every width, 1 plane first. Written as Σ_k (f_{k−1} − f_k) Q_k, so that planes of equal
-    masks cost nothing and all planes in use give Q_n exactly.
-    """
+def plane_shares(soft_mask: Tensor) -> Tensor:
+    """f_{k−1} − f_k for k = 1 … n planes from soft masks [layers, bits], which fall with the plane; f_n = 0."""
     masks = soft_mask.where(soft_mask >= _UNSEEN, 0)
-    shares = masks - torch.cat([masks[1:], masks.new_zeros(1)])
+    return masks - torch.cat([masks[:, 1:], torch.zeros_like(masks[:, :1])], dim=1)
+
+
+def soft_planes(latent: Tensor, out: Tensor, *, unit: Tensor, steps: Tensor, shares: Tensor) -> None:
+    """W = Σ_b f_b (Q_{b+1} − Q_b) of one layer into ``out``, where Q_k rounds to k planes at its own step.
+
+    ``steps``: [bits, channels or 1, 1], 1 plane first. ``shares``: [bits], of :func:`plane_shares`: written as
+    Σ_k (f_{k−1} − f_k) Q_k, planes of equal masks cost nothing and all planes in use give Q_n exactly.
+    """
     kernels = kernels_for(latent.device)
     if kernels is not None:
-        kernels.soft_planes(latent, out, unit, torch.stack(list(steps)), shares)
+        kernels.soft_planes(latent, out, unit, steps, shares)
         return
     used = [(k, step, share) for k, (step, share) in enumerate(zip(steps, shares.tolist(), strict=True), 1) if share]
     for part in parts_of(latent):
@@ -168,7 +172,7 @@ def soft_planes(latent: Tensor, out: Tensor, *, unit: Tensor, steps: Sequence[Te
         out[part] = weight
 
 
-def plane_errors(latent: Tensor, *, unit: Tensor, steps: Sequence[Tensor], fisher: Tensor) -> Tensor:
+def plane_errors(latent: Tensor, *, unit: Tensor, steps: Tensor, fisher: Tensor) -> Tensor:
     """[bits + 1] float64: Σ_i F_i (V − Q_k(V))² of one layer for k = 0 … n planes, Q_0 = 0, V in units of the latents."""
     errors = torch.zeros(len(steps) + 1, dtype=torch.float64, device=latent.device)
     for part in parts_of(latent):
