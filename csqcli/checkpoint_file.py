@@ -235,7 +235,8 @@ def assemble(
     names = {name for layer in layers for name in (layer.name, *layer.aliases)}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
-    for name, value in [*others.items(), *((layer.name, layer.scale) for layer in layers)]:
+    trained = [(layer.name, value) for layer in layers for value in (layer.scale, state[layer.name])]
+    for name, value in [*others.items(), *trained]:
         if sources.is_damaged(value):
             raise UserError("training left NaN or infinite values; nothing was written", where=name)
     records = [_layer_record(layer) for layer in layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,10 @@ def activation_bytes(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that this process could still take: the GPU's, or the machine's within its cgroup. None where unknown."""
+    """Memory that this process could still take: the GPU's, or its share of the machine's within its cgroup. None where unknown.
+
+    torchrun's processes on one machine take equal shares.
+    """
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
@@ -121,11 +125,12 @@ def free_bytes(device: torch.device) -> int | None:
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+        return free // processes
+    return (free if limit == "max" else min(free, int(limit) - int(used))) // processes
 
 
 def gib(count: int) -> str:

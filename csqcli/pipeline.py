@@ -591,7 +591,7 @@ class _Job:
                 last = epoch, batch, losses
                 stop = request.signum
                 if several:  # all stop after the same step
-                    asks = (epoch * trainer.steps_per_epoch + batch) % _ASK_EVERY == 0
+                    asks = batch % _ASK_EVERY == 0 or batch == trainer.steps_per_epoch
                     stop = distributed.largest(stop or 0, self.device) or None if asks else None
                 if stop is not None or time.monotonic() - saved_at > 60 * minutes:
                     save(epoch, batch, losses)

@@ -50,7 +50,7 @@ class DataSettings(_Section):
     batch_size: int = Field(128, ge=1, le=_MAX_BATCH)
     """Training images per step."""
     micro_batch: Annotated[int, Field(ge=1, le=_MAX_BATCH)] | Literal["auto"] | None = None
-    """Images per forward pass: a batch is split into parts of this size whose gradients add up; unset takes it whole. For memory.
+    """Most images per forward pass: a batch is split into equal parts whose gradients add up; unset takes it whole. For memory.
     `auto`: the fewest parts that fit into the memory that is free at the start."""
     eval_batch_size: int = Field(256, ge=1, le=_MAX_BATCH)
     """Validation images per step; does not change results."""

@@ -201,8 +201,10 @@ class Trainer:
         """Accumulate the gradients of the batch's mean loss, part by part; that loss, detached. Reads nothing back."""
         if self.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        size = self.micro_batch or len(images)
-        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        count = -(
+            -len(images) // (self.micro_batch or len(images))
+        )  # equal parts: a last one of one image has no variance
+        parts = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
         whole = torch.zeros((), device=images.device)
         for number, (pixels, wanted) in enumerate(parts, 1):
             # the processes exchange gradients once a step, with the last part
@@ -214,8 +216,14 @@ class Trainer:
         return whole
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            scores = logits_of((self.replica or self.model)(images))
+        try:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+                scores = logits_of((self.replica or self.model)(images))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            hint = "raise data.batch_size or data.micro_batch"
+            raise UserError("BatchNorm cannot train on one image at a time", hint=hint) from error
         loss: Tensor = self.criterion(scores.float(), labels)
         if self.teacher is None:
             return loss

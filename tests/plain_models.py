@@ -25,6 +25,20 @@ def group_norm_cnn(num_classes: int = 10) -> nn.Module:
     return model
 
 
+def pooled_batchnorm(num_classes: int = 10) -> nn.Module:
+    """BatchNorm on one value per image and channel, as behind a squeeze: a single image has no variance."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, num_classes),
+    )
+    model.data_config = {"input_size": (1, 8, 8), "mean": (0.29,), "std": (0.35,)}
+    return model
+
+
 def features() -> nn.Module:
     """Feature maps and no classifier."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1))

@@ -423,3 +423,25 @@ def test_a_model_in_another_precision_trains_and_ends_at_its_delivered_weights(d
         assert layer.parameter.dtype == dtype
         assert torch.equal(layer.parameter.detach(), hard.weight().to(dtype))
         assert not torch.equal(layer.parameter.detach(), before)
+
+
+@pytest.mark.parametrize("kind", ["csq", "gates"])
+@pytest.mark.parametrize("stop", [2, 25])
+def test_a_state_saved_in_one_memory_format_goes_on_in_another(kind: str, stop: int) -> None:
+    """`channels_last: auto` differs between a GPU and a CPU, and a run may be resumed on either."""
+    model, optimizer = start(kind)
+    model.to(memory_format=torch.channels_last)
+    method = make(kind, model)
+    optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=0.05, momentum=0.9))
+    train(model, optimizer, range(stop))
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    other, resumed = start(kind, seed=1)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    train(model, optimizer, range(stop, stop + 2))
+    train(other, resumed, range(stop, stop + 2))
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)

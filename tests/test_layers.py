@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -236,5 +237,38 @@ def test_by_channel_keeps_every_output_channel_in_one_row(
         assert torch.equal(rows[:, channel].flatten().sort().values, wanted)
     assert torch.equal(layer.unflatten(rows.flatten()), weight)
     before = weight.clone()
-    layer.by_channel(layer.flat_view()).mul_(2)  # writes to the weight itself
-    assert torch.equal(layer.parameter, 2 * before)
+    with layer.writing() as flat:
+        flat.mul_(2)
+        assert torch.equal(layer.parameter, 2 * before)  # the weight's own memory
+
+
+def test_a_weight_with_gaps_or_moved_to_another_format_is_written_all_the_same() -> None:
+    (gaps,), _ = find_layers(nn.Linear(8, 4))
+    gaps.parameter.data = torch.zeros(4, 16)[:, ::2]
+    (moved,), _ = find_layers(model := nn.Conv2d(3, 5, 2))
+    assert moved.memory_order == (0, 1, 2, 3)
+    model.to(memory_format=torch.channels_last)
+    for layer in (gaps, moved):
+        wanted = torch.randn(layer.parameter.shape)
+        with layer.writing() as flat:
+            flat.copy_(layer.flat(wanted))
+        assert torch.equal(layer.parameter, wanted)
+
+
+def test_values_in_another_memory_order_are_found_again() -> None:
+    model = nn.Conv2d(3, 5, 2)
+    (before,), _ = find_layers(model)
+    flat = torch.stack([before.flat(model.weight.detach()), 2 * before.flat(model.weight.detach())])
+    (after,), _ = find_layers(model.to(memory_format=torch.channels_last))
+    assert after.memory_order != before.memory_order
+    found = after.reordered(flat, before.memory_order)
+    assert torch.equal(after.unflatten(found[1]), 2 * model.weight)
+
+
+def test_a_weight_without_elements_stays_float() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remark on initialising nothing
+        model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
+    layers, left = find_layers(model)
+    assert [layer.name for layer in layers] == ["1.weight"]
+    assert [(tensor.name, tensor.why) for tensor in left] == [("0.weight", "no elements")]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import csqcli
 from csqcli import checkpoint_file, data, models, pipeline
+from csqcli.errors import UserError
 from csqcli.quant.rounding import mse_step, quantize
 from csqcli.train import evaluate, logits_of
 from tests.plain_models import Corners
@@ -235,3 +236,13 @@ def test_the_corners_are_what_they_are_called() -> None:
     assert float(model.tiny.weight.detach().abs().max()) < 1e-30
     assert float(model.huge.weight.detach().abs().max()) > 1e29
     assert torch.isfinite(model(torch.rand(2, 1, 8, 8))).all()
+
+
+def test_a_model_that_training_left_without_numbers_is_not_saved(tmp_path: Path) -> None:
+    model = models.digits_cnn()
+    optimizer = csqcli.CSQ(model, target_bits=3, total_steps=4)
+    model(torch.full((2, 1, 8, 8), torch.nan)).sum().backward()
+    optimizer.step()
+    with pytest.raises(UserError, match="NaN"):
+        csqcli.save(model, optimizer, tmp_path / "model.safetensors", source="csq:digits_cnn", num_classes=10)
+    assert not any(tmp_path.iterdir())

@@ -180,3 +180,9 @@ def test_kept_activations_are_counted_once_and_the_model_is_left_alone() -> None
     assert torch.equal(rng, torch.get_rng_state())
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batchnorm_on_single_images_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one image at a time"):
+        run(tmp_path / "run", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 1})
+    run(tmp_path / "again", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 63})  # 32 + 32

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,18 +93,19 @@ class BitPlanes:
     def materialise(self, beta: float) -> None:
         """Eq. 5 (Eq. 4 with a fixed mask) for all layers, written into the model's own parameters."""
         per_plane = self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)  # [layers, bits]
-        weights = [layer.flat_view() for layer in self.layers]
-        if self.kernels is not None:
-            for index, where in enumerate(self.slices):
-                pos, neg = self.pos[:, where], self.neg[:, where]
-                self.kernels.soft_weight(pos, neg, per_plane[index], beta, weights[index])
-            return
         scratch = self._scratch(2)
-        for index, chunk, of_layer in self._chunks():
-            on, off = scratch[:, :, : chunk.stop - chunk.start]
-            _gates(self.pos[:, chunk], beta, on)
-            _gates(self.neg[:, chunk], beta, off)
-            weights[index][of_layer] = per_plane[index] @ on.sub_(off)
+        for index, layer in enumerate(self.layers):
+            with layer.writing() as weight:
+                if self.kernels is not None:
+                    where = self.slices[index]
+                    pos, neg = self.pos[:, where], self.neg[:, where]
+                    self.kernels.soft_weight(pos, neg, per_plane[index], beta, weight)
+                    continue
+                for chunk, of_layer in self._chunks_of(index):
+                    on, off = scratch[:, :, : chunk.stop - chunk.start]
+                    _gates(self.pos[:, chunk], beta, on)
+                    _gates(self.neg[:, chunk], beta, off)
+                    weight[of_layer] = per_plane[index] @ on.sub_(off)
 
     @torch.no_grad()
     def update_gates(
@@ -193,7 +195,7 @@ class BitPlanes:
             hardened.append(layer.unflatten(integers))
         return hardened
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         names = (
             "pos",
             "neg",
@@ -205,14 +207,19 @@ class BitPlanes:
             "scale_momentum",
         )
         state = {name: getattr(self, name) for name in names}
+        state["orders"] = [list(layer.memory_order) for layer in self.layers]
         return state if self.fixed_mask is None else state | {"fixed_mask": self.fixed_mask}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        orders = state["orders"]
         for name, value in state.items():
             if name == "fixed_mask":
                 self.fixed_mask = value.to(self.pos.device)
-            else:
+            elif name != "orders":
                 getattr(self, name).copy_(value)
+        for layer, where, order in zip(self.layers, self.slices, orders, strict=True):
+            for buffer in self._state():  # the model may lie in another memory format than then
+                buffer[:, where] = layer.reordered(buffer[:, where], order)
 
     def _scratch(self, count: int) -> Tensor:
         """[count, bits, chunk] float32 for temporaries: memory that is reused stays in cache."""

@@ -129,8 +129,14 @@ def _channel_of(where, inner, channels):  # of [outer, channels, inner]
 
 
 @triton.jit
+def _clip(value, low, high):  # NaN stays NaN, to be noticed
+    raised = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(raised, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _integer(ratio, top):  # round half to even, as PyTorch does: numbers of this size have no digits behind the point
-    return tl.minimum(tl.maximum(ratio, -top), top) + 12582912.0 - 12582912.0
+    return _clip(ratio, -top, top) + 12582912.0 - 12582912.0
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -150,7 +156,7 @@ def _update_latents_kernel(
     moved = tl.load(latent + where, mask=mask, other=0.0) - size * m / (tl.sqrt(v) / correction + eps)
     if CLIP:
         most = tl.load(edge + channel * edge_stride, mask=mask, other=0.0)
-        moved = tl.minimum(tl.maximum(moved, -most), most)
+        moved = _clip(moved, -most, most)
     tl.store(latent + where, moved, mask=mask)
     if ROUND:
         bits = tl.randint(seed, where).to(tl.uint32, bitcast=True)
@@ -198,8 +204,8 @@ def _staircase_kernel(
     # the correctly rounded quotient: the integers are those that PyTorch finds, ties included
     ratio = tl.math.div_rn(tl.load(latent + where, mask=mask, other=0.0), wide)
     if SOFT:
-        low = tl.minimum(tl.maximum(tl.floor(ratio), -top), top - 1)
-        integer = low + tl.minimum(tl.maximum((ratio - low - 0.5) / flank + 0.5, 0.0), 1.0)
+        low = _clip(tl.floor(ratio), -top, top - 1)
+        integer = low + _clip((ratio - low - 0.5) / flank + 0.5, 0.0, 1.0)
     else:
         integer = _integer(ratio, top)
     tl.store(out + where, integer * tl.load(step + channel * step_stride, mask=mask, other=0.0), mask=mask)

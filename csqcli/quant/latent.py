@@ -293,17 +293,17 @@ class StagedCSQ(WeightMethod):
 
     @torch.no_grad()
     def materialise(self, step: int) -> None:
-        weights = [layer.by_channel(layer.flat_view()) for layer in self.layers]
-        if self.masks is None:
-            shares = plane_shares(self.soft_mask)
-            for index, (latent, weight) in enumerate(zip(self.latents, weights, strict=True)):
-                unit, steps = self.units[index], self.soft_steps[index]
-                soft_planes(latent, weight, unit=unit, steps=steps, shares=shares[index])
-            return
         soft = step < self.soft_end
         sharpness = (step - self.search_steps) / max(self.soft_end - self.search_steps, 1) if soft else None
-        for latent, weight, stairs in zip(self.latents, weights, self.stairs, strict=True):
-            stairs.write(latent, weight, sharpness=sharpness)
+        shares = plane_shares(self.soft_mask) if self.masks is None else self.soft_mask
+        for index, (layer, latent) in enumerate(zip(self.layers, self.latents, strict=True)):
+            with layer.writing() as flat:
+                weight = layer.by_channel(flat)
+                if self.masks is not None:
+                    self.stairs[index].write(latent, weight, sharpness=sharpness)
+                else:
+                    unit, steps = self.units[index], self.soft_steps[index]
+                    soft_planes(latent, weight, unit=unit, steps=steps, shares=shares[index])
 
     @torch.no_grad()
     def harden(self, step: int) -> None:
@@ -344,6 +344,7 @@ class StagedCSQ(WeightMethod):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "orders": [list(layer.memory_order) for layer in self.layers],
             "latents": self.latents,
             "adam": self.adam.state_dict(),
             "units": self.units,
@@ -356,9 +357,15 @@ class StagedCSQ(WeightMethod):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.latents[0].device
-        for latent, saved in zip(self.latents, state["latents"], strict=True):
+
+        def own(saved: list[Tensor]) -> list[Tensor]:  # the model may lie in another memory format than then
+            rows = zip(self.layers, saved, state["orders"], strict=True)
+            return [layer.by_channel(layer.reordered(value.flatten(), order)) for layer, value, order in rows]
+
+        for latent, saved in zip(self.latents, own(state["latents"]), strict=True):
             latent.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
+        adam = state["adam"]
+        self.adam.load_state_dict(adam | {name: own(adam[name]) for name in ("first", "second")})
         self.units = [unit.to(device) for unit in state["units"]]
         self.soft_mask, self.soft_end = state["soft_mask"].to(device), state["soft_end"]
         self.soft_steps = [steps.to(device) for steps in state["soft_steps"]]

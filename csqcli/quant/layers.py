@@ -8,9 +8,11 @@ Everything else stays float and is listed with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,32 +38,57 @@ class Layer:
     def weights(self) -> int:
         return self.parameter.numel()
 
+    @functools.cached_property
+    def memory_order(self) -> tuple[int, ...]:
+        """Dimensions from the slowest to the fastest in memory, as they were when this was first asked."""
+        strides = self.parameter.stride()
+        # stable: dimensions of size 1 keep their place
+        return tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
+
     def flat(self, tensor: Tensor) -> Tensor:
         """``tensor`` of the weight's shape as [weights], in the order in which the weight lies in memory (channels_last too)."""
-        return tensor.permute(self._memory_order()).reshape(-1)
+        return tensor.permute(self.memory_order).reshape(-1)
 
-    def flat_view(self) -> Tensor:
-        """The weight's own values as [weights], to write to. ValueError where its elements overlap or have gaps."""
-        return self.parameter.data.permute(self._memory_order()).view(-1)
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Tensor]:
+        """The weight's values as [weights], to write to: its own memory, or a copy that is written back.
+
+        The copy is for weights that have gaps, or that were moved to another memory format since.
+        """
+        weight = self.parameter.data
+        in_order = weight.permute(self.memory_order)
+        if in_order.is_contiguous():
+            yield in_order.view(-1)
+        else:
+            values = torch.empty_like(weight, memory_format=torch.contiguous_format).view(-1)
+            yield values
+            weight.copy_(self.unflatten(values))
 
     def by_channel(self, flat: Tensor) -> Tensor:
         """[weights] of :meth:`flat` as [outer, channels, inner]: output channels are the middle dimension."""
-        order = self._memory_order()
+        order = self.memory_order
         at = order.index(self.channel_dim)
         inner = math.prod(self.parameter.shape[dim] for dim in order[at + 1 :])
         return flat.view(-1, self.parameter.shape[self.channel_dim], inner)
 
     def unflatten(self, flat: Tensor) -> Tensor:
         """Inverse of :meth:`flat`: contiguous, in the weight's shape."""
-        order = self._memory_order()
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return flat.view([self.parameter.shape[dim] for dim in order]).permute(inverse).contiguous()
+        return self._in_shape(flat, self.memory_order).contiguous()
 
-    def _memory_order(self) -> list[int]:
-        strides = self.parameter.stride()
-        return sorted(
-            range(len(strides)), key=lambda dim: -strides[dim]
-        )  # stable: dimensions of size 1 keep their place
+    def reordered(self, flat: Tensor, order: Sequence[int]) -> Tensor:
+        """[…, weights] that were laid out in another memory order, in this one's."""
+        if tuple(order) == self.memory_order:
+            return flat
+        kept = range(flat.dim() - 1)
+        own = [len(kept) + dim for dim in self.memory_order]
+        return self._in_shape(flat, order).permute(*kept, *own).reshape(flat.shape)
+
+    def _in_shape(self, flat: Tensor, order: Sequence[int]) -> Tensor:
+        """[…, weights] laid out in ``order`` as […, *weight]."""
+        lead = flat.shape[:-1]
+        split = flat.view(*lead, *(self.parameter.shape[dim] for dim in order))
+        inverse = [len(lead) + order.index(dim) for dim in range(len(order))]
+        return split.permute(*range(len(lead)), *inverse)
 
 
 @dataclass(frozen=True)
@@ -142,6 +169,8 @@ def _why_not_a_weight(module: nn.Module, own_name: str, parameter: nn.Parameter)
     """None for a weight; otherwise the reason that `csq inspect` prints."""
     if parameter.dim() < 2:
         return "fewer than two dimensions"
+    if parameter.numel() == 0:
+        return "no elements"
     if not parameter.is_floating_point():
         return f"dtype {parameter.dtype}"
     if isinstance(module, _NORMS):
