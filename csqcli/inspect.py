@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -91,7 +92,9 @@ def count_macs(
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation without a formula
     model.eval()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), counter:
+        rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        # attention as matrix products: not every release has formulas for its fused forms
+        with rng, sdpa_kernel(SDPBackend.MATH), counter:
             model(*example_inputs(task, input_size, device=device))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -246,6 +246,27 @@ def soft_planes(latent: Tensor, out: Tensor, unit: Tensor, steps: Tensor, shares
     )  # fmt: skip
 
 
+def check(device: torch.device) -> None:
+    """Run every kernel once, on one weight. Raises what Triton raises where it cannot compile them.
+
+    It compiles at the first launch, which fails without a C compiler, on old devices, and in old releases.
+    """
+    latent, one = torch.zeros(1, 1, 1, device=device), torch.ones(1, 1, device=device)
+    out = torch.zeros_like(latent)
+    adam: dict[str, Any] = {"size": 0.0, "correction": 1.0, "beta1": 0.9, "beta2": 0.99, "eps": 1.0, "seed": 0}
+    for state_dtype in (torch.float32, torch.bfloat16):
+        pos, neg, pos_momentum, neg_momentum = torch.zeros(4, 1, 1, dtype=state_dtype, device=device)
+        soft_weight(pos, neg, one[0], 1.0, out.view(-1))
+        sgd: dict[str, Any] = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0, "seed": 0}
+        update_gates(pos, neg, pos_momentum, neg_momentum, one[0], one[0], 1.0, **sgd)
+        first, second = torch.zeros(2, 1, 1, 1, dtype=state_dtype, device=device)
+        for edge in (None, one):
+            update_latents(latent, out, first, second, one, edge, **adam)
+    for flank in (None, 1.0):
+        staircase(latent, out, one, one, top=1, flank=flank)
+    soft_planes(latent, out, one, one.view(1, 1, 1), one[0])
+
+
 def _stride(vector: Tensor) -> int:
     """From channel to channel of [channels, 1]; 0 where [1, 1] holds for all."""
     return 0 if len(vector) == 1 else vector.stride(0)

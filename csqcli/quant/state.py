@@ -43,9 +43,7 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
     try:
         from csqcli.quant import kernels
 
-        # Triton compiles at the first launch, which fails without a C compiler and on old devices
-        one = torch.zeros(1, 1, device=device)
-        kernels.soft_weight(one, one, one[0], 1.0, one[0])
+        kernels.check(device)
     except Exception as error:  # whatever it is: PyTorch's own operations do the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("Triton's kernels do not run here (%s): PyTorch's operations take their place, slower", reason)
