@@ -453,7 +453,7 @@ class _Job:
             self.model,
             self.config["input_size"],
             method=method,
-            bits=recipe.quantization.max_bits,
+            bits=_gate_bits(recipe),
             state_dtype=recipe.quantization.state_dtype,
             amp=amp,
             device=self.device,
@@ -688,6 +688,12 @@ def _slowed(recipe: Recipe, rollbacks: int) -> Recipe:
     return slowed
 
 
+def _gate_bits(recipe: Recipe) -> int:
+    """Planes of gates per weight, where the method has gates."""
+    settings = recipe.quantization
+    return int(settings.target_bits or 0) if settings.method == "csq-uniform" else settings.max_bits
+
+
 def make_method(
     recipe: Recipe, layers: Sequence[Layer], clock: Clock, *, start: Sequence[HardLayer] | None = None
 ) -> WeightMethod:
@@ -726,7 +732,7 @@ def make_method(
         return StagedCSQ(layers, clock, staged, start=start)
     searched = settings.method != "csq-uniform" and start is None
     gates = GateSettings(
-        bits=settings.max_bits if settings.method != "csq-uniform" else int(settings.target_bits or 0),
+        bits=_gate_bits(recipe),
         target_bits=settings.target_bits if searched else None,
         beta_initial=settings.beta_initial,
         beta_final=settings.beta_final,

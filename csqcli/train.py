@@ -201,9 +201,8 @@ class Trainer:
         """Accumulate the gradients of the batch's mean loss, part by part; that loss, detached. Reads nothing back."""
         if self.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        count = -(
-            -len(images) // (self.micro_batch or len(images))
-        )  # equal parts: a last one of one image has no variance
+        # equal parts: a last one of a single image would have no variance for BatchNorm
+        count = -(-len(images) // (self.micro_batch or len(images)))
         parts = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
         whole = torch.zeros((), device=images.device)
         for number, (pixels, wanted) in enumerate(parts, 1):

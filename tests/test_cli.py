@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from quantized_models import make_file
 
@@ -137,6 +138,19 @@ def test_the_number_typed_is_true_on_disk_even_after_one_epoch(csq, tmp_path: Pa
     spare = (float(target) - mean) * report["budget"]["total_weights"]
     assert spare >= 0
     assert spare < 0.1 or all(layer["weights"] > spare for layer in report["layers"] if layer["bits"] < 8)
+
+
+@pytest.mark.parametrize("method", ["csq", "csq-paper"])
+def test_bfloat16_state_trains_and_the_number_typed_stays_true(csq, tmp_path: Path, method: str) -> None:
+    files = {}
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        options = ["--method", method, "--target-bits", "2", "--epochs", "3", "-o", str(output), "--quiet"]
+        assert csq("search", "--recipe", "digits", *options, "--set", f"state_dtype={dtype}")[0] == 0
+        files[dtype] = checkpoint_file.read(output / "model.safetensors")
+        assert files[dtype].manifest.budget.mean_bits <= 2
+    exact, rounded = (files[dtype].state_dict() for dtype in ("float32", "bfloat16"))
+    assert any(not torch.equal(exact[name], rounded[name]) for name in exact)  # the setting reaches training
 
 
 def test_a_finished_run_is_not_overwritten_without_force(csq, digits_run: Path, tmp_path: Path) -> None:

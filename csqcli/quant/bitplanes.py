@@ -154,7 +154,7 @@ class BitPlanes:
             return
         cross, square = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         old_planes, new_planes = self.plane_weights * self.mask(old_beta), self.plane_weights * self.mask(new_beta)
-        for index, chunk, _ in self._chunks():
+        for index, chunk in self._chunks():
             pos, neg = self._logits(chunk)
             old = old_planes[index] @ csq.soft_digits(pos, neg, old_beta)
             new = new_planes[index] @ csq.soft_digits(pos, neg, new_beta)
@@ -166,7 +166,7 @@ class BitPlanes:
     def plane_energy(self, beta: float) -> Tensor:
         """[layers, bits]: Σ_i (s·2^b/(2^n−1)·d_bi)², the squared change of the weights if a whole plane vanished."""
         energy = torch.zeros_like(self.mask_logits)
-        for index, chunk, _ in self._chunks():
+        for index, chunk in self._chunks():
             energy[index] += csq.soft_digits(*self._logits(chunk), beta).square().sum(dim=1)
         return energy * (self.scale.unsqueeze(1) * self.plane_weights).square()
 
@@ -233,13 +233,14 @@ class BitPlanes:
     def _state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.pos, self.neg, self.pos_momentum, self.neg_momentum
 
-    def _chunks(self) -> Iterator[tuple[int, slice, slice]]:
-        """(layer index, slice of the flat buffers, slice of the layer's own flat weight)."""
+    def _chunks(self) -> Iterator[tuple[int, slice]]:
+        """(layer index, slice of the flat buffers)."""
         for index in range(len(self.layers)):
-            for chunk, of_layer in self._chunks_of(index):
-                yield index, chunk, of_layer
+            for chunk, _ in self._chunks_of(index):
+                yield index, chunk
 
     def _chunks_of(self, index: int) -> Iterator[tuple[slice, slice]]:
+        """(slice of the flat buffers, slice of the layer's own flat weight)."""
         where = self.slices[index]
         for start in range(where.start, where.stop, self.chunk):
             stop = min(start + self.chunk, where.stop)
