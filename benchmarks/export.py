@@ -27,12 +27,14 @@ from PIL import Image
 from torch import nn
 
 import csqcli
-from csqcli import checkpoint_file, sources
-from csqcli.checkpoint_file import ActivationEntry, ModelRecord, ParityRecord, QuantizedFile
 from csqcli.export.run import export_file
-from csqcli.quant import activations, csq
+from csqcli.file import io as checkpoint_file
+from csqcli.file.io import ActivationEntry, ModelRecord, ParityRecord, QuantizedFile
+from csqcli.models import libraries as sources
+from csqcli.quant import activations
+from csqcli.quant import equations as csq
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import HardLayer, hard_layer, max_abs_scale
+from csqcli.quant.methods.base import HardLayer, hard_layer, max_abs_scale
 
 MODELS = (
     "timm:resnet18",

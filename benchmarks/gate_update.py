@@ -24,11 +24,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
 
-from csqcli import sources
-from csqcli.quant.bitplanes import BitPlanes
-from csqcli.quant.latent import StagedCSQ, StagedSettings
+from csqcli.models import libraries as sources
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods import Clock, max_abs_scale
+from csqcli.quant.methods.base import Clock, max_abs_scale
+from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.passes.bitplanes import BitPlanes
 
 BITS, BETA = 8, 3.0
 STATES = {"csq, float32": torch.float32, "csq, bfloat16": torch.bfloat16}

@@ -23,11 +23,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
 
-from csqcli import memory, sources
-from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
+from csqcli.models import libraries as sources
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import Clock, GateMethod, GateSettings, WeightMethod
+from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, WeightMethod
+from csqcli.quant.methods.staged import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+from csqcli.system import memory
 
 METHODS = ("float", "csq", "csq, bfloat16 state", "ste", "csq-paper", "csq-paper, bfloat16 state")
 STEPS = 8

@@ -41,13 +41,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import csqcli
-from csqcli import checkpoint_file, sources
-from csqcli.inspect import coverage, example_inputs
-from csqcli.quant.latent import StagedCSQ, StagedSettings
+from csqcli.file import io as checkpoint_file
+from csqcli.models import libraries as sources
+from csqcli.models.coverage import coverage, example_inputs
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods import Clock, GateMethod, GateSettings, max_abs_scale, spread
+from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, max_abs_scale, spread
+from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.train import logits_of
+from csqcli.training.loop import logits_of
 
 CLASSES, BATCH, TARGET_BITS, STEPS = 10, 2, 3, 100
 SIZES = (64, 96, 128, 160, 192, 224, 256)  # tried in order, below the model's own

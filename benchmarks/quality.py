@@ -86,8 +86,8 @@ ROWS: dict[str, dict[str, Any]] = {
 @functools.cache
 def proxy_images(source: str) -> Any:
     """The data set at 16×16, decoded once per process."""
-    from csqcli import data
-    from csqcli.models import CIFAR_CONFIG
+    from csqcli.data import loaders as data
+    from csqcli.models.networks import CIFAR_CONFIG
 
     config = CIFAR_CONFIG | {"input_size": (3, 16, 16), "interpolation": "box"}
     images = data.open_data(source)
@@ -103,8 +103,8 @@ def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work:
     import torch
 
     from csqcli import pipeline
-    from csqcli.progress import Display
-    from csqcli.recipe import resolve
+    from csqcli.recipe.schema import resolve
+    from csqcli.system.progress import Display
 
     torch.set_num_threads(1)
     folder = Path(work) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"

@@ -21,10 +21,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
 
-from csqcli import sources
-from csqcli.quant.latent import StagedCSQ, StagedSettings
+from csqcli.models import libraries as sources
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import Clock
+from csqcli.quant.methods.base import Clock
+from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 
 STEPS = 1000  # of the schedule that the stages are taken from

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from csqcli.checkpoint_file import QuantizedFile
+    from csqcli.file.io import QuantizedFile
     from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
 
 
@@ -26,7 +26,7 @@ def load(path: str | Path, *, trust_code: bool = False) -> nn.Module:
 
     ``trust_code`` allows a file to name a ``package.module:factory`` to import. Raises UserError for damaged files.
     """
-    from csqcli import checkpoint_file
+    from csqcli.file import io as checkpoint_file
 
     return model_from_file(checkpoint_file.read(path), trust_code=trust_code, where=str(path))
 
@@ -42,9 +42,9 @@ def model_from_file(file: QuantizedFile, *, trust_code: bool = False, where: str
 
 def _plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Module:
     """The same without activation quantizers, for those who go on training them."""
-    from csqcli import sources
-    from csqcli.allocation import AllocationLimit
     from csqcli.errors import UserError
+    from csqcli.models import libraries as sources
+    from csqcli.system.allocation import AllocationLimit
 
     spec = file.manifest.spec
     if spec.library not in ("timm", "torchvision", "csq", "factory"):
@@ -77,7 +77,8 @@ def save(
     """
     from pathlib import Path
 
-    from csqcli import checkpoint_file, sources
+    from csqcli.file import io as checkpoint_file
+    from csqcli.models import libraries as sources
 
     optimizer.harden()
     spec = sources.parse(source)

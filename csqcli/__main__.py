@@ -1,6 +1,6 @@
 """``python -m csqcli`` and ``torchrun -m csqcli``."""
 
-from csqcli.cli import main
+from csqcli.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -28,23 +28,27 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import csqcli
-from csqcli import checkpoint_file, data, distributed, files, memory, sources
-from csqcli import report as reports
-from csqcli.checkpoint_file import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
-from csqcli.distributed import Shard
+from csqcli.data import loaders as data
 from csqcli.errors import UserError, did_you_mean, machine_fault
-from csqcli.inspect import Operations, count_macs
-from csqcli.interrupt import Interrupted, StopRequest
-from csqcli.lock import locked
-from csqcli.progress import Display
+from csqcli.file import io as checkpoint_file
+from csqcli.file.io import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
+from csqcli.models import libraries as sources
+from csqcli.models.coverage import Operations, count_macs
 from csqcli.quant import activations, budget
 from csqcli.quant.activations import ActivationQuantizers
-from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
-from csqcli.quant.methods import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
+from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, HardLayer, WeightMethod
+from csqcli.quant.methods.staged import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.recipe import Recipe, to_yaml
-from csqcli.train import (
+from csqcli.recipe.schema import Recipe, to_yaml
+from csqcli.report import terminal as reports
+from csqcli.system import distributed, files, memory
+from csqcli.system.distributed import Shard
+from csqcli.system.interrupt import Interrupted, StopRequest
+from csqcli.system.limits import check_archive, check_tree, read_json
+from csqcli.system.lock import locked
+from csqcli.system.progress import Display
+from csqcli.training.loop import (
     Accuracy,
     NonFinite,
     Trainer,
@@ -54,7 +58,6 @@ from csqcli.train import (
     logits_of,
     recalibrate_batchnorm,
 )
-from csqcli.untrusted import check_archive, check_tree, read_json
 
 MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
     "model.safetensors",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from csqcli import cli
+from csqcli.cli import app as cli
 
 torch.set_num_threads(1)
 
@@ -49,8 +49,8 @@ def image_folder(tmp_path: Path) -> Path:
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short digits search at 2 bits (session-wide)."""
     from csqcli import pipeline
-    from csqcli.progress import Display
-    from csqcli.recipe import resolve
+    from csqcli.recipe.schema import resolve
+    from csqcli.system.progress import Display
 
     output = tmp_path_factory.mktemp("digits")
     recipe = resolve("digits", {"epochs": 4, "quantization.target_bits": 2})

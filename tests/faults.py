@@ -35,10 +35,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from csqcli import checkpoint_file, cli, files, pipeline
+from csqcli import pipeline
+from csqcli.cli import app as cli
 from csqcli.export import run as exports  # imported here, so that no fork has to
-from csqcli.lock import LOCK_FILE
-from csqcli.train import Trainer
+from csqcli.file import io as checkpoint_file
+from csqcli.system import files
+from csqcli.system.lock import LOCK_FILE
+from csqcli.training.loop import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # plain_models
 

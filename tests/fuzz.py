@@ -323,7 +323,7 @@ def forge(data: Path, rng: random.Random, target: Path) -> None:
     """A file whose hashes are right: integers, scales, masks, budget, model and names by somebody who means harm."""
     import torch
 
-    from csqcli import checkpoint_file
+    from csqcli.file import io as checkpoint_file
 
     file = checkpoint_file.read(data)
     layer = rng.choice(file.layers)
@@ -537,7 +537,7 @@ def mutate_yaml(text: str, rng: random.Random) -> bytes:
 
 
 def assignment(rng: random.Random) -> str:
-    from csqcli.recipe import _leaves
+    from csqcli.recipe.schema import _leaves
 
     key = rng.choice([*_leaves(), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
     values = [
@@ -599,10 +599,13 @@ def build_corpus(folder: Path) -> None:
     import safetensors.torch
     import torch
 
-    from csqcli import checkpoint_file, models, pipeline, recipe
+    from csqcli import pipeline
     from csqcli.export.run import export_file
-    from csqcli.progress import Display
-    from csqcli.train import Trainer
+    from csqcli.file import io as checkpoint_file
+    from csqcli.models import networks as models
+    from csqcli.recipe import schema as recipe
+    from csqcli.system.progress import Display
+    from csqcli.training.loop import Trainer
     from tests.quantized_models import make_file
 
     settings = {"epochs": 2, "max_steps": 1, "data.val_limit": 20, "threads": 1, "bn_recalibration_batches": 1}
@@ -692,7 +695,8 @@ class Case:
     def _manifest(self, path: Path) -> str:
         from rich.console import Console
 
-        from csqcli import checkpoint_file, report
+        from csqcli.file import io as checkpoint_file
+        from csqcli.report import terminal as report
 
         def read() -> None:
             manifest = checkpoint_file.read_manifest(path)
@@ -704,12 +708,12 @@ class Case:
         return allowed(read)
 
     def _read(self, path: Path) -> str:
-        from csqcli import checkpoint_file
+        from csqcli.file import io as checkpoint_file
 
         return allowed(lambda: sound(checkpoint_file.read(path)))
 
     def _read_layer(self, path: Path) -> str:
-        from csqcli import checkpoint_file
+        from csqcli.file import io as checkpoint_file
 
         return allowed(lambda: checkpoint_file.read_layer(path, "conv2.weight").weight())
 
@@ -727,7 +731,7 @@ class Case:
         return allowed(load)
 
     def _as_checkpoint(self, path: Path) -> str:
-        from csqcli import sources
+        from csqcli.models import libraries as sources
 
         return allowed(lambda: sources.load("digits_cnn", num_classes=10, checkpoint=str(path)))
 
@@ -767,7 +771,7 @@ class Case:
         return self._as_checkpoint(target)
 
     def recipe(self) -> str:
-        from csqcli import recipe
+        from csqcli.recipe import schema as recipe
 
         path, data, _ = self._pick("*.yaml")
         target = self.folder / path.name
@@ -777,13 +781,13 @@ class Case:
         return allowed(lambda: recipe.to_yaml(recipe.resolve(str(target), {})))
 
     def set(self) -> str:
-        from csqcli import recipe
+        from csqcli.recipe import schema as recipe
 
         texts = [assignment(self.rng) for _ in range(self.rng.choice([1, 1, 2]))]
         return allowed(lambda: recipe.to_yaml(recipe.resolve("digits", recipe.parse_assignments(texts))))
 
     def onnx(self) -> str:
-        from csqcli import checkpoint_file
+        from csqcli.file import io as checkpoint_file
 
         _, data, other = self._pick("*.onnx")
         target = self.folder / "in.onnx"
@@ -797,8 +801,10 @@ class Case:
     def state(self) -> str:
         import torch
 
-        from csqcli import files, pipeline, recipe
-        from csqcli.progress import Display
+        from csqcli import pipeline
+        from csqcli.recipe import schema as recipe
+        from csqcli.system import files
+        from csqcli.system.progress import Display
 
         output = self.folder / "out"
         shutil.copytree(self.corpus / "unfinished", output)
@@ -842,7 +848,7 @@ def allowed(reader: Callable[[], Any]) -> str:
 
 def command(*arguments: Any) -> str:
     """The same for a command line: exit code 0, or 2 and one line on stderr."""
-    from csqcli import cli
+    from csqcli.cli import app as cli
 
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, ["csq", *map(str, arguments)]
@@ -960,7 +966,7 @@ def child(corpus: Path, seed: int, first: int, last: int, keep: Path | None) -> 
 
     import csqcli.export.runtime
     import csqcli.pipeline
-    from csqcli import cli  # noqa: F401
+    from csqcli.cli import app as cli  # noqa: F401
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)

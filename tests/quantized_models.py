@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from csqcli import checkpoint_file, sources
-from csqcli.checkpoint_file import ModelRecord, QuantizedFile
-from csqcli.quant import csq
+from csqcli.file import io as checkpoint_file
+from csqcli.file.io import ModelRecord, QuantizedFile
+from csqcli.models import libraries as sources
+from csqcli.quant import equations as csq
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import HardLayer, hard_layer
+from csqcli.quant.methods.base import HardLayer, hard_layer
 
 MASKS = ("11000000", "10010000", "11110000", "00000001", "11111111")  # contiguous, with a hole, one plane, 9-bit span
 

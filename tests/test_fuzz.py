@@ -22,9 +22,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import csqcli
-from csqcli import checkpoint_file, models, packing, recipe, sources, untrusted
-from csqcli.allocation import AllocationLimit
 from csqcli.errors import UserError
+from csqcli.file import codes as packing
+from csqcli.file import io as checkpoint_file
+from csqcli.models import libraries as sources
+from csqcli.models import networks as models
+from csqcli.recipe import schema as recipe
+from csqcli.system import limits as untrusted
+from csqcli.system.allocation import AllocationLimit
 from tests import fuzz
 from tests.quantized_models import make_file
 

@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import csqcli
-from csqcli import checkpoint_file, data, models, pipeline
+from csqcli import pipeline
+from csqcli.data import loaders as data
 from csqcli.errors import UserError
-from csqcli.quant.rounding import mse_step, quantize
-from csqcli.train import evaluate, logits_of
+from csqcli.file import io as checkpoint_file
+from csqcli.models import networks as models
+from csqcli.quant.passes.rounding import mse_step, quantize
+from csqcli.training.loop import evaluate, logits_of
 from tests.plain_models import Corners
 
 METHODS = ["csq", "csq-paper", "csq-uniform", "ste", "lsq"]

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 import csqcli
-from csqcli import checkpoint_file, data, files
-from csqcli.checkpoint_file import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
+from csqcli.data import loaders as data
 from csqcli.errors import UserError
 from csqcli.export import verify
 from csqcli.export.verify import ParityError, Probe
-from csqcli.storage import Form
-from csqcli.train import check_scores, evaluate
+from csqcli.file import io as checkpoint_file
+from csqcli.file.io import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
+from csqcli.file.layout import Form
+from csqcli.system import files
+from csqcli.training.loop import check_scores, evaluate
 
 if TYPE_CHECKING:
     from csqcli.export.onnx_graph import PackedGraph

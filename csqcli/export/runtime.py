@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csqcli import checkpoint_file
-from csqcli.checkpoint_file import METADATA_KEY, Manifest
 from csqcli.errors import UserError
+from csqcli.file import io as checkpoint_file
+from csqcli.file.io import METADATA_KEY, Manifest
 
 INPUT, OUTPUT = "images", "logits"
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from csqcli.quant.latent import StagedCSQ, StagedSettings
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods import Clock, HardLayer, WeightMethod
+from csqcli.quant.methods.base import Clock, HardLayer, WeightMethod
+from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):

@@ -1,0 +1,246 @@
+"""One loop for search, finetune and every yardstick."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from csqcli.data.loaders import Loader, Unavailable, stream_seed
+from csqcli.errors import UserError, machine_fault
+from csqcli.quant.optimizer import QuantizedOptimizer
+from csqcli.system import distributed
+
+
+class NonFinite(UserError):
+    """The loss, or what is trained, holds NaN or infinite numbers. Nothing of it may be saved."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Correct predictions out of ``samples``; percentages are derived, so shards can be summed first."""
+
+    correct1: int
+    correct5: int
+    samples: int
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.correct1 / self.samples
+
+    @property
+    def top5(self) -> float:
+        return 100 * self.correct5 / self.samples
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class scores of a model's output: a tensor, or the first entry of the tuple or dict that it returns."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, dict):
+            output = output["out"] if "out" in output else next(iter(output.values()))
+        else:
+            output = output[0]
+    return output
+
+
+def is_finite(state: Any) -> bool:
+    """Whether every number of a nested state is finite."""
+    if isinstance(state, Tensor):
+        return not state.is_floating_point() or bool(torch.isfinite(state).all())
+    if isinstance(state, Mapping):
+        return all(is_finite(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return all(is_finite(value) for value in state)
+    return not isinstance(state, float) or math.isfinite(state)
+
+
+@torch.no_grad()
+def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int | None, *, where: str) -> None:
+    """UserError for a model that does not make one score per class (None: anything) of an image. Leaves it in eval mode."""
+    model.eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    size = "×".join(map(str, input_size))
+    try:
+        shape = list(logits_of(model(torch.zeros(1, *input_size, device=device))).shape)
+    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
+        if machine_fault(error) is not None:
+            raise
+        hint = "check data.input_size"
+        raise UserError(f"cannot run on an image of {size} ({error})", where=where, hint=hint) from error
+    if num_classes is not None and shape != [1, num_classes]:
+        hint = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
+        raise UserError(
+            f"gives outputs of shape {shape} for one image, not {num_classes} scores", where=where, hint=hint
+        )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accuracy:
+    """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
+
+    ``shared``: the loader holds this process's share of the images, and counts are summed over processes.
+    """
+    was_training = model.training
+    model.eval()
+    correct1 = correct5 = samples = 0
+    for images, labels in loader.epoch(0):
+        scores = logits_of(model(images))
+        ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+        correct1 += int(ranked[:, 0].sum())
+        correct5 += int(ranked.sum())
+        samples += len(labels)
+    model.train(was_training)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
+    if shared:
+        correct1, correct5, samples = distributed.sum_counts((correct1, correct5, samples), device)
+    if samples == 0:
+        raise UserError("no validation image could be used")
+    return Accuracy(correct1, correct5, samples)
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, loader: Loader, *, epoch: int, batches: int) -> None:
+    """Re-estimate BatchNorm means and variances as plain averages over ``batches`` training batches."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms or batches == 0:
+        return
+    momenta = [norm.momentum for norm in norms]
+    was_training = model.training
+    model.eval()  # dropout and the like stay off
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    for images, _ in itertools.islice(loader.epoch(epoch), batches):
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)
+
+
+@dataclass
+class Trainer:
+    """Model, optimizer, data and schedule of one phase, run epoch by epoch."""
+
+    model: nn.Module
+    optimizer: QuantizedOptimizer
+    scheduler: Any  # timm scheduler, stepped per update
+    train_loader: Loader
+    val_loader: Loader
+    epochs: int
+    steps_per_epoch: int
+    criterion: nn.Module
+    clip_grad_norm: float | None = None
+    amp: bool = False  # bfloat16 autocast of the forward pass
+    micro_batch: int | None = None  # images per forward pass; None takes the batch whole
+    channels_last: bool = False  # memory format of the images; the model has it already
+    teacher: nn.Module | None = None  # the float model, in eval mode
+    distill: float = 0.0  # share of the loss that follows the teacher
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # timm's Mixup: labels become distributions
+    seed: int = 0  # of mixup
+    activation_scales: Sequence[nn.Parameter] = ()  # trained, but outside the model
+    replica: Any = None  # the data-parallel or compiled wrapper that training calls in place of the model
+    on_step: Callable[[int, int, list[Tensor | float]], None] | None = None  # (epoch, batches done, losses so far)
+
+    def run_epoch(self, epoch: int, *, start: int = 0, losses: Sequence[float] = ()) -> dict[str, Any]:
+        """Train one epoch, evaluate the weights as they are, and return the metrics line.
+
+        ``start`` and ``losses`` continue an epoch of which so many batches are done.
+        """
+        self.model.train()
+        started, images_seen, lr = time.perf_counter(), 0, self.optimizer.param_groups[0]["lr"]
+        seen: list[Tensor | float] = list(losses)
+        batches = itertools.islice(self.train_loader.epoch(epoch, start), self.steps_per_epoch - start)
+        for batch, (images, labels) in enumerate(batches, start):
+            if len(labels) == 0:
+                continue
+            self.scheduler.step_update(num_updates=epoch * self.steps_per_epoch + batch)
+            loss = self._backward(*self._mixed(images, labels, epoch, batch))
+            distributed.average_gradients(self.activation_scales)
+            if self.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            seen.append(loss)
+            images_seen += len(labels)
+            if self.on_step is not None:
+                self.on_step(epoch, batch + 1, seen)
+        seconds = time.perf_counter() - started
+        step = self.optimizer.step_count
+        if not seen:
+            raise Unavailable(f"no training image of epoch {epoch + 1} could be used", hint="check the data")
+        train_loss = sum(map(float, seen)) / len(seen)
+        device = next(self.model.parameters()).device
+        if distributed.sum_counts([not math.isfinite(train_loss)], device)[0]:  # the same answer on every process
+            became = "non-finite on another process" if math.isfinite(train_loss) else train_loss
+            raise NonFinite(f"the loss became {became} in epoch {epoch + 1} (learning rate {lr:.3g})")
+        distributed.check_equal(self.optimizer.method.state_dict(), what="the state of the quantized weights")
+        accuracy = evaluate(self.model, self.val_loader)
+        return {
+            "epoch": epoch + 1,
+            "step": step,
+            **self.optimizer.method.monitor(step),
+            "train_loss": train_loss,
+            "val_top1": accuracy.top1,
+            "lr": lr,
+            "images_per_second": images_seen / seconds,
+            "skipped_images": self.train_loader.skipped,
+        }
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate the gradients of the batch's mean loss, part by part; that loss, detached. Reads nothing back."""
+        if self.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        # equal parts: a last one of a single image would have no variance for BatchNorm
+        count = -(-len(images) // (self.micro_batch or len(images)))
+        parts = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
+        whole = torch.zeros((), device=images.device)
+        for number, (pixels, wanted) in enumerate(parts, 1):
+            # the processes exchange gradients once a step, with the last part
+            waits = number < len(parts) and hasattr(self.replica, "no_sync")
+            with self.replica.no_sync() if waits else contextlib.nullcontext():
+                loss = self._loss(pixels, wanted) * (len(pixels) / len(images))
+                loss.backward()
+            whole += loss.detach()
+        return whole
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        try:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+                scores = logits_of((self.replica or self.model)(images))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            hint = "raise data.batch_size or data.micro_batch"
+            raise UserError("BatchNorm cannot train on one image at a time", hint=hint) from error
+        loss: Tensor = self.criterion(scores.float(), labels)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            wanted = logits_of(self.teacher(images))
+        following = F.kl_div(
+            F.log_softmax(scores.float(), dim=1),
+            F.log_softmax(wanted.float(), dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - self.distill) * loss + self.distill * following
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        if self.mixup is None or len(labels) % 2:
+            return images, labels
+        state = numpy.random.get_state()  # timm draws from NumPy's global stream
+        numpy.random.seed(stream_seed(self.seed, epoch, batch) % 2**32)
+        mixed = self.mixup(images, labels)
+        numpy.random.set_state(state)
+        return mixed

@@ -1,0 +1,305 @@
+"""Every wrong invocation is one line on stderr and exit code 2, and the line is in tests/cli/wrong_invocations.txt.
+
+``CSQ_SNAPSHOT=write python -m pytest tests/cli/test_wrong_invocations.py`` writes that file anew; read its diff.
+Options' own texts are typer's, of its newest release.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from csqcli.models.networks import digits_cnn
+
+WRITE = os.environ.get("CSQ_SNAPSHOT") == "write"
+SNAPSHOT = Path(__file__).with_name("wrong_invocations.txt")
+DIGITS = "search --recipe digits -o new --quiet"
+FOLDER = "search timm:resnet10t --no-pretrained --target-bits 3 -o new --quiet --epochs 1 --set workers=0"
+CLASSES = "search digits_cnn --target-bits 3 -o new --quiet --no-pretrained"
+ROWS = [
+    # commands and options
+    "serach resnet18",
+    "search resnet18 --target-bit 3",
+    "search resnet18 extra --data digits",
+    "search --recipe digits --target-bits",
+    "search --recipe digits --epochs three",
+    f"{DIGITS} --batch-size many",
+    f"{DIGITS} --batch-size 0",
+    f"{DIGITS} --batch-size 33 --set mixup=0.2",
+    f"{DIGITS} --set micro_batch=0",
+    f"{DIGITS} --set micro_batch=some",
+    "search --recipe digits --device gpu",
+    "evaluate run/model.safetensors",
+    "evaluate",
+    "evaluate run/model.safetensors --data digits --batch-size 0",
+    "evaluate run/model.safetensors --data digits --val-limit 0",
+    "recipes shwo digits",
+    "recipes show digit",
+    # models
+    "search",
+    f"{DIGITS} resnet19",
+    f"{DIGITS} timm:resnet19",
+    f"{DIGITS} torchvision:resnet19",
+    f"{DIGITS} csq:digits",
+    f"{DIGITS} zzzzzz",
+    f"{DIGITS} :build",
+    f"{DIGITS} no_such_package:build",
+    f"{DIGITS} json:build",
+    f"{DIGITS} json:dumps --set model.arguments.obj=1",
+    f"{DIGITS} --set 'model.arguments={{width: many}}'",
+    "inspect resnet19",
+    "inspect timm:resnet10t --strict 2",
+    "inspect timm:resnet10t --exclude 'nothing.*'",
+    "inspect timm:resnet10t --num-classes 0",
+    "search resnet18 --target-bits 3 --data digits -o new --quiet",
+    "search cifar_resnet20 --target-bits 3 --data digits -o new --quiet",
+    # targets
+    f"{DIGITS} --target-bits 0",
+    f"{DIGITS} --target-bits -1",
+    f"{DIGITS} --target-bits 99",
+    f"{DIGITS} --target-bits three",
+    f"{DIGITS} --target-bits nan",
+    f"{DIGITS} --target-bits inf",
+    f"{DIGITS} --set target_bits=1e400",
+    f"{DIGITS} --method ste --target-bits 1.5",
+    f"{DIGITS} --target-bits 0.5",
+    f"{DIGITS} --target-bits 1.5 --set layers.keep=[fc,conv3]",
+    f"{DIGITS} --target-bits 3 --set 'layers.min_bits={{conv3: 6}}'",
+    f"{DIGITS} --set 'layers.min_bits={{fc: 6}}' --set 'layers.max_bits={{fc: 2}}'",
+    # recipes and settings
+    f"{DIGITS} --set epoch=3",
+    f"{DIGITS} --set epochs",
+    f"{DIGITS} --set epochs=[1",
+    f"{DIGITS} --set epochs=0",
+    f"{DIGITS} --set epochs=many",
+    f"{DIGITS} --set optimizer.lr=0",
+    f"{DIGITS} --set optimizer.lr=nan",
+    f"{DIGITS} --set optimizer.lr=inf",
+    f"{DIGITS} --set lr=0.1",
+    f"{DIGITS} --set lr=high",
+    f"{DIGITS} --set batch_size=0",
+    f"{DIGITS} --set workers=-1",
+    f"{DIGITS} --set max_bits=3",
+    f"{DIGITS} --set augment=flip",
+    f"{DIGITS} --set optimizer.name=adamm",
+    f"{DIGITS} --set schedule=cosin",
+    f"{DIGITS} --set on_nonfinite=ignore",
+    f"{DIGITS} --set amp=fp16",
+    f"{DIGITS} --set save_every_minutes=0",
+    f"{DIGITS} --set 'mean=[0.5, 0.5]'",
+    f"{DIGITS} --set std=[0]",
+    f"{DIGITS} --set layers.exclude=fc",
+    f"{DIGITS} --set 'layers.exclude=[fcc]'",
+    f"{DIGITS} --set 'layers.keep=[nothing.*]'",
+    f"{DIGITS} --set 'layers.max_bits={{fcc: 2}}'",
+    f"{DIGITS} --set 'layers.exclude=[\"*\"]'",
+    f"{DIGITS} --set 'layers.max_bits={{fc: 9}}'",
+    f"{DIGITS} --set optimizer=adam",
+    f"{DIGITS} --method cqs",
+    f"{DIGITS} --act-bits 5",
+    f"{DIGITS} --epochs 0",
+    f"{DIGITS} --epochs -1",
+    f"{DIGITS} --seed -1",
+    f"{DIGITS} --distill 2",
+    f"{DIGITS} --finetune-epochs -1",
+    f"{DIGITS} --set mixup=0.2 --set batch_size=33",
+    "search --recipe digit",
+    "search --recipe recipes/unknown_key.yaml",
+    "search --recipe recipes/unknown_section.yaml",
+    "search --recipe recipes/broken.yaml",
+    "search --recipe recipes/list.yaml",
+    "search --recipe recipes",
+    "search --recipe noise.safetensors",
+    # data
+    f"{FOLDER}",
+    f"{FOLDER} --data nowhere",
+    f"{FOLDER} --data empty",
+    f"{FOLDER} --data cifar10:empty",
+    f"{FOLDER} --data cifar10:",
+    f"{FOLDER} --data noise.safetensors",
+    f"{FOLDER} --data digit",
+    f"{FOLDER} --data no_images",
+    f"{FOLDER} --data no_train",
+    f"{FOLDER} --data one_class",
+    f"{FOLDER} --data mismatch",
+    f"{FOLDER} --data truncated_val",
+    f"{FOLDER} --data truncated_train --set input_size=32",
+    f"{FOLDER} --data truncated_val --set input_size=72",
+    f"{DIGITS} --data images",
+    f"{DIGITS} --set train_limit=0",
+    # checkpoints
+    f"{CLASSES} --data digits --checkpoint nowhere.pth",
+    f"{CLASSES} --data digits --checkpoint empty",
+    f"{CLASSES} --data digits --checkpoint noise.pth",
+    f"{CLASSES} --data digits --checkpoint noise.safetensors",
+    f"{CLASSES} --data digits --checkpoint truncated_checkpoint.pth",
+    f"{CLASSES} --data digits --checkpoint pickled.pth",
+    f"{CLASSES} --data digits --checkpoint nothing.pth",
+    f"{CLASSES} --data digits --checkpoint nan.safetensors",
+    f"{CLASSES} --data digits --checkpoint wide.safetensors",
+    f"{CLASSES} --data digits --checkpoint builtin:nothing",
+    "search cifar_resnet20 --data digits --target-bits 3 -o new --quiet --checkpoint builtin:digits_float",
+    f"{CLASSES} --data images --checkpoint builtin:digits_float",
+    # output folders
+    "search --recipe digits --quiet -o run",
+    "search --recipe digits --quiet -o noise.safetensors",
+    "search --recipe digits --quiet -o noise.safetensors/inside",
+    "search --recipe digits --quiet -o stranger",
+    "search --recipe digits --quiet -o unfinished",
+    "search --recipe digits --quiet -o unfinished --resume",
+    "search --recipe digits --quiet --device cuda -o new",
+    # finetune, evaluate, report, inspect and export of what they cannot read
+    *(
+        f"{command} {file}{options}"
+        for command, options in (("report", ""), ("evaluate", " --data digits"), ("finetune", " --data digits -o new"))
+        for file in ("run", "nowhere.safetensors", "text.txt", "float.safetensors", "noise.safetensors", "cut.safetensors")
+    ),
+    "finetune run/model.safetensors --data nowhere -o new",
+    "finetune run/model.safetensors --data images -o new",
+    "finetune run/model.safetensors --data digits -o run",
+    "finetune run/model.safetensors --data digits -o new --epochs 0",
+    "finetune run/model.safetensors --data digits -o new --distill 0.5",
+    "finetune run/model.safetensors --data digits -o new --set optimizer.distill=0.5",
+    "finetune factory.safetensors --data digits -o new --quiet",
+    "evaluate run/model.safetensors --data images",
+    "evaluate run/model.safetensors --data digits --device cuda",
+    "evaluate text.onnx --data digits",
+    "inspect run",
+    "inspect run/model.safetensors",
+    "export run --bit-packed",
+    "export nowhere.safetensors --bit-packed",
+    "export text.txt --bit-packed -o new.safetensors",
+    "export float.safetensors --bit-packed",
+    "export run/model.safetensors",
+    "export run/model.safetensors --onnx --bit-packed",
+    "export run/model.safetensors --bit-packed --activations int8",
+    "export run/model.safetensors --onnx --activations int8",
+    "export run/model.safetensors --onnx --calib digits",
+    "export run/model.safetensors --onnx --target tensorrt",
+    "export run/model.safetensors --bit-packed -o exists.safetensors",
+    "export run/model.safetensors --bit-packed -o empty --force",
+    "export run/model.safetensors --bit-packed -o nowhere/x.safetensors",
+    "export run/model.safetensors --bit-packed -o run/model.safetensors --force",
+    "export run/model.safetensors --bit-packed -o x.onnx",
+    "export run/model.safetensors --bit-packed --data images -o x.safetensors",
+    "export run/model.safetensors --onnx -o without.onnx",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
+    """A folder with everything that the rows name."""
+    root = tmp_path_factory.mktemp("bench")
+    shutil.copytree(digits_run, root / "run")
+    quantized = (root / "run" / "model.safetensors").read_bytes()
+    (root / "empty").mkdir()
+    (root / "stranger").mkdir()
+    save_file(digits_cnn().state_dict(), root / "stranger" / "model.safetensors")
+    (root / "truncated_checkpoint.pth").write_bytes(b"PK\x03\x04 and no more")
+    (root / "unfinished").mkdir()
+    (root / "unfinished" / "resume.pt").write_bytes(b"half a state")
+    (root / "text.txt").write_text("nothing to see\n")
+    (root / "text.onnx").write_text("nothing to see\n")
+    (root / "exists.safetensors").write_bytes(quantized)
+    (root / "cut.safetensors").write_bytes(quantized[: len(quantized) // 2])
+    for name in ("noise.safetensors", "noise.pth"):
+        (root / name).write_bytes(np.random.default_rng(0).bytes(1000))
+    state = digits_cnn().state_dict()
+    save_file(state, root / "float.safetensors")
+    save_file(state | {"fc.bias": torch.full((10,), torch.nan)}, root / "nan.safetensors")
+    save_file(digits_cnn(num_classes=12).state_dict(), root / "wide.safetensors")
+    torch.save(digits_cnn(), root / "pickled.pth")
+    torch.save({"epoch": 3}, root / "nothing.pth")
+    recipes = root / "recipes"
+    recipes.mkdir()
+    (recipes / "unknown_key.yaml").write_text("quantization: {target_bit: 3}\n")
+    (recipes / "unknown_section.yaml").write_text("optimiser: {lr: 3}\n")
+    (recipes / "broken.yaml").write_text("epochs: [1\nmodel: {\n")
+    (recipes / "list.yaml").write_text("- epochs\n")
+    _images(root / "images", train=("a", "b"), val=("a", "b"))
+    _images(root / "no_images", train=(), val=("a", "b"))
+    (root / "no_images" / "train" / "a").mkdir(parents=True)
+    (root / "no_images" / "train" / "b").mkdir()
+    _images(root / "no_train", train=(), val=("a", "b"))
+    _images(root / "one_class", train=("a",), val=("a",))
+    _images(root / "mismatch", train=("a", "b"), val=("a", "c"))
+    for name, splits in (("truncated_val", ["val"]), ("truncated_train", ["train"])):
+        _images(root / name, train=("a", "b"), val=("a", "b"))
+        for split in splits:
+            for path in (root / name / split).rglob("*.png"):
+                path.write_bytes(path.read_bytes()[:60])
+    _factory_file(root / "factory.safetensors")
+    return root
+
+
+def _images(root: Path, *, train: tuple[str, ...], val: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(0)
+    for split, classes in (("train", train), ("val", val)):
+        for label in classes:
+            (root / split / label).mkdir(parents=True)
+            for number in range(2):
+                pixels = rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{number}.png")
+
+
+def _factory_file(path: Path) -> None:
+    import csqcli
+    from csqcli.models.networks import digits_cnn
+
+    model = digits_cnn()
+    optimizer = csqcli.CSQ(model, target_bits=3, total_steps=1)
+    csqcli.save(model, optimizer, path, source="csqcli.models.networks:digits_cnn", num_classes=10)
+
+
+@pytest.fixture
+def elsewhere(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the bench folder, on a machine without GPU and network."""
+    from csqcli.models import libraries as sources
+
+    monkeypatch.chdir(bench)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sources, "_reachable", lambda url: False)
+    monkeypatch.setenv("HF_HUB_CACHE", "no-cache")
+
+
+def snapshot() -> dict[str, str]:
+    """{command line: what it said}."""
+    text = SNAPSHOT.read_text(encoding="utf-8") if SNAPSHOT.exists() else ""
+    return dict(block.split("\n", 1) for block in text.removeprefix("$ csq ").rstrip("\n").split("\n\n$ csq ") if block)
+
+
+KNOWN, SAID = snapshot(), {}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_one_line_that_says_what_where_and_what_to_do(
+    csq, bench: Path, elsewhere, monkeypatch: pytest.MonkeyPatch, row: str
+) -> None:
+    if row.endswith("without.onnx"):
+        monkeypatch.setitem(sys.modules, "onnx", None)
+    before = {path: path.stat().st_mtime_ns for path in bench.rglob("*") if path.is_file()}
+    code, out, err = csq(*shlex.split(row))
+    shutil.rmtree("new", ignore_errors=True)
+    SAID[row] = err.replace(str(bench), "BENCH").rstrip("\n")
+    assert (code, out) == (2, "")
+    assert err.startswith("csq: error: ")
+    assert err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in bench.rglob("*") if path.is_file()} == before
+    if not WRITE:
+        assert SAID[row] == KNOWN.get(row)
+
+
+def test_the_snapshot_holds_these_rows_and_no_others() -> None:
+    if WRITE:
+        SNAPSHOT.write_text("\n".join(f"$ csq {row}\n{SAID[row]}\n" for row in ROWS), encoding="utf-8")
+    assert list(snapshot()) == ROWS
+    assert len(ROWS) >= 60

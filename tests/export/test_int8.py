@@ -1,0 +1,260 @@
+"""int8 activations: trained scales are used as they are, and none of the engine's silent traps is stepped into."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quantized_models as models
+import torch
+from torch import Tensor, nn
+
+from csqcli.file import io as checkpoint_file
+from csqcli.file.io import ActivationEntry, ModelRecord, QuantizedFile
+from csqcli.models import libraries as sources
+from csqcli.quant import activations
+from csqcli.quant.layers import find_layers
+
+if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
+    pytest.skip("needs the [onnx] extra", allow_module_level=True)
+
+import onnx
+import onnxruntime
+from onnx import numpy_helper
+
+from csqcli.export import int8_graph, onnx_graph, run, verify
+
+NARROW = ("11100000", "11000000", "11110000")
+
+
+class Chain(nn.Module):
+    """Convolutions with awkward BatchNorm, and a linear layer on three dimensions (MatMul of a transposed weight)."""
+
+    data_config: dict = {"input_size": (3, 12, 12), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear"}  # noqa: RUF012
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, groups=2)
+        self.norm2 = nn.BatchNorm2d(12)
+        self.tokens = nn.Linear(12, 12)
+        self.head = nn.Linear(12, num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x)))
+        x = torch.relu(self.tokens(x.flatten(2).transpose(1, 2)))
+        return self.head(x.mean(1))
+
+
+def _file(masks: tuple[str, ...] = NARROW, *, bits: int = 8, gamma: float | None = None) -> QuantizedFile:
+    torch.manual_seed(0)
+    model = Chain().eval()
+    for norm in (model.norm1, model.norm2):
+        nn.init.normal_(norm.running_mean, 0, 0.1)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        nn.init.uniform_(norm.weight, 0.5, 1.0)
+        norm.weight.data[::3] *= -1
+        nn.init.normal_(norm.bias, 0, 0.5)
+    if gamma is not None:
+        model.norm2.weight.data[1] = gamma
+        model.norm2.bias.data[1] = 1.0
+    hard = models.harden(model, masks)
+    batches = [torch.randn(8, 3, 12, 12) for _ in range(2)]
+    quantizers = activations.calibrate(model, find_layers(model)[0], batches, bits=bits)
+    entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
+    spec = sources.parse("test_export_int8:Chain")
+    record = ModelRecord(source=spec.source, library="factory", name=spec.name, num_classes=10, weights_from="random")
+    return checkpoint_file.assemble(
+        model, hard, record=record, data_config=Chain.data_config, target_bits=None, activations=entries
+    )
+
+
+def _export(
+    folder: Path, file: QuantizedFile, **options: object
+) -> tuple[checkpoint_file.ParityRecord, onnx.ModelProto]:
+    checkpoint_file.write(folder / "model.safetensors", file)
+    manifest = run.export_file(
+        folder / "model.safetensors",
+        folder / "a.onnx",
+        form="onnx",
+        activations=options.pop("activations", "int8"),  # type: ignore[arg-type]
+        trust_code=True,
+        force=True,
+        **options,  # type: ignore[arg-type]
+    )
+    assert manifest.parity is not None
+    return manifest.parity, onnx.load(folder / "a.onnx")
+
+
+def _constant(proto: onnx.ModelProto, name: str) -> np.ndarray:
+    return numpy_helper.to_array(next(value for value in proto.graph.initializer if value.name == name))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_layer_runs_on_its_own_integers_with_the_trained_scales(tmp_path: Path, bits: int) -> None:
+    file = _file(bits=bits)
+    parity, proto = _export(tmp_path, file)
+    assert parity.layers_int8 == [layer.name for layer in file.layers]
+    assert parity.layers_matched == 4
+    scales = sorted(float(_constant(proto, n.input[1])) for n in proto.graph.node if n.op_type == "QuantizeLinear")
+    assert scales == sorted(np.float32(entry.scale) for entry in file.manifest.activations)
+    clips = [node for node in proto.graph.node if node.op_type == "Clip"]
+    assert len(clips) == (3 if bits == 4 else 0)  # the network's own input has 8 bits
+    assert not any(node.op_type in ("Round", "BatchNormalization") for node in proto.graph.node)
+
+
+def test_without_optimizations_the_file_computes_the_hard_model_itself(tmp_path: Path) -> None:
+    file = _file(bits=4)
+    _, proto = _export(tmp_path, file)
+    model = _model(file)
+    images = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    errors = np.abs(logits - wanted).max(axis=1) / wanted.std()
+    assert np.median(errors) < 1e-5  # a value on the edge between two integers may flip in single images
+
+
+def _model(file: QuantizedFile) -> nn.Module:
+    import csqcli
+
+    return csqcli.model_from_file(file, trust_code=True)
+
+
+def test_folding_batchnorm_negates_channels_of_negative_gamma_and_nothing_else(tmp_path: Path) -> None:
+    file = _file()
+    graphs = onnx_graph.trace(_model(file), file.layers, (3, 12, 12))
+    weights = int8_graph.quantize(graphs.proto, graphs.used).weights
+    gamma = file.others["norm1.weight"].numpy()
+    variance = file.others["norm1.running_var"].numpy()
+    integers = file.layers[0].integers.numpy()
+    sign = np.where(gamma < 0, -1, 1)
+    assert (sign < 0).any()
+    assert np.array_equal(weights["conv1.weight"].integers, integers * sign[:, None, None, None])
+    factor = np.abs(gamma) / np.sqrt(variance + 1e-5)  # BatchNorm2d's ε
+    assert np.allclose(weights["conv1.weight"].scale, float(file.layers[0].scale) * factor, rtol=1e-6)
+    assert np.array_equal(weights["tokens.weight"].integers, file.layers[2].integers.numpy().T)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-12, -1e-9])
+def test_a_bias_that_would_overflow_int32_keeps_its_batchnorm(tmp_path: Path, gamma: float) -> None:
+    parity, proto = _export(tmp_path, _file(gamma=gamma))
+    assert [node.op_type for node in proto.graph.node].count("BatchNormalization") == 1
+    assert "conv2.weight" in parity.layers_int8  # its integers are int8 all the same
+    assert parity.max_logit_error <= parity.tolerance_in_std * parity.logit_std + 1e-6
+
+
+def test_layers_beyond_int8_keep_float_weights_and_their_rounding(tmp_path: Path) -> None:
+    """ONNX Runtime would round a float weight behind DequantizeLinear to int8 without a word."""
+    parity, proto = _export(tmp_path, _file(("11111111", "11000000")))
+    assert parity.layers_int8 == ["conv2.weight", "head.weight"]
+    assert [node.op_type for node in proto.graph.node].count("Round") == 2
+
+
+def test_an_all_zero_channel_keeps_a_positive_scale(tmp_path: Path) -> None:
+    file = _file()
+    for layer in file.layers:
+        layer.integers[0] = 0
+    file.manifest.payload_sha256 = checkpoint_file.payload_sha256(file.layers)
+    _, proto = _export(tmp_path, file)
+    for layer in file.layers:
+        assert (_constant(proto, f"{layer.name}_scale") > 0).all()
+
+
+def test_float_activations_keep_the_rounding_of_a_trained_file(tmp_path: Path) -> None:
+    parity, proto = _export(tmp_path, _file(bits=4), activations="float")
+    assert [node.op_type for node in proto.graph.node].count("Round") == 4
+    assert parity.layers_int8 == []
+
+
+def test_the_float_baseline_rounds_nothing() -> None:
+    file = _file()
+    graphs = onnx_graph.trace(_model(file), file.layers, (3, 12, 12))
+    kinds = {node.op_type for node in graphs.plain().graph.node}
+    assert not kinds & {"Round", "Div", "QuantizeLinear"}
+
+
+def test_the_floor_grows_with_the_bias_unit_and_leaves_no_hook_behind() -> None:
+    file = _file(bits=4)
+    model = _model(file)
+    probe = verify.make_probe(model, (3, 12, 12), None, source="")
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    small = verify.rounding_floor(model, probe, {}, {})
+    large = verify.rounding_floor(model, probe, {"tokens": torch.tensor([0.5])}, {})
+    assert large > small
+    assert verify.rounding_floor(model, probe, {}, {"conv2": torch.full((12,), 0.5)}) > small
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+
+
+def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
+    """In a process of its own: with OpenVINO's libraries loaded, a later fork of the test process may crash."""
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("needs the [openvino] extra")
+    checkpoint_file.write(tmp_path / "model.safetensors", _file())
+    command = [sys.executable, "-m", "csqcli", "export", str(tmp_path / "model.safetensors"), "--trust-code"]
+    command += ["--onnx", "--activations", "int8", "--target", "openvino", "-o", str(tmp_path / "a.onnx")]
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1])))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 of 4 layers run in int8" in done.stdout
+    assert "openvino" in done.stdout
+
+
+class Residual(nn.Module):
+    """A convolution whose output only an addition reads: no trained scale rounds it."""
+
+    data_config: dict = Chain.data_config
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.branch = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.branch_norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.branch_norm(self.branch(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_calibration_scales_only_outputs_that_no_trained_scale_rounds(tmp_path: Path, image_folder: Path) -> None:
+    torch.manual_seed(0)
+    model = models.shake(Residual()).eval()
+    model.norm.weight.data[0] = model.branch_norm.weight.data[0] = 0.5  # type: ignore[union-attr,operator]
+    hard = models.harden(model, NARROW)
+    quantizers = activations.calibrate(model, find_layers(model)[0], [torch.randn(8, 3, 12, 12)], bits=8)
+    entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
+    record = ModelRecord(
+        source="x", library="factory", name="test_export_int8:Residual", num_classes=2, weights_from="random"
+    )
+    file = checkpoint_file.assemble(
+        model, hard, record=record, data_config=Residual.data_config, target_bits=None, activations=entries
+    )
+    without, _ = _export(tmp_path, file)
+    assert without.calibrated == []
+    parity, proto = _export(tmp_path, file, calib=str(image_folder), data_source=str(image_folder))
+    assert parity.calibrated == ["branch.weight"]
+    trained = {np.float32(entry.scale) for entry in entries}
+    used = {_constant(proto, n.input[1])[()] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    assert trained <= used
+    assert len(used - trained) == 1
+    assert parity.samples == 6
+
+
+def test_calibration_without_int8_activations_is_refused(digits_run: Path, tmp_path: Path, csq) -> None:
+    arguments = ["-o", tmp_path / "a.onnx", "--onnx", "--calib", "digits"]
+    code, _, error = csq("export", digits_run / "model.safetensors", *arguments)
+    assert code == 2
+    assert "--calib belongs to --activations int8" in error

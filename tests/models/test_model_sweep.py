@@ -1,0 +1,135 @@
+"""One small model of each of about forty families through everything that benchmarks/model_sweep.py asserts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "model_sweep.py"
+FAMILIES = (
+    "timm:coat_lite_tiny",  # factorised attention with depthwise position encoding
+    "timm:convit_tiny",  # gated positional attention, weights that start as the identity
+    "timm:cs3darknet_focus_s",
+    "timm:deit_tiny_distilled_patch16_224",  # two heads
+    "timm:dla46x_c",
+    "timm:edgenext_xx_small",
+    "timm:efficientvit_b0",
+    "timm:efficientvit_m0",
+    "timm:ese_vovnet19b_slim_dw",
+    "timm:eva02_tiny_patch14_224",  # rotary positions, SwiGLU
+    "timm:fasternet_t0",
+    "timm:fastvit_t8",  # branches to be merged
+    "timm:ghostnet_050",
+    "timm:gmlp_ti16_224",
+    "timm:hardcorenas_a",
+    "timm:inception_next_atto",
+    "timm:lcnet_035",
+    "timm:mobilevitv2_050",
+    "timm:pit_ti_224",
+    "timm:pvt_v2_b0",
+    "timm:regnetx_002",
+    "timm:repghostnet_058",
+    "timm:repvit_m0_9",
+    "timm:starnet_s050",
+    "timm:test_byobnet",
+    "timm:test_coatnet",
+    "timm:test_convnext",
+    "timm:test_efficientnet_evos",
+    "timm:test_mambaout",
+    "timm:test_nfnet",  # weight standardisation with a gain
+    "timm:test_resnet",
+    "timm:test_vit3",  # attention pooling of a latent
+    "timm:test_vit_relpos",
+    "timm:vit_tiny_r_s16_p8_224",  # hybrid: a weight-standardised stem with same-padding
+    "timm:xcit_tiny_12_p16_224",
+    "torchvision:lraspp_mobilenet_v3_large",  # segmentation: a dict
+    "torchvision:mnasnet0_5",  # a state dict with a version
+    "torchvision:mobilenet_v3_small",
+    "torchvision:quantized_shufflenet_v2_x0_5",
+    "torchvision:raft_small",  # optical flow: two images, a list
+    "torchvision:squeezenet1_1",
+)
+
+
+@pytest.fixture(scope="module")
+def sweep() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("model_sweep", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["model_sweep"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries' own code
+@pytest.mark.parametrize("source", FAMILIES)
+def test_a_model_of_every_family_goes_through_csq(sweep: ModuleType, source: str, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        progress = sweep.Progress()
+        sweep.check(source, tmp_path, progress)
+    finally:
+        torch.set_num_threads(threads)
+    assert progress.stage == "done"
+    assert progress.facts["parameter_share"] > 0.95
+    assert progress.facts["uncounted"] == []
+
+
+def test_the_paper_s_method_passes_the_same_check(sweep: ModuleType, tmp_path: Path) -> None:
+    progress = sweep.Progress()
+    sweep.check("timm:test_resnet", tmp_path, progress, method="csq-paper")
+    assert progress.stage == "done"
+
+
+def test_a_model_over_its_limit_is_a_failed_line_that_a_second_start_retries(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    command = [sys.executable, str(SCRIPT), "--results", str(results), "--only", "timm:test_resnet"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.run([*command, "--minutes", "0"], env=environment, capture_output=True, text=True)
+    assert first.returncode == 1
+    line = json.loads(results.read_text())
+    assert (line["status"], line["reason"]) == ("failed", "over the limit of 0 minutes")
+    again = subprocess.run([*command, "--retry-failed"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert [json.loads(line)["status"] for line in results.read_text().splitlines()] == ["failed", "passed"]
+    assert json.loads(results.read_text().splitlines()[1])["stage"] == "done"
+
+
+def test_the_table_counts_what_failed_and_what_was_not_run(sweep: ModuleType) -> None:
+    passed = {
+        "status": "passed",
+        "parameters": 100,
+        "quantized_weights": 52,
+        "parameter_share": 0.52,
+        "mac_share": 0.6,
+        "input_size": [3, 8, 8],
+        "left_float": [["pos_embed", [1, 5, 8], "no weight"]],
+        "layers": 3,
+        "uncounted": ["aux.weight"],
+        "without_gradient": [],
+        "classifier": True,
+    }
+    results = {
+        "timm:a": passed | {"model": "timm:a"},
+        "timm:b": {"model": "timm:b", "status": "failed", "stage": "load", "reason": "KeyError: 'x'"},
+    }
+    names = ["timm:a", "timm:b", "torchvision:c"]
+    text = sweep.table(names, dict.fromkeys(names, 2_000_000), results)
+    assert "| timm | 2 | 1 | 1 | 0 |" in text
+    assert "| torchvision | 1 | 0 | 0 | 1 |" in text
+    assert "| timm:b | load | KeyError: 'x' |" in text
+    assert "| timm:a | 52.0 % | 40 in pos_embed and the like: no weight |" in text
+    assert "| timm:a | 60.0 % | 3×8×8 |" in text
+    assert "Unused: timm:a (1 of 3: aux.weight …)." in text
+    assert "torchvision:c (2)" in text

@@ -1,0 +1,183 @@
+"""Activation quantizers: static, learned, attached without touching the model, stored and restored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import csqcli
+from csqcli.file import io as checkpoint_file
+from csqcli.quant.activations import ActivationQuantizer, attach, calibrate
+from csqcli.quant.layers import find_layers
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_lsq_values_and_gradients_are_those_of_a_straight_through_graph(bits: int, signed: bool) -> None:
+    quantizer = ActivationQuantizer(bits, signed=signed, scale=0.11)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    x = (torch.randn(400, generator=torch.Generator().manual_seed(bits)) * 0.5).requires_grad_()
+    upstream = torch.randn(400, generator=torch.Generator().manual_seed(9))
+    out = quantizer(x)
+    (out * upstream).sum().backward()
+
+    twin, scale = x.detach().double().requires_grad_(), torch.tensor(0.11, dtype=torch.float64, requires_grad=True)
+    expected = _Round.apply((twin / scale).clamp(low, high)) * scale
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(x.grad.double(), twin.grad, atol=1e-6, rtol=1e-5)
+    damped = scale.grad / (400 * high) ** 0.5
+    torch.testing.assert_close(quantizer.scale.grad[0].double(), damped, atol=1e-5, rtol=1e-3)
+
+
+def test_pact_moves_the_clipping_level_by_clipped_values_only() -> None:
+    quantizer = ActivationQuantizer(2, signed=False, scale=1.0, method="pact")  # α = 3
+    quantizer(torch.tensor([0.4, 1.6, 2.2])).sum().backward()
+    assert quantizer.scale.grad.item() == 0
+    quantizer.scale.grad = None
+    quantizer(torch.tensor([5.0, 9.0])).sum().backward()
+    assert quantizer.scale.grad.item() == 6  # d(α)/ds = 3 for each of the two
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def test_signs_and_the_eight_bits_of_the_networks_input_come_from_calibration() -> None:
+    model = small_model()
+    layers, _ = find_layers(model)
+    records = calibrate(model, layers, [torch.randn(8, 1, 8, 8)], bits=3).records()
+    assert [(r.module, r.bits, r.signed) for r in records] == [("0", 8, True), ("2", 3, False), ("5", 3, True)]
+
+
+def test_evaluation_does_not_depend_on_the_batch() -> None:
+    model = small_model().eval()
+    layers, _ = find_layers(model)
+    calibrate(model, layers, [torch.randn(8, 1, 8, 8)], bits=3)
+    x = torch.randn(6, 1, 8, 8)
+    x[0] *= 100  # an outlier must not move its neighbours' scale
+    alone = torch.cat([model(x[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(model(x), alone, atol=1e-6, rtol=1e-5)
+
+
+def test_the_state_dict_stays_that_of_the_plain_model() -> None:
+    model = small_model()
+    before = set(model.state_dict())
+    quantizers = calibrate(model, find_layers(model)[0], [torch.randn(2, 1, 8, 8)], bits=4)
+    assert set(model.state_dict()) == before
+    fresh = small_model()
+    attach(fresh, quantizers.records())
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(model(x), fresh(x))
+
+
+def test_layers_that_no_hook_reaches_are_listed() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.a(x), self.b.weight)
+
+    model = Functional()
+    assert calibrate(model, find_layers(model)[0], [torch.randn(3, 4)], bits=4).unreached == ["b"]
+
+
+def test_self_attention_keeps_getting_one_tensor_three_times() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    seen = []
+    quantizers = attach(attention, [])
+    assert quantizers.records() == []
+    model = nn.ModuleDict({"attention": attention})
+    layer = find_layers(model)[0][0]
+    assert layer.name == "attention.in_proj_weight"
+    from csqcli.quant.activations import ActivationRecord
+
+    attach(model, [ActivationRecord("attention", 4, True, 0.2)])
+    attention.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    x = torch.randn(1, 5, 8)
+    attention(x, x, x)
+    assert seen[0] is seen[1] is seen[2]
+    assert len(seen[0].unique()) <= 16
+
+
+@pytest.mark.parametrize("extra", [(), ("--set", "act_method=pact")], ids=["lsq", "pact"])
+def test_activation_bits_reach_the_file_and_the_reloaded_model(csq, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    run = ("search", "--recipe", "digits", "--act-bits", 3, "--epochs", 2, "--quiet", "-o", tmp_path, *extra)
+    assert csq(*run)[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["parity"]["max_logit_gap"] == 0
+    assert [entry["bits"] for entry in report["activations"]] == [8, 3, 3, 3]
+    result = json.loads(csq("evaluate", tmp_path / "model.safetensors", "--data", "digits", "--json")[1])
+    assert result["top1"] == report["accuracy"]["hard_top1"]
+    seen = {}
+    model = csqcli.load(tmp_path / "model.safetensors")
+    model.conv2.register_forward_pre_hook(lambda _, inputs: seen.update(conv2=inputs[0]))
+    model(torch.randn(4, 1, 8, 8))
+    scale = next(
+        e.scale
+        for e in checkpoint_file.read_manifest(tmp_path / "model.safetensors").activations
+        if e.module == "conv2"
+    )
+    levels = seen["conv2"] / scale
+    assert torch.equal(levels.round(), levels)
+    assert int(levels.max()) <= 7
+
+
+def test_a_search_with_activations_resumes_to_the_same_bytes(csq, tmp_path: Path, monkeypatch) -> None:
+    from csqcli.training.loop import Trainer
+
+    arguments = ("search", "--recipe", "digits", "--act-bits", 4, "--epochs", 3, "--finetune-epochs", 1, "--quiet")
+    assert csq(*arguments, "-o", tmp_path / "whole")[0] == 0
+    original, calls = Trainer.run_epoch, iter(range(9))
+
+    def interrupted(self, epoch, **more):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, epoch, **more)
+
+    monkeypatch.setattr(Trainer, "run_epoch", interrupted)
+    assert csq(*arguments, "-o", tmp_path / "broken")[0] == 130
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    assert csq(*arguments, "-o", tmp_path / "broken", "--resume")[0] == 0
+    assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_finetuning_goes_on_with_one_quantizer_per_layer(csq, tmp_path: Path, monkeypatch) -> None:
+    from csqcli.training.loop import Trainer
+
+    plain = ("search", "--recipe", "digits", "--act-bits", 3, "--epochs", 1, "--quiet", "-o", tmp_path / "a")
+    assert csq(*plain)[0] == 0
+    hooks = []
+    original = Trainer.run_epoch
+
+    def counted(self, epoch, **more):
+        hooks.extend(len(module._forward_pre_hooks) for module in (self.model.conv1, self.model.fc))
+        return original(self, epoch, **more)
+
+    monkeypatch.setattr(Trainer, "run_epoch", counted)
+    model = tmp_path / "a" / "model.safetensors"
+    assert csq("finetune", model, "--data", "digits", "--epochs", 1, "-o", tmp_path / "b", "--quiet")[0] == 0
+    assert hooks == [1, 1]
+    before, after = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
+    assert after["finetune"]["input_top1"] == before["accuracy"]["hard_top1"]
+    if after["finetune"]["kept"] == "finetuned":
+        assert [e["scale"] for e in after["activations"]] != [e["scale"] for e in before["activations"]]

@@ -1,0 +1,106 @@
+"""Two processes are one process with the doubled batch, and stop and go on together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from csqcli.file import io as checkpoint_file
+from csqcli.system import distributed
+
+TESTS = Path(__file__).parents[1]
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+
+
+def command(output: Path, batch_size: int, *more: str, launcher: tuple[str, ...] = TORCHRUN) -> list[str]:
+    arguments = [
+        *("search", "plain_models:group_norm_cnn", "--no-pretrained", "--data", "digits", "--target-bits", "2.5"),
+        *("--epochs", "2", "--set", f"batch_size={batch_size}", "--set", "threads=1", "--quiet", "-o", str(output)),
+    ]
+    return [sys.executable, *launcher, "csqcli", *arguments, *more]
+
+
+def run(arguments: list[str], output: Path) -> dict:
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "report.json").read_text())
+
+
+def test_two_processes_end_like_one_with_the_doubled_batch(tmp_path: Path) -> None:
+    alone = run(command(tmp_path / "one", 64, launcher=("-m",)), tmp_path / "one")
+    together = run(command(tmp_path / "two", 32), tmp_path / "two")
+    assert [layer["mask"] for layer in together["layers"]] == [layer["mask"] for layer in alone["layers"]]
+    assert together["budget"]["mean_bits"] == alone["budget"]["mean_bits"] <= 2.5
+    assert together["accuracy"]["samples"] == 500
+    assert together["accuracy"]["float_top1"] == alone["accuracy"]["float_top1"]
+    for one, two in zip(*(_layers(tmp_path / name) for name in ("one", "two")), strict=True):
+        differing = (one != two).float().mean()
+        assert differing < 0.05  # sums in another order flip few roundings
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+def test_processes_that_are_told_to_stop_save_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """SIGTERM to the launcher, as a scheduler sends it."""
+    longer = ["--epochs", "20", "--set", "save_every_minutes=0.003"]
+    run(command(tmp_path / "unbroken", 32, *longer), tmp_path / "unbroken")
+    output = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(output, 32, *longer), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "resume.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("csq: stopped and saved (") == 1
+    state = torch.load(output / "resume.pt", weights_only=True)
+    assert f"epoch {state['epoch'] + 1}, batch {state['batch']})" in err
+    run(command(output, 32, *longer, "--resume"), output)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "stopped")]
+    assert written[0] == written[1]
+
+
+def test_all_processes_learn_the_smallest_value(tmp_path: Path) -> None:
+    script = tmp_path / "smallest.py"
+    script.write_text(
+        "import torch\nfrom csqcli import distributed\nshard, device = distributed.start(torch.device('cpu'))\n"
+        "assert distributed.smallest(2**40 + 7 - shard.rank, device) == 2**40 + 6\ndistributed.stop()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def _layers(folder: Path) -> list[torch.Tensor]:
+    return [layer.integers for layer in checkpoint_file.read(folder / "model.safetensors").layers]
+
+
+def test_fingerprints_tell_states_apart_by_a_single_bit() -> None:
+    state = {"a": [torch.zeros(3), torch.ones(2)], "step": 3}
+    other = {"a": [torch.zeros(3), torch.tensor([1.0, 1.0000001])], "step": 3}
+    assert distributed.fingerprint(state) == distributed.fingerprint({"a": [torch.zeros(3), torch.ones(2)], "step": 3})
+    assert distributed.fingerprint(state) != distributed.fingerprint(other)
+
+
+def test_a_single_process_needs_no_group() -> None:
+    assert distributed.sum_counts((1, 2), torch.device("cpu")) == [1, 2]
+    assert distributed.from_main("x") == "x"
+    assert distributed.smallest(3, torch.device("cpu")) == 3
+    distributed.check_equal(torch.ones(1), what="nothing")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0), torch.tensor(1.5), torch.zeros(2, 3, dtype=torch.bfloat16)])
+def test_fingerprints_take_every_tensor(value: torch.Tensor) -> None:
+    assert len(distributed.fingerprint(value)) == 64

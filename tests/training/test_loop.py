@@ -1,0 +1,190 @@
+"""The training loop's options: what they may change, and what they may not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plain_models
+import pytest
+import torch
+
+from csqcli import pipeline
+from csqcli.data.loaders import Unavailable
+from csqcli.errors import UserError
+from csqcli.file import io as checkpoint_file
+from csqcli.recipe.schema import resolve
+from csqcli.system import memory
+from csqcli.system.progress import Display
+from csqcli.training.loop import Trainer
+
+
+def run(
+    output: Path, display: Display | None = None, *, resume: bool = False, **overrides: Any
+) -> checkpoint_file.QuantizedFile:
+    shared = {
+        "model.source": "plain_models:group_norm_cnn",
+        "model.checkpoint": None,
+        "model.pretrained": False,
+        "quantization.target_bits": 2.5,
+        "epochs": 2,
+        "data.train_limit": 256,
+        "data.batch_size": 64,
+    }
+    recipe = resolve("digits", shared | {key.replace("__", "."): value for key, value in overrides.items()})
+    pipeline.search(recipe, output, display=display or Display(quiet=True), resume=resume)
+    return checkpoint_file.read(output / "model.safetensors")
+
+
+def differing(one: checkpoint_file.QuantizedFile, two: checkpoint_file.QuantizedFile) -> float:
+    """Largest share of a layer's integers that differ."""
+    pairs = zip(one.layers, two.layers, strict=True)
+    return max(float((a.integers != b.integers).float().mean()) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> checkpoint_file.QuantizedFile:
+    return run(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.parametrize("micro_batch", [16, 40])
+def test_micro_batches_add_up_to_the_batch(micro_batch: int, whole: Any, tmp_path: Path) -> None:
+    """A network without BatchNorm sees the same mean gradient, though 64 is no multiple of 40."""
+    parts = run(tmp_path / "run", data__micro_batch=micro_batch)
+    assert [layer.mask.tolist() for layer in parts.layers] == [layer.mask.tolist() for layer in whole.layers]
+    assert differing(parts, whole) < 0.05  # sums in another order flip few roundings
+
+
+@pytest.mark.parametrize("method", ["csq", "csq-paper", "lsq"])
+def test_channels_last_trains_the_same_model(method: str, tmp_path: Path) -> None:
+    more = {"quantization__method": method, "quantization__target_bits": 3}
+    files = [run(tmp_path / setting, channels_last=setting, **more) for setting in ("on", "off")]
+    assert differing(*files) < 0.05
+    assert all(layer.integers.is_contiguous() for layer in files[0].layers)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+def test_a_compiled_run_trains_the_same_model(whole: Any, tmp_path: Path) -> None:
+    compiled = run(tmp_path / "run", compile=True)
+    assert differing(compiled, whole) < 0.05
+    torch._dynamo.reset()
+
+
+class Listening(Display):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the free memory be what a step on so many images of the runs here takes, and half an image."""
+    model, device = plain_models.group_norm_cnn(num_classes=10), torch.device("cpu")
+    step = memory.estimate(model, (1, 8, 8), method="csq", bits=8, amp=False, device=device)
+    return lambda images: monkeypatch.setattr(
+        memory, "free_bytes", lambda _: step.of(images) + int(step.per_image * 0.5)
+    )
+
+
+def same_integers(one: checkpoint_file.QuantizedFile, two: checkpoint_file.QuantizedFile) -> bool:
+    return differing(one, two) == 0 and one.manifest.accuracy == two.manifest.accuracy
+
+
+@pytest.mark.parametrize(("images", "parts_of"), [(63, 32), (31, 22), (17, 16), (1, 1)])  # of batches of 64
+def test_auto_takes_the_fewest_parts_that_fit(room: Any, images: int, parts_of: int, tmp_path: Path) -> None:
+    by_hand = run(tmp_path / "hand", data__micro_batch=parts_of, max_steps=1)
+    room(images)
+    display = Listening()
+    auto = run(tmp_path / "auto", display, data__micro_batch="auto", max_steps=1)
+    assert same_integers(auto, by_hand)
+    (line,) = [line for line in display.said if "images needs" in line]
+    assert re.fullmatch(rf"a step on 64 images needs \S+ GiB, \S+ GiB are free: in parts of {parts_of}", line)
+
+
+def test_auto_leaves_a_batch_whole_that_fits_and_refuses_where_no_image_does(
+    room: Any, whole: Any, tmp_path: Path
+) -> None:
+    room(64)
+    display = Listening()
+    assert same_integers(run(tmp_path / "run", display, data__micro_batch="auto"), whole)
+    assert not [line for line in display.said if "parts" in line]
+    room(0)
+    with pytest.raises(UserError, match="take a smaller model or a larger machine"):
+        run(tmp_path / "none", data__micro_batch="auto")
+
+
+def test_a_resumed_run_keeps_the_parts_that_auto_found(
+    room: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    by_hand = run(tmp_path / "hand", data__micro_batch=22)
+    original = Trainer.run_epoch
+
+    def lost(self: Trainer, epoch: int, **more: Any) -> dict[str, Any]:
+        if epoch == 1:
+            raise Unavailable("the disk is gone")
+        return original(self, epoch, **more)
+
+    room(31)
+    monkeypatch.setattr(Trainer, "run_epoch", lost)
+    with pytest.raises(Unavailable):
+        run(tmp_path / "auto", data__micro_batch="auto")
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    for free in (0, 64):
+        room(free)
+        copy = tmp_path / f"resumed{free}"
+        shutil.copytree(tmp_path / "auto", copy)
+        assert same_integers(run(copy, resume=True, data__micro_batch="auto"), by_hand)
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+def test_the_loader_processes_end_with_the_run(image_folder: Path, tmp_path: Path) -> None:
+    more = {"data__source": str(image_folder), "data__input_size": 72, "data__batch_size": 4, "data__workers": 2}
+    run(tmp_path / "run", data__train_limit=None, finetune__epochs=1, max_steps=1, **more)
+    assert not multiprocessing.active_children()
+
+
+def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, monkeypatch: Any) -> None:
+    per_image = 4 * (64 + 2 * 16 * 64 + 2 * 32 * 16 + 32)  # image, two tensors of each stage kept, pooled; floats
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 200_000 + 20 * per_image)
+    with pytest.raises(UserError, match=r"needs about .* --batch-size auto .* micro_batch=(\d+)") as refusal:
+        run(tmp_path / "run")
+    advised = int(re.search(r"micro_batch=(\d+)", str(refusal.value))[1])
+    assert 8 <= advised <= 32
+    run(tmp_path / "again", data__micro_batch=advised)
+
+
+def test_what_does_not_grow_with_the_images_is_counted_once() -> None:
+    linear = [torch.nn.Linear(1000, 1000, bias=False) for _ in range(2)]
+    model = torch.nn.Sequential(linear[0], torch.nn.ReLU(), linear[1])
+    step = memory.estimate(model, (1000,), method="csq", bits=8, amp=True, device=torch.device("cpu"))
+    kept = step.fixed - 16 * 2 * 10**6  # gradients and states of 2 · 10⁶ weights
+    assert 2 * 10**6 <= kept <= 3 * 10**6  # the second weight in bfloat16, which the image's gradient needs
+    assert 4000 <= step.per_image <= 6000  # image and ReLU's output, [1000] in bfloat16 each
+    assert step.most_images(step.of(7)) == 7
+    assert step.most_images(step.fixed - 1) == 0
+
+
+def test_kept_activations_are_counted_once_and_the_model_is_left_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.BatchNorm1d(50), torch.nn.Dropout())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    kept = memory.activation_bytes(model, (100,), images=1, amp=False, device=torch.device("cpu"))
+    # the image [100] and ReLU's output [50], which BatchNorm keeps too; BatchNorm's running statistics [2 × 50]
+    assert 4 * 150 <= kept <= 4 * (150 + 200)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batchnorm_on_single_images_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one image at a time"):
+        run(tmp_path / "run", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 1})
+    run(tmp_path / "again", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 63})  # 32 + 32
