@@ -25,6 +25,7 @@ import csqcli
 from csqcli.errors import UserError
 from csqcli.file import codes as packing
 from csqcli.file import io as checkpoint_file
+from csqcli.models import checkpoints
 from csqcli.models import libraries as sources
 from csqcli.models import networks as models
 from csqcli.recipe import schema as recipe
@@ -228,22 +229,22 @@ def test_a_zip_that_unpacks_or_overlaps_is_no_checkpoint(tmp_path: Path) -> None
         for entry in good.infolist():
             bad.writestr(entry.filename, good.read(entry) if entry.file_size < 10_000 else bytes(2**20))
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        sources.read_checkpoint(str(tmp_path / "b.pth"))
-    sources.read_checkpoint(str(tmp_path / "good.pth"))
+        checkpoints.read_checkpoint(str(tmp_path / "b.pth"))
+    checkpoints.read_checkpoint(str(tmp_path / "good.pth"))
 
 
 def test_a_tensor_without_its_bytes_is_no_weight(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(1).expand(10**9)}, tmp_path / "thin.pth")
     with pytest.raises(UserError, match=r"tensor `fc.weight` is shape \[1000000000\] on 4 bytes"):
-        sources.read_checkpoint(str(tmp_path / "thin.pth"))
+        checkpoints.read_checkpoint(str(tmp_path / "thin.pth"))
     torch.save({"fc.weight": torch.zeros(3).to_sparse()}, tmp_path / "sparse.pth")
     with pytest.raises(UserError, match=r"torch\.sparse_coo"):
-        sources.read_checkpoint(str(tmp_path / "sparse.pth"))
+        checkpoints.read_checkpoint(str(tmp_path / "sparse.pth"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype
         torch.save({"fc.weight": torch.nested.nested_tensor([torch.zeros(3)])}, tmp_path / "nested.pth")
     with pytest.raises(UserError, match=r"nested tensor|pickled code"):  # newer releases do not load them
-        sources.read_checkpoint(str(tmp_path / "nested.pth"))
+        checkpoints.read_checkpoint(str(tmp_path / "nested.pth"))
 
 
 @pytest.mark.parametrize("text", fuzz.YAML_SNIPPETS[:2])
@@ -311,7 +312,7 @@ def test_names_out_of_files_cannot_steer_the_terminal(csq, digits_file: Path, tm
     assert (code, "\x1b" in err) == (2, False)
     save_file({"\x1b[2J": torch.tensor([float("nan")])}, tmp_path / "c.safetensors")
     with pytest.raises(UserError) as caught:
-        sources.read_checkpoint(str(tmp_path / "c.safetensors"))
+        checkpoints.read_checkpoint(str(tmp_path / "c.safetensors"))
     assert "\\x1b[2J" in caught.value.line()
 
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from csqcli.errors import UserError, did_you_mean, no_such_file
 from csqcli.file import codes as packing
 from csqcli.file import layout as storage
-from csqcli.models import libraries as sources
+from csqcli.models import checkpoints
 from csqcli.models.coverage import Operations
-from csqcli.models.libraries import ModelSpec
+from csqcli.models.data_config import check_data_config
+from csqcli.models.spec import MAX_CLASSES, ModelSpec
 from csqcli.quant import equations as csq
 from csqcli.quant.activations import ActivationRecord
 from csqcli.quant.methods.base import HardLayer
@@ -60,7 +61,7 @@ class ModelRecord(_Record):
     library: Name
     name: Name
     arguments: Annotated[dict[str, Any], AfterValidator(untrusted.check_arguments)] = Field(default_factory=dict)
-    num_classes: int = Field(ge=1, le=sources.MAX_CLASSES)
+    num_classes: int = Field(ge=1, le=MAX_CLASSES)
     weights_from: str
     checkpoint_sha256: str | None = None
 
@@ -159,7 +160,7 @@ class ParityRecord(_Record):
 class Manifest(_Record):
     schema_version: int = SCHEMA_VERSION
     model: ModelRecord
-    data_config: Annotated[dict[str, Any], AfterValidator(sources.check_data_config)]
+    data_config: Annotated[dict[str, Any], AfterValidator(check_data_config)]
     classes: list[str] = Field(default_factory=list)
     budget: BudgetRecord
     sizes: SizesRecord
@@ -240,7 +241,7 @@ def assemble(
     others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
     trained = [(layer.name, value) for layer in layers for value in (layer.scale, state[layer.name])]
     for name, value in [*others.items(), *trained]:
-        if sources.is_damaged(value):
+        if checkpoints.is_damaged(value):
             raise UserError("training left NaN or infinite values; nothing was written", where=name)
     records = [_layer_record(layer) for layer in layers]
     total = sum(r.weights for r in records)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from csqcli.file import codes as packing
-from csqcli.models import libraries as sources
+from csqcli.models import checkpoints
 from csqcli.quant.methods.base import HardLayer, spread
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Reader:
         for name, value in left.items():
             if value.dtype not in _DTYPES.values() or name in self.weights:
                 raise ValueError(f"tensor {name} of type {value.dtype} does not belong here")
-            if sources.is_damaged(value.float()):
+            if checkpoints.is_damaged(value.float()):
                 raise ValueError(f"tensor {name} holds NaN or infinite values")
         return left
 
