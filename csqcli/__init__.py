@@ -6,7 +6,6 @@ for your own loop, :func:`save` writes what it trained.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from csqcli.file.io import QuantizedFile
+    from csqcli.file.loading import model_from_file
     from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
 
 
@@ -26,40 +25,10 @@ def load(path: str | Path, *, trust_code: bool = False) -> nn.Module:
 
     ``trust_code`` allows a file to name a ``package.module:factory`` to import. Raises UserError for damaged files.
     """
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file.io import read
+    from csqcli.file.loading import model_from_file
 
-    return model_from_file(checkpoint_file.read(path), trust_code=trust_code, where=str(path))
-
-
-def model_from_file(file: QuantizedFile, *, trust_code: bool = False, where: str = "model file") -> nn.Module:
-    """Build the architecture that a file names, load the dequantized weights strictly, attach its activation quantizers."""
-    from csqcli.quant import activations
-
-    model = _plain_model(file, trust_code=trust_code, where=where)
-    activations.attach(model, file.manifest.activation_records())
-    return model
-
-
-def _plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Module:
-    """The same without activation quantizers, for those who go on training them."""
-    from csqcli.errors import UserError
-    from csqcli.models import libraries as sources
-    from csqcli.system.allocation import AllocationLimit
-
-    spec = file.manifest.spec
-    if spec.library not in ("timm", "torchvision", "csq", "factory"):
-        raise UserError(f"unknown model library `{spec.library}`", where=where)
-    if spec.library == "factory" and not trust_code:
-        hint = "pass --trust-code (trust_code=True) if you trust this file"
-        raise UserError(f"the file asks to import `{spec.name}`", where=where, hint=hint)
-    if spec.library != "factory":
-        spec = sources.parse(spec.source, spec.arguments)
-    state, classes = file.state_dict(), file.manifest.model.num_classes
-    elements = 4 * sum(value.numel() for value in state.values()) + 2**24
-    with contextlib.nullcontext() if trust_code else AllocationLimit(elements):
-        model = sources.build(spec, num_classes=classes)
-    sources.fit_state_dict(model, state, where=where)
-    return model.eval()
+    return model_from_file(read(path), trust_code=trust_code, where=str(path))
 
 
 def save(
@@ -77,19 +46,20 @@ def save(
     """
     from pathlib import Path
 
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file.io import assemble, write
+    from csqcli.file.manifest import ModelRecord
     from csqcli.models import libraries as sources
 
     optimizer.harden()
     spec = sources.parse(source)
-    record = checkpoint_file.ModelRecord(
+    record = ModelRecord(
         source=spec.source, library=spec.library, name=spec.name, num_classes=num_classes, weights_from="library"
     )
     config = sources.usable_config(data_config or sources.data_config(model, spec), where=source)
     target = optimizer.method.target_bits
     layers = optimizer.hard_layers()
-    file = checkpoint_file.assemble(model, layers, record=record, data_config=config, target_bits=target)
-    checkpoint_file.write(Path(path), file)
+    file = assemble(model, layers, record=record, data_config=config, target_bits=target)
+    write(Path(path), file)
 
 
 def __getattr__(name: str) -> Any:
@@ -98,4 +68,8 @@ def __getattr__(name: str) -> Any:
         from csqcli.quant.optimizer import CSQ
 
         return CSQ
+    if name == "model_from_file":
+        from csqcli.file.loading import model_from_file
+
+        return model_from_file
     raise AttributeError(name)

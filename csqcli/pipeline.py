@@ -31,7 +31,9 @@ import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError, did_you_mean, machine_fault
 from csqcli.file import io as checkpoint_file
-from csqcli.file.io import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
+from csqcli.file.io import QuantizedFile
+from csqcli.file.loading import activation_entries, activation_records, model_from_file, plain_model
+from csqcli.file.manifest import AccuracyRecord, Manifest, ModelRecord
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import Operations, count_macs
 from csqcli.quant import activations, budget
@@ -161,7 +163,7 @@ def finetune(
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
-        model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
+        model = plain_model(file, trust_code=trust_code, where=str(path))
         config = _overridden(file.manifest.data_config, recipe)
         with contextlib.closing(_Job(recipe, folder, display, model, images, config, file.manifest.model)) as job:
             report = job.finetune(file)
@@ -192,7 +194,7 @@ def evaluate_file(
     else:
         file = checkpoint_file.read(path)
         manifest = file.manifest
-        model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+        model = model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
     _check_classes(manifest, images, where=str(path))
@@ -309,7 +311,7 @@ class _Job:
         self.model.load_state_dict(start.state_dict() | self._untracked())
         if self.activations is None and start.manifest.activations:
             method = recipe.quantization.act_method
-            self.activations = activations.attach(self.model, start.manifest.activation_records(), method=method)
+            self.activations = activations.attach(self.model, activation_records(start.manifest), method=method)
         self._check_scores()
         if self.saved is None or self.saved["phase"] == "search":
             before = evaluate(self.model, self.val_loader)
@@ -636,39 +638,38 @@ class _Job:
         layers = trainer.optimizer.hard_layers()
         self.model.eval()
 
-        def assembled() -> QuantizedFile:
-            return checkpoint_file.assemble(
-                self.model,
-                layers,
-                record=self.record,
-                data_config=self.config,
-                target_bits=recipe.quantization.target_bits if layers else None,
-                operations=self.operations,
-                classes=self.images.classes,
-                accuracy=self.accuracy,
-                activations=[vars(r) for r in self.activations.records()] if self.activations is not None else [],
-                left_float=left_float,
-                environment=environment(),
-                recipe=recipe.model_dump(mode="json"),
-            )
+        file = checkpoint_file.assemble(
+            self.model,
+            layers,
+            record=self.record,
+            data_config=self.config,
+            target_bits=recipe.quantization.target_bits if layers else None,
+            operations=self.operations,
+            classes=self.images.classes,
+            accuracy=self.accuracy,
+            activations=activation_entries(self.activations),
+            left_float=left_float,
+            environment=environment(),
+            recipe=recipe.model_dump(mode="json"),
+        )
 
         distributed.check_equal([vars(layer) for layer in layers], what="the hard model")
         results: tuple[float, float, float] | None = None
         if self.shard.is_main:
             candidate = self.folder.path / f".{MODEL_FILE}.candidate"
             try:
-                checkpoint_file.write(candidate, assembled())
-                file = checkpoint_file.read(candidate)
-                reloaded = csqcli.model_from_file(file, trust_code=True, where=str(candidate)).to(self.device)
+                checkpoint_file.write(candidate, file)
+                written = checkpoint_file.read(candidate)
+                reloaded = model_from_file(written, trust_code=True, where=str(candidate)).to(self.device)
                 measured = evaluate(reloaded, self.whole_val_loader, shared=False)
                 results = measured.top1, measured.top5, self._logit_gap(reloaded)
             finally:
                 candidate.unlink(missing_ok=True)
         self.accuracy.hard_top1, self.accuracy.hard_top5, gap = distributed.from_main(results)
-        final = assembled()
+        file.manifest.accuracy = self.accuracy
         if self.shard.is_main and self.accuracy.hard_top1 >= at_least:
-            checkpoint_file.write(self.folder.path / MODEL_FILE, final)
-        return final, gap
+            checkpoint_file.write(self.folder.path / MODEL_FILE, file)
+        return file, gap
 
     @torch.no_grad()
     def _logit_gap(self, reloaded: nn.Module) -> float:

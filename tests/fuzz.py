@@ -695,11 +695,11 @@ class Case:
     def _manifest(self, path: Path) -> str:
         from rich.console import Console
 
-        from csqcli.file import io as checkpoint_file
+        from csqcli.file import header
         from csqcli.report import terminal as report
 
         def read() -> None:
-            manifest = checkpoint_file.read_manifest(path)
+            manifest = header.read_manifest(path)
             out = io.StringIO()
             report.print_table(manifest, Console(file=out, width=140))
             out.getvalue().encode()
@@ -757,8 +757,8 @@ class Case:
         )
         target = self.folder / f"in{path.suffix}"
         if path.suffix == ".safetensors":
-            header, _ = split(data)
-            target.write_bytes(mutate_safetensors(data, self.rng, other) if header else data)
+            top, _ = split(data)
+            target.write_bytes(mutate_safetensors(data, self.rng, other) if top else data)
         elif self.rng.random() < 0.25:
             state = torch.load(path, weights_only=True)
             inner = state.get("state_dict", state)
@@ -787,13 +787,13 @@ class Case:
         return allowed(lambda: recipe.to_yaml(recipe.resolve("digits", recipe.parse_assignments(texts))))
 
     def onnx(self) -> str:
-        from csqcli.file import io as checkpoint_file
+        from csqcli.file import header
 
         _, data, other = self._pick("*.onnx")
         target = self.folder / "in.onnx"
         target.write_bytes(mutate_onnx(data, self.rng, other))
         if self.rng.random() < 0.4:
-            return allowed(lambda: checkpoint_file.read_manifest(target))
+            return allowed(lambda: header.read_manifest(target))
         if self.rng.random() < 0.3:
             return command("report", target)
         return command("evaluate", target, "--data", "digits", "--val-limit", 8)

@@ -16,6 +16,7 @@ import csqcli
 from csqcli import pipeline
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
+from csqcli.file import header
 from csqcli.file import io as checkpoint_file
 from csqcli.models import networks as models
 from csqcli.quant.passes.rounding import mse_step, quantize
@@ -29,7 +30,7 @@ CORNERS = ("search", "tests.plain_models:Corners", "--no-pretrained", "--data", 
 
 def contents(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Every tensor's bytes, and the manifest without the one setting that the run was told and that must not matter."""
-    manifest = checkpoint_file.read_manifest(path).model_dump(mode="json")
+    manifest = header.read_manifest(path).model_dump(mode="json")
     manifest["recipe"]["data"].pop("workers")
     manifest["sizes"].pop("file_bytes")
     return {name: value.numpy().tobytes() for name, value in load_file(path).items()}, manifest
@@ -205,7 +206,7 @@ def test_a_search_that_removes_every_plane_still_writes_a_file_that_reads(csq, t
     run = ("search", "--recipe", "digits", "--target-bits", 0.001, "--set", "layers.floor=0", *QUICK)
     code, out, err = csq(*run, "-o", tmp_path)
     assert code == 0, err
-    manifest = checkpoint_file.read_manifest(tmp_path / "model.safetensors")
+    manifest = header.read_manifest(tmp_path / "model.safetensors")
     assert (manifest.budget.mean_bits, manifest.sizes.paper_compression) == (0.0, None)
     assert "without bound" in out
     assert csq("evaluate", tmp_path / "model.safetensors", "--data", "digits")[0] == 0

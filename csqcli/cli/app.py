@@ -156,10 +156,10 @@ def finetune(
     quiet: QuietOption = False,
 ) -> None:
     """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file import header
     from csqcli.recipe.schema import parse_assignments, resolve_stored
 
-    manifest = checkpoint_file.read_manifest(file)
+    manifest = header.read_manifest(file)
     typed = {
         "data.source": data,
         "finetune.epochs": epochs,
@@ -229,10 +229,10 @@ def report(
     if not as_json:
         _print_report(file)
         return
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file import header
     from csqcli.report import terminal as reports
 
-    typer.echo(json.dumps(reports.build(checkpoint_file.read_manifest(file), _history_beside(file)), indent=2))
+    typer.echo(json.dumps(reports.build(header.read_manifest(file), _history_beside(file)), indent=2))
 
 
 @app.command()
@@ -398,13 +398,13 @@ def _print_result(file: Path) -> None:
 def _print_report(file: Path) -> None:
     from rich.console import Console
 
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file import header
     from csqcli.report import terminal as reports
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    reports.print_table(checkpoint_file.read_manifest(file), console)
+    reports.print_table(header.read_manifest(file), console)
 
 
 def _batch_settings(batch_size: str | None) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from csqcli.data import loaders as data
 from csqcli.errors import UserError
 from csqcli.export import verify
 from csqcli.export.verify import ParityError, Probe
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
-from csqcli.file.layout import Form
+from csqcli.file import header, io
+from csqcli.file.io import QuantizedFile
+from csqcli.file.loading import model_from_file
+from csqcli.file.manifest import METADATA_KEY, Form, Manifest, ParityRecord
 from csqcli.system import files
 from csqcli.training.loop import check_scores, evaluate
 
@@ -52,7 +53,7 @@ def export_file(
     _check_output(source, output, suffix=".onnx" if form == "onnx" else ".safetensors", force=force)
     if form == "onnx":
         _require_engine(target)
-    file = checkpoint_file.read(source)
+    file = io.read(source)
     if activations == "int8" and not file.manifest.activations:
         raise UserError(
             "has no activation scales, which --activations int8 needs",
@@ -61,7 +62,7 @@ def export_file(
         )
     if calib is not None and activations != "int8":
         raise UserError("--calib belongs to --activations int8", where="csq export")
-    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
+    model = model_from_file(file, trust_code=trust_code, where=str(source))
     check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
     workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
     loader = _loader(file, data_source, val_limit, workers=workers) if data_source is not None else None
@@ -109,7 +110,7 @@ def export_file(
         )
         exporter.write(path, parity)
         exporter.check(path)
-    return checkpoint_file.read_manifest(output)
+    return header.read_manifest(output)
 
 
 class _Exporter(Protocol):
@@ -140,14 +141,14 @@ class _Safetensors:
         self.tolerance = verify.FLOAT_TOLERANCE
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
-        checkpoint_file.write(path, self.file, form=self.form, parity=parity)
+        io.write(path, self.file, form=self.form, parity=parity)
 
     def open(self, path: Path) -> nn.Module:
         return csqcli.load(path, trust_code=self.trust_code)
 
     def check(self, path: Path) -> None:
         try:
-            written = checkpoint_file.read(path)
+            written = io.read(path)
         except UserError as error:
             raise ParityError(f"cannot be read back: {error.what}", where=str(path)) from None
         for layer, wanted in zip(written.layers, self.file.layers, strict=True):

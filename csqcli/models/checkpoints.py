@@ -45,11 +45,11 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
         raise UserError("no such checkpoint", where=path, hint="give a .safetensors, .pth, .pt, .th or .tar file")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if file.suffix == ".safetensors":
-        from csqcli.file import io as checkpoint_file
+        from csqcli.file import header, io
 
         try:  # a quantized csq file is a fine checkpoint too
-            quantized = checkpoint_file.is_quantized(file)
-            state: Any = checkpoint_file.read(file).state_dict() if quantized else load_file(file)
+            quantized = header.is_quantized(file)
+            state: Any = io.read(file).state_dict() if quantized else load_file(file)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise UserError(f"not a readable safetensors file ({error})", where=path) from None
     else:

@@ -14,8 +14,9 @@ import quantized_models as models
 import torch
 from torch import Tensor, nn
 
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import ActivationEntry, ModelRecord, QuantizedFile
+from csqcli.file import io
+from csqcli.file.io import QuantizedFile
+from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries as sources
 from csqcli.quant import activations
 from csqcli.quant.layers import find_layers
@@ -69,17 +70,13 @@ def _file(masks: tuple[str, ...] = NARROW, *, bits: int = 8, gamma: float | None
     batches = [torch.randn(8, 3, 12, 12) for _ in range(2)]
     quantizers = activations.calibrate(model, find_layers(model)[0], batches, bits=bits)
     entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
-    spec = sources.parse("test_export_int8:Chain")
+    spec = sources.parse("tests.export.test_int8:Chain")
     record = ModelRecord(source=spec.source, library="factory", name=spec.name, num_classes=10, weights_from="random")
-    return checkpoint_file.assemble(
-        model, hard, record=record, data_config=Chain.data_config, target_bits=None, activations=entries
-    )
+    return io.assemble(model, hard, record=record, data_config=Chain.data_config, target_bits=None, activations=entries)
 
 
-def _export(
-    folder: Path, file: QuantizedFile, **options: object
-) -> tuple[checkpoint_file.ParityRecord, onnx.ModelProto]:
-    checkpoint_file.write(folder / "model.safetensors", file)
+def _export(folder: Path, file: QuantizedFile, **options: object) -> tuple[ParityRecord, onnx.ModelProto]:
+    io.write(folder / "model.safetensors", file)
     manifest = run.export_file(
         folder / "model.safetensors",
         folder / "a.onnx",
@@ -165,7 +162,7 @@ def test_an_all_zero_channel_keeps_a_positive_scale(tmp_path: Path) -> None:
     file = _file()
     for layer in file.layers:
         layer.integers[0] = 0
-    file.manifest.payload_sha256 = checkpoint_file.payload_sha256(file.layers)
+    file.manifest.payload_sha256 = io.payload_sha256(file.layers)
     _, proto = _export(tmp_path, file)
     for layer in file.layers:
         assert (_constant(proto, f"{layer.name}_scale") > 0).all()
@@ -200,7 +197,7 @@ def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
     """In a process of its own: with OpenVINO's libraries loaded, a later fork of the test process may crash."""
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("needs the [openvino] extra")
-    checkpoint_file.write(tmp_path / "model.safetensors", _file())
+    io.write(tmp_path / "model.safetensors", _file())
     command = [sys.executable, "-m", "csqcli", "export", str(tmp_path / "model.safetensors"), "--trust-code"]
     command += ["--onnx", "--activations", "int8", "--target", "openvino", "-o", str(tmp_path / "a.onnx")]
     paths = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1])))
@@ -237,9 +234,9 @@ def test_calibration_scales_only_outputs_that_no_trained_scale_rounds(tmp_path: 
     quantizers = activations.calibrate(model, find_layers(model)[0], [torch.randn(8, 3, 12, 12)], bits=8)
     entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
     record = ModelRecord(
-        source="x", library="factory", name="test_export_int8:Residual", num_classes=2, weights_from="random"
+        source="x", library="factory", name="tests.export.test_int8:Residual", num_classes=2, weights_from="random"
     )
-    file = checkpoint_file.assemble(
+    file = io.assemble(
         model, hard, record=record, data_config=Residual.data_config, target_bits=None, activations=entries
     )
     without, _ = _export(tmp_path, file)
