@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import csqcli
 from csqcli.errors import UserError
-from csqcli.file import codes
+from csqcli.file import codes, header
 from csqcli.file import io as checkpoint_file
 from csqcli.file.io import QuantizedFile
 from csqcli.models import checkpoints

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,10 @@ def test_layers_beyond_int8_keep_float_weights_and_their_rounding(tmp_path: Path
 
 def test_an_all_zero_channel_keeps_a_positive_scale(tmp_path: Path) -> None:
     file = _file()
-    for layer in file.layers:
-        layer.integers[0] = 0
+    for number, layer in enumerate(file.layers):
+        integers = layer.integers.clone()
+        integers[0] = 0
+        file.layers[number] = replace(layer, integers=integers)
     file.manifest.payload_sha256 = io.payload_sha256(file.layers)
     _, proto = _export(tmp_path, file)
     for layer in file.layers:
