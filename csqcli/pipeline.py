@@ -31,6 +31,7 @@ import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError, did_you_mean, machine_fault
 from csqcli.file import io as checkpoint_file
+from csqcli.file import loading
 from csqcli.file.io import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import Operations, count_macs
@@ -161,7 +162,7 @@ def finetune(
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
-        model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
+        model = loading.plain_model(file, trust_code=trust_code, where=str(path))
         config = _overridden(file.manifest.data_config, recipe)
         with contextlib.closing(_Job(recipe, folder, display, model, images, config, file.manifest.model)) as job:
             report = job.finetune(file)
@@ -192,7 +193,7 @@ def evaluate_file(
     else:
         file = checkpoint_file.read(path)
         manifest = file.manifest
-        model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+        model = loading.hard_model(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
     _check_classes(manifest, images, where=str(path))
@@ -659,7 +660,7 @@ class _Job:
             try:
                 checkpoint_file.write(candidate, assembled())
                 file = checkpoint_file.read(candidate)
-                reloaded = csqcli.model_from_file(file, trust_code=True, where=str(candidate)).to(self.device)
+                reloaded = loading.hard_model(file, trust_code=True, where=str(candidate)).to(self.device)
                 measured = evaluate(reloaded, self.whole_val_loader, shared=False)
                 results = measured.top1, measured.top5, self._logit_gap(reloaded)
             finally:

@@ -16,6 +16,7 @@ from csqcli.errors import UserError
 from csqcli.export import verify
 from csqcli.export.verify import ParityError, Probe
 from csqcli.file import io as checkpoint_file
+from csqcli.file import loading
 from csqcli.file.io import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
 from csqcli.file.layout import Form
 from csqcli.system import files
@@ -61,7 +62,7 @@ def export_file(
         )
     if calib is not None and activations != "int8":
         raise UserError("--calib belongs to --activations int8", where="csq export")
-    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
+    model = loading.hard_model(file, trust_code=trust_code, where=str(source))
     check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
     workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
     loader = _loader(file, data_source, val_limit, workers=workers) if data_source is not None else None
@@ -143,7 +144,7 @@ class _Safetensors:
         checkpoint_file.write(path, self.file, form=self.form, parity=parity)
 
     def open(self, path: Path) -> nn.Module:
-        return csqcli.load(path, trust_code=self.trust_code)
+        return loading.load_file(path, trust_code=self.trust_code)
 
     def check(self, path: Path) -> None:
         try:

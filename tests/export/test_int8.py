@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.file import io as checkpoint_file
+from csqcli.file import loading
 from csqcli.file.io import ActivationEntry, ModelRecord, QuantizedFile
 from csqcli.models import libraries as sources
 from csqcli.quant import activations
@@ -126,9 +127,7 @@ def test_without_optimizations_the_file_computes_the_hard_model_itself(tmp_path:
 
 
 def _model(file: QuantizedFile) -> nn.Module:
-    import csqcli
-
-    return csqcli.model_from_file(file, trust_code=True)
+    return loading.hard_model(file, trust_code=True)
 
 
 def test_folding_batchnorm_negates_channels_of_negative_gamma_and_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""From a quantized file to its model: the architecture that the file names, or one that the caller has."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from torch import nn
+
+from csqcli.errors import UserError
+from csqcli.file import io as checkpoint_file
+from csqcli.file.io import QuantizedFile
+from csqcli.models import libraries as sources
+from csqcli.quant import activations
+from csqcli.quant.wrappers import unwrap
+from csqcli.system.allocation import AllocationLimit
+
+_LIBRARIES = ("timm", "torchvision", "csq", "factory")
+_SPARE_ELEMENTS = 2**24  # that a constructor may allocate beside the file's own tensors
+
+
+def load_file(path: str | Path, *, trust_code: bool = False) -> nn.Module:
+    """The hard model of the file at ``path``; see :func:`hard_model`."""
+    return hard_model(checkpoint_file.read(path), trust_code=trust_code, where=str(path))
+
+
+def hard_model(file: QuantizedFile, *, trust_code: bool = False, where: str = "model file") -> nn.Module:
+    """The architecture that a file names with its dequantized weights, loaded strictly, and its activation quantizers.
+
+    In eval mode, on the CPU, float32. ``trust_code`` allows a file to name a ``package.module:factory`` to import.
+    Raises UserError, its line beginning with ``where``, when the file names what csq cannot or must not build.
+    """
+    model = plain_model(file, trust_code=trust_code, where=where)
+    activations.attach(model, file.manifest.activation_records())
+    return model
+
+
+def plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Module:
+    """As :func:`hard_model`, without activation quantizers, for those who go on training them."""
+    spec = file.manifest.spec
+    if spec.library not in _LIBRARIES:
+        raise UserError(f"unknown model library `{spec.library}`", where=where)
+    if spec.library == "factory" and not trust_code:
+        hint = "pass --trust-code (trust_code=True) if you trust this file"
+        raise UserError(f"the file asks to import `{spec.name}`", where=where, hint=hint)
+    if spec.library != "factory":
+        spec = sources.parse(spec.source, spec.arguments)
+    state, classes = file.state_dict(), file.manifest.model.num_classes
+    elements = 4 * sum(value.numel() for value in state.values()) + _SPARE_ELEMENTS
+    with contextlib.nullcontext() if trust_code else AllocationLimit(elements):
+        model = sources.build(spec, num_classes=classes)
+    sources.fit_state_dict(model, state, where=where)
+    return model.eval()
+
+
+def load_into(model: nn.Module, file: QuantizedFile, *, where: str = "model file") -> None:
+    """Load a file's dequantized weights strictly into ``model``, and replace its activation quantizers by the file's.
+
+    Wrappers of torch.compile, data parallelism and weight averaging are looked through. Weights are rounded where the
+    model's own type is narrower than float32. The model's mode stays. Raises UserError, and changes nothing, when names
+    or shapes differ.
+    """
+    plain = unwrap(model)
+    modules, records = dict(plain.named_modules()), file.manifest.activation_records()
+    for record in records:
+        if record.module not in modules:
+            hint = "is it this architecture?"
+            raise UserError(f"the model has no module `{record.module}`", where=where, hint=hint)
+    sources.fit_state_dict(plain, file.state_dict(), where=where)
+    activations.detach(plain)
+    activations.attach(plain, records)
