@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from csqcli.export.run import export_file
+from csqcli.exporting.run import export_file
 from csqcli.file import io as checkpoint_file
 from csqcli.file import loading
 from csqcli.file.io import ActivationEntry, ModelRecord, ParityRecord, QuantizedFile

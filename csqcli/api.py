@@ -224,8 +224,8 @@ def export(
         raise UserError(f"no form `{form}`", where="csqcli.export", hint=hint)
     if form != "onnx" and (activations != "float" or target != "ort"):
         raise UserError("activations and target belong to onnx", where=f"csqcli.export, form {form}")
-    from csqcli.export import run
-    from csqcli.report import terminal
+    from csqcli.exporting import run
+    from csqcli.reporting import terminal
 
     manifest = run.export_file(
         path,
@@ -260,7 +260,7 @@ def report(file: str | Path) -> Report:
             print(layer["name"], layer["bits"])
     """
     from csqcli.file import io
-    from csqcli.report import terminal
+    from csqcli.reporting import terminal
 
     path = Path(file)
     return terminal.build(io.read_manifest(path), _history_beside(path))
@@ -382,7 +382,7 @@ def save(
 
         csqcli.save(ema, optimizer, "best.safetensors", source="timm:resnet18", num_classes=10, accuracy=93.1)
     """
-    from csqcli.report import terminal
+    from csqcli.reporting import terminal
     from csqcli.saving import save_model
 
     target = Path(path)

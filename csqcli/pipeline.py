@@ -42,7 +42,7 @@ from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, HardLayer
 from csqcli.quant.methods.staged import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import Recipe, to_yaml
-from csqcli.report import terminal as reports
+from csqcli.reporting import terminal as reports
 from csqcli.system import distributed, files, memory
 from csqcli.system.distributed import Shard
 from csqcli.system.interrupt import Interrupted, StopRequest
@@ -186,7 +186,7 @@ def evaluate_file(
     target = pick_device(device)
     model: nn.Module
     if path.suffix == ".onnx":
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         target = pick_device("cpu")
         model, manifest = runtime.open_model(path)

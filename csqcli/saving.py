@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from csqcli.errors import UserError, did_you_mean, machine_fault
-from csqcli.export import verify
-from csqcli.export.verify import ParityError
+from csqcli.exporting import verify
+from csqcli.exporting.verify import ParityError
 from csqcli.file import io as checkpoint_file
 from csqcli.file import loading
 from csqcli.file.io import AccuracyRecord, Manifest, ModelRecord, QuantizedFile

@@ -367,7 +367,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """The manifest alone, with the file's measured size. UserError for anything that is not a csq file."""
     path = Path(path)
     if path.suffix == ".onnx":
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         return runtime.read_manifest(path)
     with _opened(path) as file:

@@ -13,8 +13,8 @@ from torch import nn
 import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
-from csqcli.export import verify
-from csqcli.export.verify import ParityError, Probe
+from csqcli.exporting import verify
+from csqcli.exporting.verify import ParityError, Probe
 from csqcli.file import io as checkpoint_file
 from csqcli.file import loading
 from csqcli.file.io import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
@@ -23,7 +23,7 @@ from csqcli.system import files
 from csqcli.training.loop import check_scores, evaluate
 
 if TYPE_CHECKING:
-    from csqcli.export.onnx_graph import PackedGraph
+    from csqcli.exporting.onnx_graph import PackedGraph
 
 Target = Literal["ort", "openvino"]
 LATENCY_REPEATS = 9
@@ -161,7 +161,7 @@ class _Safetensors:
 
 class _Onnx:
     def __init__(self, file: QuantizedFile, model: nn.Module, probe: Probe, target: Target) -> None:
-        from csqcli.export import onnx_graph
+        from csqcli.exporting import onnx_graph
 
         self.file, self.target = file, target
         self.graphs = onnx_graph.trace(model, file.layers, tuple(probe.images.shape[1:]))
@@ -179,7 +179,7 @@ class _Onnx:
 
     def use_int8(self, images: torch.Tensor | None) -> None:
         """Layers with trained input scales become int8; ``images`` also give their outputs a scale where none is."""
-        from csqcli.export import int8_graph, onnx_graph
+        from csqcli.exporting import int8_graph, onnx_graph
 
         plan = int8_graph.quantize(self.graphs.proto, self.graphs.used)
         scales = {layer.name: layer.scale for layer in self.file.layers}
@@ -202,7 +202,7 @@ class _Onnx:
             self.tolerance = max(self.tolerance, 2 * floor)
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         self.manifest.parity = parity
         del self.proto.metadata_props[:]
@@ -219,7 +219,7 @@ class _Onnx:
             temporary.write_bytes(content)
 
     def open(self, path: Path | bytes, *, threads: int = 0) -> nn.Module:
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         engine = (runtime.OnnxModel if self.target == "ort" else runtime.OpenVinoModel)(path, threads=threads)
         self.engine = engine.engine
@@ -228,7 +228,7 @@ class _Onnx:
     def check(self, path: Path) -> None:
         import onnx
 
-        from csqcli.export import onnx_graph
+        from csqcli.exporting import onnx_graph
 
         proto = onnx.load(path)
         for name, (wanted_integers, wanted_weight) in self.packed.weights.items():
@@ -260,7 +260,7 @@ def _check_output(source: Path, output: Path, *, suffix: str, force: bool) -> No
 
 
 def _require_engine(target: Target) -> None:
-    from csqcli.export import runtime
+    from csqcli.exporting import runtime
 
     runtime.require("onnx", "onnxscript", "onnxruntime")
     if target == "openvino":

@@ -28,7 +28,7 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from csqcli.export import int8_graph, onnx_graph, run, verify
+from csqcli.exporting import int8_graph, onnx_graph, run, verify
 
 NARROW = ("11100000", "11000000", "11110000")
 
