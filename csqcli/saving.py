@@ -86,7 +86,6 @@ def _save(
     accuracy: float | Mapping[str, float] | None,
 ) -> Manifest:
     source = spec.source
-    config = sources.usable_config(data_config or sources.data_config(network, spec), where=source)
     try:
         record = ModelRecord(
             source=spec.source,
@@ -103,6 +102,13 @@ def _save(
         raise UserError(f"{len(classes)} class names for {num_classes} classes", where="csqcli.save")
     measured = _accuracy(accuracy)
     _check_finite(network)
+    trusted = spec.library == "factory"  # the caller has named it
+    elements = sum(value.numel() for value in network.state_dict().values())
+    rebuilt = loading.architecture(
+        spec, num_classes=num_classes, elements=elements, trust_code=trusted, where=source
+    ).to(_device(network))
+    _check_architecture(rebuilt, network, where=source)
+    config = sources.usable_config(data_config or sources.data_config(network, spec), where=source)
     found, left = find_layers(network)
     pairs = _delivered(found, optimizer)
     names = {layer.name for layer, _ in pairs}
@@ -131,8 +137,7 @@ def _save(
             left_float=[vars(tensor) for tensor in left],
             environment=environment(),
         )
-    trusted = spec.library == "factory"  # the caller has named it
-    rebuilt = loading.hard_model(file, trust_code=trusted, where=source).to(_device(network))
+    loading.load_into(rebuilt.eval(), file, where=source)
     answers = _outputs(rebuilt, task, size, where=source)
     _check_answers(answers, expected, network, where=source)  # so that nothing is written that cannot be loaded
     with verify.candidate(path) as candidate:
@@ -171,6 +176,20 @@ def _check_finite(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if sources.is_damaged(parameter):
             raise UserError("training left NaN or infinite values; nothing was written", where=name)
+
+
+def _check_architecture(built: nn.Module, network: nn.Module, *, where: str) -> None:
+    """UserError where what the source builds has other tensors than the network."""
+    hint = "name the architecture that was trained, with its arguments and num_classes"
+    theirs, ours = ({name: list(value.shape) for name, value in m.state_dict().items()} for m in (built, network))
+    foreign = [name for name in theirs if name not in ours] + [name for name in ours if name not in theirs]
+    if foreign:
+        owner = "source" if foreign[0] in theirs else "model"
+        what = f"builds another model: {len(foreign)} tensors differ in name, `{foreign[0]}` is the {owner}'s alone"
+        raise UserError(what, where=where, hint=hint)
+    for name, shape in ours.items():
+        if theirs[name] != shape:
+            raise UserError(f"builds `{name}` of shape {theirs[name]}, the model has {shape}", where=where, hint=hint)
 
 
 def _delivered(found: Sequence[Layer], optimizer: QuantizedOptimizer) -> list[tuple[Layer, HardLayer]]:
@@ -254,20 +273,13 @@ def _outputs(network: nn.Module, task: str, input_size: Sequence[int], *, where:
     like = next(network.parameters())
     size = "×".join(map(str, input_size))
     try:
-        inputs = example_inputs(task, input_size, batch=_PROBE_IMAGES, device=like.device)
-        output = network(*_cast(inputs, like.dtype))
+        output = network(*example_inputs(task, input_size, batch=_PROBE_IMAGES, device=like.device, dtype=like.dtype))
     except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
         if machine_fault(error) is not None:
             raise
         hint = "pass data_config with the input_size (channels, height, width) of your images"
         raise UserError(f"cannot run on images of {size} ({error})", where=where, hint=hint) from error
     return [tensor.float().cpu() for tensor in _tensors(output) if tensor.is_floating_point()]
-
-
-def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(dtype)
-    return type(inputs)(_cast(part, dtype) for part in inputs)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from csqcli.errors import UserError
 from csqcli.file import io as checkpoint_file
 from csqcli.file.io import QuantizedFile
 from csqcli.models import libraries as sources
+from csqcli.models.libraries import ModelSpec
 from csqcli.quant import activations
 from csqcli.quant.wrappers import unwrap
 from csqcli.system.allocation import AllocationLimit
@@ -37,7 +38,24 @@ def hard_model(file: QuantizedFile, *, trust_code: bool = False, where: str = "m
 
 def plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Module:
     """As :func:`hard_model`, without activation quantizers, for those who go on training them."""
-    spec = file.manifest.spec
+    state = file.state_dict()
+    model = architecture(
+        file.manifest.spec,
+        num_classes=file.manifest.model.num_classes,
+        elements=sum(value.numel() for value in state.values()),
+        trust_code=trust_code,
+        where=where,
+    )
+    sources.fit_state_dict(model, state, where=where)
+    return model.eval()
+
+
+def architecture(spec: ModelSpec, *, num_classes: int, elements: int, trust_code: bool, where: str) -> nn.Module:
+    """The network of a spec that may come out of a file, with the weights that its constructor gives it.
+
+    ``elements`` is how many numbers its state should hold: without ``trust_code`` the constructor may allocate a few times
+    as many, no more, and nothing is imported. Raises UserError.
+    """
     if spec.library not in _LIBRARIES:
         raise UserError(f"unknown model library `{spec.library}`", where=where)
     if spec.library == "factory" and not trust_code:
@@ -45,12 +63,8 @@ def plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Modu
         raise UserError(f"the file asks to import `{spec.name}`", where=where, hint=hint)
     if spec.library != "factory":
         spec = sources.parse(spec.source, spec.arguments)
-    state, classes = file.state_dict(), file.manifest.model.num_classes
-    elements = 4 * sum(value.numel() for value in state.values()) + _SPARE_ELEMENTS
-    with contextlib.nullcontext() if trust_code else AllocationLimit(elements):
-        model = sources.build(spec, num_classes=classes)
-    sources.fit_state_dict(model, state, where=where)
-    return model.eval()
+    with contextlib.nullcontext() if trust_code else AllocationLimit(4 * elements + _SPARE_ELEMENTS):
+        return sources.build(spec, num_classes=num_classes)
 
 
 def load_into(model: nn.Module, file: QuantizedFile, *, where: str = "model file") -> None:
