@@ -85,13 +85,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             with optimizer.hard():
                 accuracy = validate(model)
         """
-        saved = copy.deepcopy(self.method.state_dict())
+        memo: dict[int, Any] = _gpu_passes(self.method)
+        for layer in self.method.layers:  # the twin writes into the same model
+            memo |= {id(layer): layer, id(layer.parameter): layer.parameter}
+        twin = copy.deepcopy(self.method, memo)
         try:
             with torch.no_grad():
-                self.method.harden(self.step_count)
-            yield self.method.hard_layers()
+                twin.harden(self.step_count)
+            yield twin.hard_layers()
         finally:
-            self.method.load_state_dict(saved)
             with torch.no_grad():
                 self.method.materialise(self.step_count)
 
@@ -252,13 +254,18 @@ class CSQ(QuantizedOptimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CSQ:
         """A copy with weights of its own, or with those of a model that is copied in the same call."""
-        kernels = kernels_for(self.param_groups[-1]["params"][0].device)
-        if kernels is not None:
-            memo[id(kernels)] = kernels  # the GPU passes are a Python module, which stays one
+        memo |= _gpu_passes(self.method)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+def _gpu_passes(method: WeightMethod) -> dict[int, Any]:
+    """For deepcopy's memo: the kernels that a method's state refers to are a Python module, of which there is one."""
+    device = method.layers[0].parameter.device if method.layers else torch.device("cpu")
+    kernels = kernels_for(device)
+    return {} if kernels is None else {id(kernels): kernels}
 
 
 def base_groups(model: nn.Module, method: WeightMethod) -> list[dict[str, Any]]:

@@ -198,6 +198,22 @@ def test_a_run_that_goes_on_from_its_saved_state_ends_in_the_same_bits(stop: int
     assert_equal(values(model), values(other))
 
 
+@pytest.mark.parametrize("stop", [1, 7])
+def test_an_optimizer_can_be_taken_back_to_an_earlier_state(stop: int) -> None:
+    """Whatever it has done since: planes were fixed, or it was hardened."""
+    model, optimizer = start()
+    train(model, optimizer, range(stop))
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, range(stop, STEPS))
+    optimizer.harden()
+    ended = values(model)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, range(stop, STEPS))
+    optimizer.harden()
+    assert_equal(values(model), ended)
+
+
 def test_the_state_has_the_form_of_any_optimizer_s() -> None:
     model, optimizer = start()
     train(model, optimizer, range(2))
