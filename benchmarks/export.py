@@ -26,9 +26,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-import csqcli
-from csqcli.export.run import export_file
-from csqcli.file import io
+from csqcli.exporting.run import export_file
+from csqcli.file import io, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries as sources
@@ -145,7 +144,7 @@ def _noise_images(folder: Path) -> Path:
 
 def _rounding_activations(file: QuantizedFile, folder: Path) -> Path:
     """The same file with 8-bit activation quantizers, calibrated on noise."""
-    model = csqcli.model_from_file(file)
+    model = loading.hard_model(file)
     noise = [torch.randn(4, *file.manifest.data_config["input_size"])]
     quantizers = activations.calibrate(model, find_layers(model)[0], noise, bits=8)
     file.manifest.activations = [ActivationEntry(**vars(record)) for record in quantizers.records()]

@@ -32,7 +32,7 @@ from csqcli.data import loaders as data
 from csqcli.errors import UserError, did_you_mean, machine_fault
 from csqcli.file import io as checkpoint_file
 from csqcli.file.io import QuantizedFile
-from csqcli.file.loading import activation_entries, activation_records, model_from_file, plain_model
+from csqcli.file.loading import activation_entries, activation_records, hard_model, plain_model
 from csqcli.file.manifest import AccuracyRecord, Manifest, ModelRecord
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import Operations, count_macs
@@ -43,7 +43,7 @@ from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, HardLayer
 from csqcli.quant.methods.staged import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import Recipe, to_yaml
-from csqcli.report import terminal as reports
+from csqcli.reporting import terminal as reports
 from csqcli.system import distributed, files, memory
 from csqcli.system.distributed import Shard
 from csqcli.system.interrupt import Interrupted, StopRequest
@@ -187,14 +187,14 @@ def evaluate_file(
     target = pick_device(device)
     model: nn.Module
     if path.suffix == ".onnx":
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         target = pick_device("cpu")
         model, manifest = runtime.open_model(path)
     else:
         file = checkpoint_file.read(path)
         manifest = file.manifest
-        model = model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+        model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
     _check_classes(manifest, images, where=str(path))
@@ -647,7 +647,7 @@ class _Job:
             operations=self.operations,
             classes=self.images.classes,
             accuracy=self.accuracy,
-            activations=activation_entries(self.activations),
+            activations=activation_entries(self.activations.records() if self.activations is not None else ()),
             left_float=left_float,
             environment=environment(),
             recipe=recipe.model_dump(mode="json"),
@@ -660,7 +660,7 @@ class _Job:
             try:
                 checkpoint_file.write(candidate, file)
                 written = checkpoint_file.read(candidate)
-                reloaded = model_from_file(written, trust_code=True, where=str(candidate)).to(self.device)
+                reloaded = hard_model(written, trust_code=True, where=str(candidate)).to(self.device)
                 measured = evaluate(reloaded, self.whole_val_loader, shared=False)
                 results = measured.top1, measured.top5, self._logit_gap(reloaded)
             finally:

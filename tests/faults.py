@@ -37,7 +37,7 @@ from PIL import Image
 
 from csqcli import pipeline
 from csqcli.cli import app as cli
-from csqcli.export import run as exports  # imported here, so that no fork has to
+from csqcli.exporting import run as exports  # imported here, so that no fork has to
 from csqcli.file import header
 from csqcli.file import io as checkpoint_file
 from csqcli.system import files

@@ -557,7 +557,7 @@ def assignment(rng: random.Random) -> str:
 def mutate_onnx(data: bytes, rng: random.Random, other: bytes) -> bytes:
     import onnx
 
-    from csqcli.export import runtime
+    from csqcli.exporting import runtime
 
     kind = rng.randrange(5)
     if kind == 0:
@@ -600,7 +600,7 @@ def build_corpus(folder: Path) -> None:
     import torch
 
     from csqcli import pipeline
-    from csqcli.export.run import export_file
+    from csqcli.exporting.run import export_file
     from csqcli.file import io as checkpoint_file
     from csqcli.models import networks as models
     from csqcli.recipe import schema as recipe
@@ -696,7 +696,7 @@ class Case:
         from rich.console import Console
 
         from csqcli.file import header
-        from csqcli.report import terminal as report
+        from csqcli.reporting import terminal as report
 
         def read() -> None:
             manifest = header.read_manifest(path)
@@ -964,7 +964,7 @@ def child(corpus: Path, seed: int, first: int, last: int, keep: Path | None) -> 
 
     import torch
 
-    import csqcli.export.runtime
+    import csqcli.exporting.runtime
     import csqcli.pipeline
     from csqcli.cli import app as cli  # noqa: F401
 

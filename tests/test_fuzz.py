@@ -342,7 +342,7 @@ def test_an_onnx_file_with_tensors_in_other_files_is_refused_even_with_a_right_h
 ) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    from csqcli.export import runtime
+    from csqcli.exporting import runtime
 
     assert csq("export", digits_file, "--onnx", "-o", tmp_path / "a.onnx")[0] == 0
     proto = onnx.load(tmp_path / "a.onnx")

@@ -16,7 +16,7 @@ import csqcli
 from csqcli import pipeline
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
-from csqcli.file import header
+from csqcli.file import header, loading
 from csqcli.file import io as checkpoint_file
 from csqcli.models import networks as models
 from csqcli.quant.passes.rounding import mse_step, quantize
@@ -73,7 +73,7 @@ def test_correct_counts_do_not_depend_on_the_batch_size(digits_run: Path, image_
 
 def test_a_sample_s_logits_do_not_depend_on_its_batch_or_its_place(digits_run: Path) -> None:
     file = checkpoint_file.read(digits_run / "model.safetensors")
-    model = csqcli.model_from_file(file)
+    model = loading.hard_model(file)
     images = data.open_data("digits", train=False).val
 
     def logits(order: Tensor, size: int) -> Tensor:

@@ -230,7 +230,7 @@ def report(
         _print_report(file)
         return
     from csqcli.file import header
-    from csqcli.report import terminal as reports
+    from csqcli.reporting import terminal as reports
 
     typer.echo(json.dumps(reports.build(header.read_manifest(file), _history_beside(file)), indent=2))
 
@@ -330,7 +330,7 @@ def export(
         raise UserError(f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {options}")
     if not onnx and (activations is not Activations.float or target is not Target.ort):
         raise UserError("--activations and --target belong to --onnx", where=f"csq export --{chosen[0]}")
-    from csqcli.export import run
+    from csqcli.exporting import run
 
     target_file = output or file.with_name(f"{file.stem}-{chosen[0]}").with_suffix(".onnx" if onnx else ".safetensors")
     manifest = run.export_file(
@@ -399,7 +399,7 @@ def _print_report(file: Path) -> None:
     from rich.console import Console
 
     from csqcli.file import header
-    from csqcli.report import terminal as reports
+    from csqcli.reporting import terminal as reports
 
     console = Console()
     if not console.is_terminal:

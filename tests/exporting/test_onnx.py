@@ -24,8 +24,8 @@ if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxrun
 import onnx
 import onnxruntime
 
-from csqcli.export import onnx_graph, run, runtime, unpacking, verify
-from csqcli.export.verify import ParityError
+from csqcli.exporting import onnx_graph, run, runtime, unpacking, verify
+from csqcli.exporting.verify import ParityError
 
 TRAPS = "quantized_models:Traps"
 

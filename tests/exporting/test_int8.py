@@ -15,7 +15,7 @@ import quantized_models as models
 import torch
 from torch import Tensor, nn
 
-from csqcli.file import io
+from csqcli.file import io, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries as sources
@@ -29,7 +29,7 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from csqcli.export import int8_graph, onnx_graph, run, verify
+from csqcli.exporting import int8_graph, onnx_graph, run, verify
 
 NARROW = ("11100000", "11000000", "11110000")
 
@@ -124,9 +124,7 @@ def test_without_optimizations_the_file_computes_the_hard_model_itself(tmp_path:
 
 
 def _model(file: QuantizedFile) -> nn.Module:
-    import csqcli
-
-    return csqcli.model_from_file(file, trust_code=True)
+    return loading.hard_model(file, trust_code=True)
 
 
 def test_folding_batchnorm_negates_channels_of_negative_gamma_and_nothing_else(tmp_path: Path) -> None:
