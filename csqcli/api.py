@@ -225,7 +225,7 @@ def export(
     if form != "onnx" and (activations != "float" or target != "ort"):
         raise UserError("activations and target belong to onnx", where=f"csqcli.export, form {form}")
     from csqcli.exporting import run
-    from csqcli.reporting import terminal
+    from csqcli.reporting.build import build
 
     manifest = run.export_file(
         path,
@@ -239,7 +239,7 @@ def export(
         trust_code=trust_code,
         force=force,
     )
-    return terminal.build(manifest)
+    return build(manifest)
 
 
 def report(file: str | Path) -> Report:
@@ -250,6 +250,7 @@ def report(file: str | Path) -> Report:
 
     Returns:
         The report as in ``report.json``; ``history`` holds a line per epoch when ``metrics.jsonl`` lies beside the file.
+        Sizes and bit operations are recomputed; ``as_stated`` lists the fields that are only the file's own word.
 
     Raises:
         UserError: for a file that is not csq's, or is damaged.
@@ -259,11 +260,9 @@ def report(file: str | Path) -> Report:
         for layer in csqcli.report("runs/digits/model.safetensors")["layers"]:
             print(layer["name"], layer["bits"])
     """
-    from csqcli.file import header
-    from csqcli.reporting import terminal
+    from csqcli.reporting.build import describe
 
-    path = Path(file)
-    return terminal.build(header.read_manifest(path), _history_beside(path))
+    return describe(Path(file))
 
 
 def inspect(
@@ -382,7 +381,7 @@ def save(
 
         csqcli.save(ema, optimizer, "best.safetensors", source="timm:resnet18", num_classes=10, accuracy=93.1)
     """
-    from csqcli.reporting import terminal
+    from csqcli.reporting.build import build
     from csqcli.saving import save_model
 
     target = Path(path)
@@ -400,7 +399,7 @@ def save(
         classes=classes,
         accuracy=accuracy,
     )
-    return terminal.build(manifest)
+    return build(manifest)
 
 
 def finetune_folder(file: Path) -> Path:
@@ -429,17 +428,6 @@ def _display(progress: bool) -> Any:
     from csqcli.system.progress import Display
 
     return Display(quiet=not progress or os.environ.get("RANK", "0") != "0")  # as torchrun sets it
-
-
-def _history_beside(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl beside the model; a file that travelled alone has none."""
-    from csqcli.system.limits import read_json
-
-    try:
-        lines = (file.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [read_json(line, nodes=1000) for line in lines]
-    except (OSError, ValueError):
-        return []
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,7 @@ from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, HardLayer
 from csqcli.quant.methods.staged import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import Recipe, to_yaml
-from csqcli.reporting import terminal as reports
+from csqcli.reporting.build import build as build_report
 from csqcli.system import distributed, files, memory
 from csqcli.system.distributed import Shard
 from csqcli.system.interrupt import Interrupted, StopRequest
@@ -679,7 +679,7 @@ class _Job:
     def _report(self, file: QuantizedFile, **more: Any) -> dict[str, Any]:
         if self.shard.is_main:
             file.manifest.sizes.file_bytes = (self.folder.path / MODEL_FILE).stat().st_size
-        report = reports.build(file.manifest, self.history) | more
+        report = build_report(file.manifest, self.history) | more
         self.folder.write_report(report | {"fingerprint": self.folder.fingerprint})
         return report
 

@@ -230,9 +230,9 @@ def report(
         _print_report(file)
         return
     from csqcli.file import header
-    from csqcli.reporting import terminal as reports
+    from csqcli.reporting import terminal
 
-    typer.echo(json.dumps(reports.build(header.read_manifest(file), _history_beside(file)), indent=2))
+    typer.echo(json.dumps(build.describe(file), indent=2))
 
 
 @app.command()
@@ -399,12 +399,12 @@ def _print_report(file: Path) -> None:
     from rich.console import Console
 
     from csqcli.file import header
-    from csqcli.reporting import terminal as reports
+    from csqcli.reporting import terminal
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    reports.print_table(header.read_manifest(file), console)
+    terminal.print_table(header.read_manifest(file), console)
 
 
 def _batch_settings(batch_size: str | None) -> dict[str, Any]:
