@@ -86,7 +86,7 @@ def save(
         source=spec.source, library=spec.library, name=spec.name, num_classes=num_classes, weights_from="library"
     )
     config = sources.usable_config(data_config or sources.data_config(model, spec), where=source)
-    target = optimizer.method.target_bits
+    target = optimizer.method.plan.budget.target
     layers = optimizer.hard_layers()
     file = checkpoint_file.assemble(model, layers, record=record, data_config=config, target_bits=target)
     checkpoint_file.write(Path(path), file)

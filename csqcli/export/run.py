@@ -19,7 +19,7 @@ from csqcli.file import io as checkpoint_file
 from csqcli.file.io import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
 from csqcli.file.layout import Form
 from csqcli.system import files
-from csqcli.training.loop import check_scores, evaluate
+from csqcli.training.evaluate import check_scores, evaluate
 
 if TYPE_CHECKING:
     from csqcli.export.onnx_graph import PackedGraph

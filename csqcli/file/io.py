@@ -30,9 +30,9 @@ from csqcli.file import layout as storage
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import Operations
 from csqcli.models.libraries import ModelSpec
-from csqcli.quant import equations as csq
+from csqcli.quant import equations
 from csqcli.quant.activations import ActivationRecord
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.system import limits as untrusted
 from csqcli.system.files import replacing
 
@@ -290,7 +290,7 @@ def _layer_record(layer: HardLayer) -> LayerRecord:
         name=layer.name,
         shape=list(layer.integers.shape),
         weights=layer.integers.numel(),
-        mask=csq.mask_string(layer.mask),
+        mask=equations.mask_string(layer.mask),
         bits=layer.planes,
         stored_bits=layer.stored_bits,
         entropy_bits=round(packing.entropy_bits(layer.integers), 6),
@@ -422,14 +422,14 @@ def read_layer(path: str | Path, name: str) -> HardLayer:
 
 def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> HardLayer:
     """The layer, when its integers are ones that the mask can form and its weights are finite. Else ValueError."""
-    mask = csq.mask_from_string(record.mask)
+    mask = equations.mask_from_string(record.mask)
     if not scale.isfinite().all():
         raise ValueError("scale is not finite")
     recorded = torch.tensor(record.scale, dtype=torch.float32).reshape(-1)
     if recorded.numel() and not torch.equal(recorded, scale):  # a bit-packed file's manifest does without
         raise ValueError("scale disagrees with the manifest")
     largest = int(integers.abs().max())
-    if not csq.formable(integers, mask):
+    if not equations.formable(integers, mask):
         raise ValueError(f"integers that mask {record.mask} cannot form")
     if not bool((scale.abs() * largest).isfinite().all()):
         raise ValueError("integers × scale is not finite")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from csqcli.file import codes as packing
 from csqcli.models import libraries as sources
-from csqcli.quant.methods.base import HardLayer, spread
+from csqcli.quant.hard_layer import HardLayer, spread
 
 if TYPE_CHECKING:
     from csqcli.file.io import LayerRecord

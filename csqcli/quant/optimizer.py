@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from csqcli.quant.catalog import StagedSettings
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import Clock, HardLayer, WeightMethod
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.staged import Staged
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -56,19 +56,6 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """The delivered layers. Call after :meth:`harden`."""
         return self.method.hard_layers()
 
-    @contextlib.contextmanager
-    def hard(self) -> Iterator[list[HardLayer]]:
-        """The model runs on the weights it would be delivered with now; its own come back on exit."""
-        layers = self.method.preview(self.step_count)
-        saved = [layer.parameter.data.clone() for layer in self.method.layers]
-        try:
-            for layer, delivered in zip(self.method.layers, layers, strict=True):
-                layer.parameter.data.copy_(delivered.weight())
-            yield layers
-        finally:
-            for layer, values in zip(self.method.layers, saved, strict=True):
-                layer.parameter.data.copy_(values)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
         for layer in self.method.layers:  # the base optimizer may not know the weights themselves
@@ -98,7 +85,7 @@ class CSQ(QuantizedOptimizer):
         total_steps: optimizer steps of the whole run; the schedule of the masks is a function of it.
         lr, momentum, weight_decay: SGD for everything that is not a quantized weight.
         exclude: globs of weights that stay float.
-        settings: further settings of the method; ``target_bits`` here wins over it.
+        settings: settings of the method `staged`.
 
     Raises UserError for an infeasible target and for globs that match nothing.
     """
@@ -116,8 +103,7 @@ class CSQ(QuantizedOptimizer):
         settings: StagedSettings | None = None,
     ) -> None:
         layers, self.left_float = find_layers(model, exclude=exclude)
-        chosen = replace(settings, target_bits=target_bits) if settings else StagedSettings(target_bits)
-        method = StagedCSQ(layers, Clock(total_steps, total_steps), chosen)
+        method = Staged(layers, plan_for(layers, target_bits, Schedule(total_steps, total_steps)), settings)
         base = torch.optim.SGD(base_groups(model, method), lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(method, base)
 

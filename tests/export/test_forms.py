@@ -23,7 +23,7 @@ from csqcli.file import io as checkpoint_file
 from csqcli.file import layout as storage
 from csqcli.file.io import QuantizedFile
 from csqcli.models import libraries as sources
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 
 FORMS = ("compact", "int8-packed", "bit-packed", "state-dict")
 TRAPS = "quantized_models:Traps"
