@@ -35,12 +35,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from csqcli import pipeline
 from csqcli.cli import app as cli
 from csqcli.export import run as exports  # imported here, so that no fork has to
 from csqcli.file import io as checkpoint_file
 from csqcli.system import files
 from csqcli.system.lock import LOCK_FILE
-from csqcli.training import run_folder
+from csqcli.training import deliver, run_folder
 from csqcli.training.loop import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # plain_models
@@ -424,7 +425,7 @@ class Faults:
         assert (folder / STATES[0]).exists()
         self._goes_on(folder)
         before = (folder / MODEL).read_bytes()
-        last = at_step(2, STEPS, lambda _: setattr(pipeline, "recalibrate_batchnorm", lambda *a, **k: limit()))
+        last = at_step(2, STEPS, lambda _: setattr(deliver, "recalibrate_batchnorm", lambda *a, **k: limit()))
         refused(csq(*PLAIN, "-o", folder, "--force", hook=last), f"{MODEL}", "cannot be written")
         assert (folder / MODEL).read_bytes() == before
         self._goes_on(folder)
