@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
 from csqcli.file import io as checkpoint_file
-from csqcli.file.io import Manifest, ModelRecord, QuantizedFile
+from csqcli.file.io import QuantizedFile
+from csqcli.file.loading import activation_records, hard_model, plain_model
+from csqcli.file.manifest import Manifest, ModelRecord
 from csqcli.models import libraries as models
 from csqcli.quant import activations
 from csqcli.quant.layers import layers_named
@@ -124,7 +125,7 @@ def finetune(
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
-        model = csqcli._plain_model(file, trust_code=trust_code, where=str(path))
+        model = plain_model(file, trust_code=trust_code, where=str(path))
         config = data_config(file.manifest.data_config, recipe)
         with Run(recipe, folder, display, model, images, config, file.manifest.model) as run:
             report = _finetune(run, file)
@@ -140,7 +141,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     run.model.load_state_dict(start.state_dict() | run.untracked())
     if run.activations is None and start.manifest.activations:
         method = recipe.quantization.act_method
-        run.activations = activations.attach(run.model, start.manifest.activation_records(), method=method)
+        run.activations = activations.attach(run.model, activation_records(start.manifest), method=method)
     run.check_scores()
     if not run.past_search:
         before = evaluate(run.model, run.val_loader)
@@ -189,14 +190,14 @@ def evaluate_file(
     target = pick_device(device)
     model: nn.Module
     if path.suffix == ".onnx":
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         target = pick_device("cpu")
         model, manifest = runtime.open_model(path)
     else:
         file = checkpoint_file.read(path)
         manifest = file.manifest
-        model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
+        model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
     images = data.open_data(data_source, train=False, val_limit=val_limit)
     _check_classes(manifest, images, where=str(path))

@@ -37,7 +37,8 @@ from PIL import Image
 
 from csqcli import pipeline
 from csqcli.cli import app as cli
-from csqcli.export import run as exports  # imported here, so that no fork has to
+from csqcli.exporting import run as exports  # imported here, so that no fork has to
+from csqcli.file import header
 from csqcli.file import io as checkpoint_file
 from csqcli.system import files
 from csqcli.system.lock import LOCK_FILE
@@ -312,7 +313,7 @@ class KillCycles:
         assert [path.name for path in target.iterdir()] == [output.name]
 
     def _same_weights(self, path: Path) -> None:
-        if checkpoint_file.is_quantized(path):
+        if header.is_quantized(path):
             state = checkpoint_file.read(path).state_dict()
         else:
             from safetensors.torch import load_file

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import ModelRecord, QuantizedFile
+from csqcli.file import io
+from csqcli.file.io import QuantizedFile
+from csqcli.file.manifest import ModelRecord
 from csqcli.models import libraries as sources
 from csqcli.quant import equations
 from csqcli.quant.hard_layer import HardLayer, hard_layer
@@ -53,9 +54,7 @@ def make_file(source: str, masks: Sequence[str] = MASKS, *, num_classes: int = 1
         source=spec.source, library=spec.library, name=spec.name, num_classes=num_classes, weights_from="random"
     )
     config = sources.data_config(model, spec)
-    return checkpoint_file.assemble(
-        model, harden(model, masks), record=record, data_config=config, target_bits=None, **details
-    )
+    return io.assemble(model, harden(model, masks), record=record, data_config=config, target_bits=None, **details)
 
 
 class Traps(nn.Module):

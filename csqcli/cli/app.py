@@ -168,10 +168,10 @@ def finetune(
     quiet: QuietOption = False,
 ) -> None:
     """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file import header
     from csqcli.recipe.resolve import parse_assignments, resolve_stored
 
-    manifest = checkpoint_file.read_manifest(file)
+    manifest = header.read_manifest(file)
     typed = {
         "data.source": data,
         "finetune.epochs": epochs,
@@ -284,10 +284,10 @@ def report(
     if not as_json:
         _print_report(file)
         return
-    from csqcli.file import io as checkpoint_file
-    from csqcli.report import terminal as reports
+    from csqcli.file import header
+    from csqcli.reporting import terminal as reports
 
-    typer.echo(json.dumps(reports.build(checkpoint_file.read_manifest(file), _history_beside(file)), indent=2))
+    typer.echo(json.dumps(reports.build(header.read_manifest(file), _history_beside(file)), indent=2))
 
 
 @app.command()
@@ -385,7 +385,7 @@ def export(
         raise UserError(f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {options}")
     if not onnx and (activations is not Activations.float or target is not Target.ort):
         raise UserError("--activations and --target belong to --onnx", where=f"csq export --{chosen[0]}")
-    from csqcli.export import run
+    from csqcli.exporting import run
 
     target_file = output or file.with_name(f"{file.stem}-{chosen[0]}").with_suffix(".onnx" if onnx else ".safetensors")
     manifest = run.export_file(
@@ -453,13 +453,13 @@ def _print_result(file: Path) -> None:
 def _print_report(file: Path) -> None:
     from rich.console import Console
 
-    from csqcli.file import io as checkpoint_file
-    from csqcli.report import terminal as reports
+    from csqcli.file import header
+    from csqcli.reporting import terminal as reports
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    reports.print_table(checkpoint_file.read_manifest(file), console)
+    reports.print_table(header.read_manifest(file), console)
 
 
 def _batch_settings(batch_size: str | None) -> dict[str, Any]:

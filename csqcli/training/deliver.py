@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import csqcli
 from csqcli.file import io as checkpoint_file
 from csqcli.file.io import QuantizedFile
-from csqcli.report import terminal as reports
+from csqcli.file.loading import activation_entries, hard_model
+from csqcli.reporting import terminal as reports
 from csqcli.system import distributed
 from csqcli.training.evaluate import evaluate, logits_of, recalibrate_batchnorm
 from csqcli.training.loop import Trainer
@@ -35,39 +35,37 @@ def deliver(
     layers = trainer.optimizer.hard_layers()
     run.model.eval()
 
-    def assembled() -> QuantizedFile:
-        return checkpoint_file.assemble(
-            run.model,
-            layers,
-            record=run.source,
-            data_config=run.config,
-            target_bits=run.target_bits if layers else None,
-            operations=run.operations,
-            classes=run.images.classes,
-            accuracy=accuracy,
-            activations=[vars(r) for r in run.activations.records()] if run.activations is not None else [],
-            left_float=left_float,
-            environment=environment(),
-            recipe=recipe.to_dict(),
-        )
+    file = checkpoint_file.assemble(
+        run.model,
+        layers,
+        record=run.source,
+        data_config=run.config,
+        target_bits=run.target_bits if layers else None,
+        operations=run.operations,
+        classes=run.images.classes,
+        accuracy=accuracy,
+        activations=activation_entries(run.activations.records() if run.activations is not None else ()),
+        left_float=left_float,
+        environment=environment(),
+        recipe=recipe.to_dict(),
+    )
 
     distributed.check_equal([vars(layer) for layer in layers], what="the hard model")
     results: tuple[float, float, float] | None = None
     if run.shard.is_main:
         candidate = run.folder.path / f".{MODEL_FILE}.candidate"
         try:
-            checkpoint_file.write(candidate, assembled())
-            file = checkpoint_file.read(candidate)
-            reloaded = csqcli.model_from_file(file, trust_code=True, where=str(candidate)).to(run.device)
+            checkpoint_file.write(candidate, file)
+            reloaded = hard_model(checkpoint_file.read(candidate), trust_code=True, where=str(candidate)).to(run.device)
             measured = evaluate(reloaded, run.whole_val_loader, shared=False)
             results = measured.top1, measured.top5, _logit_gap(run, reloaded)
         finally:
             candidate.unlink(missing_ok=True)
     accuracy.hard_top1, accuracy.hard_top5, gap = distributed.from_main(results)
-    final = assembled()
+    file.manifest.accuracy = accuracy
     if run.shard.is_main and accuracy.hard_top1 >= at_least:
-        checkpoint_file.write(run.folder.model_file, final)
-    return final, gap
+        checkpoint_file.write(run.folder.model_file, file)
+    return file, gap
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import nn
 import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
-from csqcli.file.io import AccuracyRecord, ModelRecord
+from csqcli.file.manifest import AccuracyRecord, ModelRecord
 from csqcli.models import libraries as models
 from csqcli.models.coverage import Operations, count_macs
 from csqcli.quant import activations

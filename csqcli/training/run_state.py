@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from csqcli.errors import UserError, machine_fault
-from csqcli.file.io import AccuracyRecord
+from csqcli.file.manifest import AccuracyRecord
 from csqcli.system import files
 from csqcli.system.limits import check_archive, check_tree
 

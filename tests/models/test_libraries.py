@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from csqcli.errors import UserError
+from csqcli.models import checkpoints
 from csqcli.models import libraries as sources
 from csqcli.models import networks as models
 
@@ -91,7 +92,7 @@ def test_a_checkpoint_with_pickled_code_is_refused_and_not_run(
     torch.save({"state_dict": _Evil()}, tmp_path / "evil2.pth")
     for name in ("evil.pth", "evil2.pth"):
         with pytest.raises(UserError, match=r"never runs|not a readable checkpoint"):
-            sources.read_checkpoint(str(tmp_path / name))
+            checkpoints.read_checkpoint(str(tmp_path / name))
     assert "executed" not in capsys.readouterr().out
 
 
@@ -113,7 +114,7 @@ def test_checkpoint_problems_are_named(tmp_path: Path) -> None:
         sources.load("digits_cnn", num_classes=10, checkpoint=str(tmp_path / "nan.safetensors"))
     (tmp_path / "noise.pth").write_bytes(b"noise")
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        sources.read_checkpoint(str(tmp_path / "noise.pth"))
+        checkpoints.read_checkpoint(str(tmp_path / "noise.pth"))
 
 
 def test_pretrained_without_network_says_what_to_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
