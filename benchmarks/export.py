@@ -31,10 +31,10 @@ from csqcli.file import io, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries as sources
-from csqcli.quant import activations
-from csqcli.quant import equations as csq
+from csqcli.quant import activations, equations
+from csqcli.quant.hard_layer import HardLayer, hard_layer
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import HardLayer, hard_layer, max_abs_scale
+from csqcli.quant.methods.csq import max_abs_scale
 
 MODELS = (
     "timm:resnet18",
@@ -60,7 +60,7 @@ def make_file(source: str) -> QuantizedFile:
     hard: list[HardLayer] = []
     for layer, planes in zip(layers, _planes([layer.weights for layer in layers]), strict=True):
         scale = max_abs_scale(layer.parameter)
-        integers = csq.quantize_integers(layer.parameter.detach(), scale, planes)
+        integers = equations.quantize_integers(layer.parameter.detach(), scale, planes)
         hard.append(hard_layer(layer, integers, scale / (2**planes - 1), torch.ones(planes, dtype=torch.bool)))
     record = ModelRecord(
         source=spec.source, library=spec.library, name=spec.name, num_classes=1000, weights_from="random"

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
 
 Report = dict[str, Any]
-Form = Literal["int8-packed", "bit-packed", "onnx", "state-dict"]
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
 
 
@@ -73,10 +72,10 @@ def search(
         report = csqcli.search("resnet18", target_bits=3, data="/imagenet", output="runs/resnet18", epochs=5)
         print(report["budget"]["mean_bits"], report["accuracy"]["hard_top1"])
     """
-    from csqcli.recipe.schema import resolve
+    from csqcli.recipe.resolve import resolve
 
     named = {"model.source": model, "quantization.target_bits": target_bits, "data.source": data}
-    resolved = resolve(recipe, _full(settings) | _given(named))
+    resolved = resolve(recipe, settings | _given(named))
 
     from csqcli import pipeline
 
@@ -116,7 +115,7 @@ def finetune(
         report = csqcli.finetune("runs/resnet18/model.safetensors", data="/imagenet", epochs=3, output="runs/tuned")
     """
     from csqcli.file import header
-    from csqcli.recipe.schema import resolve_stored
+    from csqcli.recipe.resolve import resolve_stored
 
     path = Path(file)
     manifest = header.read_manifest(path)
@@ -125,7 +124,9 @@ def finetune(
         "finetune.epochs": epochs,
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
     }
-    resolved = resolve_stored(manifest.recipe, _given(named) | _full(settings), where=f"recipe in {path}")
+    resolved = resolve_stored(
+        manifest.recipe, _given(named) | settings, where=f"recipe in {path}", trust_code=trust_code
+    )
     resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
 
     from csqcli import pipeline
@@ -184,7 +185,7 @@ def export(
     file: str | Path,
     output: str | Path | None = None,
     *,
-    form: Form,
+    form: str,
     activations: Literal["float", "int8"] = "float",
     target: Literal["ort", "openvino"] = "ort",
     calib: str | None = None,
@@ -199,7 +200,7 @@ def export(
         file: any safetensors file that csq wrote.
         output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
         form: ``bit-packed`` (the smallest), ``int8-packed`` (read with safetensors and NumPy alone), ``state-dict`` (plain
-            float weights) or ``onnx``.
+            float weights), ``onnx``, or ``package.module:Class`` of your own.
         activations: ``onnx`` only; ``int8`` needs activation scales in the file.
         target: ``onnx`` only; the engine that the file is verified with.
         calib: with ``int8``, images to measure the outputs of convolutions on; as ``data`` for :func:`search`.
@@ -218,18 +219,19 @@ def export(
 
         csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
     """
-    path = Path(file)
-    if form not in ("int8-packed", "bit-packed", "onnx", "state-dict"):
-        hint = "one of int8-packed, bit-packed, onnx, state-dict"
-        raise UserError(f"no form `{form}`", where="csqcli.export", hint=hint)
-    if form != "onnx" and (activations != "float" or target != "ort"):
-        raise UserError("activations and target belong to onnx", where=f"csqcli.export, form {form}")
-    from csqcli.exporting import run
+    from csqcli.exporting import registry
     from csqcli.reporting.build import build
 
-    manifest = run.export_file(
+    path = Path(file)
+    registry.check_name(form, where="csqcli.export")
+    options = {"activations": activations, "target": target, "calib": calib}
+    registry.check_options(form, options, where=f"csqcli.export, form {form}")
+
+    from csqcli.exporting.run import export_file, output_path
+
+    manifest = export_file(
         path,
-        Path(output) if output is not None else export_path(path, form),
+        Path(output) if output is not None else output_path(path, form),
         form=form,
         activations=activations,
         target=target,
@@ -408,20 +410,8 @@ def finetune_folder(file: Path) -> Path:
     return folder.with_name(f"{folder.name}-finetuned")
 
 
-def export_path(file: Path, form: str) -> Path:
-    """Where ``export`` writes when it is told nothing."""
-    return file.with_name(f"{file.stem}-{form}{'.onnx' if form == 'onnx' else '.safetensors'}")
-
-
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
-
-
-def _full(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their full dotted keys, so that one given by a short key and by name is one."""
-    from csqcli.recipe.schema import full_key
-
-    return {full_key(key): value for key, value in settings.items()}
 
 
 def _display(progress: bool) -> Any:

@@ -27,14 +27,14 @@ from csqcli.models import libraries as sources
 from csqcli.models.checkpoints import is_damaged
 from csqcli.models.coverage import count_macs, example_inputs
 from csqcli.models.libraries import ModelSpec
-from csqcli.pipeline import environment
 from csqcli.quant import activations
+from csqcli.quant.hard_layer import HardLayer, spread
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
-from csqcli.quant.methods.base import HardLayer, spread
 from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.quant.passes.rounding import levels_of, nearest_level
 from csqcli.quant.wrappers import unwrap
-from csqcli.training.loop import recalibrate_batchnorm
+from csqcli.training.evaluate import recalibrate_batchnorm
+from csqcli.training.run import environment
 
 _RECALIBRATION_BATCHES = 100  # at most, of the loader given
 _PROBE_IMAGES = 2
@@ -130,7 +130,7 @@ def _save(
             [hard for _, hard in pairs],
             record=record,
             data_config=config,
-            target_bits=optimizer.method.target_bits if pairs else None,
+            target_bits=optimizer.method.plan.budget.target if pairs else None,
             operations=count_macs(network, [layer for layer, _ in pairs], size, task=task),
             classes=list(classes or ()),
             accuracy=measured,

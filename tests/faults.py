@@ -42,12 +42,13 @@ from csqcli.file import header
 from csqcli.file import io as checkpoint_file
 from csqcli.system import files
 from csqcli.system.lock import LOCK_FILE
+from csqcli.training import deliver, run_folder
 from csqcli.training.loop import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # plain_models
 
 Hook = Callable[[], None]
-MODEL, STATES = pipeline.MODEL_FILE, (pipeline.RESUME_FILE, pipeline.PREVIOUS_FILE)
+MODEL, STATES = run_folder.MODEL_FILE, (run_folder.RESUME_FILE, run_folder.PREVIOUS_FILE)
 SHORT = ("--recipe", "digits", "--target-bits", "1.5", "--epochs", "3", "--quiet")
 SAVES = ("--set", "save_every_minutes=0.0003")  # every 18 ms, so that kills fall into saves too
 SEARCH = ("search", *SHORT, *SAVES, "--finetune-epochs", "2")
@@ -388,7 +389,7 @@ def dying_between_the_renames() -> None:
 
     def replace(source: object, target: object) -> None:
         original(source, target)  # type: ignore[arg-type]
-        if str(target).endswith(pipeline.PREVIOUS_FILE):
+        if str(target).endswith(run_folder.PREVIOUS_FILE):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace  # type: ignore[assignment]
@@ -425,7 +426,7 @@ class Faults:
         assert (folder / STATES[0]).exists()
         self._goes_on(folder)
         before = (folder / MODEL).read_bytes()
-        last = at_step(2, STEPS, lambda _: setattr(pipeline, "recalibrate_batchnorm", lambda *a, **k: limit()))
+        last = at_step(2, STEPS, lambda _: setattr(deliver, "recalibrate_batchnorm", lambda *a, **k: limit()))
         refused(csq(*PLAIN, "-o", folder, "--force", hook=last), f"{MODEL}", "cannot be written")
         assert (folder / MODEL).read_bytes() == before
         self._goes_on(folder)

@@ -537,7 +537,7 @@ def mutate_yaml(text: str, rng: random.Random) -> bytes:
 
 
 def assignment(rng: random.Random) -> str:
-    from csqcli.recipe.schema import _leaves
+    from csqcli.recipe.resolve import _leaves
 
     key = rng.choice([*_leaves(), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
     values = [
@@ -603,7 +603,7 @@ def build_corpus(folder: Path) -> None:
     from csqcli.exporting.run import export_file
     from csqcli.file import io as checkpoint_file
     from csqcli.models import networks as models
-    from csqcli.recipe import schema as recipe
+    from csqcli.recipe import resolve as recipe
     from csqcli.system.progress import Display
     from csqcli.training.loop import Trainer
     from tests.quantized_models import make_file
@@ -771,7 +771,7 @@ class Case:
         return self._as_checkpoint(target)
 
     def recipe(self) -> str:
-        from csqcli.recipe import schema as recipe
+        from csqcli.recipe import resolve as recipe
 
         path, data, _ = self._pick("*.yaml")
         target = self.folder / path.name
@@ -781,7 +781,7 @@ class Case:
         return allowed(lambda: recipe.to_yaml(recipe.resolve(str(target), {})))
 
     def set(self) -> str:
-        from csqcli.recipe import schema as recipe
+        from csqcli.recipe import resolve as recipe
 
         texts = [assignment(self.rng) for _ in range(self.rng.choice([1, 1, 2]))]
         return allowed(lambda: recipe.to_yaml(recipe.resolve("digits", recipe.parse_assignments(texts))))
@@ -802,7 +802,7 @@ class Case:
         import torch
 
         from csqcli import pipeline
-        from csqcli.recipe import schema as recipe
+        from csqcli.recipe import resolve as recipe
         from csqcli.system import files
         from csqcli.system.progress import Display
 

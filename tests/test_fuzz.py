@@ -30,7 +30,7 @@ from csqcli.file.io import QuantizedFile
 from csqcli.models import checkpoints
 from csqcli.models import libraries as sources
 from csqcli.models import networks as models
-from csqcli.recipe import schema as recipe
+from csqcli.recipe import resolve as recipe
 from csqcli.system import limits as untrusted
 from csqcli.system.allocation import AllocationLimit
 from tests import fuzz

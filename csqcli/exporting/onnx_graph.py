@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from csqcli.errors import UserError
 from csqcli.exporting.runtime import INPUT, OUTPUT, require
 from csqcli.exporting.verify import ParityError
-from csqcli.quant.methods.base import HardLayer, spread
-from csqcli.training.loop import logits_of
+from csqcli.quant.hard_layer import HardLayer, spread
+from csqcli.training.evaluate import logits_of
 
 if TYPE_CHECKING:
     from csqcli.exporting.int8_graph import Int8Graph

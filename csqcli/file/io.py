@@ -40,7 +40,7 @@ from csqcli.file.manifest import (
 from csqcli.models.checkpoints import is_damaged
 from csqcli.models.coverage import Operations
 from csqcli.quant import equations
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.system.files import replacing
 
 _DAMAGE = (ValueError, RuntimeError, SafetensorError)  # what decoding raises for bytes it cannot be given

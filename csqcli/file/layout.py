@@ -25,7 +25,7 @@ from csqcli.file.deflate import deflate, inflate
 from csqcli.file.header import CODES_TENSOR, raw_bytes, spans
 from csqcli.file.manifest import ITEM_BYTES, Form, LayerRecord, TensorRecord
 from csqcli.models.checkpoints import is_damaged
-from csqcli.quant.methods.base import HardLayer, spread
+from csqcli.quant.hard_layer import HardLayer, spread
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 

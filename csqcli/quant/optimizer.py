@@ -6,18 +6,21 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from csqcli.errors import UserError
+from csqcli.quant.catalog import StagedSettings
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import Clock, HardLayer, WeightMethod
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.staged import Staged
 from csqcli.quant.passes.state import kernels_for
 from csqcli.quant.wrappers import unwrap
+
+MAX_BITS = 8  # planes that each layer starts with
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -131,7 +134,7 @@ class CSQ(QuantizedOptimizer):
             Steps that a GradScaler skips do not count.
         lr, momentum, weight_decay: of SGD, for everything that is not a quantized weight.
         exclude: globs over weight names (``fc``, ``layer4.*``) that stay float.
-        settings: further settings of the method; ``target_bits`` given here wins over theirs.
+        settings: those of the method `staged`, which this trains with.
 
     Raises:
         UserError: for a target that cannot be met, globs that match nothing, and numbers out of range.
@@ -161,14 +164,14 @@ class CSQ(QuantizedOptimizer):
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             hint = "give the number of optimizer steps of the whole run, e.g. len(loader) * epochs"
             raise UserError(f"total_steps must be a whole number of at least 1, not {total_steps!r}", hint=hint)
-        chosen = replace(settings, target_bits=target_bits) if settings else StagedSettings(target_bits)
-        if not 0 < target_bits <= chosen.max_bits:  # NaN is refused too
-            raise UserError(f"target_bits must be above 0 and at most {chosen.max_bits}, not {target_bits!r}")
+        if not 0 < target_bits <= MAX_BITS:  # NaN is refused too
+            raise UserError(f"target_bits must be above 0 and at most {MAX_BITS}, not {target_bits!r}")
         if not 0 < lr < math.inf:
             raise UserError(f"lr must be a number above 0, not {lr!r}", hint="schedulers may lower it to 0 later")
         model = unwrap(model)
         layers, _ = find_layers(model, exclude=exclude)
-        method = StagedCSQ(layers, Clock(total_steps, total_steps), chosen)
+        plan = plan_for(layers, target_bits, Schedule(total_steps, total_steps), bits=MAX_BITS)
+        method = Staged(layers, plan, settings)
         base = torch.optim.SGD(base_groups(model, method), lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.total_steps = total_steps
         self._built = False

@@ -103,7 +103,9 @@ def _integers_of(weight: np.ndarray, layer: LayerRecord) -> np.ndarray:
 def _elements(file: Any, manifest: Manifest) -> int:
     """Elements of all parameters and buffers of the model, from the shapes in the header."""
     names = [name for layer in manifest.layers for name in (layer.name, *layer.aliases)]
-    helpers = {f"{layer.name}_{part}" for layer in manifest.layers for part in ("packed", "scale", "shape")} | set(names)
+    helpers = {f"{layer.name}_{part}" for layer in manifest.layers for part in ("packed", "scale", "shape")} | set(
+        names
+    )
     if manifest.packed_others:
         others = {record.name: record.shape for record in manifest.packed_others}
     elif CODES_TENSOR in file.keys():

@@ -6,6 +6,9 @@ cursor or hide text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import rich.box
 from rich.console import Console
 from rich.table import Table
@@ -130,6 +133,24 @@ def export_lines(manifest: Manifest) -> list[str]:
         lines.append(
             f"latency      {parity.latency_ms:.2f} ms, fp32 / this {parity.latency_ratio:.2f}× (batch 1, one thread)"
         )
+    return lines
+
+
+def coverage_lines(found: Mapping[str, Any]) -> list[str]:
+    """What `csq inspect` prints, from ``models.coverage.coverage``: a line per tensor, then the shares."""
+    lines = []
+    for layer in found["layers"]:
+        macs = "never called" if layer["macs"] is None else f"{layer['macs']:>15,} MACs"
+        shape = "×".join(map(str, layer["shape"]))
+        lines.append(f"{printable(layer['name']):<48} {shape:<18} {layer['weights']:>12,} weights {macs}")
+    for tensor in found["left_float"]:
+        shape = "×".join(map(str, tensor["shape"]))
+        lines.append(f"{printable(tensor['name']):<48} {shape:<18} float: {tensor['why']}")
+    lines.append(
+        f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
+        f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates "
+        f"for {'×'.join(map(str, found['input_size']))}"
+    )
     return lines
 
 

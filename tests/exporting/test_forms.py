@@ -22,7 +22,7 @@ from csqcli.file import codes, header, io, layout
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Form
 from csqcli.models import libraries as sources
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 
 FORMS = ("compact", "int8-packed", "bit-packed", "state-dict")
 TRAPS = "quantized_models:Traps"

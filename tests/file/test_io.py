@@ -18,7 +18,7 @@ from csqcli.errors import UserError
 from csqcli.file import codes, header, io
 from csqcli.file.manifest import ModelRecord
 from csqcli.models.networks import DIGITS_CONFIG
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 
 
 def test_integers_times_scale_are_the_reloaded_weights_bit_for_bit(digits_run: Path) -> None:
@@ -146,11 +146,12 @@ def test_a_bound_that_is_infinite_by_design_is_stored_and_nan_is_refused() -> No
 
 def test_tied_weights_are_stored_once_and_load_under_both_names(tmp_path: Path) -> None:
     from csqcli.quant.layers import find_layers
-    from csqcli.quant.methods.base import Clock, GateMethod, GateSettings
+    from csqcli.quant.methods.base import Schedule, plan_for
+    from csqcli.quant.methods.csq import BitLevelCSQ
 
     model = _Tied()
     layers, _ = find_layers(model)
-    method = GateMethod(layers, Clock(1, 1), GateSettings(target_bits=3.0))
+    method = BitLevelCSQ(layers, plan_for(layers, 3.0, Schedule(1, 1)))
     method.harden(0)
     record = ModelRecord(
         source="tests:_Tied", library="factory", name="tests:_Tied", num_classes=4, weights_from="random"
