@@ -59,12 +59,12 @@ class Form(ABC):
         self.int8: list[str] = []  # layers whose inputs and weights the engine has as int8
         self.calibrated: list[str] = []  # layers whose outputs are rounded at a scale that was not trained
 
-    @classmethod
-    def require(cls, options: Options) -> None:  # most forms need nothing
+    @classmethod  # noqa: B027  # most forms need nothing
+    def require(cls, options: Options) -> None:
         """UserError where a package is missing that this form needs. Called before anything is read."""
 
-    @classmethod
-    def accept(cls, file: QuantizedFile, options: Options, *, where: str) -> None:  # most hold any file
+    @classmethod  # noqa: B027  # most hold any file
+    def accept(cls, file: QuantizedFile, options: Options, *, where: str) -> None:
         """UserError where this form cannot hold ``file`` as ``options`` ask. Called before the model is built."""
 
     @abstractmethod
