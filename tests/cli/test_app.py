@@ -109,7 +109,7 @@ def test_the_model_in_memory_and_the_reloaded_one_agree_on_every_logit(digits_ru
 
 def test_report_needs_neither_model_code_nor_data(digits_run: Path) -> None:
     script = (
-        "import sys, csqcli.cli as c; sys.argv = ['csq', 'report', sys.argv[1]]\n"
+        "import sys, csqcli.cli.app as c; sys.argv = ['csq', 'report', sys.argv[1]]\n"
         "try: c.main()\nexcept SystemExit: pass\n"
         "assert not {'timm', 'torchvision'} & set(sys.modules)"
     )
@@ -416,7 +416,7 @@ def test_recipes_are_listed_shown_and_described(csq) -> None:
 
 def test_help_loads_no_torch() -> None:
     script = (
-        "import sys, csqcli.cli as c\nsys.argv = ['csq', '--help']\n"
+        "import sys, csqcli.cli.app as c\nsys.argv = ['csq', '--help']\n"
         "try: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     started = time.perf_counter()
