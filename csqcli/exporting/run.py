@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
 from csqcli.exporting import verify
@@ -20,6 +19,7 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import METADATA_KEY, Form, Manifest, ParityRecord
 from csqcli.system import files
 from csqcli.training.evaluate import check_scores, evaluate
+from csqcli.version import __version__
 
 if TYPE_CHECKING:
     from csqcli.exporting.onnx_graph import PackedGraph
@@ -102,7 +102,7 @@ def export_file(
             top1=accuracy.top1 if accuracy else None,
             samples=accuracy.samples if accuracy else 0,
             engine=exporter.engine,
-            versions={"csq": csqcli.__version__, "torch": torch.__version__},
+            versions={"csq": __version__, "torch": torch.__version__},
             load_seconds=load_seconds,
             latency_ms=latency_ms,
             latency_ratio=latency_ratio,
