@@ -7,7 +7,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from csqcli import __version__
 from csqcli.cli import output, recipes
 from csqcli.cli.evaluate import evaluate
 from csqcli.cli.export import export
@@ -18,6 +17,7 @@ from csqcli.cli.report import report
 from csqcli.cli.search import search
 from csqcli.errors import UserError, machine_fault
 from csqcli.system.interrupt import Interrupted
+from csqcli.version import __version__
 
 app = typer.Typer(
     name="csq",

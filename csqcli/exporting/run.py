@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
-import csqcli
 from csqcli.errors import UserError
 from csqcli.exporting import images, registry, verify
 from csqcli.exporting.form import Form, Options, Subject
 from csqcli.file import io, loading
 from csqcli.file.manifest import Manifest, ParityRecord
 from csqcli.training.evaluate import check_scores, evaluate
+from csqcli.version import __version__
 
 
 def export_file(
@@ -90,7 +90,7 @@ def export_file(
             top1=accuracy.top1 if accuracy else None,
             samples=accuracy.samples if accuracy else 0,
             engine=exporter.engine,
-            versions={"csq": csqcli.__version__, "torch": torch.__version__},
+            versions={"csq": __version__, "torch": torch.__version__},
             load_seconds=load_seconds,
             latency_ms=latency_ms,
             latency_ratio=latency_ratio,

@@ -7,7 +7,7 @@ method is a file in `methods/` and a card here; a method from outside is a class
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Takes = Literal["target", "planes", "either"]
 AUTO = "auto"
+_PARTS = ("summary", "citation", "takes", "Settings", "finetunes", "collect", "materialise")  # of every weight method
 LONG_SCHEDULE = 40  # epochs from which `auto` takes the bit-level method
 
 
@@ -215,13 +216,11 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
         known = [AUTO, *CARDS]
         hint = did_you_mean(method, known) or f"one of {', '.join(known)}, or package.module:Class"
         raise UserError(f"no method `{method}`", where=where, hint=hint)
-    found = import_attribute(method, where=where)
-    from csqcli.quant.methods.base import WeightMethod  # PyTorch is loaded by now
-
-    if not (isinstance(found, type) and issubclass(found, WeightMethod)):
+    found: Any = import_attribute(method, where=where)
+    if not all(hasattr(found, part) for part in ("__mro__", *_PARTS)):  # a class, and of that kind
         hint = "subclass csqcli.quant.methods.base.WeightMethod"
         raise UserError(f"`{method}` is no weight method", where=where, hint=hint)
-    missing = sorted(found.__abstractmethods__)
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing or not isinstance(getattr(found, "name", None), str):
         lacks = ", ".join(missing) or "name"
         raise UserError(f"`{method}` lacks {lacks}", where=where, hint="docs/architecture.md has an example")

@@ -17,7 +17,6 @@ import torch
 import torchvision
 from torch import nn
 
-import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
 from csqcli.file.manifest import AccuracyRecord, ModelRecord
@@ -33,6 +32,7 @@ from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.run_state import RunRecord, RunState
+from csqcli.version import __version__
 
 _CALIBRATION_BATCHES = 4
 
@@ -200,7 +200,7 @@ def data_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """Versions that a result depends on."""
     return {
-        "csq": csqcli.__version__,
+        "csq": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
