@@ -189,7 +189,7 @@ class CSQ(QuantizedOptimizer):
         )
         chosen = card.load()(layers, plan, _settings(card, settings))
         base = torch.optim.SGD(base_groups(model, chosen), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.total_steps = total_steps
+        self.total_steps, self.method_name = total_steps, method
         self._built = False
         super().__init__(chosen, base, harden_at_step=chosen.harden_at_step or total_steps)
         weights = [layer.parameter for layer in layers]
@@ -264,7 +264,7 @@ class CSQ(QuantizedOptimizer):
             self.method.materialise(self.step_count)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("method", "base", "step_count", "harden_at_step", "total_steps", "_built")
+        names = ("method", "base", "step_count", "harden_at_step", "total_steps", "method_name", "_built")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
