@@ -14,7 +14,7 @@ from torch import nn
 
 from csqcli.data import loaders as data
 from csqcli.errors import UserError
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
@@ -81,7 +81,7 @@ def search(
             run.keep_teacher()
             report = {} if run.past_search else _search(run)
             if recipe.finetune.epochs and recipe.card.name != "float":
-                searched = checkpoint_file.read(folder.model_file) if folder.shard.is_main else None
+                searched = io.read(folder.model_file) if folder.shard.is_main else None
                 report = _finetune(run, distributed.from_main(searched))
         folder.finish()
     return report
@@ -112,7 +112,7 @@ def finetune(
     Never delivers a worse model than it was given: the better of the two on the validation images is written, and
     ``report["finetune"]["kept"]`` says which.
     """
-    file = checkpoint_file.read(path)
+    file = io.read(path)
     if not file.layers:
         raise UserError("holds no quantized layer", where=str(path), hint="`csq search` writes one that does")
     if recipe.optimizer.distill:
@@ -171,7 +171,7 @@ def _keep_input(run: Run, start: QuantizedFile, top1: float) -> QuantizedFile:
     run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
     start.manifest.accuracy, start.manifest.sizes.file_bytes = run.record.accuracy, None
     if run.shard.is_main:
-        checkpoint_file.write(run.folder.model_file, start)
+        io.write(run.folder.model_file, start)
     return start
 
 
@@ -196,7 +196,7 @@ def evaluate_file(
         target = pick_device("cpu")
         model, manifest = runtime.open_model(path)
     else:
-        file = checkpoint_file.read(path)
+        file = io.read(path)
         manifest = file.manifest
         model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)

@@ -141,7 +141,7 @@ def test_the_number_typed_is_true_on_disk_even_after_one_epoch(csq, tmp_path: Pa
     assert spare < 0.1 or all(layer["weights"] > spare for layer in report["layers"] if layer["bits"] < 8)
 
 
-@pytest.mark.parametrize("method", ["csq", "csq-paper"])
+@pytest.mark.parametrize("method", ["staged", "csq"])
 def test_bfloat16_state_trains_and_the_number_typed_stays_true(csq, tmp_path: Path, method: str) -> None:
     files = {}
     for dtype in ("float32", "bfloat16"):
@@ -312,7 +312,7 @@ def test_finetune_starts_from_the_file_alone_and_never_delivers_a_worse_model(
     assert result["top1"] == report["accuracy"]["hard_top1"]
 
 
-@pytest.mark.parametrize("method", ["csq-paper", "csq-uniform", "ste", "lsq"])
+@pytest.mark.parametrize("method", ["csq", "csq-uniform", "ste", "lsq"])
 def test_every_method_s_file_is_finetuned_from_exactly_where_it_stands(csq, tmp_path: Path, method: str) -> None:
     run = ("search", "--recipe", "digits", "--method", method, "--target-bits", "2", "-o", tmp_path / "a", *FAST)
     assert csq(*run)[0] == 0
@@ -375,7 +375,7 @@ def test_search_and_finetune_chain_in_one_command_and_resume_in_either_phase(csq
         assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["csq-paper", "csq-uniform", "ste", "lsq", "float"])
+@pytest.mark.parametrize("method", ["csq", "csq-uniform", "ste", "lsq", "float"])
 def test_every_method_runs_through_the_same_command(csq, tmp_path: Path, method: str) -> None:
     code, _, err = csq("search", "--recipe", "digits", "--method", method, "--target-bits", "2", "-o", tmp_path, *FAST)
     assert code == 0, err
