@@ -66,7 +66,9 @@ def export(
     chosen = [name for name, wanted in flags.items() if wanted] + ([form] if form is not None else [])
     if len(chosen) != 1:
         names = ", ".join(f"--{name}" for name in flags)
-        raise UserError(f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {names}, --form")
+        raise UserError(
+            f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {names}, --form NAME"
+        )
     registry.check_name(chosen[0], where="--form")
     options = {"activations": activations.value, "target": target.value, "calib": calib}
     registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")

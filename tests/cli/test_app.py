@@ -316,7 +316,7 @@ def test_finetune_starts_from_the_file_alone_and_never_delivers_a_worse_model(
 def test_every_method_s_file_is_finetuned_from_exactly_where_it_stands(csq, tmp_path: Path, method: str) -> None:
     run = ("search", "--recipe", "digits", "--method", method, "--target-bits", "2", "-o", tmp_path / "a", *FAST)
     assert csq(*run)[0] == 0
-    still = ("--epochs", 1, "--set", "finetune.lr=1e-9", "--set", "latent_lr=1e-9", "--set", "max_steps=3")
+    still = ("--epochs", 1, "--set", "finetune.lr=1e-9", "--set", "max_steps=3")
     model = tmp_path / "a" / "model.safetensors"
     code, _, err = csq("finetune", model, "--data", "digits", "-o", tmp_path / "b", "--quiet", *still)
     assert code == 0, err
