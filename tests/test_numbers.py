@@ -119,7 +119,7 @@ def test_a_constant_layer_is_met_within_half_a_step(value: float) -> None:
 def test_layers_from_one_end_of_float32_to_the_other_are_searched_written_read_back_and_evaluated(
     csq, tmp_path: Path
 ) -> None:
-    code, _, err = csq(*CORNERS, "-o", tmp_path, *QUICK)
+    code, _, err = csq(*CORNERS, "--method", "staged", "-o", tmp_path, *QUICK)
     assert code == 0, err
     weights = io.read(tmp_path / "model.safetensors").state_dict()
     largest = {name: float(value.abs().max()) for name, value in weights.items()}
@@ -154,7 +154,7 @@ def test_where_plain_sgd_cannot_train_the_run_stops_in_one_line(csq, tmp_path: P
 
 
 def test_extreme_layers_survive_every_form_of_the_file(csq, tmp_path: Path) -> None:
-    assert csq(*CORNERS, "-o", tmp_path / "run", *QUICK)[0] == 0
+    assert csq(*CORNERS, "--method", "staged", "-o", tmp_path / "run", *QUICK)[0] == 0
     model = tmp_path / "run" / "model.safetensors"
     original = io.read(model).state_dict()
     for form in ("int8-packed", "bit-packed", "state-dict"):
@@ -186,7 +186,7 @@ def test_a_checkpoint_with_nan_is_refused_by_the_tensor_s_name(csq, tmp_path: Pa
     state["bn2.running_var"][3] = bad
     path = tmp_path / f"bad.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(state, path)
-    code, _, err = csq("search", "--recipe", "digits", "--checkpoint", path, "--target-bits", 2, "-o", tmp_path / "run")
+    code, _, err = csq("search", "--recipe", "digits", "--checkpoint", path, "--target-bits", 2, "-o", tmp_path / "run", "--quiet")
     assert (code, err.count("\n")) == (2, 1)
     assert "tensor `bn2.running_var` holds NaN or infinite values" in err
     assert not (tmp_path / "run" / "model.safetensors").exists()
