@@ -31,6 +31,7 @@ import csqcli
 from csqcli.data import loaders as data
 from csqcli.errors import UserError, did_you_mean, machine_fault
 from csqcli.file import io as checkpoint_file
+from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import AccuracyRecord, Manifest, ModelRecord, QuantizedFile
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import Operations, count_macs
@@ -106,10 +107,12 @@ def search(
             recipe.model.source,
             num_classes=images.num_classes,
             pretrained=recipe.model.pretrained,
-            checkpoint=recipe.model.checkpoint,
+            checkpoint=open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None,
             arguments=recipe.model.arguments,
             num_classes_from=images.source,
         )
+        for note in loaded.notes:
+            display.say(f"{loaded.weights_from}: {note}")
         record = ModelRecord(
             source=loaded.spec.source,
             library=loaded.spec.library,
