@@ -28,7 +28,11 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import csqcli
-from csqcli.data import loaders as data
+from csqcli.data.classes import match_classes
+from csqcli.data.loaders import LoaderSettings, Unavailable, make_loader
+from csqcli.data.specs import help_text, open_data
+from csqcli.data.splits import DataSet
+from csqcli.data.transforms import choose_augment
 from csqcli.errors import UserError, did_you_mean, machine_fault
 from csqcli.file import io as checkpoint_file
 from csqcli.file.checkpoint import open_checkpoint
@@ -85,7 +89,7 @@ def search(
     display: Display,
     force: bool = False,
     resume: bool = False,
-    images: data.DataSet | None = None,
+    images: DataSet | None = None,
 ) -> dict[str, Any]:
     """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
 
@@ -156,8 +160,7 @@ def finetune(
         hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     _check_task(file.manifest.spec)
-    images = _open_images(recipe)
-    _check_classes(file.manifest, images, where=str(path))
+    images = _with_classes_of(file.manifest, _open_images(recipe), where=str(path), whole=True)
     source = file.manifest.payload_sha256
     with _OutputFolder(output, recipe, force=force, resume=resume, source=source) as folder:
         if folder.finished is not None:
@@ -180,8 +183,11 @@ def evaluate_file(
     batch_size: int = 256,
     val_limit: int | None = None,
     trust_code: bool = False,
+    classes_by_position: bool = False,
 ) -> tuple[Accuracy, Manifest]:
     """Accuracy of the hard model as the file holds it, with the preprocessing stored in it.
+
+    Classes are matched by their names, or by their numbers alone where ``classes_by_position``.
 
     ONNX files run in ONNX Runtime on the CPU, all others in torch on ``device``.
     """
@@ -197,11 +203,11 @@ def evaluate_file(
         manifest = file.manifest
         model = csqcli.model_from_file(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
-    images = data.open_data(data_source, train=False, val_limit=val_limit)
-    _check_classes(manifest, images, where=str(path))
+    images = open_data(data_source, train=False, val_limit=val_limit)
+    images = _with_classes_of(manifest, images, where=str(path), by_position=classes_by_position)
     check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
-    settings = data.LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
-    return evaluate(model, data.make_loader(images.val, manifest.data_config, settings)), manifest
+    settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
+    return evaluate(model, make_loader(images.val, manifest.data_config, settings)), manifest
 
 
 def pick_device(name: str) -> torch.device:
@@ -231,7 +237,7 @@ class _Job:
     folder: _OutputFolder
     display: Display
     model: nn.Module
-    images: data.DataSet
+    images: DataSet
     config: dict[str, Any]
     record: ModelRecord
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -255,20 +261,20 @@ class _Job:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         train, val = self.images.train, self.images.val
         assert train is not None
-        augment = data.choose_augment(settings.augment, self.images, self.config)
+        augment = choose_augment(settings.augment, self.images, self.config)
         self.display.say(
             f"{self.record.source} on {self.images.source}: {len(train)} training and {len(val)} validation images, "
             f"{self.images.num_classes} classes"
         )
         shared = functools.partial(
-            data.LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
+            LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
         )
         training = shared(training=True, batch_size=settings.batch_size, augment=augment)
-        self.train_loader = data.make_loader(train, self.config, training)
+        self.train_loader = make_loader(train, self.config, training)
         held_out = shared(training=False, batch_size=settings.eval_batch_size)
-        self.val_loader = data.make_loader(val, self.config, held_out)
+        self.val_loader = make_loader(val, self.config, held_out)
         whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
-        self.whole_val_loader = data.make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
+        self.whole_val_loader = make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
         self.saved = self.folder.load_state()
         self._take_saved()
 
@@ -611,7 +617,7 @@ class _Job:
             for epoch in range(first, trainer.epochs):
                 try:
                     line = {"phase": phase, **trainer.run_epoch(epoch, start=done["batch"], losses=done["losses"])}
-                except data.Unavailable:  # raised between two steps
+                except Unavailable:  # raised between two steps
                     if last is not None:
                         save(*last)
                     raise
@@ -773,17 +779,27 @@ def _check_target(recipe: Recipe) -> None:
         raise UserError(f"{method} gives every layer the same planes; {target:g} is not possible", hint=hint)
 
 
-def _open_images(recipe: Recipe) -> data.DataSet:
+def _open_images(recipe: Recipe) -> DataSet:
     settings = recipe.data
     if settings.source is None:
-        raise UserError("no data given", hint="pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)")
-    return data.open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)
+        raise UserError("no data given", hint=f"--data takes {help_text()}")
+    return open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)
 
 
-def _check_classes(manifest: Manifest, images: data.DataSet, *, where: str) -> None:
-    if images.num_classes != manifest.model.num_classes:
+def _with_classes_of(
+    manifest: Manifest, images: DataSet, *, where: str, by_position: bool = False, whole: bool = False
+) -> DataSet:
+    """The images with the labels that the file's model gives its classes, matched by name where the file holds names.
+
+    ``whole`` asks for all of them.
+    """
+    if (whole or not manifest.classes) and images.num_classes != manifest.model.num_classes:
         what = f"the model has {manifest.model.num_classes} classes, {images.source} has {images.num_classes}"
         raise UserError(what, where=where, hint="give data with the classes that it was trained on")
+    if not manifest.classes:
+        return images
+    outputs = match_classes(manifest.classes, images.classes, where=images.source, by_position=by_position)
+    return images.relabelled(outputs, manifest.classes)
 
 
 def _overridden(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from csqcli import __version__
+from csqcli.data.specs import help_text
 from csqcli.errors import UserError, machine_fault
 from csqcli.system.interrupt import Interrupted
 
@@ -45,9 +46,7 @@ ModelArgument = Annotated[
     ),
 ]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="Image folder with train/ and val/, cifar10:DIR, cifar100:DIR, or digits.")
-]
+DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
 DeviceOption = Annotated[Device | None, typer.Option("--device", help="auto takes a GPU when there is one.")]
 BatchOption = Annotated[
     str | None,
@@ -191,7 +190,7 @@ def finetune(
 @app.command()
 def evaluate(
     file: FileArgument,
-    data: Annotated[str, typer.Option("--data", help="Image folder with val/, cifar10:DIR, cifar100:DIR, or digits.")],
+    data: Annotated[str, typer.Option("--data", help=f"Images, of which the validation split is used: {help_text()}")],
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
     val_limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")] = None,

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import csqcli
-from csqcli.data import loaders as data
+from csqcli.data.loaders import Loader, LoaderSettings, make_loader
+from csqcli.data.specs import open_data
 from csqcli.errors import UserError
 from csqcli.export import verify
 from csqcli.export.verify import ParityError, Probe
@@ -270,15 +271,13 @@ def _module(weight: str) -> str:
     return weight.rpartition(".")[0]
 
 
-def _loader(
-    file: QuantizedFile, source: str, val_limit: int | None, *, workers: int, labelled: bool = True
-) -> data.Loader:
-    images = data.open_data(source, train=False, val_limit=val_limit)
+def _loader(file: QuantizedFile, source: str, val_limit: int | None, *, workers: int, labelled: bool = True) -> Loader:
+    images = open_data(source, train=False, val_limit=val_limit)
     classes = file.manifest.model.num_classes
     if labelled and images.num_classes != classes:
         raise UserError(f"the model has {classes} classes, the data has {images.num_classes}", where=source)
-    settings = data.LoaderSettings(training=False, batch_size=32, workers=workers)
-    return data.make_loader(images.val, file.manifest.data_config, settings)
+    settings = LoaderSettings(training=False, batch_size=32, workers=workers)
+    return make_loader(images.val, file.manifest.data_config, settings)
 
 
 def summary(manifest: Manifest) -> list[str]:

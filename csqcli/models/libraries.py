@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from csqcli.models import networks
 from csqcli.models.checkpoints import Checkpoint, Weights, choose_weights, fit_state_dict
 from csqcli.models.data_config import IMAGENET_CONFIG, DataConfig, usable_config
 from csqcli.models.spec import ModelSpec, known_names, parse
+from csqcli.system.imports import import_attribute
 from csqcli.system.limits import check_arguments
 
 log = logging.getLogger(__name__)
@@ -166,15 +165,7 @@ def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool
 
 
 def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
-    module_name, _, attribute = spec.name.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a factory in the working directory, as `python -m` would find it
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise UserError(f"cannot import `{module_name}` ({error})", where=spec.name) from error
-    except AttributeError:
-        raise UserError(f"`{module_name}` has no `{attribute}`", where=spec.name) from None
+    factory = import_attribute(spec.name)
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if "num_classes" in kwargs and "num_classes" not in parameters and not takes_any:

@@ -16,7 +16,6 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which protocol 2 writes
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -167,7 +166,7 @@ def _is_forbidden(name: str) -> bool:
     return package in sys.stdlib_module_names or package in ("nt", "posix")
 
 
-def _stand_in(name: str) -> Callable[..., Any]:
+def _stand_in(name: str) -> Any:
     """A class of the given full name that takes the place of the real one."""
     module, _, last = name.rpartition(".")
     return type(last, (_Entries if name == "collections.defaultdict" else StandIn,), {"__module__": module})

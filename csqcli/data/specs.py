@@ -1,0 +1,145 @@
+"""What ``--data`` takes: the registry of data sources, and the way from a spec to a data set.
+
+A source is one function that turns the text after the colon into a :class:`~csqcli.data.splits.DataSet`::
+
+    @data_source("pets:DIR", "the Oxford-IIIT pets, as downloaded")
+    def pets(text: str, *, train: bool) -> DataSet: ...
+
+``train`` is False where only the validation split is needed; a source may read it all the same. From outside the package,
+``package.module:function`` or ``package.module:function:text`` names such a function, without the decorator. Importing this
+module does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from csqcli.errors import UserError, did_you_mean
+from csqcli.system.imports import import_attribute
+from csqcli.system.limits import is_safe_text
+
+if TYPE_CHECKING:
+    from csqcli.data.splits import DataSet
+
+_OUTSIDE = re.compile(r"(?P<name>[A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(?P<text>.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One kind of data: how it is spelled, what it is, and the function that opens it."""
+
+    spelling: str  # "cifar10:DIR"; just "digits" where nothing follows
+    help: str  # one line without a full stop
+    open: Callable[..., DataSet]
+
+    @property
+    def name(self) -> str:
+        return self.spelling.partition(":")[0]
+
+    @property
+    def takes_text(self) -> bool:
+        return ":" in self.spelling
+
+
+_SOURCES: dict[str, DataSource] = {}
+
+
+def data_source(spelling: str, help: str) -> Callable[[Callable[..., DataSet]], Callable[..., DataSet]]:
+    """Register a function ``(text, *, train) -> DataSet`` under a spelling such as ``"cifar10:DIR"``.
+
+    ``text`` is what the user typed after the colon (empty where the spelling has none). ``help`` is one line that
+    ``csq search --help`` shows. Raises ValueError for a name that is taken.
+    """
+
+    def register(function: Callable[..., DataSet]) -> Callable[..., DataSet]:
+        source = DataSource(spelling, help, function)
+        if source.name in _SOURCES:
+            raise ValueError(f"there is a data source `{source.name}` already")
+        _SOURCES[source.name] = source
+        return function
+
+    return register
+
+
+def known_sources() -> list[DataSource]:
+    """All registered sources, by name."""
+    from csqcli.data import sources
+
+    for module in pkgutil.iter_modules(sources.__path__):
+        importlib.import_module(f"{sources.__name__}.{module.name}")
+    return [_SOURCES[name] for name in sorted(_SOURCES)]
+
+
+def help_text() -> str:
+    """What ``--data`` takes, for help texts and hints: ``folder of …, cifar10:DIR (…), … or package.module:function``."""
+    known = sorted(known_sources(), key=lambda source: source.name != "folder")  # the usual case first
+    listed = [f"{source.spelling} ({source.help})" for source in known]
+    return f"{', '.join(listed)}, or package.module:function[:TEXT] of your own; a bare path is a folder."
+
+
+def open_data(
+    source: str, *, train: bool = True, train_limit: int | None = None, val_limit: int | None = None
+) -> DataSet:
+    """The data set of a spec, at most so many images of each split.
+
+    ``train`` False leaves the training split out. Raises UserError for an unknown source, a missing split, no images, class
+    names that cannot be stored, or classes that differ between the splits.
+    """
+    if not is_safe_text(source):
+        raise UserError("holds control characters or bytes that are not UTF-8", where=source, hint="rename the folder")
+    opener, text = _find(source)
+    data = opener(text, train=train)
+    _check(data, source, train=train)
+    kept = data.train.limited(train_limit) if data.train is not None and train else None
+    return replace(data, train=kept, val=data.val.limited(val_limit))
+
+
+def _find(source: str) -> tuple[Callable[..., DataSet], str]:
+    """The function that opens a spec, and the text that it is given."""
+    name, colon, text = source.partition(":")
+    known = {entry.name: entry for entry in known_sources()}
+    if name in known and known[name].takes_text == bool(text):
+        return known[name].open, text
+    if Path(source).is_dir() or not colon:
+        return known["folder"].open, source
+    if name in known:
+        usage = f"write {known[name].spelling}"
+        raise UserError(
+            f"`{name}` takes {'a text after' if known[name].takes_text else 'no text after'} its name",
+            where=source,
+            hint=usage,
+        )
+    outside = _OUTSIDE.fullmatch(source)
+    if outside is None or did_you_mean(name, known):
+        hint = did_you_mean(name, known) or f"--data takes {help_text()}"
+        raise UserError("no such folder or data source", where=source, hint=hint)
+    return import_attribute(outside["name"]), outside["text"] or ""
+
+
+def _check(data: DataSet, source: str, *, train: bool) -> None:
+    """What every source must deliver, outside ones included."""
+    from csqcli.data.splits import DataSet
+
+    if not isinstance(data, DataSet):
+        raise UserError(
+            f"the data source returned {type(data).__name__}, not a csqcli.data.splits.DataSet", where=source
+        )
+    for name in data.classes:
+        if not is_safe_text(name):
+            what = f"class {name!r} holds control characters or bytes that are not UTF-8"
+            raise UserError(what, where=source, hint="rename it")
+    if train and data.train is None:
+        raise UserError("no training split", where=source, hint="give data with images for training")
+    for split, images in (("validation", data.val), ("training", data.train if train else None)):
+        if (
+            images is not None
+            and len(images)
+            and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(data.classes)
+        ):
+            raise UserError(f"a {split} label is outside 0 to {len(data.classes) - 1}", where=source)
