@@ -30,7 +30,8 @@ from torch import nn
 import csqcli
 from csqcli.data.classes import match_classes
 from csqcli.data.loaders import LoaderSettings, Unavailable, make_loader
-from csqcli.data.specs import help_text, open_data
+from csqcli.data.specs import hint as data_hint
+from csqcli.data.specs import open_data
 from csqcli.data.splits import DataSet
 from csqcli.data.transforms import choose_augment
 from csqcli.errors import UserError, did_you_mean, machine_fault
@@ -782,7 +783,7 @@ def _check_target(recipe: Recipe) -> None:
 def _open_images(recipe: Recipe) -> DataSet:
     settings = recipe.data
     if settings.source is None:
-        raise UserError("no data given", hint=f"--data takes {help_text()}")
+        raise UserError("no data given", hint=data_hint())
     return open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)
 
 

@@ -29,15 +29,16 @@ def match_classes(
     for names, owner in ((stored, "the model"), (found, "the data")):
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
-            hint = "pass --classes-by-position if class numbers are the same"
+            hint = "pass --classes-by-position if they have the same numbers"
             raise UserError(f"{owner} has two classes `{twice}`", where=where, hint=hint)
     foreign = [name for name in found if name not in stored]
     if foreign:
+        more = f", nor are {len(foreign) - 1} more" if foreign[1:] else ""
+        if len(stored) == len(found):
+            hint = "pass --classes-by-position if they have the same numbers nevertheless"
+        else:
+            hint = "give data with the classes that it was trained on"
         likely = did_you_mean(foreign[0], stored)
-        hint = "pass --classes-by-position if class numbers are the same all the same"
-        raise UserError(
-            f"class `{foreign[0]}` is not one of the model's {len(stored)}{f' and {len(foreign) - 1} more are not' if foreign[1:] else ''}",
-            where=where,
-            hint=f"{likely} {hint}" if likely else hint,
-        )
+        what = f"class `{foreign[0]}` is not one of the model's {len(stored)}{more}"
+        raise UserError(what, where=where, hint=f"{likely} {hint}".strip())
     return [stored.index(name) for name in found]

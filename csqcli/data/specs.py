@@ -77,10 +77,19 @@ def known_sources() -> list[DataSource]:
 
 
 def help_text() -> str:
-    """What ``--data`` takes, for help texts and hints: ``folder of …, cifar10:DIR (…), … or package.module:function``."""
-    known = sorted(known_sources(), key=lambda source: source.name != "folder")  # the usual case first
-    listed = [f"{source.spelling} ({source.help})" for source in known]
+    """What ``--data`` takes, each source with its help line, for ``--help``."""
+    listed = [f"{source.spelling} ({source.help})" for source in _usual_first()]
     return f"{', '.join(listed)}, or package.module:function[:TEXT] of your own; a bare path is a folder."
+
+
+def hint() -> str:
+    """The same in short, for error messages: ``--data takes folder:DIR, cifar10:DIR, … or package.module:function``."""
+    listed = [source.spelling for source in _usual_first()]
+    return f"--data takes {', '.join(listed)} or package.module:function"
+
+
+def _usual_first() -> list[DataSource]:
+    return sorted(known_sources(), key=lambda source: source.name != "folder")
 
 
 def open_data(
@@ -106,20 +115,23 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
     known = {entry.name: entry for entry in known_sources()}
     if name in known and known[name].takes_text == bool(text):
         return known[name].open, text
-    if Path(source).is_dir() or not colon:
+    if Path(source).is_dir():
         return known["folder"].open, source
+    likely = did_you_mean(name, known)
+    if not colon and not likely:
+        return known["folder"].open, source  # which says that there is none
     if name in known:
-        usage = f"write {known[name].spelling}"
-        raise UserError(
-            f"`{name}` takes {'a text after' if known[name].takes_text else 'no text after'} its name",
-            where=source,
-            hint=usage,
-        )
+        follows = "a text after" if known[name].takes_text else "no text after"
+        raise UserError(f"`{name}` takes {follows} its name", where=source, hint=f"write {known[name].spelling}")
     outside = _OUTSIDE.fullmatch(source)
-    if outside is None or did_you_mean(name, known):
-        hint = did_you_mean(name, known) or f"--data takes {help_text()}"
-        raise UserError("no such folder or data source", where=source, hint=hint)
-    return import_attribute(outside["name"]), outside["text"] or ""
+    if outside is None:
+        raise UserError("no such folder or data source", where=source, hint=likely or hint())
+    try:
+        return import_attribute(outside["name"]), outside["text"] or ""
+    except UserError:
+        if likely:
+            raise UserError("no such folder or data source", where=source, hint=likely) from None
+        raise
 
 
 def _check(data: DataSet, source: str, *, train: bool) -> None:

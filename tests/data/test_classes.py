@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from csqcli import pipeline
 from csqcli.data.classes import match_classes
+from csqcli.data.specs import open_data
 from csqcli.data.splits import DataSet, Images
 from csqcli.errors import UserError
 
@@ -34,3 +39,34 @@ def test_a_name_that_stands_twice_says_so() -> None:
     with pytest.raises(UserError, match="the model has two classes `crane`"):
         match_classes(["crane", "dog", "crane"], ["dog", "crane"])
     assert match_classes(["crane", "crane"], ["crane", "crane"]) == [0, 1]  # exactly as stored
+
+
+def backwards(text: str, *, train: bool) -> DataSet:
+    """The digits with classes from 9 to 0, called ``text`` and the digit."""
+    return open_data("digits").relabelled(range(9, -1, -1), [f"{text}{digit}" for digit in range(9, -1, -1)])
+
+
+def test_a_file_is_evaluated_by_its_own_class_names(digits_run: Path, csq, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "somebody", sys.modules[__name__])
+    path = digits_run / "model.safetensors"
+    there, _ = pipeline.evaluate_file(path, "digits", device="cpu")
+    back, _ = pipeline.evaluate_file(path, "somebody:backwards", device="cpu")
+    assert there == back
+    assert there.top1 > 90
+    code, _, err = csq("evaluate", path, "--data", "somebody:backwards:n")
+    assert (code, "class `n9` is not one of the model's 10, nor are 9 more; pass --classes-by-position" in err) == (
+        2,
+        True,
+    )
+    by_position, _ = pipeline.evaluate_file(path, "somebody:backwards:n", device="cpu", classes_by_position=True)
+    assert by_position.top1 < 20  # 4 and 5 swap places, no digit keeps its own
+
+
+def test_finetuning_maps_classes_by_name_too(digits_run: Path, tmp_path: Path, csq, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "somebody", sys.modules[__name__])
+    code, _, err = csq(
+        *("finetune", digits_run / "model.safetensors", "--data", "somebody:backwards", "--epochs", 1),
+        *("--quiet", "-o", tmp_path / "more"),
+    )
+    assert (code, err) == (0, "")
+    assert pipeline.evaluate_file(tmp_path / "more" / "model.safetensors", "digits", device="cpu")[0].top1 > 90
