@@ -53,12 +53,12 @@ def test_a_file_is_evaluated_by_its_own_class_names(digits_run: Path, csq, monke
     back, _ = pipeline.evaluate_file(path, "somebody:backwards", device="cpu")
     assert there == back
     assert there.top1 > 90
-    code, _, err = csq("evaluate", path, "--data", "somebody:backwards:n")
-    assert (code, "class `n9` is not one of the model's 10, nor are 9 more; pass --classes-by-position" in err) == (
+    code, _, err = csq("evaluate", path, "--data", "somebody:backwards:digit-")
+    assert (code, "class `digit-9` is not one of the model's 10, nor are 9 more; pass --classes-by-position" in err) == (
         2,
         True,
     )
-    by_position, _ = pipeline.evaluate_file(path, "somebody:backwards:n", device="cpu", classes_by_position=True)
+    by_position, _ = pipeline.evaluate_file(path, "somebody:backwards:digit-", device="cpu", classes_by_position=True)
     assert by_position.top1 < 20  # 4 and 5 swap places, no digit keeps its own
 
 
