@@ -18,6 +18,7 @@ test: lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check csqcli tests benchmarks
 	$(BIN)/ruff check csqcli tests benchmarks
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev

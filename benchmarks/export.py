@@ -26,15 +26,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-import csqcli
-from csqcli.export.run import export_file
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import ActivationEntry, ModelRecord, ParityRecord, QuantizedFile
+from csqcli.exporting.run import export_file
+from csqcli.file import io, loading
+from csqcli.file.io import QuantizedFile
+from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries as sources
-from csqcli.quant import activations
-from csqcli.quant import equations as csq
+from csqcli.quant import activations, equations
+from csqcli.quant.hard_layer import HardLayer, hard_layer
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import HardLayer, hard_layer, max_abs_scale
+from csqcli.quant.methods.csq import max_abs_scale
 
 MODELS = (
     "timm:resnet18",
@@ -60,12 +60,12 @@ def make_file(source: str) -> QuantizedFile:
     hard: list[HardLayer] = []
     for layer, planes in zip(layers, _planes([layer.weights for layer in layers]), strict=True):
         scale = max_abs_scale(layer.parameter)
-        integers = csq.quantize_integers(layer.parameter.detach(), scale, planes)
+        integers = equations.quantize_integers(layer.parameter.detach(), scale, planes)
         hard.append(hard_layer(layer, integers, scale / (2**planes - 1), torch.ones(planes, dtype=torch.bool)))
     record = ModelRecord(
         source=spec.source, library=spec.library, name=spec.name, num_classes=1000, weights_from="random"
     )
-    return checkpoint_file.assemble(
+    return io.assemble(
         model,
         hard,
         record=record,
@@ -118,7 +118,7 @@ def measure(source: str, folder: Path, *, repeats: int) -> dict[str, Any]:
         "fp32_bytes": sizes.float_bytes,
         "float_tensor_bytes": floats,
         "entropy_and_float_bytes": entropy_bytes + floats,
-        "searched_bytes": checkpoint_file.write(searched, file),
+        "searched_bytes": io.write(searched, file),
     }
     for form in ("bit-packed", "int8-packed", "state-dict"):
         exported = export_file(searched, folder / f"{form}.safetensors", form=form)  # type: ignore[arg-type]
@@ -144,11 +144,11 @@ def _noise_images(folder: Path) -> Path:
 
 def _rounding_activations(file: QuantizedFile, folder: Path) -> Path:
     """The same file with 8-bit activation quantizers, calibrated on noise."""
-    model = csqcli.model_from_file(file)
+    model = loading.hard_model(file)
     noise = [torch.randn(4, *file.manifest.data_config["input_size"])]
     quantizers = activations.calibrate(model, find_layers(model)[0], noise, bits=8)
     file.manifest.activations = [ActivationEntry(**vars(record)) for record in quantizers.records()]
-    checkpoint_file.write(folder / "rounded.safetensors", file)
+    io.write(folder / "rounded.safetensors", file)
     return folder / "rounded.safetensors"
 
 

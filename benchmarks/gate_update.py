@@ -26,8 +26,9 @@ import measure
 
 from csqcli.models import libraries as sources
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods.base import Clock, max_abs_scale
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.csq import max_abs_scale
+from csqcli.quant.methods.staged import Staged
 from csqcli.quant.passes.bitplanes import BitPlanes
 
 BITS, BETA = 8, 3.0
@@ -88,9 +89,8 @@ def reference(layers: list[Layer]) -> Callable[[], None]:
 
 
 def latents(layers: list[Layer], state_dtype: torch.dtype) -> Callable[[], None]:
-    settings = StagedSettings(target_bits=3, state_dtype=state_dtype)
-    method = StagedCSQ(layers, Clock(1000, 100), settings)
-    method._fix_planes()
+    planes = [3] * len(layers)
+    method = Staged(layers, plan_for(layers, 3, Schedule(1000, 100), planes=planes, state_dtype=state_dtype))
 
     def work() -> None:  # on the soft staircase
         method.collect(300, lr=1e-3, lr_share=0.5)

@@ -24,13 +24,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 
 from csqcli.models import libraries as sources
+from csqcli.quant.catalog import StagedSettings
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, WeightMethod
-from csqcli.quant.methods.staged import LatentUniform, StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import FloatTraining, Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.csq import BitLevelCSQ
+from csqcli.quant.methods.staged import Staged
+from csqcli.quant.methods.uniform import StraightThrough
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.system import memory
 
-METHODS = ("float", "csq", "csq, bfloat16 state", "ste", "csq-paper", "csq-paper, bfloat16 state")
+METHODS = ("float", "staged", "staged, bfloat16 state", "ste", "csq", "csq, bfloat16 state")
 STEPS = 8
 SIZE = (3, 224, 224)
 MODELS = (
@@ -50,16 +53,17 @@ MODELS = (
 
 def make(name: str, model: nn.Module) -> WeightMethod:
     layers, _ = find_layers(model)
-    clock = Clock(STEPS, STEPS)
+    schedule = Schedule(STEPS, STEPS)
     name, _, state = name.partition(", ")
     dtype = torch.bfloat16 if state else torch.float32
     if name == "float":
-        return WeightMethod([], clock)
+        return FloatTraining([], plan_for([], 3, schedule))
     if name == "ste":
-        return LatentUniform(layers, clock, planes=[3] * len(layers), learned_step=False)
-    if name == "csq":
-        return StagedCSQ(layers, clock, StagedSettings(target_bits=3, search_share=0.4, state_dtype=dtype))
-    return GateMethod(layers, clock, GateSettings(target_bits=3, state_dtype=dtype))
+        return StraightThrough(layers, plan_for(layers, 3, schedule, planes=[3] * len(layers)))
+    plan = plan_for(layers, 3, schedule, state_dtype=dtype)
+    if name == "staged":
+        return Staged(layers, plan, StagedSettings(search_share=0.4))
+    return BitLevelCSQ(layers, plan)
 
 
 def peak(name: str, width: int, depth: int, device: str) -> float:
@@ -92,7 +96,7 @@ def estimated_and_measured(name: str, images: int, amp: bool, device: str) -> di
         optimizer.step()
         optimizer.zero_grad()
     measured = measure.peak_bytes(device) - before
-    step = memory.estimate(model, SIZE, method="float", bits=8, amp=amp, device=torch.device(device))
+    step = memory.estimate(model, SIZE, state_bytes=4, amp=amp, device=torch.device(device))
     return {"estimated": step.of(images), "measured": measured, "ratio": step.of(images) / measured}
 
 
@@ -128,7 +132,7 @@ def main() -> None:
     }
     measure.emit(
         {
-            "ratio": peaks["csq"] / peaks["float"],
+            "ratio": peaks["staged"] / peaks["float"],
             "ratio_of": "peak bytes per weight of csq training / of float training with SGD and momentum",
             "peak_bytes_per_weight": peaks,
             "beyond_float": {name: value - peaks["float"] for name, value in peaks.items()},

@@ -1,7 +1,7 @@
 """Every architecture of timm and torchvision through csq, once: the table of docs/coverage.md.
 
     python benchmarks/model_sweep.py --results FILE.jsonl [--only GLOB] [--max-parameters MILLIONS] [--jobs N]
-        [--retry-failed] [--minutes PER_MODEL] [--memory GIB] [--method csq|csq-paper] [--table docs/coverage.md]
+        [--retry-failed] [--minutes PER_MODEL] [--memory GIB] [--method staged|csq] [--table docs/coverage.md]
 
 Random weights (all-zero tensors are filled too), 10 classes, a batch of two images of noise, the smallest input that the
 model takes (its own size where it takes no other). `check` says what is asserted. Each model has a process of its own, with
@@ -44,9 +44,11 @@ import csqcli
 from csqcli.file import io as checkpoint_file
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import coverage, example_inputs
+from csqcli.quant.hard_layer import spread
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, max_abs_scale, spread
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.csq import BitLevelCSQ, max_abs_scale
+from csqcli.quant.methods.staged import Staged
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.training.loop import logits_of
 
@@ -62,7 +64,7 @@ class Progress:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def check(source: str, folder: Path, progress: Progress, *, method: str = "csq") -> None:
+def check(source: str, folder: Path, progress: Progress, *, method: str = "staged") -> None:
     """One model through csq; AssertionError, or whatever is raised on the way, when a claim does not hold.
 
     1. `csq inspect`'s coverage: at least one weight, and multiply-accumulates counted.
@@ -104,15 +106,16 @@ def check(source: str, folder: Path, progress: Progress, *, method: str = "csq")
     optimizer = QuantizedOptimizer(chosen, base)
 
     progress.stage = "step 0"
-    if isinstance(chosen, StagedCSQ):
-        steps = [widths[-1] for widths in chosen.soft_steps]
+    if isinstance(chosen, Staged):
+        assert chosen.search is not None
+        steps = [widths[-1] for widths in chosen.search.scales]
     else:
         steps = [max_abs_scale(original) / 255 for original in originals]
     check_step_0(model, task, images, layers, originals, steps, outputs)
     del originals
 
     progress.stage = "train"
-    gates = chosen.soft_mask.clone() if isinstance(chosen, StagedCSQ) else chosen.planes.mask_logits.clone()
+    gates = masks_of(chosen).clone()
     optimizer.zero_grad()
     model.train()
     loss = training_loss(model, task, images, facts)
@@ -127,8 +130,7 @@ def check(source: str, folder: Path, progress: Progress, *, method: str = "csq")
     optimizer.step()
     optimizer.zero_grad()
     assert any(moved), "no weight has a gradient"
-    now = chosen.soft_mask if isinstance(chosen, StagedCSQ) else chosen.planes.mask_logits
-    assert not torch.equal(now, gates), "the masks did not move"
+    assert not torch.equal(masks_of(chosen), gates), "the masks did not move"
     rows = zip(layers, weight_states(chosen), before, moved, strict=True)
     still = [layer.name for layer, state, old, has in rows if has and torch.equal(state, old)]
     assert not still, f"weights with a gradient whose state did not change: {still[:3]}"
@@ -167,16 +169,22 @@ def check(source: str, folder: Path, progress: Progress, *, method: str = "csq")
     progress.stage = "done"
 
 
-def make_method(name: str, layers: list[Layer]) -> StagedCSQ | GateMethod:
-    clock = Clock(STEPS, STEPS)
-    if name == "csq":
-        return StagedCSQ(layers, clock, StagedSettings(TARGET_BITS))
-    return GateMethod(layers, clock, GateSettings(target_bits=TARGET_BITS))
+def make_method(name: str, layers: list[Layer]) -> Staged | BitLevelCSQ:
+    plan = plan_for(layers, TARGET_BITS, Schedule(STEPS, STEPS))
+    return Staged(layers, plan) if name == "staged" else BitLevelCSQ(layers, plan)
 
 
-def weight_states(method: StagedCSQ | GateMethod) -> list[Tensor]:
+def masks_of(method: Staged | BitLevelCSQ) -> Tensor:
+    """What decides how many planes are in use, while they are searched."""
+    if isinstance(method, BitLevelCSQ):
+        return method.planes.mask_logits
+    assert method.search is not None, "the planes were fixed too early"
+    return method.search.soft_mask
+
+
+def weight_states(method: Staged | BitLevelCSQ) -> list[Tensor]:
     """What training moves, per layer: the latent, or the bit logits m_p."""
-    if isinstance(method, StagedCSQ):
+    if isinstance(method, Staged):
         return list(method.latents)
     return [method.planes.pos[:, part] for part in method.planes.slices]
 
@@ -564,7 +572,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10, help="limit per model")
     parser.add_argument("--memory", type=float, default=20, metavar="GIB", help="limit per model")
-    parser.add_argument("--method", choices=("csq", "csq-paper"), default="csq")
+    parser.add_argument("--method", choices=("staged", "csq"), default="staged")
     parser.add_argument("--retry-failed", action="store_true")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the results there are between its markers")
     options = parser.parse_args()

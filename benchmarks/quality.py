@@ -39,9 +39,9 @@ HAND_B = {LARGEST: 1, SECOND: 1}  # the rest at 3: 1.57 mean
 def hand_made(planes: dict[str, int], method: str, target: float) -> dict[str, Any]:
     """Fixed allocation: 3 planes everywhere but where ``planes`` says otherwise."""
     ceilings = {"layers.max_bits": {"*": 3, **planes}}
-    if method == "csq":  # nothing left to search when floor meets ceiling
+    if method == "staged":  # nothing left to search when floor meets ceiling
         return {
-            "quantization.method": "csq",
+            "quantization.method": "staged",
             "quantization.target_bits": target,
             "layers.min_bits": ceilings["layers.max_bits"],
             **ceilings,
@@ -55,10 +55,10 @@ def method(name: str, target: float | None = None, epochs: int = 6, **more: Any)
 
 
 PAPER = {  # section IV-A's method on the proxy's schedule
-    "quantization.refit_scale": False,
-    "quantization.rounding": "threshold",
-    "quantization.harden_at": 1.0,
-    "quantization.beta_schedule": "epoch",
+    "csq.refit_scale": False,
+    "csq.rounding": "threshold",
+    "csq.harden_at": 1.0,
+    "csq.beta_schedule": "epoch",
     "bn_recalibration_batches": 0,
 }
 BFLOAT16 = {"quantization.state_dtype": "bfloat16"}
@@ -66,20 +66,20 @@ ROWS: dict[str, dict[str, Any]] = {
     "float": method("float"),
     **{f"ste {k}": method("ste", k) for k in (1, 2, 3)},
     **{f"lsq {k}": method("lsq", k) for k in (1, 2, 3)},
-    **{f"csq {k:g}": method("csq", k) for k in (1, 1.5, 1.57, 2, 3)},
+    **{f"staged {k:g}": method("staged", k) for k in (1, 1.5, 1.57, 2, 3)},
     "hand-made A, ste": hand_made(HAND_A, "ste", 1.99),
     "hand-made B, ste": hand_made(HAND_B, "ste", 1.58),
-    "hand-made A, csq's training": hand_made(HAND_A, "csq", 1.99),
-    "hand-made B, csq's training": hand_made(HAND_B, "csq", 1.58),
-    "csq 1, 1 epoch": method("csq", 1, epochs=1),
-    "csq 2, 1 epoch": method("csq", 2, epochs=1),
-    "csq 1, 3 epochs + 3 finetune": method("csq", 1, epochs=3, **{"finetune.epochs": 3}),
-    "csq 2, 3 epochs + 3 finetune": method("csq", 2, epochs=3, **{"finetune.epochs": 3}),
+    "hand-made A, staged's training": hand_made(HAND_A, "staged", 1.99),
+    "hand-made B, staged's training": hand_made(HAND_B, "staged", 1.58),
+    "staged 1, 1 epoch": method("staged", 1, epochs=1),
+    "staged 2, 1 epoch": method("staged", 2, epochs=1),
+    "staged 1, 3 epochs + 3 finetune": method("staged", 1, epochs=3, **{"finetune.epochs": 3}),
+    "staged 2, 3 epochs + 3 finetune": method("staged", 2, epochs=3, **{"finetune.epochs": 3}),
     "csq-uniform 2": method("csq-uniform", 2),
-    "csq-paper 2": method("csq-paper", 2, **PAPER),
-    **{f"csq {k}, bfloat16 state": method("csq", k, **BFLOAT16) for k in (1, 2)},
+    "csq 2": method("csq", 2, **PAPER),
+    **{f"staged {k}, bfloat16 state": method("staged", k, **BFLOAT16) for k in (1, 2)},
     "csq-uniform 2, bfloat16 state": method("csq-uniform", 2, **BFLOAT16),
-    "csq-paper 2, bfloat16 state": method("csq-paper", 2, **PAPER, **BFLOAT16),
+    "csq 2, bfloat16 state": method("csq", 2, **PAPER, **BFLOAT16),
 }
 
 
@@ -104,7 +104,7 @@ def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work:
     import torch
 
     from csqcli import pipeline
-    from csqcli.recipe.schema import resolve
+    from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
     torch.set_num_threads(1)

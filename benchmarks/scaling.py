@@ -23,9 +23,12 @@ import measure
 
 from csqcli.models import libraries as sources
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, WeightMethod
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.csq import BitLevelCSQ
+from csqcli.quant.methods.staged import Staged
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+
+SCHEDULE = Schedule(1000, 100)
 
 
 def weights(total: int, count: int, device: str) -> list[Layer]:
@@ -46,13 +49,12 @@ def passes(method: WeightMethod, step: int) -> Callable[[], None]:
 
 
 def staged(layers: list[Layer]) -> Callable[[], None]:
-    method = StagedCSQ(layers, Clock(1000, 100), StagedSettings(target_bits=3))
-    method._fix_planes()
+    method = Staged(layers, plan_for(layers, 3, SCHEDULE, planes=[3] * len(layers)))
     return passes(method, 300)  # on the soft staircase
 
 
 def gates(layers: list[Layer]) -> Callable[[], None]:
-    return passes(GateMethod(layers, Clock(1000, 100), GateSettings(target_bits=3)), 300)
+    return passes(BitLevelCSQ(layers, plan_for(layers, 3, SCHEDULE)), 300)
 
 
 def one(make: Callable[[list[Layer]], Callable[[], None]], layers: list[Layer], arguments: Any) -> float:
@@ -65,7 +67,8 @@ def images(arguments: Any) -> dict[int, float]:
     for batch in (32, 64, 128, 256):
         torch.manual_seed(0)
         model = sources.load("cifar_resnet20", num_classes=10, pretrained=False).model.to(arguments.device)
-        method = StagedCSQ(find_layers(model)[0], Clock(1000, 100), StagedSettings(target_bits=3))
+        layers, _ = find_layers(model)
+        method = Staged(layers, plan_for(layers, 3, SCHEDULE))
         optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=1e-4))
         pixels = torch.randn(batch, 3, 32, 32, device=arguments.device)
 
@@ -85,7 +88,7 @@ def slope(times: dict[int, float]) -> float:
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--most-weights", type=int, default=62_500_000, help="of csq-paper's: 16 gates each")
+    parser.add_argument("--most-weights", type=int, default=62_500_000, help="of csq's: 16 gates each")
     arguments = parser.parse_args()
     sizes = [n for n in (10_000, 100_000, 1_000_000, 10_000_000, arguments.most_weights) if n <= arguments.most_weights]
     by_weights = {n: one(staged, weights(n, 10, arguments.device), arguments) for n in sizes}
@@ -97,7 +100,7 @@ def main() -> None:
     measure.emit(
         {
             "ratio": (end / last) / (start / first),
-            "ratio_of": f"seconds per gate at {last:,} gates / at {first:,} gates (csq-paper)",
+            "ratio_of": f"seconds per gate at {last:,} gates / at {first:,} gates (csq)",
             "slope_weights": slope({n: t for n, t in by_weights.items() if n >= 1_000_000}),
             "slope_gates": slope(linear),
             "slope_images": slope(by_images),

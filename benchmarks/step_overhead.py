@@ -23,8 +23,8 @@ import measure
 
 from csqcli.models import libraries as sources
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import Clock
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.staged import Staged
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 
 STEPS = 1000  # of the schedule that the stages are taken from
@@ -56,10 +56,10 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, arguments: Any) ->
 
 def staged(model: nn.Module, stage_step: int) -> QuantizedOptimizer:
     layers, _ = find_layers(model)
-    method = StagedCSQ(layers, Clock(STEPS, 100), StagedSettings(target_bits=3))
+    searched = stage_step < STEPS // 10  # the share of the steps in which masks are soft
+    planes = None if searched else [3] * len(layers)
+    method = Staged(layers, plan_for(layers, 3, Schedule(STEPS, 100), planes=planes))
     optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=1e-4, momentum=0.9))
-    if stage_step >= method.search_steps:
-        method._fix_planes()
     optimizer.step_count = stage_step
     return optimizer
 

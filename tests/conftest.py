@@ -49,7 +49,7 @@ def image_folder(tmp_path: Path) -> Path:
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short digits search at 2 bits (session-wide)."""
     from csqcli import pipeline
-    from csqcli.recipe.schema import resolve
+    from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
     output = tmp_path_factory.mktemp("digits")

@@ -37,16 +37,18 @@ from PIL import Image
 
 from csqcli import pipeline
 from csqcli.cli import app as cli
-from csqcli.export import run as exports  # imported here, so that no fork has to
+from csqcli.exporting import run as exports  # imported here, so that no fork has to
+from csqcli.file import header
 from csqcli.file import io as checkpoint_file
 from csqcli.system import files
 from csqcli.system.lock import LOCK_FILE
+from csqcli.training import deliver, run_folder
 from csqcli.training.loop import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # plain_models
 
 Hook = Callable[[], None]
-MODEL, STATES = pipeline.MODEL_FILE, (pipeline.RESUME_FILE, pipeline.PREVIOUS_FILE)
+MODEL, STATES = run_folder.MODEL_FILE, (run_folder.RESUME_FILE, run_folder.PREVIOUS_FILE)
 SHORT = ("--recipe", "digits", "--target-bits", "1.5", "--epochs", "3", "--quiet")
 SAVES = ("--set", "save_every_minutes=0.0003")  # every 18 ms, so that kills fall into saves too
 SEARCH = ("search", *SHORT, *SAVES, "--finetune-epochs", "2")
@@ -311,7 +313,7 @@ class KillCycles:
         assert [path.name for path in target.iterdir()] == [output.name]
 
     def _same_weights(self, path: Path) -> None:
-        if checkpoint_file.is_quantized(path):
+        if header.is_quantized(path):
             state = checkpoint_file.read(path).state_dict()
         else:
             from safetensors.torch import load_file
@@ -387,7 +389,7 @@ def dying_between_the_renames() -> None:
 
     def replace(source: object, target: object) -> None:
         original(source, target)  # type: ignore[arg-type]
-        if str(target).endswith(pipeline.PREVIOUS_FILE):
+        if str(target).endswith(run_folder.PREVIOUS_FILE):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace  # type: ignore[assignment]
@@ -424,7 +426,7 @@ class Faults:
         assert (folder / STATES[0]).exists()
         self._goes_on(folder)
         before = (folder / MODEL).read_bytes()
-        last = at_step(2, STEPS, lambda _: setattr(pipeline, "recalibrate_batchnorm", lambda *a, **k: limit()))
+        last = at_step(2, STEPS, lambda _: setattr(deliver, "recalibrate_batchnorm", lambda *a, **k: limit()))
         refused(csq(*PLAIN, "-o", folder, "--force", hook=last), f"{MODEL}", "cannot be written")
         assert (folder / MODEL).read_bytes() == before
         self._goes_on(folder)

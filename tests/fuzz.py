@@ -537,7 +537,7 @@ def mutate_yaml(text: str, rng: random.Random) -> bytes:
 
 
 def assignment(rng: random.Random) -> str:
-    from csqcli.recipe.schema import _leaves
+    from csqcli.recipe.resolve import _leaves
 
     key = rng.choice([*_leaves(), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
     values = [
@@ -557,7 +557,7 @@ def assignment(rng: random.Random) -> str:
 def mutate_onnx(data: bytes, rng: random.Random, other: bytes) -> bytes:
     import onnx
 
-    from csqcli.export import runtime
+    from csqcli.exporting import runtime
 
     kind = rng.randrange(5)
     if kind == 0:
@@ -600,10 +600,10 @@ def build_corpus(folder: Path) -> None:
     import torch
 
     from csqcli import pipeline
-    from csqcli.export.run import export_file
+    from csqcli.exporting.run import export_file
     from csqcli.file import io as checkpoint_file
     from csqcli.models import networks as models
-    from csqcli.recipe import schema as recipe
+    from csqcli.recipe import resolve as recipe
     from csqcli.system.progress import Display
     from csqcli.training.loop import Trainer
     from tests.quantized_models import make_file
@@ -695,11 +695,11 @@ class Case:
     def _manifest(self, path: Path) -> str:
         from rich.console import Console
 
-        from csqcli.file import io as checkpoint_file
-        from csqcli.report import terminal as report
+        from csqcli.file import header
+        from csqcli.reporting import terminal as report
 
         def read() -> None:
-            manifest = checkpoint_file.read_manifest(path)
+            manifest = header.read_manifest(path)
             out = io.StringIO()
             report.print_table(manifest, Console(file=out, width=140))
             out.getvalue().encode()
@@ -758,8 +758,8 @@ class Case:
         )
         target = self.folder / f"in{path.suffix}"
         if path.suffix == ".safetensors":
-            header, _ = split(data)
-            target.write_bytes(mutate_safetensors(data, self.rng, other) if header else data)
+            top, _ = split(data)
+            target.write_bytes(mutate_safetensors(data, self.rng, other) if top else data)
         elif self.rng.random() < 0.25:
             state = torch.load(path, weights_only=True)
             inner = state.get("state_dict", state)
@@ -772,7 +772,7 @@ class Case:
         return self._as_checkpoint(target)
 
     def recipe(self) -> str:
-        from csqcli.recipe import schema as recipe
+        from csqcli.recipe import resolve as recipe
 
         path, data, _ = self._pick("*.yaml")
         target = self.folder / path.name
@@ -782,19 +782,19 @@ class Case:
         return allowed(lambda: recipe.to_yaml(recipe.resolve(str(target), {})))
 
     def set(self) -> str:
-        from csqcli.recipe import schema as recipe
+        from csqcli.recipe import resolve as recipe
 
         texts = [assignment(self.rng) for _ in range(self.rng.choice([1, 1, 2]))]
         return allowed(lambda: recipe.to_yaml(recipe.resolve("digits", recipe.parse_assignments(texts))))
 
     def onnx(self) -> str:
-        from csqcli.file import io as checkpoint_file
+        from csqcli.file import header
 
         _, data, other = self._pick("*.onnx")
         target = self.folder / "in.onnx"
         target.write_bytes(mutate_onnx(data, self.rng, other))
         if self.rng.random() < 0.4:
-            return allowed(lambda: checkpoint_file.read_manifest(target))
+            return allowed(lambda: header.read_manifest(target))
         if self.rng.random() < 0.3:
             return command("report", target)
         return command("evaluate", target, "--data", "digits", "--val-limit", 8)
@@ -803,7 +803,7 @@ class Case:
         import torch
 
         from csqcli import pipeline
-        from csqcli.recipe import schema as recipe
+        from csqcli.recipe import resolve as recipe
         from csqcli.system import files
         from csqcli.system.progress import Display
 
@@ -965,7 +965,7 @@ def child(corpus: Path, seed: int, first: int, last: int, keep: Path | None) -> 
 
     import torch
 
-    import csqcli.export.runtime
+    import csqcli.exporting.runtime
     import csqcli.pipeline
     from csqcli.cli import app as cli  # noqa: F401
 

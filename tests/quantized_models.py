@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import ModelRecord, QuantizedFile
+from csqcli.file import io
+from csqcli.file.io import QuantizedFile
+from csqcli.file.manifest import ModelRecord
 from csqcli.models import libraries as sources
-from csqcli.quant import equations as csq
+from csqcli.quant import equations
+from csqcli.quant.hard_layer import HardLayer, hard_layer
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import HardLayer, hard_layer
 
 MASKS = ("11000000", "10010000", "11110000", "00000001", "11111111")  # contiguous, with a hole, one plane, 9-bit span
 
@@ -22,9 +23,9 @@ def harden(model: nn.Module, masks: Sequence[str] = MASKS) -> list[HardLayer]:
     """Round every weight to the planes of its mask (taken in turn), in place, and return the layers."""
     hard = []
     for number, layer in enumerate(find_layers(model)[0]):
-        mask = csq.mask_from_string(masks[number % len(masks)])
+        mask = equations.mask_from_string(masks[number % len(masks)])
         scale = layer.parameter.detach().abs().max().clamp_min(1e-3).reshape(1)
-        integers = csq.quantize_integers(layer.parameter.detach(), scale, 8)
+        integers = equations.quantize_integers(layer.parameter.detach(), scale, 8)
         kept = int(sum(2**b for b, on in enumerate(mask.tolist()) if on))
         hard.append(hard_layer(layer, integers.sign() * (integers.abs() & kept), scale / 255, mask))
         layer.parameter.data.copy_(hard[-1].weight())
@@ -53,9 +54,7 @@ def make_file(source: str, masks: Sequence[str] = MASKS, *, num_classes: int = 1
         source=spec.source, library=spec.library, name=spec.name, num_classes=num_classes, weights_from="random"
     )
     config = sources.data_config(model, spec)
-    return checkpoint_file.assemble(
-        model, harden(model, masks), record=record, data_config=config, target_bits=None, **details
-    )
+    return io.assemble(model, harden(model, masks), record=record, data_config=config, target_bits=None, **details)
 
 
 class Traps(nn.Module):

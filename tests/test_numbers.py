@@ -17,6 +17,7 @@ from csqcli import pipeline
 from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import open_data
 from csqcli.errors import UserError
+from csqcli.file import header, loading
 from csqcli.file import io as checkpoint_file
 from csqcli.models import networks as models
 from csqcli.quant.passes.rounding import mse_step, quantize
@@ -30,7 +31,7 @@ CORNERS = ("search", "tests.plain_models:Corners", "--no-pretrained", "--data", 
 
 def contents(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Every tensor's bytes, and the manifest without the one setting that the run was told and that must not matter."""
-    manifest = checkpoint_file.read_manifest(path).model_dump(mode="json")
+    manifest = header.read_manifest(path).model_dump(mode="json")
     manifest["recipe"]["data"].pop("workers")
     manifest["sizes"].pop("file_bytes")
     return {name: value.numpy().tobytes() for name, value in load_file(path).items()}, manifest
@@ -73,7 +74,7 @@ def test_correct_counts_do_not_depend_on_the_batch_size(digits_run: Path, image_
 
 def test_a_sample_s_logits_do_not_depend_on_its_batch_or_its_place(digits_run: Path) -> None:
     file = checkpoint_file.read(digits_run / "model.safetensors")
-    model = csqcli.model_from_file(file)
+    model = loading.hard_model(file)
     images = open_data("digits", train=False).val
 
     def logits(order: Tensor, size: int) -> Tensor:
@@ -206,7 +207,7 @@ def test_a_search_that_removes_every_plane_still_writes_a_file_that_reads(csq, t
     run = ("search", "--recipe", "digits", "--target-bits", 0.001, "--set", "layers.floor=0", *QUICK)
     code, out, err = csq(*run, "-o", tmp_path)
     assert code == 0, err
-    manifest = checkpoint_file.read_manifest(tmp_path / "model.safetensors")
+    manifest = header.read_manifest(tmp_path / "model.safetensors")
     assert (manifest.budget.mean_bits, manifest.sizes.paper_compression) == (0.0, None)
     assert "without bound" in out
     assert csq("evaluate", tmp_path / "model.safetensors", "--data", "digits")[0] == 0

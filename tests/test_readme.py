@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from csqcli.recipe.schema import builtin_names
+from csqcli.recipe.resolve import builtin_names
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -41,19 +41,27 @@ def test_every_option_in_readme_exists(csq) -> None:
                 assert word in helps[command[1]], f"{word} of {command}"
 
 
+def python_blocks() -> list[str]:
+    return [body for language, body in BLOCKS if language == "python"]
+
+
 def test_readme_python_runs_and_writes_a_file_that_loads(tmp_path: Path, monkeypatch, csq) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = [body for language, body in BLOCKS if language == "python"]
-    loop = next(body for body in blocks if "csqcli.CSQ(" in body)
+    loop = next(body for body in python_blocks() if "csqcli.CSQ(" in body)
     exec(compile(loop, "README.md", "exec"), {})
     report = csq("report", "model.safetensors")[1]
     assert "mean bits" in report
-    loading = next(body for body in blocks if "csqcli.load(" in body).replace(
-        "runs/digits/model.safetensors", "model.safetensors"
-    )
+
+
+def test_readme_python_runs_the_commands_as_functions(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = next(body for body in python_blocks() if "csqcli.search(" in body).replace("epochs=5", "epochs=1")
     names: dict = {}
-    exec(compile(loading, "README.md", "exec"), names)
+    exec(compile(commands, "README.md", "exec"), names)
     assert not names["model"].training
+    assert names["report"]["budget"]["mean_bits"] <= 2
+    assert "'samples': 500" in capsys.readouterr().out
+    assert Path("runs/python/model-bit-packed.safetensors").is_file()
 
 
 @pytest.mark.parametrize("document", sorted(p.name for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))

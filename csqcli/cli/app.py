@@ -83,7 +83,16 @@ def search(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.safetensors and its report.")] = Path(
         "."
     ),
-    method: Annotated[str | None, typer.Option(help="csq, csq-paper, csq-uniform, ste, lsq or float.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="auto, a name that `csq methods` lists, or package.module:Class.")
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(help="Who decides the planes before training: uniform, importance or package.module:function."),
+    ] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
+    ] = None,
     act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
@@ -105,7 +114,7 @@ def search(
     quiet: QuietOption = False,
 ) -> None:
     """Search a mixed-precision model within a budget and write it."""
-    from csqcli.recipe.schema import parse_assignments, resolve
+    from csqcli.recipe.resolve import parse_assignments, resolve
 
     overrides = parse_assignments(settings or [])
     typed = {
@@ -114,6 +123,8 @@ def search(
         "data.source": data,
         "model.checkpoint": checkpoint,
         "quantization.method": method,
+        "quantization.allocator": allocator,
+        "quantization.cost": cost,
         "quantization.act_bits": act_bits,
         "epochs": epochs,
         "finetune.epochs": finetune_epochs,
@@ -128,11 +139,12 @@ def search(
 
     from csqcli import pipeline
     from csqcli.system.progress import Display
+    from csqcli.training.run_folder import MODEL_FILE
 
     pipeline.search(
         resolved, output, display=Display(quiet=quiet or not _is_main_process()), force=force, resume=resume
     )
-    _print_result(output / pipeline.MODEL_FILE)
+    _print_result(output / MODEL_FILE)
 
 
 @app.command()
@@ -155,10 +167,10 @@ def finetune(
     quiet: QuietOption = False,
 ) -> None:
     """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
-    from csqcli.file import io as checkpoint_file
-    from csqcli.recipe.schema import parse_assignments, resolve_stored
+    from csqcli.file import header
+    from csqcli.recipe.resolve import parse_assignments, resolve_stored
 
-    manifest = checkpoint_file.read_manifest(file)
+    manifest = header.read_manifest(file)
     typed = {
         "data.source": data,
         "finetune.epochs": epochs,
@@ -168,12 +180,13 @@ def finetune(
         **_batch_settings(batch_size),
     }
     overrides = {key: value for key, value in typed.items() if value is not None} | parse_assignments(settings or [])
-    resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}")
+    resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}", trust_code=trust_code)
     resolved.finetune.epochs = resolved.finetune.epochs or 5
     target = output or file.absolute().parent.with_name(file.absolute().parent.name + "-finetuned")
 
     from csqcli import pipeline
     from csqcli.system.progress import Display
+    from csqcli.training.run_folder import MODEL_FILE
 
     pipeline.finetune(
         file,
@@ -184,7 +197,49 @@ def finetune(
         resume=resume,
         trust_code=trust_code,
     )
-    _print_result(target / pipeline.MODEL_FILE)
+    _print_result(target / MODEL_FILE)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Weight methods, allocators and costs: what each does, what it takes, where it is from."""
+    from csqcli.quant.catalog import ALLOCATORS, AUTO, CARDS, LONG_SCHEDULE
+    from csqcli.quant.costs import costs
+
+    if as_json:
+        found = {
+            "methods": [
+                {
+                    "name": card.name,
+                    "summary": card.summary,
+                    "citation": card.citation,
+                    "takes": card.takes,
+                    "settings": list(card.settings.model_fields),
+                }
+                for card in CARDS.values()
+            ],
+            "allocators": [{"name": card.name, "summary": card.summary} for card in ALLOCATORS.values()],
+            "costs": [{"name": name, "summary": costs.help[name]} for name in costs.names()],
+        }
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    takes = {"target": "a target", "planes": "planes of an allocator", "either": "a target, or planes of an allocator"}
+    typer.echo("Methods (--method NAME, or package.module:Class)")
+    typer.echo(f"  {AUTO:<12} staged below {LONG_SCHEDULE} epochs from a checkpoint, csq beyond and from scratch")
+    for card in CARDS.values():
+        typer.echo(f"  {card.name:<12} {card.summary}")
+        if card.name != "float":
+            typer.echo(
+                f"  {'':<12}   takes {takes[card.takes]}; settings: {', '.join(card.settings.model_fields) or 'none'}"
+            )
+        if card.citation:
+            typer.echo(f"  {'':<12}   {card.citation}")
+    typer.echo("Allocators (--allocator NAME, or package.module:function)")
+    for allocator in ALLOCATORS.values():
+        typer.echo(f"  {allocator.name:<12} {allocator.summary}")
+    typer.echo("Costs (--cost NAME, or package.module:function)")
+    for name in costs.names():
+        typer.echo(f"  {name:<12} {costs.help[name]}")
 
 
 @app.command()
@@ -228,10 +283,10 @@ def report(
     if not as_json:
         _print_report(file)
         return
-    from csqcli.file import io as checkpoint_file
-    from csqcli.report import terminal as reports
+    from csqcli.file import header
+    from csqcli.reporting import terminal as reports
 
-    typer.echo(json.dumps(reports.build(checkpoint_file.read_manifest(file), _history_beside(file)), indent=2))
+    typer.echo(json.dumps(reports.build(header.read_manifest(file), _history_beside(file)), indent=2))
 
 
 @app.command()
@@ -329,7 +384,7 @@ def export(
         raise UserError(f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {options}")
     if not onnx and (activations is not Activations.float or target is not Target.ort):
         raise UserError("--activations and --target belong to --onnx", where=f"csq export --{chosen[0]}")
-    from csqcli.export import run
+    from csqcli.exporting import run
 
     target_file = output or file.with_name(f"{file.stem}-{chosen[0]}").with_suffix(".onnx" if onnx else ".safetensors")
     manifest = run.export_file(
@@ -364,7 +419,7 @@ def recipes_list() -> None:
 @recipes_app.command("show")
 def recipes_show(name: str) -> None:
     """A recipe, complete with defaults, as YAML."""
-    from csqcli.recipe.schema import resolve, to_yaml
+    from csqcli.recipe.resolve import resolve, to_yaml
 
     typer.echo(to_yaml(resolve(name, {})), nl=False)
 
@@ -372,13 +427,13 @@ def recipes_show(name: str) -> None:
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """JSON schema of recipe files; every key with its meaning."""
-    from csqcli.recipe.schema import Recipe
+    from csqcli.recipe.resolve import json_schema
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
 def _list_recipes() -> None:
-    from csqcli.recipe.schema import builtin_names, read
+    from csqcli.recipe.resolve import builtin_names, read
 
     for name in builtin_names():
         typer.echo(f"{name:<20} {read(name)[0].get('description', '')}")
@@ -397,13 +452,13 @@ def _print_result(file: Path) -> None:
 def _print_report(file: Path) -> None:
     from rich.console import Console
 
-    from csqcli.file import io as checkpoint_file
-    from csqcli.report import terminal as reports
+    from csqcli.file import header
+    from csqcli.reporting import terminal as reports
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    reports.print_table(checkpoint_file.read_manifest(file), console)
+    reports.print_table(header.read_manifest(file), console)
 
 
 def _batch_settings(batch_size: str | None) -> dict[str, Any]:

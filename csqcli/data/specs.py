@@ -1,13 +1,7 @@
-"""What ``--data`` takes: the registry of data sources, and the way from a spec to a data set.
+"""What ``--data`` takes: from a spec such as ``cifar10:DIR`` to a data set.
 
-A source is one function that turns the text after the colon into a :class:`~csqcli.data.splits.DataSet`::
-
-    @data_source("pets:DIR", "the Oxford-IIIT pets, as downloaded")
-    def pets(text: str, *, train: bool) -> DataSet: ...
-
-``train`` is False where only the validation split is needed; a source may read it all the same. From outside the package,
-``package.module:function`` or ``package.module:function:text`` names such a function, without the decorator. Importing this
-module does not import torch.
+A spec names a registered source (`csqcli.data.registry`), a folder, or a function from outside the package:
+``package.module:function`` or ``package.module:function:text``. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,13 +10,15 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from csqcli.data import sources
+from csqcli.data.registry import SOURCES, DataSource
 from csqcli.errors import UserError, did_you_mean
-from csqcli.system.imports import import_attribute
 from csqcli.system.limits import is_safe_text
+from csqcli.system.plugins import import_attribute
 
 if TYPE_CHECKING:
     from csqcli.data.splits import DataSet
@@ -30,50 +26,11 @@ if TYPE_CHECKING:
 _OUTSIDE = re.compile(r"(?P<name>[A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(?P<text>.*))?", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """One kind of data: how it is spelled, what it is, and the function that opens it."""
-
-    spelling: str  # "cifar10:DIR"; just "digits" where nothing follows
-    help: str  # one line without a full stop
-    open: Callable[..., DataSet]
-
-    @property
-    def name(self) -> str:
-        return self.spelling.partition(":")[0]
-
-    @property
-    def takes_text(self) -> bool:
-        return ":" in self.spelling
-
-
-_SOURCES: dict[str, DataSource] = {}
-
-
-def data_source(spelling: str, help: str) -> Callable[[Callable[..., DataSet]], Callable[..., DataSet]]:
-    """Register a function ``(text, *, train) -> DataSet`` under a spelling such as ``"cifar10:DIR"``.
-
-    ``text`` is what the user typed after the colon (empty where the spelling has none). ``help`` is one line that
-    ``csq search --help`` shows. Raises ValueError for a name that is taken.
-    """
-
-    def register(function: Callable[..., DataSet]) -> Callable[..., DataSet]:
-        source = DataSource(spelling, help, function)
-        if source.name in _SOURCES:
-            raise ValueError(f"there is a data source `{source.name}` already")
-        _SOURCES[source.name] = source
-        return function
-
-    return register
-
-
 def known_sources() -> list[DataSource]:
     """All registered sources, by name."""
-    from csqcli.data import sources
-
     for module in pkgutil.iter_modules(sources.__path__):
         importlib.import_module(f"{sources.__name__}.{module.name}")
-    return [_SOURCES[name] for name in sorted(_SOURCES)]
+    return [SOURCES[name] for name in sorted(SOURCES)]
 
 
 def help_text() -> str:
@@ -119,7 +76,7 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
         return known["folder"].open, source
     likely = did_you_mean(name, known)
     if not colon and not likely:
-        return known["folder"].open, source  # which says that there is none
+        raise UserError("no such folder", where=source, hint=hint())
     if name in known:
         follows = "a text after" if known[name].takes_text else "no text after"
         raise UserError(f"`{name}` takes {follows} its name", where=source, hint=f"write {known[name].spelling}")
@@ -127,7 +84,7 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
     if outside is None:
         raise UserError("no such folder or data source", where=source, hint=likely or hint())
     try:
-        return import_attribute(outside["name"]), outside["text"] or ""
+        return import_attribute(outside["name"], where=source), outside["text"] or ""
     except UserError:
         if likely:
             raise UserError("no such folder or data source", where=source, hint=likely) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from csqcli.file import io
+from csqcli.file import header, io
 from csqcli.models.checkpoints import Checkpoint, read_checkpoint
 
 
@@ -15,7 +15,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     ``builtin:NAME`` names one that ships with csq. Raises UserError for what cannot be read.
     """
     file = Path(path)
-    if file.suffix == ".safetensors" and file.is_file() and io.is_quantized(file):
+    if file.suffix == ".safetensors" and file.is_file() and header.is_quantized(file):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         return Checkpoint({"": io.read(file).state_dict()}, digest, file.name)
     return read_checkpoint(path)

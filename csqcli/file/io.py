@@ -1,207 +1,50 @@
-"""The quantized file: defined once, used by save, load, report and export.
+"""The quantized file: assembled, written, read, and checked on the way.
 
-A safetensors file. For a quantized weight ``X`` it holds ``X_packed`` (uint8 codes, see `packing`) and ``X_scale``
-(float32, [1] or [channels]); every other parameter and buffer stands under its own name; `storage` has the other forms
-that `csq export` writes, and all of them are read here. One metadata key, ``csq``,
-holds a JSON manifest: where the model comes from, its data config, the recipe as resolved, the budget asked and reached,
-accuracy, and per layer the mask, planes, encoding and entropy. Integers × scale is the weight, bit for bit.
+A safetensors file. For a quantized weight ``X`` it holds ``X_packed`` (uint8, see `codes`) and ``X_scale`` (float32, [1] or
+[channels]); every other parameter and buffer stands under its own name. `layout` has the other forms that `csq export`
+writes, and all of them are read here. One metadata key, ``csq``, holds the `manifest` as JSON: where the model comes from,
+its data config, the recipe as resolved, the budget asked and reached, accuracy, and per layer the mask, planes, encoding and
+entropy. Integers × scale is the weight, bit for bit.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from csqcli.errors import UserError, did_you_mean, no_such_file
-from csqcli.file import codes as packing
-from csqcli.file import layout as storage
-from csqcli.models import checkpoints
+from csqcli.errors import UserError, did_you_mean
+from csqcli.file import codes, layout, sizes
+from csqcli.file.codes import Encoded
+from csqcli.file.deflate import deflate
+from csqcli.file.header import MANIFEST_TENSOR, manifest_of, open_safetensors
+from csqcli.file.manifest import (
+    METADATA_KEY,
+    AccuracyRecord,
+    ActivationEntry,
+    BudgetRecord,
+    Form,
+    LayerRecord,
+    Manifest,
+    ModelRecord,
+    ParityRecord,
+)
+from csqcli.models.checkpoints import is_damaged
 from csqcli.models.coverage import Operations
-from csqcli.models.data_config import check_data_config
-from csqcli.models.spec import MAX_CLASSES, ModelSpec
-from csqcli.quant import equations as csq
-from csqcli.quant.activations import ActivationRecord
-from csqcli.quant.methods.base import HardLayer
-from csqcli.system import limits as untrusted
+from csqcli.quant import equations
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.system.files import replacing
 
-SCHEMA_VERSION = 1
-METADATA_KEY = "csq"
 _DAMAGE = (ValueError, RuntimeError, SafetensorError)  # what decoding raises for bytes it cannot be given
-_MANIFEST_BYTES, _MANIFEST_VALUES = 2**26, 2**22  # of its JSON; a layer takes a few hundred bytes, a channel's scale 20
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
-Scale = Annotated[float, Field(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
-Percent = Annotated[float, Field(ge=0, le=100)]
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(
-        extra="allow", allow_inf_nan=False
-    )  # later versions may add; readers of this one ignore what they do not know
-
-
-class ModelRecord(_Record):
-    source: Name  # what rebuilds it: "timm:resnet18", "package.module:factory"
-    library: Name
-    name: Name
-    arguments: Annotated[dict[str, Any], AfterValidator(untrusted.check_arguments)] = Field(default_factory=dict)
-    num_classes: int = Field(ge=1, le=MAX_CLASSES)
-    weights_from: str
-    checkpoint_sha256: str | None = None
-
-
-class BudgetRecord(_Record):
-    target_mean_bits: Amount | None  # null where nothing was asked for (float)
-    mean_bits: Amount
-    total_weights: Count
-
-
-class SizesRecord(_Record):
-    float_bytes: Count  # every parameter and buffer at 4 bytes
-    paper_compression: Amount | None  # 32 / mean planes: the paper's count, weights only; null where no plane is left
-    stored_bits_per_weight: Amount  # dense sign-magnitude layout
-    entropy_bits_per_weight: Amount  # ideal order-0 coder, per layer
-    file_bytes: Count | None = None  # measured; absent inside the file itself
-
-
-class AccuracyRecord(_Record):
-    float_top1: Percent | None = None
-    soft_top1: Percent | None = None
-    hard_top1: Percent | None = None
-    hard_top5: Percent | None = None
-    samples: Count = 0
-
-
-class LayerRecord(_Record):
-    name: Name
-    shape: list[Annotated[int, Field(ge=1, lt=2**31)]] = Field(min_length=1, max_length=8)
-    weights: Count
-    mask: str = Field(pattern=r"\A[01]{1,8}\z")  # most significant plane first
-    bits: int  # planes in use: the paper's precision
-    stored_bits: int = Field(ge=0, le=9)  # dense sign-magnitude bits per weight
-    entropy_bits: float = Field(ge=0, le=16)
-    scale: Scale | list[Scale]  # value of integer 1
-    channel_dim: int = 0
-    encoding: str = Field(max_length=32)
-    packed_bytes: Count
-    aliases: list[Name] = Field(default_factory=list)
-    macs: Count | None = (
-        None  # multiply-accumulates of one image; absent where nothing uses the weight or none were counted
-    )
-
-    @model_validator(mode="after")
-    def _agrees(self) -> LayerRecord:
-        if self.weights != math.prod(self.shape) or self.bits != self.mask.count("1"):
-            raise ValueError(f"{self.name}: mask, bits, shape and weights disagree")
-        if not -len(self.shape) <= self.channel_dim < len(self.shape):
-            raise ValueError(f"{self.name}: no dimension {self.channel_dim} in shape {self.shape}")
-        return self
-
-
-class ComputeRecord(_Record):
-    """Operations of one image, and of which size.
-
-    ``bops``: bit operations, Σ MACs · planes in use · bits of the layer's input (32 where activations are float). What no
-    quantized weight takes part in (attention's products, layers left float) counts 32 · 32 per multiply-accumulate.
-    """
-
-    input_size: list[Count]
-    macs: Count
-    quantized_macs: Count
-    bops: Count
-
-
-class ActivationEntry(_Record):
-    module: str = Field(max_length=512)  # whose input is rounded
-    bits: int = Field(ge=1, le=16)
-    signed: bool
-    scale: float = Field(gt=0, allow_inf_nan=False)  # value of integer 1
-
-
-class ParityRecord(_Record):
-    """The certificate of an export: what was compared, between the hard model in torch and the file just written."""
-
-    payload_sha256: str  # of the integers as read back
-    layers_matched: Count
-    layers_absent: list[str] = Field(default_factory=list)  # weights that the forward pass never uses (ONNX only)
-    layers_int8: list[str] = Field(default_factory=list)  # inputs and weights both int8 (ONNX with int8 activations)
-    calibrated: list[str] = Field(default_factory=list)  # layers whose output scale was measured, not trained
-    inputs: str  # "8 synthetic images", "8 images of DATA"
-    max_logit_error: Amount
-    logit_std: Amount
-    tolerance_in_std: Amount
-    top1: Percent | None = None  # of this file through its engine
-    samples: Count = 0
-    engine: str  # "onnxruntime 1.32.0"
-    versions: dict[str, str] = Field(default_factory=dict)
-    file_bytes: Count = 0  # this file, certificate included
-    graph_sha256: str | None = None  # of all of an ONNX file but its metadata
-    load_seconds: Amount
-    latency_ms: Amount | None = None  # batch 1, one thread, median
-    latency_ratio: Amount | None = None  # fp32 time / this file's time, interleaved in one run: > 1 is faster
-
-
-class Manifest(_Record):
-    schema_version: int = SCHEMA_VERSION
-    model: ModelRecord
-    data_config: Annotated[dict[str, Any], AfterValidator(check_data_config)]
-    classes: list[str] = Field(default_factory=list)
-    budget: BudgetRecord
-    sizes: SizesRecord
-    compute: ComputeRecord | None = None
-    accuracy: AccuracyRecord = Field(default_factory=AccuracyRecord)
-    layers: list[LayerRecord]
-    activations: list[ActivationEntry] = Field(default_factory=list)
-    left_float: list[dict[str, Any]] = Field(default_factory=list)  # tensors of ≥ 2 dimensions not quantized, and why
-    payload_sha256: str
-    environment: dict[str, str] = Field(default_factory=dict)
-    recipe: dict[str, Any] = Field(default_factory=dict)
-    form: storage.Form | Literal["onnx"] = "compact"  # how the tensors are laid out, see `storage`
-    packed_others: list[storage.TensorRecord] = Field(default_factory=list)  # bit-packed files only
-    parity: ParityRecord | None = None  # exported files only
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Manifest:
-        total = sum(layer.weights for layer in self.layers)
-        planes = sum(layer.weights * layer.bits for layer in self.layers)
-        if total != self.budget.total_weights or (total and abs(planes / total - self.budget.mean_bits) > 1e-6):
-            raise ValueError("the budget is not that of the layers")
-        for kind in (itertools.chain.from_iterable((r.name, *r.aliases) for r in self.layers),
-                     (r.name for r in self.packed_others), (r.module for r in self.activations)):  # fmt: skip
-            names = list(kind)
-            if len(set(names)) < len(names):
-                raise ValueError("a name stands twice")
-        return self
-
-    @property
-    def unpacked_bytes(self) -> int:
-        """Bytes that the layers' weights take as float32, and a bit-packed file's other tensors as they are."""
-        others = sum(math.prod(record.shape) * storage.itemsize(record.dtype) for record in self.packed_others)
-        return 4 * sum(layer.weights for layer in self.layers) + others
-
-    def activation_records(self) -> list[ActivationRecord]:
-        """The activation quantizers, as `activations.attach` takes them."""
-        return [ActivationRecord(entry.module, entry.bits, entry.signed, entry.scale) for entry in self.activations]
-
-    @property
-    def spec(self) -> ModelSpec:
-        return ModelSpec(self.model.library, self.model.name, self.model.arguments)
+_HINT = "the file is damaged"
 
 
 @dataclass
@@ -211,6 +54,7 @@ class QuantizedFile:
     manifest: Manifest
     layers: list[HardLayer]
     others: dict[str, Tensor]  # parameters and buffers that are not quantized
+    _encoded: list[tuple[HardLayer, Encoded]] = field(default_factory=list, repr=False, compare=False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Dequantized state dict; loads ``strict=True`` into the plain model."""
@@ -220,90 +64,103 @@ class QuantizedFile:
             state.update(dict.fromkeys((layer.name, *layer.aliases), weight))
         return state
 
+    def encoded(self) -> list[Encoded]:
+        """The layers' integers as codes. Encoding takes long, so a layer's codes are kept for as long as it stays."""
+        known = {id(layer): encoded for layer, encoded in self._encoded}
+        missing = [layer for layer in self.layers if id(layer) not in known]
+        known |= {id(layer): codes for layer, codes in zip(missing, layout.encode_layers(missing), strict=True)}
+        self._encoded = [(layer, known[id(layer)]) for layer in self.layers]
+        return [encoded for _, encoded in self._encoded]
+
 
 def assemble(
     model: nn.Module,
-    layers: list[HardLayer],
+    layers: Sequence[HardLayer],
     *,
     record: ModelRecord,
     data_config: Mapping[str, Any],
     target_bits: float | None,
     operations: Operations | None = None,
-    **details: Any,
+    classes: Sequence[str] = (),
+    accuracy: AccuracyRecord | None = None,
+    activations: Sequence[ActivationEntry] = (),
+    left_float: Sequence[Mapping[str, Any]] = (),
+    environment: Mapping[str, str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> QuantizedFile:
     """The file for a trained model: ``layers`` as hardened, all else from the model's own state dict.
 
-    ``operations`` are what `inspect.count_macs` found. ``details`` are further manifest fields (classes, accuracy, recipe,
-    environment, activations, left_float).
+    Args:
+        model: the trained model; the weights of ``layers`` in it are replaced by the layers themselves.
+        layers: the hard layers, in the order in which the file lists them.
+        record: what builds the architecture again.
+        data_config: what images must look like for it.
+        target_bits: mean planes per weight that were asked for; None for a float file.
+        operations: multiply-accumulates, as ``models.coverage.count_macs`` found them.
+        classes: names of the outputs.
+        accuracy: what was measured so far.
+        activations: the quantizers on the layers' inputs.
+        left_float: name, shape and reason (``why``) of tensors of two or more dimensions that are not quantized.
+        environment: versions that the result depends on.
+        recipe: the recipe as resolved.
+
+    Raises UserError, naming the tensor, where training left NaN or infinite values.
     """
     names = {name for layer in layers for name in (layer.name, *layer.aliases)}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
     trained = [(layer.name, value) for layer in layers for value in (layer.scale, state[layer.name])]
     for name, value in [*others.items(), *trained]:
-        if checkpoints.is_damaged(value):
+        if is_damaged(value):
             raise UserError("training left NaN or infinite values; nothing was written", where=name)
-    records = [_layer_record(layer) for layer in layers]
-    total = sum(r.weights for r in records)
-
-    def mean(values: list[float]) -> float:
-        return sum(v * r.weights for v, r in zip(values, records, strict=True)) / total if total else 32.0
-
-    mean_bits = mean([r.bits for r in records])
-    sizes = SizesRecord(
-        float_bytes=4 * sum(value.numel() for value in state.values()),
-        paper_compression=32 / mean_bits if mean_bits else None,
-        stored_bits_per_weight=mean([r.stored_bits for r in records]),
-        entropy_bits_per_weight=mean([r.entropy_bits for r in records]),
-    )
+    encoded = layout.encode_layers(layers)
+    macs = operations.macs if operations is not None else {}
+    records = [_layer_record(*pair, macs=macs.get(pair[0].name)) for pair in zip(layers, encoded, strict=True)]
     manifest = Manifest(
         model=record,
         data_config=dict(data_config),
-        budget=BudgetRecord(target_mean_bits=target_bits, mean_bits=mean_bits, total_weights=total),
-        sizes=sizes,
+        classes=list(classes),
+        budget=BudgetRecord(
+            target_mean_bits=target_bits,
+            mean_bits=sizes.mean_over_weights(records, lambda layer: layer.bits),
+            total_weights=sum(layer.weights for layer in records),
+        ),
+        sizes=sizes.sizes(records, float_bytes=4 * sum(value.numel() for value in state.values())),
+        accuracy=accuracy if accuracy is not None else AccuracyRecord(),
         layers=records,
+        activations=list(activations),
+        left_float=[dict(tensor) for tensor in left_float],
         payload_sha256=payload_sha256(layers),
-        **details,
+        environment=dict(environment or {}),
+        recipe=dict(recipe or {}),
     )
     if operations is not None:
-        for layer in manifest.layers:
-            layer.macs = operations.macs[layer.name]
-        manifest.compute = _compute_record(manifest, operations)
-    return QuantizedFile(manifest, layers, others)
+        size, total = operations.input_size, operations.total
+        manifest.compute = sizes.compute(records, manifest.activations, input_size=size, macs=total)
+    return QuantizedFile(manifest, list(layers), others, list(zip(layers, encoded, strict=True)))
 
 
-def _compute_record(manifest: Manifest, operations: Operations) -> ComputeRecord:
-    input_bits = {entry.module: entry.bits for entry in manifest.activations}
-    quantized = bops = 0
-    for layer in manifest.layers:
-        macs = layer.macs or 0
-        quantized += macs
-        bops += macs * layer.bits * input_bits.get(layer.name.rpartition(".")[0], 32)
-    rest = max(operations.total - quantized, 0)
-    size = list(operations.input_size)
-    return ComputeRecord(input_size=size, macs=operations.total, quantized_macs=quantized, bops=bops + rest * 32 * 32)
-
-
-def _layer_record(layer: HardLayer) -> LayerRecord:
-    data, encoding = packing.encode(layer.integers)
+def _layer_record(layer: HardLayer, encoded: Encoded, *, macs: int | None) -> LayerRecord:
     scale = layer.scale.tolist()
+    mask = equations.mask_string(layer.mask)
     return LayerRecord(
         name=layer.name,
         shape=list(layer.integers.shape),
         weights=layer.integers.numel(),
-        mask=csq.mask_string(layer.mask),
+        mask=mask,
         bits=layer.planes,
-        stored_bits=layer.stored_bits,
-        entropy_bits=round(packing.entropy_bits(layer.integers), 6),
+        stored_bits=sizes.stored_bits(mask),
+        entropy_bits=round(codes.entropy_bits(codes.count(layer.integers.cpu().numpy())), 6),
         scale=scale[0] if len(scale) == 1 else scale,
         channel_dim=layer.channel_dim,
-        encoding=encoding,
-        packed_bytes=data.numel(),
+        encoding=encoded.encoding,
+        packed_bytes=len(encoded.data),
         aliases=list(layer.aliases),
+        macs=macs,
     )
 
 
-def payload_sha256(layers: list[HardLayer]) -> str:
+def payload_sha256(layers: Sequence[HardLayer]) -> str:
     """SHA-256 over name and integers (little-endian int16) of every layer in order."""
     digest = hashlib.sha256()
     for layer in layers:
@@ -312,11 +169,10 @@ def payload_sha256(layers: list[HardLayer]) -> str:
     return digest.hexdigest()
 
 
-def write(
-    path: Path, file: QuantizedFile, *, form: storage.Form = "compact", parity: ParityRecord | None = None
-) -> int:
+def write(path: Path, file: QuantizedFile, *, form: Form = "compact", parity: ParityRecord | None = None) -> int:
     """Write atomically in the given form; the bytes on disk. A certificate that ``file`` was read with is not kept."""
-    stored = storage.store(file.layers, file.others, form)
+    encoded = file.encoded() if form in ("compact", "bit-packed") else None
+    stored = layout.store(file.layers, file.others, form, encoded=encoded)
     manifest = _described(file.manifest, stored, form)
     manifest.parity = parity
     with replacing(path) as temporary:
@@ -333,7 +189,7 @@ def write(
     return path.stat().st_size
 
 
-def _described(manifest: Manifest, stored: storage.Stored, form: storage.Form) -> Manifest:
+def _described(manifest: Manifest, stored: layout.Stored, form: Form) -> Manifest:
     """The manifest with every layer's encoding and bytes as ``stored``."""
     described = manifest.model_copy(update={"form": form, "packed_others": stored.others}, deep=True)
     for record, (encoding, size) in zip(described.layers, stored.encodings, strict=True):
@@ -351,56 +207,37 @@ def _with_manifest(tensors: dict[str, Tensor], manifest: Manifest) -> tuple[dict
         if isinstance(record.scale, list):
             record.scale = []  # stands among the tensors
     text = manifest.model_dump_json(exclude={"parity"}, exclude_defaults=True)
-    packed = storage.as_tensor(storage.deflate(text.encode()))
-    return tensors | {storage.MANIFEST: packed}, {METADATA_KEY: json.dumps(head)}
-
-
-def is_quantized(path: Path) -> bool:
-    """Whether a safetensors file carries csq's manifest."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return METADATA_KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest alone, with the file's measured size. UserError for anything that is not a csq file."""
-    path = Path(path)
-    if path.suffix == ".onnx":
-        from csqcli.export import runtime
-
-        return runtime.read_manifest(path)
-    with _opened(path) as file:
-        manifest = _manifest(file, path)
-    manifest.sizes.file_bytes = path.stat().st_size
-    return manifest
+    packed = layout.as_tensor(deflate(text.encode()))
+    return tensors | {MANIFEST_TENSOR: packed}, {METADATA_KEY: json.dumps(head)}
 
 
 def read(path: str | Path) -> QuantizedFile:
-    """The whole file, checked: every tensor present, integers as hashed, masks and shapes consistent."""
+    """The whole file, checked: every tensor present, integers as hashed, masks and shapes consistent.
+
+    UserError, in one line that names the layer, for a file that csq did not write or that is damaged.
+    """
     path = Path(path)
     where = str(path)
-    with _opened(path) as file:
-        manifest = _manifest(file, path)
+    with open_safetensors(path, framework="pt") as file:
+        manifest = manifest_of(file, path)
         layers = []
         try:
-            reader = storage.Reader(file, manifest.layers, manifest.packed_others)
+            reader = layout.Reader(file, manifest.layers, manifest.packed_others)
         except _DAMAGE as error:
-            raise UserError(f"float tensors: {error}", where=where, hint="the file is damaged") from None
+            raise UserError(f"float tensors: {error}", where=where, hint=_HINT) from None
         for record in manifest.layers:
             try:
                 integers, scale = reader.layer(record)
                 layers.append(_checked_layer(record, integers, scale))
             except _DAMAGE as error:
-                raise UserError(f"layer {record.name}: {error}", where=where, hint="the file is damaged") from None
+                raise UserError(f"layer {record.name}: {error}", where=where, hint=_HINT) from None
             record.scale = scale.tolist() if scale.numel() > 1 else float(scale)
         try:
             others = reader.others()
         except _DAMAGE as error:
-            raise UserError(f"float tensors: {error}", where=where, hint="the file is damaged") from None
+            raise UserError(f"float tensors: {error}", where=where, hint=_HINT) from None
     if payload_sha256(layers) != manifest.payload_sha256:
-        raise UserError("integers do not match their sha-256", where=where, hint="the file is damaged")
+        raise UserError("integers do not match their sha-256", where=where, hint=_HINT)
     manifest.sizes.file_bytes = path.stat().st_size
     return QuantizedFile(manifest, layers, others)
 
@@ -408,84 +245,30 @@ def read(path: str | Path) -> QuantizedFile:
 def read_layer(path: str | Path, name: str) -> HardLayer:
     """One layer, without reading the others' weights. UserError for an unknown name or a damaged file."""
     path = Path(path)
-    with _opened(path) as file:
-        manifest = _manifest(file, path)
+    with open_safetensors(path, framework="pt") as file:
+        manifest = manifest_of(file, path)
         record = next((record for record in manifest.layers if record.name == name), None)
         if record is None:
             hint = did_you_mean(name, [record.name for record in manifest.layers])
             raise UserError(f"no quantized layer `{name}`", where=str(path), hint=hint)
         try:
-            reader = storage.Reader(file, manifest.layers, manifest.packed_others)
+            reader = layout.Reader(file, manifest.layers, manifest.packed_others)
             return _checked_layer(record, *reader.layer(record))
         except _DAMAGE as error:
-            raise UserError(f"layer {name}: {error}", where=str(path), hint="the file is damaged") from None
+            raise UserError(f"layer {name}: {error}", where=str(path), hint=_HINT) from None
 
 
 def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> HardLayer:
     """The layer, when its integers are ones that the mask can form and its weights are finite. Else ValueError."""
-    mask = csq.mask_from_string(record.mask)
+    mask = equations.mask_from_string(record.mask)
     if not scale.isfinite().all():
         raise ValueError("scale is not finite")
     recorded = torch.tensor(record.scale, dtype=torch.float32).reshape(-1)
     if recorded.numel() and not torch.equal(recorded, scale):  # a bit-packed file's manifest does without
         raise ValueError("scale disagrees with the manifest")
     largest = int(integers.abs().max())
-    if not csq.formable(integers, mask):
+    if not equations.formable(integers, mask):
         raise ValueError(f"integers that mask {record.mask} cannot form")
     if not bool((scale.abs() * largest).isfinite().all()):
         raise ValueError("integers × scale is not finite")
     return HardLayer(record.name, integers, scale, mask, record.channel_dim, tuple(record.aliases))
-
-
-def _opened(path: Path) -> Any:
-    if not path.is_file():
-        raise no_such_file(path)
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"not a safetensors file ({error})", where=str(path)) from None
-
-
-def _manifest(file: Any, path: Path) -> Manifest:
-    where = str(path)
-    try:
-        squeezed = storage.raw_bytes(file, storage.MANIFEST) if storage.MANIFEST in file.keys() else None
-    except _DAMAGE as error:
-        raise UserError(f"manifest is damaged ({error})", where=where) from None
-    manifest = parse_manifest((file.metadata() or {}).get(METADATA_KEY), where=where, deflated=squeezed)
-    try:
-        untrusted.check_unpacked(manifest.unpacked_bytes, file_bytes=path.stat().st_size)
-    except ValueError as error:
-        raise UserError(f"manifest is damaged ({error} of weights)", where=where) from None
-    return manifest
-
-
-def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = None) -> Manifest:
-    """A manifest from its JSON; ``deflated`` holds the larger part of it in a bit-packed file. UserError for damage."""
-    if text is None:
-        raise UserError("not a csq file (no manifest)", where=where, hint="`csq search` writes one")
-    try:
-        raw = _read_json(text)
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            hint = f"this csq reads version {SCHEMA_VERSION}; upgrade csq"
-            raise UserError(f"schema version {raw.get('schema_version')!r}", where=where, hint=hint)
-        if deflated is not None:
-            raw |= _read_json(packing.inflate(deflated, storage.MANIFEST_LIMIT, exact=False))
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"manifest is damaged ({_first(error)})", where=where) from None
-    except ValueError as error:
-        raise UserError(f"manifest is damaged ({error})", where=where) from None
-
-
-def _read_json(text: str | bytes) -> dict[str, Any]:
-    if len(text) > _MANIFEST_BYTES:
-        raise ValueError(f"{len(text):,} bytes")
-    return untrusted.read_json(text, nodes=_MANIFEST_VALUES)
-
-
-def _first(error: ValidationError) -> str:
-    """The first problem: ``layers.0.bits: Input should be a valid integer``."""
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, problem["loc"]))
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")

@@ -62,11 +62,16 @@ def _float_record(tensor: FloatTensor) -> dict[str, Any]:
 
 
 def example_inputs(
-    task: str, input_size: Sequence[int], *, batch: int = 1, device: torch.device | str = "cpu"
+    task: str,
+    input_size: Sequence[int],
+    *,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:
     """Positional arguments of a forward pass over a batch of noise; ``task`` as `sources.task_of` names it."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch, *input_size, generator=generator).to(device)
+    images = torch.rand(batch, *input_size, generator=generator).to(device, dtype)
     if task == "detection":
         return (list(images),)
     return (images, images.flip(-1)) if task == "optical flow" else (images,)
@@ -85,7 +90,8 @@ def count_macs(
     before.
     """
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
+    like = next(model.parameters())
+    device = like.device
     counter = _Counter(layers)
     handles = counter.watch(model, layers)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -95,7 +101,7 @@ def count_macs(
         rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
         # attention as matrix products: not every release has formulas for its fused forms
         with rng, sdpa_kernel(SDPBackend.MATH), counter:
-            model(*example_inputs(task, input_size, device=device))
+            model(*example_inputs(task, input_size, device=device, dtype=like.dtype))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:

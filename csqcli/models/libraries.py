@@ -21,8 +21,8 @@ from csqcli.models import networks
 from csqcli.models.checkpoints import Checkpoint, Weights, choose_weights, fit_state_dict
 from csqcli.models.data_config import IMAGENET_CONFIG, DataConfig, usable_config
 from csqcli.models.spec import ModelSpec, known_names, parse
-from csqcli.system.imports import import_attribute
 from csqcli.system.limits import check_arguments
+from csqcli.system.plugins import import_attribute
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool
 
 
 def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
-    factory = import_attribute(spec.name)
+    factory = import_attribute(spec.name, where=spec.name)
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if "num_classes" in kwargs and "num_classes" not in parameters and not takes_any:

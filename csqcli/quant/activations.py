@@ -9,7 +9,7 @@ bits. Layers whose module is never called (weights used functionally, the output
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,7 @@ class ActivationQuantizers:
 
     def records(self) -> list[ActivationRecord]:
         """The quantizers as they are stored."""
-        return [
-            ActivationRecord(name, q.bits, q.signed, float(q.scale.detach().clamp_min(1e-8)))
-            for name, q in self.quantizers.items()
-        ]
+        return records_of(self.quantizers)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: quantizer.scale.detach() for name, quantizer in self.quantizers.items()}
@@ -109,6 +106,32 @@ class ActivationQuantizers:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, scale in state.items():
             self.quantizers[name].scale.data.copy_(scale)
+
+
+def records_of(quantizers: Mapping[str, ActivationQuantizer]) -> list[ActivationRecord]:
+    """Quantizers, by the module whose input they round, as they are stored."""
+    return [
+        ActivationRecord(name, q.bits, q.signed, float(q.scale.detach().clamp_min(1e-8)))
+        for name, q in quantizers.items()
+    ]
+
+
+def attached(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers that a model's hooks apply, by the module whose input they round."""
+    hooks = ((name, hook) for name, module in model.named_modules() for hook in module._forward_pre_hooks.values())
+    return {
+        name: hook.quantizer
+        for name, hook in hooks
+        if isinstance(getattr(hook, "quantizer", None), ActivationQuantizer)
+    }
+
+
+def detach(model: nn.Module) -> None:
+    """Take every quantizer's hook off a model."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(getattr(hook, "quantizer", None), ActivationQuantizer):
+                del module._forward_pre_hooks[key]
 
 
 def attach(model: nn.Module, records: Iterable[ActivationRecord], *, method: str = "lsq") -> ActivationQuantizers:
@@ -182,4 +205,5 @@ def _apply(quantizer: ActivationQuantizer) -> Callable[..., tuple[Any, ...]]:
                 done[id(value)] = quantizer(value)
         return tuple(done.get(id(value), value) for value in inputs)
 
+    hook.__dict__["quantizer"] = quantizer  # what `attached` and `detach` find it by
     return hook

@@ -1,29 +1,129 @@
-"""The budget: mean planes over weight elements, and the projection of masks onto it.
+"""The budget: what all layers' planes may cost together, and the exact allocation and projection onto it.
 
-The sign-based steering of Eq. 7 approaches a target; it does not promise it. The projection does: planes that cost the
-model least per element are dropped until the mean is at or under the target, then spare budget is given back where it
-helps most. What is delivered never exceeds what was asked for.
+The budget of a target T is what the network would cost (`costs`) with T planes in every layer, so a target means the same
+whatever the cost. What is delivered never costs more.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from csqcli.errors import UserError
+from csqcli.quant.costs import Cost, LayerFacts, weight_planes
 from csqcli.quant.layers import Layer, match
+
+_CELLS = 50_000  # the knapsack's resolution of the budget
 
 
 @dataclass(frozen=True)
 class PlaneLimits:
     """Fewest and most planes per layer, in the order of the layers."""
 
-    fewest: tuple[int, ...]
-    most: tuple[int, ...]
+    min_planes: tuple[int, ...]
+    max_planes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A target of mean planes, the rules of single layers, and what planes cost."""
+
+    target: float  # mean planes; with the cost `weights` their mean over elements
+    weights: tuple[int, ...]  # elements of every layer
+    limits: PlaneLimits
+    table: tuple[tuple[int, ...], ...]  # [layers][planes 0 … n]: cost of a layer at so many planes
+
+    @functools.cached_property
+    def counts_weights(self) -> bool:
+        """Whether a layer's cost is its planes × elements."""
+        rows = zip(self.table, self.weights, strict=True)
+        return all(row == tuple(k * weight for k in range(len(row))) for row, weight in rows)
+
+    @functools.cached_property
+    def allowed(self) -> int:
+        """The most that all layers may cost together: what ``target`` planes everywhere do."""
+        if self.counts_weights:
+            return int(self.target * sum(self.weights) + 1e-6)
+        below = min(math.floor(self.target), len(self.table[0]) - 1)
+        above, share = min(below + 1, len(self.table[0]) - 1), self.target - below
+        return int(sum((1 - share) * row[below] + share * row[above] for row in self.table) + 1e-6)
+
+    @functools.cached_property
+    def target_ratio(self) -> float:
+        """The budget in units of what one plane everywhere costs: the target itself for the cost `weights`."""
+        return self.target if self.counts_weights else self.allowed / max(sum(row[1] for row in self.table), 1)
+
+    @functools.cached_property
+    def plane_costs(self) -> Tensor:
+        """[layers, bits] float64: what plane number b costs a layer that has b planes already."""
+        table = torch.tensor(self.table, dtype=torch.float64)
+        return table[:, 1:] - table[:, :-1]
+
+    def spent(self, planes: Sequence[int]) -> int:
+        """Cost of an allocation."""
+        return sum(row[k] for row, k in zip(self.table, planes, strict=True))
+
+    def mean_planes(self, planes: Sequence[float]) -> float:
+        """Mean of so many planes per layer over weight elements, whatever the cost."""
+        return mean_planes(planes, self.weights)
+
+    def has_choice(self) -> bool:
+        """Whether the budget and the rules leave anything to search: room for one plane beyond the fewest allowed."""
+        few, most = self.limits.min_planes, self.limits.max_planes
+        steps = [row[a + 1] - row[a] for row, a, b in zip(self.table, few, most, strict=True) if a < b]
+        return bool(steps) and self.spent(few) + min(steps) <= self.allowed
+
+    def check_feasible(self) -> None:
+        """UserError when even the fewest planes allowed cost more than the budget."""
+        if self.spent(self.limits.min_planes) <= self.allowed:
+            return
+        hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+        least = self.mean_planes(self.limits.min_planes)
+        raise UserError(f"target_bits {self.target:g} cannot be met: the layer rules alone need {least:.4g}", hint=hint)
+
+
+def make_budget(
+    layers: Sequence[Layer],
+    target: float,
+    *,
+    bits: int = 8,
+    limits: PlaneLimits | None = None,
+    cost: Cost = weight_planes,
+    macs: Mapping[str, int | None] | None = None,
+    input_bits: Mapping[str, int] | None = None,
+) -> Budget:
+    """The budget of ``layers`` at a target of mean planes.
+
+    ``macs`` and ``input_bits`` are per layer name, for costs that ask for them. UserError for a cost function that does
+    not give whole numbers that start at 0 or more and never fall with further planes.
+    """
+    table = []
+    for layer in layers:
+        name = layer.name
+        facts = LayerFacts(
+            name=name,
+            shape=tuple(layer.parameter.shape),
+            weights=layer.weights,
+            macs=(macs or {}).get(name) or 0,
+            input_bits=(input_bits or {}).get(name, 32),
+        )
+        row: list[Any] = [cost(facts, planes) for planes in range(bits + 1)]
+        whole = all(isinstance(value, int) and value >= 0 for value in row)
+        if not whole or any(after < before for before, after in itertools.pairwise(row)):
+            hint = "give whole numbers ≥ 0 that do not fall with further planes: bytes, nanoseconds, …"
+            raise UserError(f"the cost function gave {row} for 0 to {bits} planes", where=name, hint=hint)
+        table.append(tuple(row))
+    weights = tuple(layer.weights for layer in layers)
+    limits = limits or PlaneLimits((1,) * len(weights), (bits,) * len(weights))
+    return Budget(target, weights, limits, tuple(table))
 
 
 def plane_limits(
@@ -57,89 +157,81 @@ def plane_limits(
     return PlaneLimits(tuple(fewest[name] for name in names), tuple(most[name] for name in names))
 
 
-def check_feasible(target: float, weights: Sequence[int], limits: PlaneLimits) -> None:
-    """UserError when even the fewest planes allowed exceed the target."""
-    least = mean_planes(limits.fewest, weights)
-    if least > target + 1e-9:
-        raise UserError(
-            f"target_bits {target:g} cannot be met: the layer rules alone need {least:.4g}",
-            hint="raise the target or relax layers.keep / layers.min_bits / layers.floor",
-        )
-
-
-def mean_planes(planes: Sequence[int], weights: Sequence[int]) -> float:
-    """Σ planes·weights / Σ weights, exact in integers before the one division."""
-    return sum(p * w for p, w in zip(planes, weights, strict=True)) / sum(weights)
+def mean_planes(planes: Sequence[float], weights: Sequence[int]) -> float:
+    """Σ planes·weights / Σ weights, exact in integers before the one division; 0 for no weights."""
+    return sum(p * w for p, w in zip(planes, weights, strict=True)) / max(sum(weights), 1)
 
 
 def project(
     masks: Tensor,  # bool [layers, bits]: planes that the search ended with
     importance: Tensor,  # [layers, bits] ≥ 0: expected loss increase if that plane vanished
-    weights: Sequence[int],
-    *,
-    target: float,
-    limits: PlaneLimits,
+    budget: Budget,
 ) -> Tensor:
-    """Masks with mean planes ≤ target inside the limits, changed as little and as cheaply as possible.
+    """Masks within the budget and the limits, changed as little and as cheaply as possible; bool [layers, bits].
 
-    Greedy by importance per element. Ties go to the lower plane, then the later layer, so the result is a function of
-    its inputs alone. Spare budget is spent on the best planes that still fit.
+    Greedy by importance per cost. Ties go to the lower plane, then the later layer, so the result is a function of
+    its inputs alone. What is left is spent on the best planes that still fit.
     """
-    check_feasible(target, weights, limits)
+    budget.check_feasible()
+    few, most = budget.limits.min_planes, budget.limits.max_planes
     chosen = masks.clone().cpu()
-    value = importance.detach().to("cpu", torch.float64) / torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+    first_cost = budget.plane_costs[:, :1].clamp_min(1)  # of one plane
+    value = importance.detach().to("cpu", torch.float64) / first_cost
     layers, bits = chosen.shape
-    budget = int(target * sum(weights) + 1e-6)  # planes × elements allowed
     cells = [(layer, plane) for layer in range(layers) for plane in range(bits)]
     cheapest_first = sorted(cells, key=lambda cell: (float(value[cell]), cell[1], -cell[0]))
     dearest_first = cheapest_first[::-1]
     count = chosen.sum(dim=1).tolist()
 
-    def spent() -> int:
-        return sum(c * w for c, w in zip(count, weights, strict=True))
-
     def switch(cell: tuple[int, int], on: bool) -> None:
         chosen[cell] = on
         count[cell[0]] += 1 if on else -1
 
+    def one_more(layer: int) -> int:
+        return budget.table[layer][count[layer] + 1] - budget.table[layer][count[layer]]
+
     for cell in cheapest_first:  # ceilings of single layers
-        if chosen[cell] and count[cell[0]] > limits.most[cell[0]]:
+        if chosen[cell] and count[cell[0]] > most[cell[0]]:
             switch(cell, False)
     for cell in dearest_first:  # floors of single layers
-        if not chosen[cell] and count[cell[0]] < limits.fewest[cell[0]]:
+        if not chosen[cell] and count[cell[0]] < few[cell[0]]:
             switch(cell, True)
     for cell in cheapest_first:
-        if spent() <= budget:
+        if budget.spent(count) <= budget.allowed:
             break
-        if chosen[cell] and count[cell[0]] > limits.fewest[cell[0]]:
+        if chosen[cell] and count[cell[0]] > few[cell[0]]:
             switch(cell, False)
     for cell in dearest_first:
-        if not chosen[cell] and count[cell[0]] < limits.most[cell[0]] and spent() + weights[cell[0]] <= budget:
+        free = not chosen[cell] and count[cell[0]] < most[cell[0]]
+        if free and budget.spent(count) + one_more(cell[0]) <= budget.allowed:
             switch(cell, True)
     return chosen.to(masks.device)
 
 
-def allocate(importance: Tensor, weights: Sequence[int], *, target: float, limits: PlaneLimits) -> list[int]:
+def allocate(importance: Tensor, budget: Budget) -> list[int]:
     """Planes per layer that keep the most importance within the budget: an exact multiple-choice knapsack.
 
     ``importance`` [layers, bits] is what each further plane of a layer saves, planes taken in order. The budget is
-    divided into at most 50,000 cells and costs are rounded up, so the result is never over the target; what rounding
-    left unused is then given to the planes that save most per element.
+    divided into at most 50,000 cells and costs are rounded up, so the result is never over it; what rounding
+    left unused is then given to the planes that save most per cost.
     """
-    check_feasible(target, weights, limits)
+    budget.check_feasible()
+    few_of, most_of = budget.limits.min_planes, budget.limits.max_planes
     value = importance.detach().to("cpu", torch.float64).cumsum(dim=1).numpy()
-    total = int(target * sum(weights) + 1e-6)  # planes × elements allowed
-    cell = max(1, -(-total // 50_000))
-    spare = total - sum(few * weight for few, weight in zip(limits.fewest, weights, strict=True))
-    cells = spare // cell
+    cell = max(1, -(-budget.allowed // _CELLS))
+    cells = (budget.allowed - budget.spent(few_of)) // cell
+
+    def cells_of(layer: int, extra: int) -> int:
+        few = few_of[layer]
+        return -(-(budget.table[layer][few + extra] - budget.table[layer][few]) // cell)
+
     best = numpy.zeros(cells + 1)  # most importance within c cells, layers so far
-    choices = numpy.zeros((len(weights), cells + 1), dtype=numpy.int8)  # planes beyond the fewest that reach it
-    for layer, weight in enumerate(weights):
-        few, most = limits.fewest[layer], limits.most[layer]
+    choices = numpy.zeros((len(few_of), cells + 1), dtype=numpy.int8)  # planes beyond the fewest that reach it
+    for layer, (few, most) in enumerate(zip(few_of, most_of, strict=True)):
         base = value[layer, few - 1] if few else 0.0
         reached = best.copy()
         for extra in range(1, most - few + 1):
-            cost = -(-extra * weight // cell)
+            cost = cells_of(layer, extra)
             if cost > cells:
                 break
             gained = best[: cells + 1 - cost] + (value[layer, few + extra - 1] - base)
@@ -147,19 +239,25 @@ def allocate(importance: Tensor, weights: Sequence[int], *, target: float, limit
             reached[cost:][better] = gained[better]
             choices[layer, cost:][better] = extra
         best = reached
-    planes, left = list(limits.fewest), cells
-    for layer in reversed(range(len(weights))):
+    planes, left = list(few_of), cells
+    for layer in reversed(range(len(planes))):
         extra = int(choices[layer, left])
         planes[layer] += extra
-        left -= -(-extra * weights[layer] // cell)
-    return _spend(planes, importance, weights, total, limits)
+        left -= cells_of(layer, extra)
+    return _spend(planes, importance, budget)
 
 
-def _spend(planes: list[int], importance: Tensor, weights: Sequence[int], total: int, limits: PlaneLimits) -> list[int]:
-    """Give unused budget to the planes that save most per element and still fit."""
+def _spend(planes: list[int], importance: Tensor, budget: Budget) -> list[int]:
+    """Give what is left of the budget to the planes that save most per cost and still fit."""
+
+    def cost_of_next(layer: int) -> int:
+        return budget.table[layer][planes[layer] + 1] - budget.table[layer][planes[layer]]
+
     while True:
-        left = total - sum(p * w for p, w in zip(planes, weights, strict=True))
-        fitting = [i for i, w in enumerate(weights) if planes[i] < limits.most[i] and w <= left]
+        left = budget.allowed - budget.spent(planes)
+        growable = [layer for layer, most in enumerate(budget.limits.max_planes) if planes[layer] < most]
+        fitting = [layer for layer in growable if cost_of_next(layer) <= left]
         if not fitting:
             return planes
-        planes[max(fitting, key=lambda i: (float(importance[i, planes[i]]) / weights[i], -i))] += 1
+        gain = {layer: float(importance[layer, planes[layer]]) / max(cost_of_next(layer), 1) for layer in fitting}
+        planes[max(fitting, key=lambda layer: (gain[layer], -layer))] += 1

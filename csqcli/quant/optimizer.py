@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from csqcli.errors import UserError
+from csqcli.quant.catalog import StagedSettings
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import Clock, HardLayer, WeightMethod
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.staged import Staged
+from csqcli.quant.passes.state import kernels_for
+from csqcli.quant.wrappers import unwrap
+
+MAX_BITS = 8  # planes that each layer starts with
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -23,30 +31,45 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     ``harden_at_step`` (never by themselves when None); ``before_harden`` is called just before.
     """
 
+    before_harden: Callable[[], None] | None = None
+
     def __init__(self, method: WeightMethod, base: torch.optim.Optimizer, *, harden_at_step: int | None = None) -> None:
         self.method, self.base, self.step_count = method, base, 0
         self.harden_at_step = harden_at_step
-        self.before_harden: Callable[[], None] | None = None
         super().__init__(base.param_groups, base.defaults)
         base.param_groups = self.param_groups
         self.state = base.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update from the gradients now in the model, then the weights of the next step."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update from the gradients now in the model, then the weights of the next step.
+
+        ``closure`` may compute those gradients; what it returns is returned.
+        """
+        return self._update(closure)
+
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
         if closure is not None:
-            raise ValueError("closures are not supported: call backward() first, then step()")
-        lr = self.param_groups[0]["lr"]
-        self.method.collect(self.step_count, lr=lr, lr_share=lr / self.base.defaults["lr"])
+            with torch.enable_grad():
+                loss = closure()
+        lr, lr_share = self._rate()
+        self.method.collect(self.step_count, lr=lr, lr_share=lr_share)
         self.base.step()
         self.step_count += 1
         self.method.materialise(self.step_count)
         if self.step_count == self.harden_at_step:
             self.harden()
+        return loss
+
+    def _rate(self) -> tuple[float, float]:
+        """The weights' learning rate now, and that as a share of its peak."""
+        lr = self.param_groups[0]["lr"]
+        return lr, lr / self.base.defaults["lr"]
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Fix masks and integers, within the budget; from now on only the rest of the model trains. Idempotent."""
+        """Fix every layer's planes, within the budget, and put the hard weights into the model. Idempotent."""
         if self.before_harden is not None:
             callback, self.before_harden = self.before_harden, None
             callback()
@@ -58,18 +81,27 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def hard(self) -> Iterator[list[HardLayer]]:
-        """The model runs on the weights it would be delivered with now; its own come back on exit."""
-        layers = self.method.preview(self.step_count)
-        saved = [layer.parameter.data.clone() for layer in self.method.layers]
+        """Inside, the model has the weights that it would be delivered with now; on exit, training goes on as before.
+
+        Yields the hard layers, in the method's order. For validating within your own loop::
+
+            with optimizer.hard():
+                accuracy = validate(model)
+        """
+        memo: dict[int, Any] = _gpu_passes(self.method)
+        for layer in self.method.layers:  # the twin writes into the same model
+            memo |= {id(layer): layer, id(layer.parameter): layer.parameter}
+        twin = copy.deepcopy(self.method, memo)
         try:
-            for layer, delivered in zip(self.method.layers, layers, strict=True):
-                layer.parameter.data.copy_(delivered.weight())
-            yield layers
+            with torch.no_grad():
+                twin.harden(self.step_count)
+            yield twin.hard_layers()
         finally:
-            for layer, values in zip(self.method.layers, saved, strict=True):
-                layer.parameter.data.copy_(values)
+            with torch.no_grad():
+                self.method.materialise(self.step_count)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all that is trained, the quantized weights included."""
         self.base.zero_grad(set_to_none)
         for layer in self.method.layers:  # the base optimizer may not know the weights themselves
             layer.parameter.grad = None
@@ -86,21 +118,35 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
 
 class CSQ(QuantizedOptimizer):
-    """CSQ for your own training loop: ``optimizer = CSQ(model, target_bits=3, total_steps=len(loader) * epochs)``.
+    """CSQ for your own training loop, in the place of its optimizer.
 
-    Takes the place of the optimizer in an ordinary loop; the model is left as it is, and csq writes its weights. After
-    ``total_steps`` calls of :meth:`step`, ``csqcli.save(model, optimizer, path, …)`` writes the file. A learning-rate
-    scheduler acts on the latents too, which follow the share of the peak rate.
+    The model is left as it is: csq reads ``weight.grad`` and writes ``weight``. ``param_groups`` are two: what is not
+    quantized, trained by SGD, and last the quantized weights themselves, so that gradient clipping, GradScaler, schedulers
+    and averages of weights find them where they find those of any optimizer. The second group's ``lr`` says how far into
+    its schedule a run is: the weights' own rate, ``settings.latent_lr``, is taken times (lr / peak)², where the peak is
+    OneCycleLR's ``max_lr``, else the ``lr`` given here; beyond the peak it does not grow.
 
     Args:
-        model: any module with weights of linear- or convolution-like operations, already on its device.
-        target_bits: mean planes per weight element that the result must not exceed.
-        total_steps: optimizer steps of the whole run; the schedule of the masks is a function of it.
-        lr, momentum, weight_decay: SGD for everything that is not a quantized weight.
-        exclude: globs of weights that stay float.
-        settings: further settings of the method; ``target_bits`` here wins over it.
+        model: any module with weights of linear- or convolution-like operations, already on its device, in any wrapper
+            of torch.compile or data parallelism. Wrap and move it before.
+        target_bits: mean planes per weight element that the result must not exceed, in (0, 8]; fractions are fine.
+        total_steps: calls of :meth:`step` in the whole run. The schedule of masks and rounding is a function of it.
+            Steps that a GradScaler skips do not count.
+        lr, momentum, weight_decay: of SGD, for everything that is not a quantized weight.
+        exclude: globs over weight names (``fc``, ``layer4.*``) that stay float.
+        settings: those of the method `staged`, which this trains with.
 
-    Raises UserError for an infeasible target and for globs that match nothing.
+    Raises:
+        UserError: for a target that cannot be met, globs that match nothing, and numbers out of range.
+
+    Example::
+
+        optimizer = csqcli.CSQ(model, target_bits=3, total_steps=len(loader) * epochs)
+        for images, labels in itertools.chain.from_iterable(loader for _ in range(epochs)):
+            cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        csqcli.save(model, optimizer, "model.safetensors", source="timm:resnet18", num_classes=1000)
     """
 
     def __init__(
@@ -115,11 +161,114 @@ class CSQ(QuantizedOptimizer):
         exclude: Sequence[str] = (),
         settings: StagedSettings | None = None,
     ) -> None:
-        layers, self.left_float = find_layers(model, exclude=exclude)
-        chosen = replace(settings, target_bits=target_bits) if settings else StagedSettings(target_bits)
-        method = StagedCSQ(layers, Clock(total_steps, total_steps), chosen)
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            hint = "give the number of optimizer steps of the whole run, e.g. len(loader) * epochs"
+            raise UserError(f"total_steps must be a whole number of at least 1, not {total_steps!r}", hint=hint)
+        if not 0 < target_bits <= MAX_BITS:  # NaN is refused too
+            raise UserError(f"target_bits must be above 0 and at most {MAX_BITS}, not {target_bits!r}")
+        if not 0 < lr < math.inf:
+            raise UserError(f"lr must be a number above 0, not {lr!r}", hint="schedulers may lower it to 0 later")
+        model = unwrap(model)
+        layers, _ = find_layers(model, exclude=exclude)
+        plan = plan_for(layers, target_bits, Schedule(total_steps, total_steps), bits=MAX_BITS)
+        method = Staged(layers, plan, settings)
         base = torch.optim.SGD(base_groups(model, method), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.total_steps = total_steps
+        self._built = False
         super().__init__(method, base)
+        weights = [layer.parameter for layer in layers]
+        self.add_param_group({"params": weights, "weight_decay": 0.0, "peak_lr": lr})
+        self._built = True
+        self._share_with_base()
+
+    def _share_with_base(self) -> None:
+        """The base optimizer steps on every group but the last, in the very same mappings."""
+        self.base.__setstate__({"param_groups": self.param_groups[:-1], "state": self.state})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update from the gradients now in the model, then the weights of the next step.
+
+        Args:
+            closure: computes the gradients and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned; None without one.
+
+        Raises:
+            UserError: after ``total_steps`` steps.
+        """
+        if self.step_count >= self.total_steps:
+            hint = "build it with the number of steps of the whole run"
+            raise UserError(f"all {self.total_steps} steps of total_steps are done", where="CSQ.step", hint=hint)
+        return self._update(closure)
+
+    def _rate(self) -> tuple[float, float]:
+        group = self.param_groups[-1]
+        lr = float(group["lr"])
+        return lr, min(lr / float(group.get("max_lr", group["peak_lr"])), 1.0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all parameters, or set them to zero."""
+        torch.optim.Optimizer.zero_grad(self, set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer is built: the budget and the schedule are those of the weights it was built with."""
+        if self._built:
+            hint = "build it over the whole model; parameters that need no gradient yet may be frozen meanwhile"
+            raise UserError("takes no further parameters", where="CSQ.add_param_group", hint=hint)
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``state`` and ``param_groups`` as of any optimizer, and ``csq``: steps done, and latents with their moments.
+
+        Plain tensors, numbers, lists and mappings: ``torch.load(weights_only=True)`` reads what ``torch.save`` writes of
+        it. A run that goes on from it ends in the same bits.
+        """
+        own = {"step": self.step_count, "total_steps": self.total_steps, "method": self.method.state_dict()}
+        return {**torch.optim.Optimizer.state_dict(self), "csq": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a run where :meth:`state_dict` left it; the model's quantized weights follow.
+
+        Raises:
+            UserError: when it is another optimizer's state, or that of a run of other length.
+        """
+        own = state_dict.get("csq")
+        if own is None:
+            raise UserError("is not the state of a CSQ optimizer", where="CSQ.load_state_dict")
+        if own["total_steps"] != self.total_steps:
+            what = f"the state is that of a run of {own['total_steps']} steps, not of {self.total_steps}"
+            raise UserError(what, where="CSQ.load_state_dict", hint="build CSQ with the total_steps of the first start")
+        plain = {name: value for name, value in state_dict.items() if name != "csq"}
+        torch.optim.Optimizer.load_state_dict(self, plain)
+        self.method.load_state_dict(own["method"])
+        self.step_count = own["step"]
+        with torch.no_grad():
+            self.method.materialise(self.step_count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("method", "base", "step_count", "harden_at_step", "total_steps", "_built")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share_with_base()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CSQ:
+        """A copy with weights of its own, or with those of a model that is copied in the same call."""
+        memo |= _gpu_passes(self.method)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
+def _gpu_passes(method: WeightMethod) -> dict[int, Any]:
+    """For deepcopy's memo: the kernels that a method's state refers to are a Python module, of which there is one."""
+    device = method.layers[0].parameter.device if method.layers else torch.device("cpu")
+    kernels = kernels_for(device)
+    return {} if kernels is None else {id(kernels): kernels}
 
 
 def base_groups(model: nn.Module, method: WeightMethod) -> list[dict[str, Any]]:

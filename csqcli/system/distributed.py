@@ -54,7 +54,7 @@ def sum_counts(counts: Sequence[int], device: torch.device) -> list[int]:
     return [int(value) for value in total]
 
 
-def smallest(count: int, device: torch.device) -> int:
+def all_reduce_min(count: int, device: torch.device) -> int:
     """The smallest of all processes' values, everywhere."""
     if not _running():
         return count
@@ -63,9 +63,9 @@ def smallest(count: int, device: torch.device) -> int:
     return int(least)
 
 
-def largest(count: int, device: torch.device) -> int:
+def all_reduce_max(count: int, device: torch.device) -> int:
     """The largest of all processes' values, everywhere."""
-    return -smallest(-count, device)
+    return -all_reduce_min(-count, device)
 
 
 def wait_for_all(device: torch.device) -> None:

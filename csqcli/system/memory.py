@@ -34,30 +34,21 @@ class StepMemory:
         return max(0, free - self.fixed) // max(self.per_image, 1)
 
 
-def state_bytes(method: str, *, bits: int, state_dtype: str) -> int:
-    """Bytes per weight that a method keeps beside the weight and its gradient, momentum included."""
-    held = 2 if state_dtype == "bfloat16" else 4
-    if method.startswith("csq-"):
-        return 4 * bits * held  # two logits a plane, and their momenta
-    return {"csq": 4 + 2 * held, "ste": 8, "lsq": 8, "float": 4}[method]  # csq: a latent and Adam's two moments
-
-
 def estimate(
     model: nn.Module,
     input_size: Sequence[int],
     *,
-    method: str,
-    bits: int,
+    state_bytes: int,
     amp: bool,
     device: torch.device,
-    state_dtype: str = "float32",
 ) -> StepMemory:
-    """Gradients, the method's state, and the activations kept for the backward pass, with what the allocator adds to them.
+    """Gradients, the method's state (``state_bytes`` per weight), the activations kept for the backward pass, and what the
+    allocator adds to them.
 
     Temporaries are not counted: at the peak of a backward pass they take about what was freed by then.
     """
     weights = sum(parameter.numel() for parameter in model.parameters())
-    state = weights * (4 + state_bytes(method, bits=bits, state_dtype=state_dtype))
+    state = weights * (4 + state_bytes)
     one, two = (activation_bytes(model, input_size, images=count, amp=amp, device=device) for count in (1, 2))
     per_image = max(0, min(one, two - one))  # the rest does not grow: weights in bfloat16, tables of positions
     spread = _ALLOCATOR.get(device.type, 1.0)

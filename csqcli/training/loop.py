@@ -1,4 +1,4 @@
-"""One loop for search, finetune and every yardstick."""
+"""One loop for search, finetune and every baseline."""
 
 from __future__ import annotations
 
@@ -16,40 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csqcli.data.loaders import Loader, Unavailable, stream_seed
-from csqcli.errors import UserError, machine_fault
+from csqcli.errors import UserError
 from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.system import distributed
+from csqcli.training.evaluate import evaluate, logits_of
 
 
 class NonFinite(UserError):
     """The loss, or what is trained, holds NaN or infinite numbers. Nothing of it may be saved."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Correct predictions out of ``samples``; percentages are derived, so shards can be summed first."""
-
-    correct1: int
-    correct5: int
-    samples: int
-
-    @property
-    def top1(self) -> float:
-        return 100 * self.correct1 / self.samples
-
-    @property
-    def top5(self) -> float:
-        return 100 * self.correct5 / self.samples
-
-
-def logits_of(output: Any) -> Tensor:
-    """The class scores of a model's output: a tensor, or the first entry of the tuple or dict that it returns."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, dict):
-            output = output["out"] if "out" in output else next(iter(output.values()))
-        else:
-            output = output[0]
-    return output
 
 
 def is_finite(state: Any) -> bool:
@@ -61,70 +35,6 @@ def is_finite(state: Any) -> bool:
     if isinstance(state, (list, tuple)):
         return all(is_finite(value) for value in state)
     return not isinstance(state, float) or math.isfinite(state)
-
-
-@torch.no_grad()
-def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int | None, *, where: str) -> None:
-    """UserError for a model that does not make one score per class (None: anything) of an image. Leaves it in eval mode."""
-    model.eval()
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    size = "×".join(map(str, input_size))
-    try:
-        shape = list(logits_of(model(torch.zeros(1, *input_size, device=device))).shape)
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
-        if machine_fault(error) is not None:
-            raise
-        hint = "check data.input_size"
-        raise UserError(f"cannot run on an image of {size} ({error})", where=where, hint=hint) from error
-    if num_classes is not None and shape != [1, num_classes]:
-        hint = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
-        raise UserError(
-            f"gives outputs of shape {shape} for one image, not {num_classes} scores", where=where, hint=hint
-        )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accuracy:
-    """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
-
-    ``shared``: the loader holds this process's share of the images, and counts are summed over processes.
-    """
-    was_training = model.training
-    model.eval()
-    correct1 = correct5 = samples = 0
-    for images, labels in loader.epoch(0):
-        scores = logits_of(model(images))
-        ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-        correct1 += int(ranked[:, 0].sum())
-        correct5 += int(ranked.sum())
-        samples += len(labels)
-    model.train(was_training)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
-    if shared:
-        correct1, correct5, samples = distributed.sum_counts((correct1, correct5, samples), device)
-    if samples == 0:
-        raise UserError("no validation image could be used")
-    return Accuracy(correct1, correct5, samples)
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, loader: Loader, *, epoch: int, batches: int) -> None:
-    """Re-estimate BatchNorm means and variances as plain averages over ``batches`` training batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or batches == 0:
-        return
-    momenta = [norm.momentum for norm in norms]
-    was_training = model.training
-    model.eval()  # dropout and the like stay off
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    for images, _ in itertools.islice(loader.epoch(epoch), batches):
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(was_training)
 
 
 @dataclass
@@ -217,7 +127,7 @@ class Trainer:
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         try:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-                scores = logits_of((self.replica or self.model)(images))
+                scores = logits_of((self.model if self.replica is None else self.replica)(images))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

@@ -13,7 +13,7 @@ import torch
 import yaml
 from quantized_models import make_file
 
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 from csqcli.system import memory
 
 FAST = ("--set", "optimizer.lr=0.02", "--epochs", "1", "--quiet")
@@ -77,7 +77,7 @@ def test_models_that_are_no_classifiers_are_refused_in_one_line(csq, tmp_path: P
             f"csq: error: {model}: {complaint}; csq trains image classifiers; others with csqcli.CSQ in your own loop"
         )
     file = tmp_path / "segmentation.safetensors"
-    checkpoint_file.write(file, make_file("torchvision:lraspp_mobilenet_v3_large"))
+    io.write(file, make_file("torchvision:lraspp_mobilenet_v3_large"))
     for command in ("evaluate", "finetune"):
         code, _, err = csq(command, file, "--data", "digits")
         assert code == 2
@@ -148,7 +148,7 @@ def test_bfloat16_state_trains_and_the_number_typed_stays_true(csq, tmp_path: Pa
         output = tmp_path / dtype
         options = ["--method", method, "--target-bits", "2", "--epochs", "3", "-o", str(output), "--quiet"]
         assert csq("search", "--recipe", "digits", *options, "--set", f"state_dtype={dtype}")[0] == 0
-        files[dtype] = checkpoint_file.read(output / "model.safetensors")
+        files[dtype] = io.read(output / "model.safetensors")
         assert files[dtype].manifest.budget.mean_bits <= 2
     exact, rounded = (files[dtype].state_dict() for dtype in ("float32", "bfloat16"))
     assert any(not torch.equal(exact[name], rounded[name]) for name in exact)  # the setting reaches training

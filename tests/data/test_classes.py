@@ -54,7 +54,10 @@ def test_a_file_is_evaluated_by_its_own_class_names(digits_run: Path, csq, monke
     assert there == back
     assert there.top1 > 90
     code, _, err = csq("evaluate", path, "--data", "somebody:backwards:digit-")
-    assert (code, "class `digit-9` is not one of the model's 10, nor are 9 more; pass --classes-by-position" in err) == (
+    assert (
+        code,
+        "class `digit-9` is not one of the model's 10, nor are 9 more; pass --classes-by-position" in err,
+    ) == (
         2,
         True,
     )

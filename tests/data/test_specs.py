@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from csqcli.data import specs
+from csqcli.data import registry, specs
 from csqcli.data.splits import DataSet, Images
 from csqcli.errors import UserError
 
@@ -53,8 +53,9 @@ def test_a_search_runs_on_data_from_outside_the_package(csq, tmp_path: Path, mon
 
 
 def test_a_registered_source_shows_in_the_help_and_in_hints_by_itself(csq, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specs, "_SOURCES", dict(specs._SOURCES))
-    specs.data_source("stripes:COUNT", "stripes across and down")(stripes)
+    monkeypatch.setitem(registry.SOURCES, "stripes", specs.known_sources()[0])  # taken out again when the test ends
+    del registry.SOURCES["stripes"]
+    registry.data_source("stripes:COUNT", "stripes across and down")(stripes)
     assert "stripes:COUNT (stripes across and down)" in specs.help_text()
     assert len(specs.open_data("stripes:3").val) == 6
     with pytest.raises(UserError, match="did you mean `stripes`"):
@@ -62,7 +63,7 @@ def test_a_registered_source_shows_in_the_help_and_in_hints_by_itself(csq, monke
     with pytest.raises(UserError, match=r"`stripes` takes a text after its name; write stripes:COUNT"):
         specs.open_data("stripes:")
     with pytest.raises(ValueError, match="there is a data source `stripes` already"):
-        specs.data_source("stripes", "again")(stripes)
+        registry.data_source("stripes", "again")(stripes)
 
 
 def test_every_source_of_the_package_stands_in_csq_search_help(csq) -> None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from quantized_models import harden
+from quantized_models import harden, make_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import csqcli
 from csqcli.errors import UserError
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import ModelRecord
+from csqcli.file import codes, header, io
+from csqcli.file.manifest import ModelRecord
 from csqcli.models.networks import DIGITS_CONFIG
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 
 
 def test_integers_times_scale_are_the_reloaded_weights_bit_for_bit(digits_run: Path) -> None:
-    file = checkpoint_file.read(digits_run / "model.safetensors")
+    file = io.read(digits_run / "model.safetensors")
     model = csqcli.load(digits_run / "model.safetensors")
     weights = dict(model.named_parameters())
     assert len(file.layers) == 4
@@ -32,7 +33,7 @@ def test_integers_times_scale_are_the_reloaded_weights_bit_for_bit(digits_run: P
 
 
 def test_integers_use_no_plane_that_the_mask_leaves_out(digits_run: Path) -> None:
-    for layer in checkpoint_file.read(digits_run / "model.safetensors").layers:
+    for layer in io.read(digits_run / "model.safetensors").layers:
         mask = "".join("1" if bit else "0" for bit in reversed(layer.mask.tolist())).strip("0")
         assert int(layer.integers.abs().max()) < 2 ** len(mask)
         if "0" not in mask:
@@ -45,7 +46,7 @@ def test_integers_use_no_plane_that_the_mask_leaves_out(digits_run: Path) -> Non
 
 
 def test_the_file_is_as_small_as_its_entropy_says(digits_run: Path) -> None:
-    manifest = checkpoint_file.read_manifest(digits_run / "model.safetensors")
+    manifest = header.read_manifest(digits_run / "model.safetensors")
     packed_bits = 8 * sum(layer.packed_bytes for layer in manifest.layers)
     entropy_bits = sum(layer.entropy_bits * layer.weights for layer in manifest.layers)
     assert (
@@ -56,9 +57,9 @@ def test_the_file_is_as_small_as_its_entropy_says(digits_run: Path) -> None:
 
 def test_a_file_read_and_written_again_is_identical(digits_run: Path, tmp_path: Path) -> None:
     original = digits_run / "model.safetensors"
-    file = checkpoint_file.read(original)
+    file = io.read(original)
     file.manifest.sizes.file_bytes = None
-    checkpoint_file.write(tmp_path / "again.safetensors", file)
+    io.write(tmp_path / "again.safetensors", file)
     assert (tmp_path / "again.safetensors").read_bytes() == original.read_bytes()
 
 
@@ -94,7 +95,7 @@ def _tampered(source: Path, target: Path, edit) -> Path:
 def test_damage_is_one_clear_line(digits_run: Path, tmp_path: Path, edit, complaint: str) -> None:
     broken = _tampered(digits_run / "model.safetensors", tmp_path / "broken.safetensors", edit)
     with pytest.raises(UserError, match=complaint) as caught:
-        checkpoint_file.read(broken)
+        io.read(broken)
     assert "\n" not in caught.value.line()
 
 
@@ -136,30 +137,46 @@ def test_a_bound_that_is_infinite_by_design_is_stored_and_nan_is_refused() -> No
     model[0].register_buffer("upper", torch.tensor(float("inf")))
     record = ModelRecord(source="m:f", library="factory", name="m:f", num_classes=2, weights_from="random")
     layers = harden(model)
-    file = checkpoint_file.assemble(model, layers, record=record, data_config=DIGITS_CONFIG, target_bits=None)
+    file = io.assemble(model, layers, record=record, data_config=DIGITS_CONFIG, target_bits=None)
     assert file.state_dict()["0.upper"] == float("inf")
     model[1].running_mean[1] = float("inf")
     with pytest.raises(UserError, match=r"1.running_mean: training left NaN or infinite values"):
-        checkpoint_file.assemble(model, layers, record=record, data_config=DIGITS_CONFIG, target_bits=None)
+        io.assemble(model, layers, record=record, data_config=DIGITS_CONFIG, target_bits=None)
 
 
 def test_tied_weights_are_stored_once_and_load_under_both_names(tmp_path: Path) -> None:
     from csqcli.quant.layers import find_layers
-    from csqcli.quant.methods.base import Clock, GateMethod, GateSettings
+    from csqcli.quant.methods.base import Schedule, plan_for
+    from csqcli.quant.methods.csq import BitLevelCSQ
 
     model = _Tied()
     layers, _ = find_layers(model)
-    method = GateMethod(layers, Clock(1, 1), GateSettings(target_bits=3.0))
+    method = BitLevelCSQ(layers, plan_for(layers, 3.0, Schedule(1, 1)))
     method.harden(0)
-    record = checkpoint_file.ModelRecord(
+    record = ModelRecord(
         source="tests:_Tied", library="factory", name="tests:_Tied", num_classes=4, weights_from="random"
     )
-    file = checkpoint_file.assemble(
-        model, method.hard_layers(), record=record, data_config=DIGITS_CONFIG, target_bits=3.0
-    )
-    checkpoint_file.write(tmp_path / "tied.safetensors", file)
-    state = checkpoint_file.read(tmp_path / "tied.safetensors").state_dict()
+    file = io.assemble(model, method.hard_layers(), record=record, data_config=DIGITS_CONFIG, target_bits=3.0)
+    io.write(tmp_path / "tied.safetensors", file)
+    state = io.read(tmp_path / "tied.safetensors").state_dict()
     assert [layer.name for layer in layers] == ["first.weight"]
     fresh = _Tied()
     fresh.load_state_dict(state, strict=True)
     assert torch.equal(fresh.second.weight, model.first.weight)
+
+
+def test_a_layer_is_encoded_once_and_anew_only_where_it_was_replaced(tmp_path: Path, monkeypatch) -> None:
+    encoded: list[int] = []
+    honest = codes.encode
+    monkeypatch.setattr(codes, "encode", lambda integers: encoded.append(integers.size) or honest(integers))
+    file = make_file("csq:digits_cnn")
+    sizes = [layer.integers.numel() for layer in file.layers]
+    assert encoded == sizes
+    io.write(tmp_path / "a.safetensors", file)
+    io.write(tmp_path / "b.safetensors", file, form="bit-packed")
+    assert encoded == sizes
+    file.layers[1] = replace(file.layers[1], integers=torch.zeros_like(file.layers[1].integers))
+    file.manifest.payload_sha256 = io.payload_sha256(file.layers)
+    io.write(tmp_path / "c.safetensors", file)
+    assert encoded == [*sizes, sizes[1]]
+    assert not io.read(tmp_path / "c.safetensors").layers[1].integers.any()

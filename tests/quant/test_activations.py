@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import csqcli
-from csqcli.file import io as checkpoint_file
+from csqcli.file import header
 from csqcli.quant.activations import ActivationQuantizer, attach, calibrate
 from csqcli.quant.layers import find_layers
 
@@ -131,9 +131,7 @@ def test_activation_bits_reach_the_file_and_the_reloaded_model(csq, tmp_path: Pa
     model.conv2.register_forward_pre_hook(lambda _, inputs: seen.update(conv2=inputs[0]))
     model(torch.randn(4, 1, 8, 8))
     scale = next(
-        e.scale
-        for e in checkpoint_file.read_manifest(tmp_path / "model.safetensors").activations
-        if e.module == "conv2"
+        e.scale for e in header.read_manifest(tmp_path / "model.safetensors").activations if e.module == "conv2"
     )
     levels = seen["conv2"] / scale
     assert torch.equal(levels.round(), levels)

@@ -9,25 +9,30 @@ from hypothesis import strategies as st
 from torch import nn
 
 from csqcli.errors import UserError
-from csqcli.quant.budget import PlaneLimits, mean_planes, plane_limits, project
+from csqcli.quant.budget import Budget, make_budget, mean_planes, plane_limits, project
 from csqcli.quant.layers import Layer
 
 
+def layers_of(weights: list[int]) -> list[Layer]:
+    return [Layer(f"{index}.weight", nn.Parameter(torch.empty(count))) for index, count in enumerate(weights)]
+
+
 @st.composite
-def searches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int], float, PlaneLimits]:
+def searches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, Budget]:
     layers, bits = draw(st.integers(1, 6)), draw(st.integers(1, 8))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     masks = torch.rand(layers, bits, generator=rng) < draw(st.floats(0, 1))
     importance = torch.rand(layers, bits, generator=rng)
     weights = draw(st.lists(st.integers(1, 10_000), min_size=layers, max_size=layers))
     target = draw(st.floats(1, bits))
-    return masks, importance, weights, target, PlaneLimits((1,) * layers, (bits,) * layers)
+    return masks, importance, make_budget(layers_of(weights), target, bits=bits)
 
 
 @given(searches())
 def test_projection_never_exceeds_the_target_and_never_takes_a_last_plane(search) -> None:
-    masks, importance, weights, target, limits = search
-    chosen = project(masks, importance, weights, target=target, limits=limits)
+    masks, importance, budget = search
+    weights, target = budget.weights, budget.target
+    chosen = project(masks, importance, budget)
     planes = chosen.sum(dim=1).tolist()
     assert sum(p * w for p, w in zip(planes, weights, strict=True)) <= target * sum(weights) + 1e-6
     assert min(planes) >= 1
@@ -35,8 +40,9 @@ def test_projection_never_exceeds_the_target_and_never_takes_a_last_plane(search
 
 @given(searches())
 def test_projection_leaves_no_budget_that_another_plane_could_use(search) -> None:
-    masks, importance, weights, target, limits = search
-    chosen = project(masks, importance, weights, target=target, limits=limits)
+    masks, importance, budget = search
+    weights, target = budget.weights, budget.target
+    chosen = project(masks, importance, budget)
     spare = target * sum(weights) - mean_planes(chosen.sum(dim=1).tolist(), weights) * sum(weights)
     growable = [w for w, planes in zip(weights, chosen.sum(dim=1).tolist(), strict=True) if planes < masks.shape[1]]
     assert all(w > spare - 1e-3 for w in growable)
@@ -45,7 +51,7 @@ def test_projection_leaves_no_budget_that_another_plane_could_use(search) -> Non
 def test_projection_drops_the_cheapest_plane_per_element() -> None:
     masks = torch.ones(2, 2, dtype=torch.bool)
     importance = torch.tensor([[1.0, 4.0], [3.0, 9.0]])  # per element: .1 .4 of 10 weights, .03 .09 of 100
-    chosen = project(masks, importance, [10, 100], target=1.2, limits=PlaneLimits((1, 1), (2, 2)))
+    chosen = project(masks, importance, make_budget(layers_of([10, 100]), 1.2, bits=2))
     # plane 0 of the large layer goes first: (20 + 100)/110 = 1.09 ≤ 1.2
     assert chosen.tolist() == [[True, True], [False, True]]
 
@@ -56,8 +62,8 @@ def _layers() -> list[Layer]:
 
 def test_rules_by_glob_bound_single_layers() -> None:
     limits = plane_limits(_layers(), bits=8, keep=["fc"], min_bits={"stem.*": 3}, max_bits={"body.*": 2})
-    assert limits.fewest == (3, 1, 8)
-    assert limits.most == (8, 2, 8)
+    assert limits.min_planes == (3, 1, 8)
+    assert limits.max_planes == (8, 2, 8)
 
 
 def test_a_glob_that_matches_nothing_is_refused_with_a_suggestion() -> None:
@@ -70,4 +76,4 @@ def test_a_glob_that_matches_nothing_is_refused_with_a_suggestion() -> None:
 def test_an_infeasible_target_is_refused_with_the_least_that_is_possible() -> None:
     limits = plane_limits(_layers(), bits=8, keep=["fc"])
     with pytest.raises(UserError, match=r"target_bits 2 cannot be met: the layer rules alone need 3.333"):
-        project(torch.ones(3, 8, dtype=torch.bool), torch.ones(3, 8), [4, 4, 4], target=2, limits=limits)
+        project(torch.ones(3, 8, dtype=torch.bool), torch.ones(3, 8), make_budget(_layers(), 2, limits=limits))

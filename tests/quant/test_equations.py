@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from csqcli.quant import equations as csq
+from csqcli.quant import equations
+from csqcli.quant.catalog import CSQSettings
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, max_abs_scale
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.csq import BitLevelCSQ, max_abs_scale
 from csqcli.quant.passes.bitplanes import BitPlanes, levels_of, nearest_level
 
 SHAPES = ((3, 2, 3, 3), (5, 4))
@@ -55,7 +57,9 @@ def test_materialised_weight_is_eq_5(beta: float, bits: int) -> None:
         expected = reference.weight(leaf["m_p"], leaf["m_n"], torch.sigmoid(beta * leaf["m_b"]), leaf["s"], beta)
         torch.testing.assert_close(layer.parameter.double(), expected, atol=1e-6, rtol=1e-5)
         pos, neg = (leaf[name].detach().movedim(-1, 0) for name in ("m_p", "m_n"))
-        plain = csq.soft_weight(pos, neg, csq.gate(leaf["m_b"].detach(), beta), leaf["s"].detach(), beta=beta)
+        plain = equations.soft_weight(
+            pos, neg, equations.gate(leaf["m_b"].detach(), beta), leaf["s"].detach(), beta=beta
+        )
         torch.testing.assert_close(plain, expected, atol=1e-12, rtol=1e-10)
 
 
@@ -82,7 +86,7 @@ def test_gate_gradients_are_those_of_autograd(beta: float, fixed_mask: bool) -> 
             torch.testing.assert_close(velocity[:, where].double(), expected, atol=5e-6, rtol=1e-4)
         torch.testing.assert_close(gradients.scale[index].double(), leaf["s"].grad[0], atol=1e-5, rtol=1e-4)
         if not fixed_mask:
-            slope = csq.gate_slope(csq.gate(planes.mask_logits[index].double(), beta), beta)
+            slope = equations.gate_slope(equations.gate(planes.mask_logits[index].double(), beta), beta)
             torch.testing.assert_close(gradients.mask[index].double() * slope, leaf["m_b"].grad, atol=1e-5, rtol=1e-4)
 
 
@@ -92,11 +96,11 @@ def test_one_method_step_is_sgd_on_eq_7(step: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.Flatten(), nn.Linear(12, 4, bias=False))
     layers, _ = find_layers(model)
-    settings = GateSettings(bits=5, target_bits=2.0, reg_strength=0.3, beta_per_epoch=False, beta_final=50.0)
-    method = GateMethod(layers, Clock(10, 10), settings)
+    settings = CSQSettings(reg_strength=0.3, beta_schedule="step", beta_final=50.0, refit_scale=False)
+    method = BitLevelCSQ(layers, plan_for(layers, 2.0, Schedule(10, 10), bits=5), settings)
     planes = method.planes
     planes.mask_logits.copy_(torch.randn(planes.mask_logits.shape))
-    beta = csq.temperature(step / 9, final=50.0)
+    beta = equations.temperature(step / 9, final=50.0)
     leaves = reference_leaves(planes, layers)
     method.materialise(step)
     x = torch.randn(6, 2, 4, 4)
@@ -121,8 +125,8 @@ def test_one_method_step_is_sgd_on_eq_7(step: int) -> None:
 
 
 def test_temperature_starts_at_beta_0_and_reaches_beta_max_in_the_last_epoch() -> None:
-    clock = Clock(total_steps=40, steps_per_epoch=4)
-    betas = [csq.temperature(clock.progress(step, per_epoch=True)) for step in range(40)]
+    schedule = Schedule(total_steps=40, steps_per_epoch=4)
+    betas = [equations.temperature(schedule.progress(step, per_epoch=True)) for step in range(40)]
     assert betas[:4] == [1.0] * 4
     assert betas[-4:] == [200.0] * 4
     assert betas[20] == pytest.approx(200 ** (5 / 9))  # the sixth of ten epochs
@@ -171,8 +175,8 @@ def test_nearest_level_is_no_farther_than_any_other(mask: list[bool], seed: int)
 
 def test_mask_strings_print_the_most_significant_plane_first() -> None:
     mask = torch.tensor([False, False, True, True, False, True])
-    assert csq.mask_string(mask) == "101100"
-    assert csq.mask_from_string("101100").tolist() == mask.tolist()
+    assert equations.mask_string(mask) == "101100"
+    assert equations.mask_from_string("101100").tolist() == mask.tolist()
 
 
 def test_threshold_hardening_is_the_unit_step_of_every_gate() -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from csqcli.quant.catalog import StagedSettings
 from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import Clock, max_abs_scale
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.csq import max_abs_scale
+from csqcli.quant.methods.staged import Staged
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.bitplanes import BitPlanes
@@ -97,7 +99,11 @@ def compare_latents(device: str) -> None:
                 adam.step([ours], [gradient], units=[unit], edges=edges, **options)
                 edges = None if edge is None else [on(edge)]
                 twin.step([theirs], [on(gradient)], units=[on(unit)], edges=edges, **options)
-            for wanted, got in ((ours, theirs), (adam.first[0], twin.first[0]), (adam.second[0], twin.second[0])):
+            for wanted, got in (
+                (ours, theirs),
+                (adam.exp_avg[0], twin.exp_avg[0]),
+                (adam.exp_avg_sq[0], twin.exp_avg_sq[0]),
+            ):
                 torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-6)
             assert not torch.equal(ours, latent)
 
@@ -128,7 +134,8 @@ def compare_rounded_moments(device: str) -> None:
     made[0].kernels, made[1].kernels = kernels, None
     for adam in made:
         adam.step([latent.clone()], [gradient], units=[unit], edges=None, lr=0.01, seed=5)
-    for rounded, exact in ((made[0].first[0], made[1].first[0]), (made[0].second[0], made[1].second[0])):
+    bf16, fp32 = made
+    for rounded, exact in ((bf16.exp_avg[0], fp32.exp_avg[0]), (bf16.exp_avg_sq[0], fp32.exp_avg_sq[0])):
         error = rounded.float() / exact - 1
         assert float(error.abs().max()) <= 2**-7
         assert abs(float(error.mean())) < 1e-4
@@ -147,7 +154,8 @@ def compare_searches(device: str) -> None:
             for user in (adam, rounding):
                 patch.setattr(user, "kernels_for", lambda device, used=used: used)
             layers, _ = find_layers(module)
-            method = StagedCSQ(layers, Clock(30, 10), StagedSettings(target_bits=2, search_share=0.3, refresh_every=2))
+            plan = plan_for(layers, 2, Schedule(30, 10))
+            method = Staged(layers, plan, StagedSettings(search_share=0.3, refresh_every=2))
             optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(module, method), lr=0.05))
             for _ in range(30):
                 module(images.to(layers[0].parameter.device)).square().mean().backward()

@@ -12,16 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from csqcli.quant import budget
-from csqcli.quant.layers import find_layers
-from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, WeightMethod
-from csqcli.quant.methods.staged import LatentUniform, StagedCSQ, StagedSettings
+from csqcli.quant.catalog import CSQSettings, StagedSettings
+from csqcli.quant.layers import Layer, find_layers
+from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.csq import BitLevelCSQ
+from csqcli.quant.methods.staged import Staged
+from csqcli.quant.methods.uniform import LearnedStep, StraightThrough
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.quant.passes import rounding
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import mse_step, plane_shares, quantize, soft_planes
-from csqcli.system.memory import state_bytes
 
-CLOCK = Clock(total_steps=40, steps_per_epoch=10)
+SCHEDULE = Schedule(total_steps=40, steps_per_epoch=10)
+METHODS = {"ste": StraightThrough, "lsq": LearnedStep, "staged": Staged, "csq": BitLevelCSQ}
+BY_STEP = CSQSettings(beta_schedule="step", refit_scale=False, rounding="threshold")
 
 
 def small_model(seed: int = 0) -> nn.Sequential:
@@ -38,12 +42,9 @@ def small_model(seed: int = 0) -> nn.Sequential:
 
 def make(kind: str, model: nn.Module, target: float = 2.0, state_dtype: torch.dtype = torch.float32) -> WeightMethod:
     layers, _ = find_layers(model)
-    if kind in ("ste", "lsq"):
-        return LatentUniform(layers, CLOCK, planes=[int(target)] * len(layers), learned_step=kind == "lsq")
-    if kind == "csq":
-        return StagedCSQ(layers, CLOCK, StagedSettings(target_bits=target, state_dtype=state_dtype))
-    settings = GateSettings(target_bits=target, beta_per_epoch=False, state_dtype=state_dtype)
-    return GateMethod(layers, CLOCK, settings)
+    planes = [int(target)] * len(layers) if kind in ("ste", "lsq") else None
+    plan = plan_for(layers, target, SCHEDULE, planes=planes, state_dtype=state_dtype)
+    return METHODS[kind](layers, plan, BY_STEP if kind == "csq" else None)
 
 
 def train(model: nn.Module, optimizer: QuantizedOptimizer, steps: range) -> None:
@@ -89,7 +90,7 @@ def test_mse_step_is_the_same_in_one_piece_and_in_many(
 
 def test_a_layer_with_one_weight_per_channel_has_one_step() -> None:
     model = nn.Sequential(nn.Conv2d(6, 6, 1, groups=6, bias=False), nn.Flatten(), nn.Linear(6, 2))
-    method = StagedCSQ(find_layers(model)[0], Clock(10, 10), StagedSettings(4))
+    method = Staged(find_layers(model)[0], plan_for(find_layers(model)[0], 4, Schedule(10, 10)))
     method.harden(0)
     assert [len(layer.scale) for layer in method.hard_layers()] == [1, 2]
 
@@ -106,7 +107,7 @@ def test_channels_of_zeros_and_of_one_value_survive() -> None:
 def test_step_0_of_the_search_is_the_8_bit_rounded_model() -> None:
     model = small_model()
     before = copy.deepcopy(model.state_dict())
-    make("csq", model)
+    make("staged", model)
     for name in ("0.weight", "3.weight", "5.weight"):
         rows = before[name].flatten(1)
         level = rows.abs().amax(dim=1, keepdim=True) / 255
@@ -117,28 +118,28 @@ def test_soft_masks_average_to_the_target_while_they_are_soft() -> None:
     layers, _ = find_layers(small_model())
     model = small_model()
     layers, _ = find_layers(model)
-    method = StagedCSQ(layers, CLOCK, StagedSettings(target_bits=2.5, search_share=0.5, refresh_every=1))
+    method = Staged(layers, plan_for(layers, 2.5, SCHEDULE), StagedSettings(search_share=0.5, refresh_every=1))
     optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=0.05))
     train(model, optimizer, range(10))
-    assert method.masks is None
+    assert method.search is not None
     assert method.mean_bits() == pytest.approx(2.5, abs=1e-4)
-    assert float(method.soft_mask.max()) <= 1
-    assert 0 < float((method.soft_mask > 0.02).float().mean()) < 1
+    assert float(method.search.soft_mask.max()) <= 1
+    assert 0 < float((method.search.soft_mask > 0.02).float().mean()) < 1
 
 
 def test_importance_is_the_fisher_weighted_error_that_each_plane_removes() -> None:
-    model, optimizer = start("csq")
+    model, optimizer = start("staged")
     method = optimizer.method
     method.search_steps = 1000  # stay in the first stage
     train(model, optimizer, range(3))
-    importance = method.importance()
+    importance = method.search.importance(method.latents, method.adam)
     expected = torch.zeros_like(importance)
     for index, layer in enumerate(method.layers):
         latent, wide = method.latents[index], method.units[index]  # [1, channels, inner], [channels, 1]
-        fisher = method.adam.second[index] / (1 - 0.99**3) / wide**2  # per weight, not per unit
+        fisher = method.adam.exp_avg_sq[index] / (1 - 0.99**3) / wide**2  # per weight, not per unit
         value = latent * wide
         errors = [(fisher * value**2).sum()]
-        for k, step in enumerate(method.soft_steps[index], 1):
+        for k, step in enumerate(method.search.scales[index], 1):
             errors.append((fisher * (value - (value / step).round().clamp(1 - 2**k, 2**k - 1) * step) ** 2).sum())
         drops = torch.stack(errors[:-1]) - torch.stack(errors[1:])
         expected[index] = torch.cummin(drops / 2, dim=0).values.clamp_min(0) * 0.25 ** torch.arange(8)
@@ -163,15 +164,18 @@ def test_soft_planes_are_the_sum_of_refinements_under_their_masks() -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def layers_of(weights: list[int]) -> list[Layer]:
+    return [Layer(f"{index}.weight", nn.Parameter(torch.empty(count))) for index, count in enumerate(weights)]
+
+
 @settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.floats(1.0, 4.0))
 def test_allocation_is_the_best_of_all_within_the_budget(seed: int, count: int, bits: int, target: float) -> None:
     rng = torch.Generator().manual_seed(seed)
     importance = torch.rand(count, bits, generator=rng, dtype=torch.float64).sort(dim=1, descending=True).values
     weights = torch.randint(1, 60, (count,), generator=rng).tolist()
-    limits = budget.PlaneLimits((1,) * count, (bits,) * count)
     target = min(target, float(bits))
-    chosen = budget.allocate(importance, weights, target=target, limits=limits)
+    chosen = budget.allocate(importance, budget.make_budget(layers_of(weights), target, bits=bits))
 
     def value(planes: tuple[int, ...]) -> float:
         return sum(float(importance[i, :k].sum()) for i, k in enumerate(planes))
@@ -188,8 +192,7 @@ def test_allocation_of_many_layers_stays_within_the_budget_and_close_to_it() -> 
     rng = torch.Generator().manual_seed(0)
     weights = (torch.rand(150, generator=rng) * 2_000_000).int().add(500).tolist()
     importance = torch.rand(150, 8, generator=rng).sort(dim=1, descending=True).values
-    limits = budget.PlaneLimits((1,) * 150, (8,) * 150)
-    mean = budget.mean_planes(budget.allocate(importance, weights, target=3.21, limits=limits), weights)
+    mean = budget.mean_planes(budget.allocate(importance, budget.make_budget(layers_of(weights), 3.21)), weights)
     assert 3.20 <= mean <= 3.21
 
 
@@ -214,14 +217,14 @@ def test_uniform_gradients_are_those_of_a_straight_through_graph(kind: str) -> N
     latents = {
         f"{name}": v.detach().clone().requires_grad_() for name, v in zip(_names(model), method.latents, strict=True)
     }
-    sizes = {name: s.detach().clone().requires_grad_() for name, s in zip(_names(model), method.steps, strict=True)}
+    sizes = {name: s.detach().clone().requires_grad_() for name, s in zip(_names(model), method.scales, strict=True)}
     weights = {name: Round.apply((v / sizes[name]).clamp(-3, 3)) * sizes[name] for name, v in latents.items()}
     torch.func.functional_call(twin, weights, (x,)).square().mean().backward()
     for index, name in enumerate(_names(model)):
         torch.testing.assert_close(method.latents[index].grad, latents[name].grad, atol=1e-6, rtol=1e-4)
         if kind == "lsq":
             scaled = sizes[name].grad / (latents[name].numel() * 3) ** 0.5
-            torch.testing.assert_close(method.steps[index].grad, scaled, atol=1e-6, rtol=1e-3)
+            torch.testing.assert_close(method.scales[index].grad, scaled, atol=1e-6, rtol=1e-3)
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -229,7 +232,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def test_the_staircase_goes_from_the_identity_to_rounding() -> None:
-    _, optimizer = start("csq")
+    _, optimizer = start("staged")
     method = optimizer.method
     method.harden(0)
     latent, stairs = method.latents[1], method.stairs[1]
@@ -238,7 +241,7 @@ def test_the_staircase_goes_from_the_identity_to_rounding() -> None:
     def soft(sharpness: float) -> Tensor:
         out = torch.empty_like(latent)
         stairs.write(latent, out, sharpness=sharpness)
-        return out / stairs.step
+        return out / stairs.scale
 
     torch.testing.assert_close(soft(0.0), ratio, atol=1e-5, rtol=1e-5)
     away_from_ties = (ratio - hard).abs() < 0.49
@@ -246,14 +249,14 @@ def test_the_staircase_goes_from_the_identity_to_rounding() -> None:
     assert ((soft(0.6) - ratio).abs() <= (hard - ratio).abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("kind", ["csq", "gates", "ste", "lsq"])
+@pytest.mark.parametrize("kind", ["staged", "csq", "ste", "lsq"])
 @pytest.mark.parametrize("target", [1.0, 3.0])
 def test_after_training_soft_weights_are_hard_weights_within_the_budget(kind: str, target: float) -> None:
     model, optimizer = start(kind, target)
     train(model, optimizer, range(40))
-    if kind == "gates":
+    if kind == "csq":
         optimizer.harden()
-    elif kind == "csq":
+    elif kind == "staged":
         before = [layer.parameter.clone() for layer in optimizer.method.layers]
         optimizer.harden()
         assert all(torch.equal(a, layer.parameter) for a, layer in zip(before, optimizer.method.layers, strict=True))
@@ -269,8 +272,8 @@ def test_after_training_soft_weights_are_hard_weights_within_the_budget(kind: st
 @pytest.mark.parametrize(
     ("kind", "state_dtype"),
     [
-        *((kind, torch.float32) for kind in ("csq", "gates", "ste", "lsq")),
-        *((kind, torch.bfloat16) for kind in ("csq", "gates")),
+        *((kind, torch.float32) for kind in ("staged", "csq", "ste", "lsq")),
+        *((kind, torch.bfloat16) for kind in ("staged", "csq")),
     ],
 )
 @pytest.mark.parametrize("stop", [1, 3, 17, 39])
@@ -289,20 +292,7 @@ def test_a_restored_run_continues_bit_for_bit(kind: str, state_dtype: torch.dtyp
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kind", ["csq", "gates"])
-def test_looking_at_the_hard_model_changes_nothing(kind: str) -> None:
-    model, optimizer = start(kind)
-    plain, undisturbed = start(kind)
-    for step in range(6):
-        train(model, optimizer, range(step, step + 1))
-        train(plain, undisturbed, range(step, step + 1))
-        with optimizer.hard() as layers:
-            assert torch.equal(dict(model.named_parameters())["0.weight"], layers[0].weight())
-    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("kind", ["csq", "gates"])
+@pytest.mark.parametrize("kind", ["staged", "csq"])
 def test_training_on_from_a_delivered_model_starts_exactly_there(kind: str) -> None:
     """Algorithm 1's second half: masks fixed, softness rewound, and the searched model is not lost at step 0."""
     model, optimizer = start(kind, 2.0)
@@ -312,58 +302,38 @@ def test_training_on_from_a_delivered_model_starts_exactly_there(kind: str) -> N
     weights = [layer.parameter.detach().clone() for layer in optimizer.method.layers]
     layers, _ = find_layers(model)
     again: WeightMethod
-    if kind == "csq":
-        again = StagedCSQ(layers, CLOCK, StagedSettings(target_bits=2.0), start=delivered)
+    if kind == "staged":
+        again = Staged(layers, plan_for(layers, 2.0, SCHEDULE, start=delivered))
     else:
-        again = GateMethod(layers, CLOCK, GateSettings(target_bits=2.0), start=delivered)
+        again = BitLevelCSQ(layers, plan_for(layers, 2.0, SCHEDULE, start=delivered), BY_STEP)
     for layer, weight in zip(again.layers, weights, strict=True):
         torch.testing.assert_close(layer.parameter.detach(), weight, atol=1e-6, rtol=1e-4)
-    for before, after in zip(delivered, again.preview(0), strict=True):
+    again.harden(0)
+    for before, after in zip(delivered, again.hard_layers(), strict=True):
         assert torch.equal(before.integers, after.integers)
         assert torch.equal(before.mask, after.mask)
-        if kind == "csq":  # a gate's scale still carries the softness that β has yet to take away
+        if kind == "staged":  # a gate's scale still carries the softness that β has yet to take away
             torch.testing.assert_close(before.weight(), after.weight())
-
-
-@pytest.mark.parametrize("name", ["csq", "csq-uniform", "ste", "lsq"])
-def test_the_recipe_s_method_goes_on_from_the_delivered_integers(name: str) -> None:
-    from csqcli.models.networks import digits_cnn
-    from csqcli.pipeline import make_method
-    from csqcli.recipe.schema import resolve
-
-    recipe = resolve("digits", {"quantization.method": name, "quantization.target_bits": 2})
-    torch.manual_seed(0)
-    layers, _ = find_layers(digits_cnn())
-    method = make_method(recipe, layers, CLOCK)
-    method.harden(0)
-    delivered = method.hard_layers()
-    for layer in layers:
-        layer.parameter.data.normal_()  # only the delivered layers may matter
-    again = make_method(recipe, layers, CLOCK, start=delivered)
-    for layer, hard, kept in zip(layers, delivered, again.preview(0), strict=True):
-        torch.testing.assert_close(layer.parameter.detach(), hard.weight(), atol=1e-6, rtol=1e-4)
-        if name != "csq-uniform":  # at β = 1 gates are soft: tanh(1/2) of an integer, scaled back by s
-            assert torch.equal(hard.integers, kept.integers)
 
 
 @pytest.mark.parametrize(
     ("kind", "state_dtype", "bytes_per_weight"),
     [
-        ("csq", torch.float32, 12),
-        ("csq", torch.bfloat16, 8),
-        ("gates", torch.float32, 128),
-        ("gates", torch.bfloat16, 64),
+        ("staged", torch.float32, 12),
+        ("staged", torch.bfloat16, 8),
+        ("csq", torch.float32, 128),
+        ("csq", torch.bfloat16, 64),
     ],
 )
 def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(
     kind: str, state_dtype: torch.dtype, bytes_per_weight: int
 ) -> None:
-    """csq: a latent and Adam's two moments. Gates: 2·8 logits and their momenta (docs/performance.md)."""
+    """staged: a latent and Adam's two moments. csq: 2·8 logits and their momenta (docs/performance.md)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 256, bias=False))
     method = make(kind, model, state_dtype=state_dtype)
     optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method) or model.parameters(), lr=0.01))
-    for _ in range(6):  # csq: past the soft masks
+    for _ in range(6):  # staged: past the soft masks
         model(torch.randn(2, 256)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -376,8 +346,8 @@ def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(
 
     held = size(method.state_dict()) / (2 * 256 * 256)
     assert bytes_per_weight <= held < bytes_per_weight * 1.01
-    name = {"csq": "csq", "gates": "csq-paper"}[kind]  # what the estimate before training counts with
-    assert state_bytes(name, bits=8, state_dtype=str(state_dtype).removeprefix("torch.")) == bytes_per_weight
+    counted = METHODS[kind].state_bytes(None, max_bits=8, state_dtype=state_dtype)  # by the estimate before training
+    assert counted == bytes_per_weight
 
 
 def test_adam_on_latents_is_torch_s_bit_for_bit() -> None:
@@ -413,7 +383,7 @@ def test_latents_are_clipped_to_their_channel_s_range() -> None:
 def test_a_model_in_another_precision_trains_and_ends_at_its_delivered_weights(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)).to(dtype)
-    method = make("csq", model)
+    method = make("staged", model)
     optimizer = QuantizedOptimizer(method, torch.optim.SGD(base_groups(model, method), lr=0.05))
     start = [layer.parameter.detach().clone() for layer in method.layers]
     for _ in range(40):
@@ -426,7 +396,7 @@ def test_a_model_in_another_precision_trains_and_ends_at_its_delivered_weights(d
         assert not torch.equal(layer.parameter.detach(), before)
 
 
-@pytest.mark.parametrize("kind", ["csq", "gates"])
+@pytest.mark.parametrize("kind", ["staged", "csq"])
 @pytest.mark.parametrize("stop", [2, 25])
 def test_a_state_saved_in_one_memory_format_goes_on_in_another(kind: str, stop: int) -> None:
     """`channels_last: auto` differs between a GPU and a CPU, and a run may be resumed on either."""

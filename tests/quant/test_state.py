@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from csqcli.quant.catalog import CSQSettings, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods.base import Clock, GateMethod, GateSettings, WeightMethod, max_abs_scale
-from csqcli.quant.methods.staged import StagedCSQ, StagedSettings
+from csqcli.quant.masks import SoftMasks
+from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.csq import BitLevelCSQ, max_abs_scale
+from csqcli.quant.methods.staged import Staged
 from csqcli.quant.passes import rounding
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.bitplanes import BitPlanes
@@ -129,27 +132,29 @@ def to_meta(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(to_meta, value))
     if isinstance(value, Staircase):  # levels are on the CPU wherever the latents are
-        return replace(value, step=to_meta(value.step), width=to_meta(value.width))
+        return replace(value, scale=to_meta(value.scale), width=to_meta(value.width))
     if isinstance(value, Layer):
         return replace(value, parameter=to_meta(value.parameter))
-    if isinstance(value, (BitPlanes, LatentAdam)):
+    if isinstance(value, (BitPlanes, LatentAdam, SoftMasks)):
         value.__dict__.update({name: to_meta(part) for name, part in value.__dict__.items()})
-        value.kernels = NoKernels()
+        if not isinstance(value, SoftMasks):
+            value.kernels = NoKernels()
     return value
 
 
+SCHEDULE = Schedule(40, 10)
+
+
 def soft_masks(layers: list[Layer]) -> WeightMethod:
-    return StagedCSQ(layers, Clock(40, 10), StagedSettings(target_bits=2, search_share=0.5, refresh_every=2))
+    return Staged(layers, plan_for(layers, 2, SCHEDULE), StagedSettings(search_share=0.5, refresh_every=2))
 
 
 def fixed_planes(layers: list[Layer]) -> WeightMethod:
-    method = StagedCSQ(layers, Clock(40, 10), StagedSettings(target_bits=2, search_share=0.5))
-    method._fix_planes()
-    return method
+    return Staged(layers, plan_for(layers, 2, SCHEDULE, planes=[2] * len(layers)))
 
 
 def gates(layers: list[Layer]) -> WeightMethod:
-    return GateMethod(layers, Clock(40, 10), GateSettings(target_bits=2, refit_scale=True, beta_per_epoch=False))
+    return BitLevelCSQ(layers, plan_for(layers, 2, SCHEDULE), CSQSettings(refit_scale=True, beta_schedule="step"))
 
 
 @pytest.mark.parametrize(("make", "steps"), [(soft_masks, 0), (fixed_planes, 22), (fixed_planes, 36), (gates, 0)])

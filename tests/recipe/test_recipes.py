@@ -6,14 +6,24 @@ import pytest
 import yaml
 
 from csqcli.errors import UserError
-from csqcli.recipe.schema import Recipe, builtin_names, full_key, parse_assignments, resolve, to_yaml, validate
+from csqcli.quant.catalog import CARDS, PAPER
+from csqcli.recipe.resolve import (
+    builtin_names,
+    full_key,
+    json_schema,
+    parse_assignments,
+    resolve,
+    resolve_stored,
+    to_yaml,
+    validate,
+)
 
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_shipped_recipe_is_valid_described_and_survives_a_round_trip(name: str) -> None:
     recipe = resolve(name, {})
     assert recipe.description
-    assert validate(yaml.safe_load(to_yaml(recipe)), where=name) == recipe
+    assert validate(yaml.safe_load(to_yaml(recipe)), where=name).to_dict() == recipe.to_dict()
 
 
 def test_the_expected_recipes_ship() -> None:
@@ -36,8 +46,9 @@ def test_the_papers_recipes_hold_the_papers_settings(
     recipe = resolve(name, {})
     assert (recipe.epochs, recipe.finetune.epochs) == (epochs, finetune)
     assert recipe.model.pretrained is False
-    settings, optimizer = recipe.quantization, recipe.optimizer
-    assert (settings.method, settings.max_bits, settings.reg_strength) == ("csq-paper", 8, 0.01)
+    settings, optimizer = recipe.method_settings, recipe.optimizer
+    assert (recipe.quantization.method, recipe.quantization.max_bits) == ("csq", 8)
+    assert settings.reg_strength == 0.01
     assert (settings.beta_initial, settings.beta_final, settings.beta_schedule) == (1, 200, "epoch")
     assert (settings.rounding, settings.harden_at, settings.refit_scale) == ("threshold", 1, False)
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.schedule) == ("momentum", 0.1, 0.9, "cosine")
@@ -48,7 +59,8 @@ def test_the_default_recipe_is_ten_epochs_from_pretrained_weights() -> None:
     recipe = resolve("short", {})
     assert recipe.epochs == 10
     assert recipe.model.pretrained
-    assert recipe.quantization.method == "csq"
+    assert recipe.quantization.method == "staged"
+    assert recipe.method_why == "10 epochs from a checkpoint, fewer than 40"
 
 
 def test_command_line_beats_recipe_beats_default() -> None:
@@ -67,7 +79,7 @@ def test_command_line_beats_recipe_beats_default() -> None:
         ({"epochs": 0}, "epochs: Input should be greater than or equal to 1"),
         ({"quantization": {"target_bits": -1}}, "quantization.target_bits: Input should be greater than 0"),
         ({"quantization": {"target_bits": 9}}, "target_bits 9 is more than max_bits 8"),
-        ({"quantization": {"method": "cqs"}}, "quantization.method"),
+        ({"quantization": {"method": "cqs"}}, "quantization.method: no method `cqs`; did you mean `csq`"),
     ],
 )
 def test_wrong_recipes_are_one_line(raw: dict, complaint: str) -> None:
@@ -78,7 +90,7 @@ def test_wrong_recipes_are_one_line(raw: dict, complaint: str) -> None:
 
 def test_an_ambiguous_short_key_lists_its_full_names() -> None:
     with pytest.raises(UserError, match=r"`max_bits` is ambiguous; write `quantization.max_bits` or `layers.max_bits`"):
-        full_key("max_bits")
+        full_key("max_bits", CARDS["staged"])
 
 
 def test_every_setting_has_help_text() -> None:
@@ -87,5 +99,100 @@ def test_every_setting_has_help_text() -> None:
         for definition in schema.get("$defs", {}).values():
             yield from definition.get("properties", {}).items()
 
-    missing = [name for name, schema in properties(Recipe.model_json_schema()) if not schema.get("description")]
+    missing = [name for name, schema in properties(json_schema()) if not schema.get("description")]
     assert missing == []
+    for card in CARDS.values():
+        schema = card.settings.model_json_schema()
+        assert all(part.get("description") for part in schema.get("properties", {}).values()), card.name
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_a_card_says_what_its_method_says(name: str) -> None:
+    card = CARDS[name]
+    method = card.load()
+    assert (method.name, method.takes, method.finetunes) == (card.name, card.takes, card.finetunes)
+    assert method.Settings is card.settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "method", "why"),
+    [
+        ({"epochs": 39}, "staged", "39 epochs from a checkpoint, fewer than 40"),
+        ({"epochs": 40}, "csq", "40 epochs from a checkpoint, 40 or more"),
+        ({"epochs": 2, "pretrained": False, "checkpoint": None}, "csq", "from scratch"),
+        ({"epochs": 90, "method": "staged"}, "staged", ""),
+    ],
+)
+def test_auto_chooses_by_the_schedule_and_says_why(overrides: dict, method: str, why: str) -> None:
+    recipe = resolve("digits", overrides)
+    assert (recipe.quantization.method, recipe.method_why) == (method, why)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            {"reg_strength": 0.1},
+            "`reg_strength` is a setting of method csq, and this run's is staged; pass --method csq",
+        ),
+        ({"method": "csq", "search_share": 0.2}, "`search_share` is a setting of method staged"),
+        ({"csq.logit": 2.0}, "`csq.logit` is a setting of method csq"),
+        ({"method": "ste", "latent_lr": 0.1}, "`latent_lr` is a setting of method staged, and this run's is ste"),
+        ({"method": "csq", "reg_strenght": 0.1}, "unknown key `reg_strenght`; did you mean `reg_strength`"),
+    ],
+)
+def test_settings_of_another_method_are_refused_by_name(overrides: dict, complaint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve("digits", overrides)
+    assert complaint in caught.value.line()
+
+
+def test_a_section_of_another_method_in_a_file_is_refused_by_name() -> None:
+    raw = {"quantization": {"method": "staged"}, "csq": {"reg_strength": 0.1}}
+    with pytest.raises(UserError, match=r"r.yaml: `csq.reg_strength` is a setting of method csq"):
+        validate(raw, where="r.yaml")
+
+
+OLD = {  # quantization of a complete recipe that csq 0.1 wrote
+    "method": "csq", "target_bits": 2.0, "max_bits": 8, "act_bits": 32, "act_method": "lsq",
+    "search_share": 0.2, "soft_share": 0.5, "mask_beta_initial": 1.0, "mask_beta_final": 30.0, "latent_lr": 0.01,
+    "recovery": 0.25, "per_channel": True, "state_dtype": "float32", "beta_initial": 1.0, "beta_final": 100.0,
+    "beta_schedule": "step", "reg_strength": 0.01, "logit": 1.0, "mask_logit": 1.0, "refit_scale": True,
+    "rounding": "nearest", "harden_at": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "now", "kept"),
+    [
+        ("csq", "staged", {"search_share": 0.2, "beta_final": 30.0}),
+        ("csq-paper", "csq", {"beta_final": 100.0, "reg_strength": 0.01}),
+        ("csq-uniform", "csq-uniform", {"beta_final": 100.0, "harden_at": 0.9}),
+        ("ste", "ste", {}),
+    ],
+)
+def test_recipes_of_csq_0_1_keep_their_meaning(method: str, now: str, kept: dict) -> None:
+    recipe = validate({"quantization": OLD | {"method": method}}, where="old.yaml")
+    assert recipe.quantization.method == now
+    assert {name: getattr(recipe.method_settings, name) for name in kept} == kept
+
+
+def test_the_old_name_of_the_papers_method_is_the_paper_s_recipe() -> None:
+    recipe = resolve("digits", {"method": "csq-paper"})
+    assert recipe.quantization.method == "csq"
+    assert recipe.method_settings.model_dump() == {**recipe.method_settings.model_dump(), **PAPER}
+    assert resolve("digits", {"method": "csq-paper", "rounding": "nearest"}).method_settings.rounding == "nearest"
+
+
+def test_a_recipe_inside_a_file_names_nothing_that_is_read_imported_or_started() -> None:
+    raw = {
+        "model": {"source": "evil:f"},
+        "data": {"source": "/secret", "workers": 900, "batch_size": 7},
+        "compile": True,
+        "quantization": {"method": "staged", "cost": "evil:f", "allocator": "evil:f"},
+    }
+    recipe = resolve_stored(raw, {}, where="file")
+    assert (recipe.model.source, recipe.data.source, recipe.data.workers, recipe.compile) == (None, None, 2, False)
+    assert (recipe.quantization.cost, recipe.quantization.allocator, recipe.data.batch_size) == ("weights", None, 7)
+    with pytest.raises(UserError, match="asks to import the method `evil:F`; pass --trust-code"):
+        resolve_stored({"quantization": {"method": "evil:F"}}, {}, where="file")

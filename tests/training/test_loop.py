@@ -17,7 +17,7 @@ from csqcli import pipeline
 from csqcli.data.loaders import Unavailable
 from csqcli.errors import UserError
 from csqcli.file import io as checkpoint_file
-from csqcli.recipe.schema import resolve
+from csqcli.recipe.resolve import resolve
 from csqcli.system import memory
 from csqcli.system.progress import Display
 from csqcli.training.loop import Trainer
@@ -88,7 +88,7 @@ class Listening(Display):
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the free memory be what a step on so many images of the runs here takes, and half an image."""
     model, device = plain_models.group_norm_cnn(num_classes=10), torch.device("cpu")
-    step = memory.estimate(model, (1, 8, 8), method="csq", bits=8, amp=False, device=device)
+    step = memory.estimate(model, (1, 8, 8), state_bytes=12, amp=False, device=device)
     return lambda images: monkeypatch.setattr(
         memory, "free_bytes", lambda _: step.of(images) + int(step.per_image * 0.5)
     )
@@ -164,7 +164,7 @@ def test_a_step_that_cannot_fit_is_refused_and_the_advice_fits(tmp_path: Path, m
 def test_what_does_not_grow_with_the_images_is_counted_once() -> None:
     linear = [torch.nn.Linear(1000, 1000, bias=False) for _ in range(2)]
     model = torch.nn.Sequential(linear[0], torch.nn.ReLU(), linear[1])
-    step = memory.estimate(model, (1000,), method="csq", bits=8, amp=True, device=torch.device("cpu"))
+    step = memory.estimate(model, (1000,), state_bytes=12, amp=True, device=torch.device("cpu"))
     kept = step.fixed - 16 * 2 * 10**6  # gradients and states of 2 · 10⁶ weights
     assert 2 * 10**6 <= kept <= 3 * 10**6  # the second weight in bfloat16, which the image's gradient needs
     assert 4000 <= step.per_image <= 6000  # image and ReLU's output, [1000] in bfloat16 each

@@ -7,7 +7,7 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csqcli.data.specs import data_source
+from csqcli.data.registry import data_source
 from csqcli.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from csqcli.data.specs import data_source
+from csqcli.data.registry import data_source
 
 if TYPE_CHECKING:
     from csqcli.data.splits import DataSet

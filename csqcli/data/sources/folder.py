@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csqcli.data.specs import data_source, hint
+from csqcli.data.registry import data_source
 from csqcli.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def folder(text: str, *, train: bool) -> DataSet:
 
     root, where = Path(text), text
     if not root.is_dir():
-        raise UserError("no such folder", where=where, hint=hint())
+        raise UserError("no such folder", where=where)
     val_root = next((root / name for name in VALIDATION_NAMES if (root / name).is_dir()), None)
     if val_root is None:
         raise UserError("no validation split", where=where, hint=f"expected one of {', '.join(VALIDATION_NAMES)}/")
@@ -57,8 +57,8 @@ def folder(text: str, *, train: bool) -> DataSet:
     training = _listed(root / "train")
     _check_same_classes(training, val, where)
     if len(classes) == 1:
-        advice = "a classifier needs two or more folders of images, one per class"
-        raise UserError(f"one class only ({classes[0]})", where=str(training.root), hint=advice)
+        hint = "a classifier needs two or more folders of images, one per class"
+        raise UserError(f"one class only ({classes[0]})", where=str(training.root), hint=hint)
     _tell([training, val])
     return DataSet(where, classes, _images(val), _images(training))
 
@@ -93,8 +93,8 @@ def _check_same_classes(training: _Split, val: _Split, where: str) -> None:
     for split, other, kind in ((training, val, "training"), (val, training, "validation")):
         lacking = [name for name in split.empty if name in other.images]
         if lacking:
-            advice = f"add some to {split.root / lacking[0]}, or remove the class from {other.root}"
-            raise UserError(f"class `{lacking[0]}` has no {kind} images", where=where, hint=advice)
+            hint = f"add some to {split.root / lacking[0]}, or remove the class from {other.root}"
+            raise UserError(f"class `{lacking[0]}` has no {kind} images", where=where, hint=hint)
     if training.images.keys() != val.images.keys():
         odd = sorted(training.images.keys() ^ val.images.keys())
         raise UserError(

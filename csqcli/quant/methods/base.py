@@ -8,71 +8,22 @@ reaches the file. Methods differ in nothing else.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from csqcli.errors import UserError
-from csqcli.quant import budget
-from csqcli.quant import equations as csq
+from csqcli.quant.budget import Budget, make_budget
+from csqcli.quant.catalog import MethodSettings
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
-from csqcli.quant.passes.bitplanes import BitPlanes
 
 
 @dataclass(frozen=True)
-class HardLayer:
-    """A layer as delivered: integers × scale is its weight, bit for bit.
-
-    Trailing zero planes are shifted out of the integers and into the scale, which is exact. ``scale`` has shape [1], or
-    [channels] along ``channel_dim`` of the weight.
-    """
-
-    name: str
-    integers: Tensor  # int32, the weight's shape
-    scale: Tensor  # float32, [1] or [channels]
-    mask: Tensor  # bool [bits], index 0 the least significant plane
-    channel_dim: int = 0
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def planes(self) -> int:
-        return int(self.mask.sum())
-
-    @property
-    def stored_bits(self) -> int:
-        """Bits per weight of a dense sign-magnitude layout: the span of the mask's planes plus a sign; 0 if empty."""
-        on = torch.nonzero(self.mask).flatten()
-        return int(on[-1] - on[0]) + 2 if len(on) else 0
-
-    def weight(self) -> Tensor:
-        """Hard weight, float32."""
-        return self.integers.to(torch.float32) * spread(self.scale, self.integers, self.channel_dim)
-
-
-def spread(scale: Tensor, like: Tensor, channel_dim: int) -> Tensor:
-    """A [1] or [channels] scale, shaped to broadcast over a weight."""
-    if scale.numel() == 1:
-        return scale.view(1)
-    shape = [1] * like.dim()
-    shape[channel_dim] = -1
-    return scale.view(shape)
-
-
-def hard_layer(layer: Layer, integers: Tensor, step: Tensor, mask: Tensor) -> HardLayer:
-    """Shift trailing zero planes out of ``integers`` (over 2^0 … 2^(n−1)) and into ``step`` (the value of integer 1)."""
-    on = torch.nonzero(mask).flatten()
-    lowest = int(on[0]) if len(on) else 0
-    shifted = (integers.abs() >> lowest) * integers.sign()
-    scale = (step.detach().float() * 2.0**lowest).reshape(-1).cpu()
-    return HardLayer(layer.name, shifted.to(torch.int32).cpu(), scale, mask.cpu(), layer.channel_dim, layer.aliases)
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where training is: schedules are pure functions of it, so ranks and resumed runs agree."""
+class Schedule:
+    """Length of a training phase. What changes over it is a pure function of the step, so ranks and resumed runs agree."""
 
     total_steps: int
     steps_per_epoch: int
@@ -85,215 +36,113 @@ class Clock:
         return min(step, self.total_steps - 1) / max(self.total_steps - 1, 1)
 
 
-class WeightMethod:
-    """What every method offers; the base class is plain float training."""
+@dataclass(frozen=True)
+class Plan:
+    """What a weight method is asked to do, whichever it is. Its own settings come beside it."""
 
-    target_bits: float | None = None  # the budget asked for
+    schedule: Schedule
+    budget: Budget
+    planes: Sequence[int] | None = None  # of every layer, where they were decided before training
+    start: Sequence[HardLayer] | None = None  # delivered layers to train on from, masks fixed
+    lr: float = 0.05  # peak rate of the base optimizer, and what follows it: momentum and weight decay
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    rate_share: float = 1.0  # multiplies the rates that a method has of its own; less than 1 after a rollback
+    state_dtype: torch.dtype = torch.float32  # of what is kept per weight; bfloat16 takes half the memory
 
-    def __init__(self, layers: Sequence[Layer], clock: Clock) -> None:
-        self.layers, self.clock = list(layers), clock
+
+def plan_for(layers: Sequence[Layer], target: float, schedule: Schedule, *, bits: int = 8, **more: Any) -> Plan:
+    """The plan for a target of mean planes over elements, without rules for single layers. ``more`` are Plan's fields."""
+    return Plan(schedule, make_budget(layers, target, bits=bits), **more)
+
+
+class WeightMethod(ABC):
+    """What every method offers. Subclass it, and name the class by ``--method package.module:Class``.
+
+    The four class attributes are what `csq methods` prints and what a recipe is checked against. The constructor takes the
+    layers, a :class:`Plan` and an instance of ``Settings``, and leaves the weights of step 0 in the model.
+    """
+
+    name: ClassVar[str]  # also the name of its section in a recipe
+    summary: ClassVar[str] = ""  # one line
+    citation: ClassVar[str] = ""
+    takes: ClassVar[Literal["target", "planes", "either"]] = "target"  # searches planes itself, is given them, or both
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    finetunes: ClassVar[bool] = (
+        False  # whether it accepts Plan.start; delivered integers are else trained on by `staged`
+    )
+
+    def __init__(self, layers: Sequence[Layer], plan: Plan, settings: Any = None) -> None:
+        self.layers, self.plan, self.schedule = list(layers), plan, plan.schedule
+        self.settings = settings if settings is not None else self.Settings()
+
+    @classmethod
+    def state_bytes(cls, settings: Any, *, max_bits: int, state_dtype: torch.dtype) -> int:
+        """Bytes per weight kept beside the weight and its gradient, momentum included. For the memory estimate."""
+        return 8
+
+    @property
+    def harden_at_step(self) -> int | None:
+        """The step at which weights turn hard and the rest of the model adapts to them; None where that is at the end."""
+        return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Tensors the base optimizer steps on in place of the layers' weights."""
-        return [{"params": [layer.parameter for layer in self.layers]}] if self.layers else []
+        return []
 
+    @abstractmethod
     def collect(self, step: int, *, lr: float, lr_share: float) -> None:
         """Take dL/dW from the parameters: update own state, or hand gradients to ``parameter_groups``' tensors.
 
         ``lr`` is the base optimizer's learning rate now, ``lr_share`` that rate as a share of its peak.
         """
 
+    @abstractmethod
     def materialise(self, step: int) -> None:
         """Write the weights that ``step`` trains with into the model."""
 
+    @abstractmethod
     def harden(self, step: int) -> None:
         """Fix masks and integers for good, within the budget. Idempotent."""
 
+    @abstractmethod
     def hard_layers(self) -> list[HardLayer]:
         """The delivered layers; call after :meth:`harden`."""
-        return []
 
-    def preview(self, step: int) -> list[HardLayer]:
-        """What :meth:`hard_layers` would give if training stopped now; changes nothing."""
-        return []
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs to go on bit for bit; tensors, numbers, lists and mappings."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def monitor(self, step: int) -> dict[str, float]:
         """Numbers for the progress display and metrics.jsonl."""
         return {}
 
+
+class FloatTraining(WeightMethod):
+    """No quantization: the base optimizer trains the weights themselves. The same loop, for float baselines."""
+
+    name = "float"
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [layer.parameter for layer in self.layers]}] if self.layers else []
+
+    def collect(self, step: int, *, lr: float, lr_share: float) -> None: ...
+
+    def materialise(self, step: int) -> None: ...
+
+    def harden(self, step: int) -> None: ...
+
+    def hard_layers(self) -> list[HardLayer]:
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-
-@dataclass(frozen=True)
-class GateSettings:
-    """Knobs of gate training; defaults are the paper's (section IV-A) where it names one."""
-
-    bits: int = 8
-    target_bits: float | None = None  # None: masks are fixed and nothing is searched (Eq. 3, Eq. 4)
-    beta_initial: float = 1.0
-    beta_final: float = 200.0
-    beta_per_epoch: bool = True
-    reg_strength: float = 0.01  # λ of Eq. 7
-    logit: float = 1.0  # |m_p|, |m_n| at the start
-    mask_logit: float = 1.0  # m_B at the start
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    refit_scale: bool = False  # keep weights still when β moves
-    rounding: str = "threshold"  # threshold (the paper) | nearest
-    harden_at: float = 1.0  # share of training after which the weights are hard and only the rest adapts
-    state_dtype: torch.dtype = torch.float32  # of bit logits and momenta; bfloat16 takes half the memory
-    limits: budget.PlaneLimits | None = None
-
-
-@dataclass
-class _Hardened:
-    mask: Tensor
-    integers: list[Tensor]
-    steps: Tensor  # [layers]: s/(2^n−1)
-
-
-class GateMethod(WeightMethod):
-    """CSQ as published: SGD on bit logits, mask logits and scales (Eq. 5–7); Eq. 3 and 4 when masks are fixed."""
-
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        clock: Clock,
-        settings: GateSettings,
-        *,
-        start: Sequence[HardLayer] | None = None,
-    ) -> None:
-        """``start``: delivered layers to go on from, mask fixed (Eq. 4); None starts from the model's own weights."""
-        super().__init__(layers, clock)
-        self.settings = settings
-        self.target_bits = settings.target_bits
-        self.weights = [layer.weights for layer in layers]
-        device = layers[0].parameter.device
-        self.limits = settings.limits or budget.plane_limits(layers, bits=settings.bits)
-        if settings.target_bits is not None:
-            budget.check_feasible(settings.target_bits, self.weights, self.limits)
-        self.planes = BitPlanes(layers, bits=settings.bits, device=device, state_dtype=settings.state_dtype)
-        self.device_weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
-        self.fisher = torch.zeros(len(layers), device=device)  # running Σ_i g_i² per layer
-        self.hardened: _Hardened | None = None
-        beta = self.beta(0)
-        scales = [max_abs_scale(layer.parameter) for layer in layers]
-        self.planes.mask_logits.fill_(settings.mask_logit)
-        if start is not None or settings.target_bits is None:
-            self.planes.fixed_mask = torch.ones(len(layers), settings.bits, dtype=torch.bool, device=device)
-        self.planes.initialise(logit=settings.logit, mask_logit=settings.mask_logit, beta=beta, scales=scales)
-        for index, layer in enumerate(start or ()):
-            self._start_from(index, layer, beta)
-        self.materialise(0)
-
-    def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
-        assert self.planes.fixed_mask is not None
-        if layer.scale.numel() > 1:
-            raise UserError(
-                "gates train one scale per layer, the file has one per channel",
-                where=layer.name,
-                hint="use --method csq",
-            )
-        lowest = int(torch.nonzero(layer.mask).flatten()[0]) if layer.planes else 0
-        full_scale = layer.scale / 2.0**lowest * (2**self.settings.bits - 1)
-        integers = (layer.integers << lowest).to(self.planes.pos.device)
-        self.planes.fixed_mask[index] = layer.mask.to(self.planes.pos.device)
-        self.planes.set_integers(index, integers, full_scale, logit=self.settings.logit, beta=beta)
-
-    def beta(self, step: int) -> float:
-        progress = self.clock.progress(step, per_epoch=self.settings.beta_per_epoch)
-        return csq.temperature(progress, initial=self.settings.beta_initial, final=self.settings.beta_final)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return []
-
-    def collect(self, step: int, *, lr: float, lr_share: float) -> None:
-        if self.hardened is not None:
-            return
-        beta, planes, settings = self.beta(step), self.planes, self.settings
-        options = {"lr": lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
-        # Δ_S on the device and in float64, so that a step never waits for the host
-        gap = (planes.hard_mask().sum(dim=1).double() @ self.device_weights) / sum(self.weights) - (
-            settings.target_bits or 0.0
-        )
-        gradients = planes.update_gates(beta, **options, seed=step)
-        self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
-        sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
-        if settings.target_bits is not None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
-            slope = csq.gate_slope(csq.gate(planes.mask_logits, beta), beta)
-            mask_gradient = (gradients.mask + settings.reg_strength * gap) * slope
-            sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient, **options)
-        if settings.refit_scale:
-            planes.refit_scale(beta, self.beta(step + 1))
-
-    def materialise(self, step: int) -> None:
-        if self.hardened is None:
-            self.planes.materialise(self.beta(step))
-            return
-        for layer, hard in zip(self.layers, self.hard_layers(), strict=True):
-            layer.parameter.data.copy_(hard.weight())
-
-    def harden(self, step: int) -> None:
-        if self.hardened is None:
-            self.hardened = self._harden(step)
-            self.materialise(step)
-
-    def _harden(self, step: int) -> _Hardened:
-        beta, planes = self.beta(step), self.planes
-        mask = planes.hard_mask()
-        if self.settings.target_bits is not None:
-            importance = planes.plane_energy(beta) * (self.fisher / torch.tensor(self.weights).to(self.fisher))[:, None]
-            target = self.settings.target_bits
-            mask = budget.project(mask, importance, self.weights, target=target, limits=self.limits)
-        integers = planes.integers(mask, beta, rounding=self.settings.rounding)
-        return _Hardened(mask, integers, planes.scale / (2**self.settings.bits - 1))
-
-    def hard_layers(self) -> list[HardLayer]:
-        assert self.hardened is not None, "harden() first"
-        return self._deliver(self.hardened)
-
-    def preview(self, step: int) -> list[HardLayer]:
-        return self._deliver(self.hardened or self._harden(step))
-
-    def _deliver(self, hardened: _Hardened) -> list[HardLayer]:
-        columns = zip(self.layers, hardened.integers, hardened.steps, hardened.mask, strict=True)
-        return [hard_layer(layer, integers, step, mask) for layer, integers, step, mask in columns]
-
-    def mean_bits(self) -> float:
-        mask = self.planes.hard_mask() if self.hardened is None else self.hardened.mask
-        return budget.mean_planes(mask.sum(dim=1).tolist(), self.weights)
-
-    def budget_gap(self) -> float:
-        """Δ_S: mean planes over weight elements minus the target; 0 where nothing is searched."""
-        return self.mean_bits() - self.settings.target_bits if self.settings.target_bits is not None else 0.0
-
-    def monitor(self, step: int) -> dict[str, float]:
-        beta, gap = self.beta(step), self.budget_gap()
-        regulariser = float(csq.mask_regulariser(self.planes.mask_logits, beta))
-        penalty = self.settings.reg_strength * gap * regulariser if self.settings.target_bits is not None else 0.0
-        return {"beta": beta, "mean_bits": self.mean_bits(), "budget_gap": gap, "reg_loss": penalty}
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"planes": self.planes.state_dict(), "fisher": self.fisher}
-        return state if self.hardened is None else state | {"hardened": vars(self.hardened)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.planes.load_state_dict(state["planes"])
-        self.fisher.copy_(state["fisher"])
-        self.hardened = _Hardened(**state["hardened"]) if "hardened" in state else None
-
-
-def sgd_(value: Tensor, velocity: Tensor, gradient: Tensor, *, lr: float, momentum: float, weight_decay: float) -> None:
-    """PyTorch's SGD update in place: v ← μv + (g + wd·x); x ← x − lr·v."""
-    velocity.mul_(momentum).add_(gradient + weight_decay * value)
-    value.sub_(velocity, alpha=lr)
-
-
-def max_abs_scale(weight: Tensor) -> Tensor:
-    """s = max |W| of a layer ([1]); 1 for an all-zero layer, whose integers are zero at any scale."""
-    largest = weight.detach().abs().amax().reshape(1)
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+    @classmethod
+    def state_bytes(cls, settings: Any, *, max_bits: int, state_dtype: torch.dtype) -> int:
+        return 4

@@ -2,7 +2,7 @@
 
 The equations and the order of operations are those of `torch.optim.Adam`, bit for bit in float32 on a CPU. What is added:
 the gradient is multiplied by the latents' unit on the way in, latents are clipped to their range on the way out, and
-bfloat16 moments are rounded at random (`state`).
+bfloat16 moments use stochastic rounding (`state`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class LatentAdam:
 
     def __init__(self, latents: Sequence[Tensor], *, beta1: float, beta2: float, state_dtype: torch.dtype) -> None:
         self.beta1, self.beta2 = beta1, beta2
-        self.first = [torch.zeros_like(latent, dtype=state_dtype) for latent in latents]
-        self.second = [torch.zeros_like(first) for first in self.first]
+        self.exp_avg = [torch.zeros_like(latent, dtype=state_dtype) for latent in latents]
+        self.exp_avg_sq = [torch.zeros_like(moment) for moment in self.exp_avg]
         self.updates = [0] * len(latents)  # a layer that gets no gradient stands still
         device = latents[0].device
         self.kernels = kernels_for(device)
@@ -55,16 +55,16 @@ class LatentAdam:
             # α·m̂/(√v̂ + ε) with m̂ = m/(1 − β1^t), v̂ = v/(1 − β2^t)
             size = lr / (1 - self.beta1 ** self.updates[index])
             correction = (1 - self.beta2 ** self.updates[index]) ** 0.5
-            first, second = self.first[index], self.second[index]
+            exp_avg, exp_avg_sq = self.exp_avg[index], self.exp_avg_sq[index]
             if self.kernels is not None:
                 self.kernels.update_latents(
-                    latent, gradient, first, second, unit, edge, size=size, correction=correction,
+                    latent, gradient, exp_avg, exp_avg_sq, unit, edge, size=size, correction=correction,
                     beta1=self.beta1, beta2=self.beta2, eps=_EPS, seed=seed,
                 )  # fmt: skip
                 continue
             for part in parts_of(latent):
                 slope = gradient[part].float() * of_channels(unit, part[1])
-                m, v = first[part].float(), second[part].float()  # the state itself when it is float32
+                m, v = exp_avg[part].float(), exp_avg_sq[part].float()  # the state itself when it is float32
                 m.lerp_(slope, 1 - self.beta1)
                 v.mul_(self.beta2).addcmul_(slope, slope, value=1 - self.beta2)
                 moved = latent[part].addcdiv_(m, v.sqrt().div_(correction).add_(_EPS), value=-size)
@@ -72,19 +72,21 @@ class LatentAdam:
                     most = of_channels(edge, part[1])
                     moved.clamp_(-most, most)
                 if noise is not None:  # the first moment changes by a tenth a step: the nearest will do
-                    first[part] = m
-                    round_into(second[part], v, noise.window(1, v.numel()).view_as(v))
+                    exp_avg[part] = m
+                    round_into(exp_avg_sq[part], v, noise.window(1, v.numel()).view_as(v))
 
     def second_moment(self, index: int) -> Tensor | None:
         """v̂ of a layer's latents, float32; None when no gradient ever reached it."""
         if self.updates[index] == 0:
             return None
-        return self.second[index].float() / (1 - self.beta2 ** self.updates[index])
+        return self.exp_avg_sq[index].float() / (1 - self.beta2 ** self.updates[index])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "second": self.second, "updates": self.updates}
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for own, saved in zip([*self.first, *self.second], [*state["first"], *state["second"]], strict=True):
+        for own, saved in zip(
+            [*self.exp_avg, *self.exp_avg_sq], [*state["exp_avg"], *state["exp_avg_sq"]], strict=True
+        ):
             own.copy_(saved)
         self.updates = list(state["updates"])

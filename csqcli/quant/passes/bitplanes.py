@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csqcli.quant import equations as csq
+from csqcli.quant import equations
 from csqcli.quant.layers import Layer
 from csqcli.quant.passes.rounding import levels_of, nearest_level
 from csqcli.quant.passes.state import Noise, chunk_size, kernels_for, round_into
@@ -54,7 +54,7 @@ class BitPlanes:
         self.mask_momentum = torch.zeros_like(self.mask_logits)
         self.scale_momentum = torch.zeros_like(self.scale)
         self.fixed_mask: Tensor | None = None  # bool [layers, bits]: q_B of Eq. 4; None while the mask is soft
-        self.plane_weights = csq.plane_weights(bits, device=device)
+        self.plane_weights = equations.plane_weights(bits, device=device)
         starts = torch.tensor([0, *(layer.weights for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         self.chunk = chunk_size(device) * 4 // self.pos.element_size()
@@ -68,22 +68,24 @@ class BitPlanes:
         """
         self.mask_logits.fill_(mask_logit)
         for index, (layer, scale) in enumerate(zip(self.layers, scales, strict=True)):
-            integers = csq.quantize_integers(layer.parameter.detach(), scale, self.bits)
+            integers = equations.quantize_integers(layer.parameter.detach(), scale, self.bits)
             self.set_integers(index, integers, scale, logit=logit, beta=beta)
 
     def set_integers(self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float) -> None:
         """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers."""
         flat = self.layers[index].flat(integers)
         for chunk, of_layer in self._chunks_of(index):
-            self.pos[:, chunk], self.neg[:, chunk] = csq.logits_from_integers(flat[of_layer], self.bits, logit=logit)
+            self.pos[:, chunk], self.neg[:, chunk] = equations.logits_from_integers(
+                flat[of_layer], self.bits, logit=logit
+            )
         softness = torch.tanh(torch.tensor(beta * logit / 2))
         if self.fixed_mask is None:
-            softness = softness * csq.gate(self.mask_logits[index, 0].cpu(), beta)
+            softness = softness * equations.gate(self.mask_logits[index, 0].cpu(), beta)
         self.scale[index] = float(scale) / softness.to(self.scale.device)
 
     def mask(self, beta: float) -> Tensor:
         """[layers, bits]: f_β(m_B) in the search, q_B once it is fixed."""
-        return csq.gate(self.mask_logits, beta) if self.fixed_mask is None else self.fixed_mask.float()
+        return equations.gate(self.mask_logits, beta) if self.fixed_mask is None else self.fixed_mask.float()
 
     def hard_mask(self) -> Tensor:
         """bool [layers, bits]: planes in use if every gate were a unit step now."""
@@ -156,8 +158,8 @@ class BitPlanes:
         old_planes, new_planes = self.plane_weights * self.mask(old_beta), self.plane_weights * self.mask(new_beta)
         for index, chunk in self._chunks():
             pos, neg = self._logits(chunk)
-            old = old_planes[index] @ csq.soft_digits(pos, neg, old_beta)
-            new = new_planes[index] @ csq.soft_digits(pos, neg, new_beta)
+            old = old_planes[index] @ equations.soft_digits(pos, neg, old_beta)
+            new = new_planes[index] @ equations.soft_digits(pos, neg, new_beta)
             cross[index] += old @ new
             square[index] += new @ new
         self.scale.mul_(torch.where(square > 0, cross / square.clamp_min(1e-30), torch.ones_like(square)))
@@ -167,7 +169,7 @@ class BitPlanes:
         """[layers, bits]: Σ_i (s·2^b/(2^n−1)·d_bi)², the squared change of the weights if a whole plane vanished."""
         energy = torch.zeros_like(self.mask_logits)
         for index, chunk in self._chunks():
-            energy[index] += csq.soft_digits(*self._logits(chunk), beta).square().sum(dim=1)
+            energy[index] += equations.soft_digits(*self._logits(chunk), beta).square().sum(dim=1)
         return energy * (self.scale.unsqueeze(1) * self.plane_weights).square()
 
     @torch.no_grad()
@@ -186,10 +188,10 @@ class BitPlanes:
             for chunk, of_layer in self._chunks_of(index):
                 pos, neg = self._logits(chunk)
                 if rounding == "threshold":
-                    digits = csq.hard_gate(pos) - csq.hard_gate(neg)
+                    digits = equations.hard_gate(pos) - equations.hard_gate(neg)
                     values = (powers * mask[index]) @ digits
                 else:
-                    soft = (powers * soft_mask[index]) @ csq.soft_digits(pos, neg, beta)
+                    soft = (powers * soft_mask[index]) @ equations.soft_digits(pos, neg, beta)
                     values = nearest_level(soft, levels)
                 integers[of_layer] = values.round().to(torch.int32)
             hardened.append(layer.unflatten(integers))

@@ -89,7 +89,7 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
 class Staircase:
     """The levels of one layer at its fixed planes, and where they lie among its latents."""
 
-    step: Tensor  # the weight of integer 1
+    scale: Tensor  # the weight of integer 1
     width: Tensor  # the same in units of the latents
     levels: Tensor  # [levels], float, on the CPU: the integers that the planes form, ascending
 
@@ -121,12 +121,12 @@ class Staircase:
         flank = None if sharpness is None else max(1 - sharpness, 1e-3)  # its share of the way between two levels
         kernels = kernels_for(latent.device) if self.without_holes else None
         if kernels is not None:
-            kernels.staircase(latent, out, self.step, self.width, top=self.top, flank=flank)
+            kernels.staircase(latent, out, self.scale, self.width, top=self.top, flank=flank)
             return
         for part in parts_of(latent):
             ratio = latent[part] / of_channels(self.width, part[1])
             integers = self._nearest(ratio) if flank is None else self._soft(ratio, flank)
-            torch.mul(integers, of_channels(self.step, part[1]), out=out[part])
+            torch.mul(integers, of_channels(self.scale, part[1]), out=out[part])
 
     def _nearest(self, ratio: Tensor) -> Tensor:
         if self.without_holes:

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
-import csqcli
 from csqcli.data.loaders import Loader, LoaderSettings, make_loader
 from csqcli.data.specs import open_data
 from csqcli.errors import UserError
-from csqcli.export import verify
-from csqcli.export.verify import ParityError, Probe
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import METADATA_KEY, Manifest, ParityRecord, QuantizedFile
-from csqcli.file.layout import Form
+from csqcli.exporting import verify
+from csqcli.exporting.verify import ParityError, Probe
+from csqcli.file import header, io, loading
+from csqcli.file.io import QuantizedFile
+from csqcli.file.manifest import METADATA_KEY, Form, Manifest, ParityRecord
 from csqcli.system import files
-from csqcli.training.loop import check_scores, evaluate
+from csqcli.training.evaluate import check_scores, evaluate
+from csqcli.version import __version__
 
 if TYPE_CHECKING:
-    from csqcli.export.onnx_graph import PackedGraph
+    from csqcli.exporting.onnx_graph import PackedGraph
 
 Target = Literal["ort", "openvino"]
 LATENCY_REPEATS = 9
@@ -53,7 +53,7 @@ def export_file(
     _check_output(source, output, suffix=".onnx" if form == "onnx" else ".safetensors", force=force)
     if form == "onnx":
         _require_engine(target)
-    file = checkpoint_file.read(source)
+    file = io.read(source)
     if activations == "int8" and not file.manifest.activations:
         raise UserError(
             "has no activation scales, which --activations int8 needs",
@@ -62,7 +62,7 @@ def export_file(
         )
     if calib is not None and activations != "int8":
         raise UserError("--calib belongs to --activations int8", where="csq export")
-    model = csqcli.model_from_file(file, trust_code=trust_code, where=str(source))
+    model = loading.hard_model(file, trust_code=trust_code, where=str(source))
     check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
     workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
     loader = _loader(file, data_source, val_limit, workers=workers) if data_source is not None else None
@@ -103,14 +103,14 @@ def export_file(
             top1=accuracy.top1 if accuracy else None,
             samples=accuracy.samples if accuracy else 0,
             engine=exporter.engine,
-            versions={"csq": csqcli.__version__, "torch": torch.__version__},
+            versions={"csq": __version__, "torch": torch.__version__},
             load_seconds=load_seconds,
             latency_ms=latency_ms,
             latency_ratio=latency_ratio,
         )
         exporter.write(path, parity)
         exporter.check(path)
-    return checkpoint_file.read_manifest(output)
+    return header.read_manifest(output)
 
 
 class _Exporter(Protocol):
@@ -141,14 +141,14 @@ class _Safetensors:
         self.tolerance = verify.FLOAT_TOLERANCE
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
-        checkpoint_file.write(path, self.file, form=self.form, parity=parity)
+        io.write(path, self.file, form=self.form, parity=parity)
 
     def open(self, path: Path) -> nn.Module:
-        return csqcli.load(path, trust_code=self.trust_code)
+        return loading.load_file(path, trust_code=self.trust_code)
 
     def check(self, path: Path) -> None:
         try:
-            written = checkpoint_file.read(path)
+            written = io.read(path)
         except UserError as error:
             raise ParityError(f"cannot be read back: {error.what}", where=str(path)) from None
         for layer, wanted in zip(written.layers, self.file.layers, strict=True):
@@ -161,7 +161,7 @@ class _Safetensors:
 
 class _Onnx:
     def __init__(self, file: QuantizedFile, model: nn.Module, probe: Probe, target: Target) -> None:
-        from csqcli.export import onnx_graph
+        from csqcli.exporting import onnx_graph
 
         self.file, self.target = file, target
         self.graphs = onnx_graph.trace(model, file.layers, tuple(probe.images.shape[1:]))
@@ -179,7 +179,7 @@ class _Onnx:
 
     def use_int8(self, images: torch.Tensor | None) -> None:
         """Layers with trained input scales become int8; ``images`` also give their outputs a scale where none is."""
-        from csqcli.export import int8_graph, onnx_graph
+        from csqcli.exporting import int8_graph, onnx_graph
 
         plan = int8_graph.quantize(self.graphs.proto, self.graphs.used)
         scales = {layer.name: layer.scale for layer in self.file.layers}
@@ -202,7 +202,7 @@ class _Onnx:
             self.tolerance = max(self.tolerance, 2 * floor)
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         self.manifest.parity = parity
         del self.proto.metadata_props[:]
@@ -219,7 +219,7 @@ class _Onnx:
             temporary.write_bytes(content)
 
     def open(self, path: Path | bytes, *, threads: int = 0) -> nn.Module:
-        from csqcli.export import runtime
+        from csqcli.exporting import runtime
 
         engine = (runtime.OnnxModel if self.target == "ort" else runtime.OpenVinoModel)(path, threads=threads)
         self.engine = engine.engine
@@ -228,7 +228,7 @@ class _Onnx:
     def check(self, path: Path) -> None:
         import onnx
 
-        from csqcli.export import onnx_graph
+        from csqcli.exporting import onnx_graph
 
         proto = onnx.load(path)
         for name, (wanted_integers, wanted_weight) in self.packed.weights.items():
@@ -260,7 +260,7 @@ def _check_output(source: Path, output: Path, *, suffix: str, force: bool) -> No
 
 
 def _require_engine(target: Target) -> None:
-    from csqcli.export import runtime
+    from csqcli.exporting import runtime
 
     runtime.require("onnx", "onnxscript", "onnxruntime")
     if target == "openvino":

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 from csqcli.system import files
-from csqcli.training.loop import Accuracy, logits_of
+from csqcli.training.evaluate import Accuracy, logits_of
 
 PROBE_IMAGES = 4
 FLOAT_TOLERANCE = 5e-4  # of the logits' standard deviation; float engines differ by the order of their sums

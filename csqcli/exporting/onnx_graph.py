@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
-from csqcli.export.runtime import INPUT, OUTPUT, require
-from csqcli.export.verify import ParityError
-from csqcli.quant.methods.base import HardLayer, spread
-from csqcli.training.loop import logits_of
+from csqcli.exporting.runtime import INPUT, OUTPUT, require
+from csqcli.exporting.verify import ParityError
+from csqcli.quant.hard_layer import HardLayer, spread
+from csqcli.training.evaluate import logits_of
 
 if TYPE_CHECKING:
-    from csqcli.export.int8_graph import Int8Graph
+    from csqcli.exporting.int8_graph import Int8Graph
 
 OPSET = 20  # Gelu is one operator from here on; ONNX Runtime reads it since 1.17
 _PREFIX = "model."
@@ -54,8 +54,8 @@ class Graphs:
 
     def packed(self, plan: Int8Graph | None = None) -> PackedGraph:
         """The graph with self-unpacking weights; ``plan`` (of `int8_graph`) says which of them are int8."""
-        from csqcli.export.int8_graph import Int8Graph
-        from csqcli.export.unpacking import Unpacker
+        from csqcli.exporting.int8_graph import Int8Graph
+        from csqcli.exporting.unpacking import Unpacker
 
         plan = plan or Int8Graph(self.proto)
         unpacker = Unpacker()
@@ -79,7 +79,7 @@ class Graphs:
         """ModelProto with the same weights as float32 initializers and no rounding: what a float export would run."""
         from onnx import numpy_helper
 
-        from csqcli.export import int8_graph
+        from csqcli.exporting import int8_graph
 
         weights = [numpy_helper.from_array(layer.weight().numpy(), layer.name) for layer in self.used]
         return _with(int8_graph.without_rounding(self.proto), weights, [])

@@ -18,12 +18,11 @@ from safetensors.torch import load_file, save_file
 import csqcli
 from csqcli.cli import app as cli
 from csqcli.errors import UserError
-from csqcli.file import codes as packing
-from csqcli.file import io as checkpoint_file
-from csqcli.file import layout as storage
+from csqcli.file import codes, header, io, layout
 from csqcli.file.io import QuantizedFile
+from csqcli.file.manifest import Form
 from csqcli.models import libraries as sources
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 
 FORMS = ("compact", "int8-packed", "bit-packed", "state-dict")
 TRAPS = "quantized_models:Traps"
@@ -42,11 +41,11 @@ def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_back_the_same_integers_scales_and_tensors(
-    traps: QuantizedFile, tmp_path: Path, form: storage.Form
+    traps: QuantizedFile, tmp_path: Path, form: Form
 ) -> None:
     path = tmp_path / "a.safetensors"
-    checkpoint_file.write(path, traps, form=form)
-    back = checkpoint_file.read(path)
+    io.write(path, traps, form=form)
+    back = io.read(path)
     assert _same(back.state_dict(), traps.state_dict())
     assert all(torch.equal(a.integers, b.integers) for a, b in zip(back.layers, traps.layers, strict=True))
     assert [layer.scale.tolist() for layer in back.layers] == [layer.scale.tolist() for layer in traps.layers]
@@ -74,12 +73,12 @@ def test_any_layer_and_any_float_tensor_survives_every_form(data: st.DataObject)
         "none": torch.empty(0, 3),
         "no_bytes": torch.empty(0, dtype=torch.int8),
     }
-    record = checkpoint_file._layer_record(layer)
+    record = io._layer_record(layer, *layout.encode_layers([layer]), macs=None)
     for form in FORMS:
-        stored = storage.store([layer], others, form)
+        stored = layout.store([layer], others, form)
         encoding, size = stored.encodings[0]
         described = record.model_copy(update={"encoding": encoding, "packed_bytes": size})
-        reader = storage.Reader(_Opened(stored.tensors), [described], stored.others)
+        reader = layout.Reader(_Opened(stored.tensors), [described], stored.others)
         assert torch.equal(reader.layer(described)[0], integers)
         assert _same(reader.others(), others)
 
@@ -110,7 +109,7 @@ class _Opened:
 
 
 def test_int8_packed_file_is_read_by_the_ten_lines_of_the_documentation(traps: QuantizedFile, tmp_path: Path) -> None:
-    checkpoint_file.write(tmp_path / "a.safetensors", traps, form="int8-packed")
+    io.write(tmp_path / "a.safetensors", traps, form="int8-packed")
     text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert code is not None
@@ -124,9 +123,9 @@ def test_int8_packed_file_is_read_by_the_ten_lines_of_the_documentation(traps: Q
 
 
 def test_integers_beyond_127_take_int16_and_all_others_int8(traps: QuantizedFile, tmp_path: Path) -> None:
-    checkpoint_file.write(tmp_path / "a.safetensors", traps, form="int8-packed")
+    io.write(tmp_path / "a.safetensors", traps, form="int8-packed")
     tensors = load_file(tmp_path / "a.safetensors")
-    for record in checkpoint_file.read_manifest(tmp_path / "a.safetensors").layers:
+    for record in header.read_manifest(tmp_path / "a.safetensors").layers:
         wide = record.mask == "11111111"  # the only mask of the five that spans nine bits
         assert tensors[f"{record.name}_packed"].dtype == (torch.int16 if wide else torch.int8), record.name
         assert record.encoding == ("int16" if wide else "int8")
@@ -141,7 +140,7 @@ def test_shifted_planes_reach_plus_minus_one_only() -> None:
 @pytest.mark.parametrize("source", ["cifar_resnet20", "timm:efficientnet_b0"])
 def test_bit_packed_file_is_within_three_percent_of_entropy_and_float_parameters(tmp_path: Path, source: str) -> None:
     file = models.make_file(source, ["11000000", "11100000", "11110000"])
-    size = checkpoint_file.write(tmp_path / "a.safetensors", file, form="bit-packed")
+    size = io.write(tmp_path / "a.safetensors", file, form="bit-packed")
     bits = 0.0
     for layer in file.layers:  # entropy from the histogram, in NumPy
         share = np.unique(layer.integers.numpy(), return_counts=True)[1] / layer.integers.numel()
@@ -152,24 +151,24 @@ def test_bit_packed_file_is_within_three_percent_of_entropy_and_float_parameters
 
 def test_one_layer_is_read_without_touching_the_others(traps: QuantizedFile, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    checkpoint_file.write(path, traps, form="bit-packed")
+    io.write(path, traps, form="bit-packed")
     tensors = load_file(path)
     first = traps.layers[0]
-    kept = len(packing.encode(first.integers)[0])
-    tensors[storage.CODES][kept:] = 255  # every other layer is noise now
+    kept = len(codes.encode(first.integers.numpy()).data)
+    tensors[header.CODES_TENSOR][kept:] = 255  # every other layer is noise now
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     save_file(tensors, path, metadata=metadata)
-    assert torch.equal(checkpoint_file.read_layer(path, first.name).integers, first.integers)
+    assert torch.equal(io.read_layer(path, first.name).integers, first.integers)
     with pytest.raises(UserError, match="damaged"):
-        checkpoint_file.read(path)
+        io.read(path)
     with pytest.raises(UserError, match=r"did you mean `stem\.weight`"):
-        checkpoint_file.read_layer(path, "stem.weights")
+        io.read_layer(path, "stem.weights")
 
 
 def test_state_dict_loads_strictly_into_the_plain_model(tmp_path: Path) -> None:
     file = models.make_file("timm:resnet10t")
-    checkpoint_file.write(tmp_path / "a.safetensors", file, form="state-dict")
+    io.write(tmp_path / "a.safetensors", file, form="state-dict")
     model = sources.build(sources.parse("timm:resnet10t"), num_classes=10)
     model.load_state_dict(load_file(tmp_path / "a.safetensors"), strict=True)
     assert _same(dict(model.state_dict()), file.state_dict())
@@ -177,44 +176,44 @@ def test_state_dict_loads_strictly_into_the_plain_model(tmp_path: Path) -> None:
 
 def test_a_state_dict_that_was_trained_on_is_no_quantized_file_any_more(traps: QuantizedFile, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    checkpoint_file.write(path, traps, form="state-dict")
+    io.write(path, traps, form="state-dict")
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(path)
     tensors["head.weight"] += 1e-4
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(UserError, match=r"layer head\.weight: the weights are no longer integers × scale"):
-        checkpoint_file.read(path)
+        io.read(path)
 
 
 @pytest.mark.parametrize(
     ("tensor", "complaint"),
     [
-        (storage.CODES, "payloads do not fill"),
+        (header.CODES_TENSOR, "payloads do not fill"),
         ("csq_float32", "float tensors"),
-        (storage.MANIFEST, "manifest is damaged"),
+        (header.MANIFEST_TENSOR, "manifest is damaged"),
     ],
 )
 def test_truncated_bit_packed_files_are_one_clear_line(
     traps: QuantizedFile, tmp_path: Path, tensor: str, complaint: str
 ) -> None:
     path = tmp_path / "a.safetensors"
-    checkpoint_file.write(path, traps, form="bit-packed")
+    io.write(path, traps, form="bit-packed")
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(path)
     tensors[tensor] = tensors[tensor][:-9].clone()
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(UserError, match=complaint):
-        checkpoint_file.read(path)
+        io.read(path)
 
 
 def test_a_manifest_bomb_is_stopped(traps: QuantizedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
-    checkpoint_file.write(path, traps, form="bit-packed")
-    monkeypatch.setattr(storage, "MANIFEST_LIMIT", 1000)  # the manifest itself is larger
+    io.write(path, traps, form="bit-packed")
+    monkeypatch.setattr(header, "MANIFEST_LIMIT", 1000)  # the manifest itself is larger
     with pytest.raises(UserError, match="manifest is damaged"):
-        checkpoint_file.read_manifest(path)
+        header.read_manifest(path)
 
 
 def test_every_form_exports_evaluates_and_reports_alike(digits_run: Path, tmp_path: Path, csq) -> None:
@@ -230,7 +229,7 @@ def test_every_form_exports_evaluates_and_reports_alike(digits_run: Path, tmp_pa
         report = json.loads(csq("report", out, "--json")[1])
         assert report["sizes"]["file_bytes"] == out.stat().st_size == report["parity"]["file_bytes"]
         assert report["parity"]["top1"] == wanted["top1"]
-        assert report["parity"]["payload_sha256"] == checkpoint_file.read_manifest(model).payload_sha256
+        assert report["parity"]["payload_sha256"] == header.read_manifest(model).payload_sha256
         assert report["parity"]["max_logit_error"] == 0.0
         assert report["compute"] == json.loads((digits_run / "report.json").read_text())["compute"]
         assert [layer["macs"] for layer in report["layers"]] == [9216, 73728, 55296, 480]
@@ -244,7 +243,7 @@ def test_a_writer_that_changes_an_integer_is_caught_and_nothing_is_deleted(
 ) -> None:
     out = tmp_path / "a.safetensors"
     out.write_bytes(b"what was there before")
-    honest = storage.plain_integers
+    honest = layout.plain_integers
 
     def lying(integers: torch.Tensor) -> tuple[torch.Tensor, str]:
         packed, encoding = honest(integers)
@@ -252,8 +251,8 @@ def test_a_writer_that_changes_an_integer_is_caught_and_nothing_is_deleted(
             packed[0, 0, 0, 0] += 1
         return packed, encoding
 
-    monkeypatch.setattr(storage, "plain_integers", lying)
-    monkeypatch.setattr(checkpoint_file, "payload_sha256", lambda layers: "alike")  # blind the file's own check
+    monkeypatch.setattr(layout, "plain_integers", lying)
+    monkeypatch.setattr(io, "payload_sha256", lambda layers: "alike")  # blind the file's own check
     code, _, error = csq("export", _resealed(digits_run, tmp_path), "-o", out, "--int8-packed", "--force")
     assert code == 2
     assert "conv3.weight: integers differ" in error
@@ -263,7 +262,7 @@ def test_a_writer_that_changes_an_integer_is_caught_and_nothing_is_deleted(
 
 
 def _resealed(run: Path, folder: Path) -> Path:
-    file = checkpoint_file.read_manifest(run / "model.safetensors")
+    file = header.read_manifest(run / "model.safetensors")
     path = folder / "resealed.safetensors"
     with safe_open(run / "model.safetensors", "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
@@ -308,5 +307,5 @@ def test_finetune_goes_on_from_every_form(digits_run: Path, tmp_path: Path, csq,
     assert csq("export", digits_run / "model.safetensors", "-o", out, f"--{form}")[0] == 0
     code, _, error = csq("finetune", out, "--data", "digits", "--epochs", 1, "-o", tmp_path / "run", "--quiet")
     assert (code, error) == (0, "")
-    tuned = checkpoint_file.read_manifest(tmp_path / "run" / "model.safetensors")
+    tuned = header.read_manifest(tmp_path / "run" / "model.safetensors")
     assert (tuned.form, tuned.parity) == ("compact", None)  # the certificate was the other file's

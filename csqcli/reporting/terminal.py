@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from csqcli.file.io import Manifest
+from csqcli.file.manifest import Manifest
 
 
 def build(manifest: Manifest, history: list[dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 
 if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
     pytest.skip("needs the [onnx] extra", allow_module_level=True)
@@ -24,15 +24,15 @@ if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxrun
 import onnx
 import onnxruntime
 
-from csqcli.export import onnx_graph, run, runtime, unpacking, verify
-from csqcli.export.verify import ParityError
+from csqcli.exporting import onnx_graph, run, runtime, unpacking, verify
+from csqcli.exporting.verify import ParityError
 
 TRAPS = "quantized_models:Traps"
 
 
 def _written(folder: Path, source: str, masks: tuple[str, ...] = models.MASKS, **details: object) -> Path:
     path = folder / "model.safetensors"
-    checkpoint_file.write(path, models.make_file(source, masks, **details))
+    io.write(path, models.make_file(source, masks, **details))
     return path
 
 
@@ -203,7 +203,7 @@ def test_the_library_never_imports_onnx_unasked(monkeypatch: pytest.MonkeyPatch,
         return honest(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", guarded)
-    checkpoint_file.read(digits_run / "model.safetensors")
+    io.read(digits_run / "model.safetensors")
 
 
 def _tampered(path: Path, edit) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import quantized_models as models
 import torch
 from torch import Tensor, nn
 
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import ActivationEntry, ModelRecord, QuantizedFile
+from csqcli.file import io, loading
+from csqcli.file.io import QuantizedFile
+from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries as sources
 from csqcli.quant import activations
 from csqcli.quant.layers import find_layers
@@ -27,7 +29,7 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from csqcli.export import int8_graph, onnx_graph, run, verify
+from csqcli.exporting import int8_graph, onnx_graph, run, verify
 
 NARROW = ("11100000", "11000000", "11110000")
 
@@ -69,17 +71,13 @@ def _file(masks: tuple[str, ...] = NARROW, *, bits: int = 8, gamma: float | None
     batches = [torch.randn(8, 3, 12, 12) for _ in range(2)]
     quantizers = activations.calibrate(model, find_layers(model)[0], batches, bits=bits)
     entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
-    spec = sources.parse("test_export_int8:Chain")
+    spec = sources.parse("tests.export.test_int8:Chain")
     record = ModelRecord(source=spec.source, library="factory", name=spec.name, num_classes=10, weights_from="random")
-    return checkpoint_file.assemble(
-        model, hard, record=record, data_config=Chain.data_config, target_bits=None, activations=entries
-    )
+    return io.assemble(model, hard, record=record, data_config=Chain.data_config, target_bits=None, activations=entries)
 
 
-def _export(
-    folder: Path, file: QuantizedFile, **options: object
-) -> tuple[checkpoint_file.ParityRecord, onnx.ModelProto]:
-    checkpoint_file.write(folder / "model.safetensors", file)
+def _export(folder: Path, file: QuantizedFile, **options: object) -> tuple[ParityRecord, onnx.ModelProto]:
+    io.write(folder / "model.safetensors", file)
     manifest = run.export_file(
         folder / "model.safetensors",
         folder / "a.onnx",
@@ -126,9 +124,7 @@ def test_without_optimizations_the_file_computes_the_hard_model_itself(tmp_path:
 
 
 def _model(file: QuantizedFile) -> nn.Module:
-    import csqcli
-
-    return csqcli.model_from_file(file, trust_code=True)
+    return loading.hard_model(file, trust_code=True)
 
 
 def test_folding_batchnorm_negates_channels_of_negative_gamma_and_nothing_else(tmp_path: Path) -> None:
@@ -163,9 +159,11 @@ def test_layers_beyond_int8_keep_float_weights_and_their_rounding(tmp_path: Path
 
 def test_an_all_zero_channel_keeps_a_positive_scale(tmp_path: Path) -> None:
     file = _file()
-    for layer in file.layers:
-        layer.integers[0] = 0
-    file.manifest.payload_sha256 = checkpoint_file.payload_sha256(file.layers)
+    for number, layer in enumerate(file.layers):
+        integers = layer.integers.clone()
+        integers[0] = 0
+        file.layers[number] = replace(layer, integers=integers)
+    file.manifest.payload_sha256 = io.payload_sha256(file.layers)
     _, proto = _export(tmp_path, file)
     for layer in file.layers:
         assert (_constant(proto, f"{layer.name}_scale") > 0).all()
@@ -200,7 +198,7 @@ def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
     """In a process of its own: with OpenVINO's libraries loaded, a later fork of the test process may crash."""
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("needs the [openvino] extra")
-    checkpoint_file.write(tmp_path / "model.safetensors", _file())
+    io.write(tmp_path / "model.safetensors", _file())
     command = [sys.executable, "-m", "csqcli", "export", str(tmp_path / "model.safetensors"), "--trust-code"]
     command += ["--onnx", "--activations", "int8", "--target", "openvino", "-o", str(tmp_path / "a.onnx")]
     paths = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1])))
@@ -237,9 +235,9 @@ def test_calibration_scales_only_outputs_that_no_trained_scale_rounds(tmp_path: 
     quantizers = activations.calibrate(model, find_layers(model)[0], [torch.randn(8, 3, 12, 12)], bits=8)
     entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
     record = ModelRecord(
-        source="x", library="factory", name="test_export_int8:Residual", num_classes=2, weights_from="random"
+        source="x", library="factory", name="tests.export.test_int8:Residual", num_classes=2, weights_from="random"
     )
-    file = checkpoint_file.assemble(
+    file = io.assemble(
         model, hard, record=record, data_config=Residual.data_config, target_bits=None, activations=entries
     )
     without, _ = _export(tmp_path, file)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
-from csqcli.file import io as checkpoint_file
-from csqcli.file.io import METADATA_KEY, Manifest
+from csqcli.file.header import parse_manifest
+from csqcli.file.manifest import METADATA_KEY, Manifest
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -89,11 +89,6 @@ def open_model(path: Path) -> tuple[OnnxModel, Manifest]:
     return OnnxModel(proto.SerializeToString(), where=str(path)), manifest
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest inside an exported ONNX file, without starting an engine."""
-    return _read(path)[1]
-
-
 def graph_sha256(proto: Any) -> str:
     """SHA-256 of a ModelProto without its metadata, where csq's manifest is."""
     bare = type(proto)()
@@ -124,7 +119,7 @@ def _read(path: Path) -> tuple[Any, Manifest]:
     except Exception as error:  # protobuf's exception differs between its implementations
         raise UserError(f"not an ONNX file ({_first_line(error)})", where=str(path)) from None
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    manifest = checkpoint_file.parse_manifest(metadata.get(METADATA_KEY), where=str(path))
+    manifest = parse_manifest(metadata.get(METADATA_KEY), where=str(path))
     manifest.sizes.file_bytes = path.stat().st_size
     return proto, manifest
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from csqcli.errors import UserError
-from csqcli.quant.methods.base import HardLayer
+from csqcli.quant.hard_layer import HardLayer
 
 _LEFT_ALONE = {"QuantizeLinear", "BatchNormalization"}  # a trained scale follows; BatchNorm could not be folded
 BIAS_LIMIT = 2.0**30  # int32 holds 2^31; half of it leaves room for the sum that the bias is added to

@@ -1,0 +1,445 @@
+"""csq from Python: what the commands do, as functions of plain values, and an optimizer for your own training loop.
+
+Everything here is re-exported by the package: ``import csqcli; csqcli.search(…)``. The command line is a skin over it.
+Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is what the command line prints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from csqcli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
+
+__all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
+
+Report = dict[str, Any]
+Form = Literal["int8-packed", "bit-packed", "onnx", "state-dict"]
+FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
+
+
+class Evaluation(TypedDict):
+    """What :func:`evaluate` measures."""
+
+    top1: float  # percent
+    top5: float  # percent
+    samples: int  # images
+    mean_bits: float  # planes per weight element
+
+
+def search(
+    model: str | None = None,
+    *,
+    target_bits: float | None = None,
+    data: str | None = None,
+    output: str | Path,
+    recipe: str = "short",
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> Report:
+    """From a pretrained checkpoint to a quantized file and its report, as ``csq search`` does it.
+
+    Args:
+        model: a timm or torchvision name, ``timm:NAME``, ``torchvision:NAME``, ``csq:NAME`` or ``package.module:factory``;
+            None where the recipe names one.
+        target_bits: mean planes per weight element that the result must not exceed; fractions are fine. None where the
+            recipe says.
+        data: image folder with ``train/`` and ``val/``, ``cifar10:DIR``, ``cifar100:DIR`` or ``digits``.
+        output: folder for ``model.safetensors``, ``report.json``, ``metrics.jsonl`` and ``recipe.yaml``.
+        recipe: the name of one that ships with csq, or a YAML file.
+        resume: go on with an unfinished run in ``output``. The report of a finished one is returned as it is.
+        force: overwrite a run in ``output``, finished or not.
+        progress: show what is going on, on stderr.
+        settings: further recipe keys, dotted or short where that is unambiguous: ``epochs=5``, ``lr=0.1``,
+            ``**{"finetune.epochs": 3}``. `csq recipes schema` lists them all. They win over the recipe.
+
+    Returns:
+        The report: budget, sizes, accuracy in percent (``report["accuracy"]["hard_top1"]``), one entry per layer, history.
+
+    Raises:
+        UserError: for anything wrong with the arguments, the data, the checkpoint or the folder; before training.
+
+    Example::
+
+        report = csqcli.search("resnet18", target_bits=3, data="/imagenet", output="runs/resnet18", epochs=5)
+        print(report["budget"]["mean_bits"], report["accuracy"]["hard_top1"])
+    """
+    from csqcli.recipe.resolve import resolve
+
+    named = {"model.source": model, "quantization.target_bits": target_bits, "data.source": data}
+    resolved = resolve(recipe, settings | _given(named))
+
+    from csqcli import pipeline
+
+    return pipeline.search(resolved, Path(output), display=_display(progress), force=force, resume=resume)
+
+
+def finetune(
+    file: str | Path,
+    *,
+    data: str | None = None,
+    epochs: int | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = False,
+    trust_code: bool = False,
+    **settings: Any,
+) -> Report:
+    """Train a quantized file's integers on, planes fixed; the better of the two models is written.
+
+    Args:
+        file: what ``search``, ``finetune`` or ``save`` wrote, in any safetensors form of ``export``.
+        data: as for :func:`search`.
+        epochs: of this training; None takes those of the file's recipe, or 5.
+        output: folder for the result; None takes the file's folder with ``-finetuned`` behind its name.
+        resume, force, progress, settings: as for :func:`search`. The recipe is the file's own.
+        trust_code: let the file import the ``package.module:factory`` that it names.
+
+    Returns:
+        The report; ``report["finetune"]`` says which model was kept, and both top-1 in percent.
+
+    Raises:
+        UserError: for anything wrong with the arguments, the file, the data or the folder.
+
+    Example::
+
+        report = csqcli.finetune("runs/resnet18/model.safetensors", data="/imagenet", epochs=3, output="runs/tuned")
+    """
+    from csqcli.file import header
+    from csqcli.recipe.resolve import resolve_stored
+
+    path = Path(file)
+    manifest = header.read_manifest(path)
+    named = {
+        "data.source": data,
+        "finetune.epochs": epochs,
+        "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
+    }
+    resolved = resolve_stored(
+        manifest.recipe, _given(named) | settings, where=f"recipe in {path}", trust_code=trust_code
+    )
+    resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
+
+    from csqcli import pipeline
+
+    return pipeline.finetune(
+        path,
+        resolved,
+        Path(output) if output is not None else finetune_folder(path),
+        display=_display(progress),
+        force=force,
+        resume=resume,
+        trust_code=trust_code,
+    )
+
+
+def evaluate(
+    file: str | Path,
+    data: str,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int = 256,
+    val_limit: int | None = None,
+    trust_code: bool = False,
+) -> Evaluation:
+    """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it.
+
+    Args:
+        file: any file that csq wrote; ONNX ones run in ONNX Runtime on the CPU.
+        data: as for :func:`search`; only the validation images are read.
+        device: ``auto`` takes a GPU when there is one.
+        batch_size: images per step; does not change the result.
+        val_limit: use only this many images, spread evenly over the set.
+        trust_code: let the file import the ``package.module:factory`` that it names.
+
+    Returns:
+        ``top1`` and ``top5`` in percent, ``samples`` (images), ``mean_bits`` (planes per weight element).
+
+    Raises:
+        UserError: for a damaged file, and for data that is not what the model was trained on.
+
+    Example::
+
+        print(csqcli.evaluate("runs/digits/model.safetensors", "digits")["top1"])
+    """
+    from csqcli import pipeline
+
+    accuracy, manifest = pipeline.evaluate_file(
+        Path(file), data, device=device, batch_size=batch_size, val_limit=val_limit, trust_code=trust_code
+    )
+    return Evaluation(
+        top1=accuracy.top1, top5=accuracy.top5, samples=accuracy.samples, mean_bits=manifest.budget.mean_bits
+    )
+
+
+def export(
+    file: str | Path,
+    output: str | Path | None = None,
+    *,
+    form: Form,
+    activations: Literal["float", "int8"] = "float",
+    target: Literal["ort", "openvino"] = "ort",
+    calib: str | None = None,
+    data: str | None = None,
+    val_limit: int | None = None,
+    trust_code: bool = False,
+    force: bool = False,
+) -> Report:
+    """Write a file that is small or runs elsewhere, read it back and compare it with the hard model.
+
+    Args:
+        file: any safetensors file that csq wrote.
+        output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
+        form: ``bit-packed`` (the smallest), ``int8-packed`` (read with safetensors and NumPy alone), ``state-dict`` (plain
+            float weights) or ``onnx``.
+        activations: ``onnx`` only; ``int8`` needs activation scales in the file.
+        target: ``onnx`` only; the engine that the file is verified with.
+        calib: with ``int8``, images to measure the outputs of convolutions on; as ``data`` for :func:`search`.
+        data: images to compare logits on, and to record the written file's top-1 with.
+        val_limit: use only this many of them, spread evenly.
+        trust_code: let the file import the ``package.module:factory`` that it names.
+        force: replace ``output``.
+
+    Returns:
+        The new file's report; ``report["parity"]`` is the certificate of the comparison.
+
+    Raises:
+        UserError: for bad input, and when the written file differs from the hard model; then nothing is left at ``output``.
+
+    Example::
+
+        csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
+    """
+    path = Path(file)
+    if form not in ("int8-packed", "bit-packed", "onnx", "state-dict"):
+        hint = "one of int8-packed, bit-packed, onnx, state-dict"
+        raise UserError(f"no form `{form}`", where="csqcli.export", hint=hint)
+    if form != "onnx" and (activations != "float" or target != "ort"):
+        raise UserError("activations and target belong to onnx", where=f"csqcli.export, form {form}")
+    from csqcli.exporting import run
+    from csqcli.reporting import terminal
+
+    manifest = run.export_file(
+        path,
+        Path(output) if output is not None else export_path(path, form),
+        form=form,
+        activations=activations,
+        target=target,
+        calib=calib,
+        data_source=data,
+        val_limit=val_limit,
+        trust_code=trust_code,
+        force=force,
+    )
+    return terminal.build(manifest)
+
+
+def report(file: str | Path) -> Report:
+    """What a file says of itself: bits, sizes and accuracy, per layer and in all. Needs neither model code nor data.
+
+    Args:
+        file: any file that csq wrote, ONNX ones included.
+
+    Returns:
+        The report as in ``report.json``; ``history`` holds a line per epoch when ``metrics.jsonl`` lies beside the file.
+
+    Raises:
+        UserError: for a file that is not csq's, or is damaged.
+
+    Example::
+
+        for layer in csqcli.report("runs/digits/model.safetensors")["layers"]:
+            print(layer["name"], layer["bits"])
+    """
+    from csqcli.file import header
+    from csqcli.reporting import terminal
+
+    path = Path(file)
+    return terminal.build(header.read_manifest(path), _history_beside(path))
+
+
+def inspect(
+    model: str | nn.Module,
+    *,
+    input_size: Sequence[int] | None = None,
+    exclude: Sequence[str] = (),
+    num_classes: int | None = None,
+    pretrained: bool = False,
+) -> Report:
+    """What csq would quantize in a model, and what stays float and why.
+
+    Args:
+        model: as for :func:`search`, or a module.
+        input_size: channels, height and width of an image; None takes the model's own. Needed with a module.
+        exclude: globs over weight names (``fc``, ``layer4.*``) that stay float.
+        num_classes: classes of the head; None takes the library's own.
+        pretrained: load the library's weights.
+
+    Returns:
+        ``layers`` (name, shape, weights, multiply-accumulates ``macs`` of one image, null where the forward pass never
+        uses the weight), ``left_float`` (name, shape, why), and the shares ``parameter_share`` and ``mac_share`` in [0, 1].
+
+    Raises:
+        UserError: for unknown models, globs that match nothing, and images that the model cannot run on.
+
+    Example::
+
+        print(csqcli.inspect("resnet18")["mac_share"])
+    """
+    from csqcli.models import coverage
+    from csqcli.models import libraries as sources
+
+    if isinstance(model, str):
+        loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
+        size = input_size or loaded.data_config["input_size"]
+        return coverage.coverage(loaded.model, size, exclude=exclude, task=sources.task_of(loaded.spec))
+    if input_size is None:
+        raise UserError("no input_size given", where="csqcli.inspect", hint="a module needs one, e.g. (3, 224, 224)")
+    from csqcli.quant.wrappers import unwrap
+
+    return coverage.coverage(unwrap(model), input_size, exclude=exclude)
+
+
+def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = False) -> nn.Module:
+    """The hard model of a quantized file, in eval mode.
+
+    Args:
+        path: any safetensors file that csq wrote.
+        into: a module of the same architecture to load the dequantized weights into, strictly, and to put the file's
+            activation quantizers on, in the place of those that it has. On any device; in any wrapper of torch.compile,
+            data parallelism or weight averaging. None builds the architecture that the file names, on the CPU.
+        trust_code: let the file import the ``package.module:factory`` that it names; not needed with ``into``.
+
+    Returns:
+        ``into``, or a plain timm, torchvision or csq module, or what the factory made.
+
+    Raises:
+        UserError: for damaged files, unknown architectures, and an ``into`` whose names or shapes differ, which is then
+            unchanged.
+
+    Example::
+
+        model = csqcli.load("runs/digits/model.safetensors")
+        csqcli.load("runs/digits/model.safetensors", into=my_model)
+    """
+    from csqcli.file import io, loading
+
+    if into is None:
+        return loading.load_file(path, trust_code=trust_code)
+    loading.load_into(into, io.read(path), where=str(path))
+    return into.eval()
+
+
+def save(
+    model: nn.Module,
+    optimizer: QuantizedOptimizer,
+    path: str | Path,
+    *,
+    source: str,
+    num_classes: int,
+    arguments: Mapping[str, Any] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    loader: Iterable[Any] | None = None,
+    classes: Sequence[str] | None = None,
+    accuracy: float | Mapping[str, float] | None = None,
+) -> Report:
+    """Write what ``optimizer`` trained as a quantized file, read it back, and compare.
+
+    At any step of a run: the file holds what the run would deliver if it ended there. Model and optimizer stay as they are.
+
+    Args:
+        model: the network that ``optimizer`` was built over, in any wrapper of torch.compile or data parallelism; or an
+            average of its weights (timm's ModelEmaV3, torch's AveragedModel), which is rounded to the planes and scales
+            that the optimizer found.
+        optimizer: a :class:`CSQ`.
+        path: file to write, ``.safetensors``; replaced when it exists, and only by a file that was read back whole.
+        source: what builds the architecture again, as on the command line: ``timm:resnet18``, ``package.module:factory``.
+        num_classes: of the head.
+        arguments: further keyword arguments of the constructor.
+        data_config: ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``; None takes the model's.
+        loader: training batches, of images or of tuples that begin with them, already augmented and normalised as for
+            training: up to 100 re-estimate BatchNorm's statistics for the hard weights. None leaves them as trained.
+        classes: their names, in the order of the scores.
+        accuracy: top-1 of the hard model in percent, measured by you; or a mapping with any of ``float_top1``,
+            ``soft_top1``, ``hard_top1``, ``hard_top5`` (percent) and ``samples`` (images).
+
+    Returns:
+        The report of the file, as :func:`report` gives it.
+
+    Raises:
+        UserError: when the file could not be loaded again (a wrong ``source``, ``arguments`` or ``num_classes``, a factory
+            in ``__main__``), when training left NaN, when ``model`` is not what was trained. Nothing is written then.
+
+    Example::
+
+        csqcli.save(ema, optimizer, "best.safetensors", source="timm:resnet18", num_classes=10, accuracy=93.1)
+    """
+    from csqcli.reporting import terminal
+    from csqcli.saving import save_model
+
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise UserError("the name must end in .safetensors", where=str(target))
+    manifest = save_model(
+        model,
+        optimizer,
+        target,
+        source=source,
+        num_classes=num_classes,
+        arguments=arguments,
+        data_config=data_config,
+        loader=loader,
+        classes=classes,
+        accuracy=accuracy,
+    )
+    return terminal.build(manifest)
+
+
+def finetune_folder(file: Path) -> Path:
+    """Where ``finetune`` writes when it is told nothing."""
+    folder = file.absolute().parent
+    return folder.with_name(f"{folder.name}-finetuned")
+
+
+def export_path(file: Path, form: str) -> Path:
+    """Where ``export`` writes when it is told nothing."""
+    return file.with_name(f"{file.stem}-{form}{'.onnx' if form == 'onnx' else '.safetensors'}")
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _display(progress: bool) -> Any:
+    from csqcli.system.progress import Display
+
+    return Display(quiet=not progress or os.environ.get("RANK", "0") != "0")  # as torchrun sets it
+
+
+def _history_beside(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl beside the model; a file that travelled alone has none."""
+    from csqcli.system.limits import read_json
+
+    try:
+        lines = (file.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [read_json(line, nodes=1000) for line in lines]
+    except (OSError, ValueError):
+        return []
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CSQ":  # a class of torch, which reports need not import
+        from csqcli.quant.optimizer import CSQ
+
+        return CSQ
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

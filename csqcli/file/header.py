@@ -1,0 +1,192 @@
+"""The manifest out of a quantized file, safetensors or ONNX, without torch, model code or an engine.
+
+Everything that is read here may have been made by anybody: sizes are bounded before memory is taken, and whatever is wrong
+is one UserError that names the file.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from csqcli.errors import UserError, no_such_file
+from csqcli.file.deflate import inflate
+from csqcli.file.manifest import METADATA_KEY, SCHEMA_VERSION, LayerRecord, Manifest, from_json_object
+from csqcli.system import limits
+
+MANIFEST_TENSOR = "csq_manifest"  # of a bit-packed file: most of its manifest, deflated
+CODES_TENSOR = "csq_codes"  # of a bit-packed file: all payloads, beside one csq_TYPE per type of its other tensors
+MANIFEST_LIMIT = 2**23  # bytes of that tensor once inflated; a layer takes a few hundred
+_JSON_BYTES, _JSON_VALUES = 2**26, 2**22  # of a manifest's JSON; a channel's scale takes 20 bytes
+_METADATA_PROPS = 14  # field of ONNX's ModelProto: repeated StringStringEntryProto {1: key, 2: value}
+_ENTRY_BYTES = _JSON_BYTES + 2**10
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest alone, with the file's measured size. UserError for anything that is not a csq file."""
+    path = Path(path)
+    if path.suffix == ".onnx":
+        manifest = parse_manifest(onnx_metadata(path).get(METADATA_KEY), where=str(path))
+    else:
+        with open_safetensors(path) as file:
+            manifest = manifest_of(file, path)
+    manifest.sizes.file_bytes = path.stat().st_size
+    return manifest
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a safetensors file carries csq's manifest."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def open_safetensors(path: Path, *, framework: str = "numpy") -> Any:
+    """safetensors' own reader over a file; ``framework`` "pt" gives torch tensors. UserError where it cannot be opened."""
+    if not path.is_file():
+        raise no_such_file(path)
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"not a safetensors file ({error})", where=str(path)) from None
+
+
+def manifest_of(file: Any, path: Path) -> Manifest:
+    """The manifest of an open safetensors file, of either framework. UserError when it is missing or damaged."""
+    where = str(path)
+    try:
+        deflated = raw_bytes(file, MANIFEST_TENSOR) if MANIFEST_TENSOR in file.keys() else None
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"manifest is damaged ({error})", where=where) from None
+    manifest = parse_manifest((file.metadata() or {}).get(METADATA_KEY), where=where, deflated=deflated)
+    try:
+        limits.check_unpacked(manifest.unpacked_bytes, file_bytes=path.stat().st_size)
+    except ValueError as error:
+        raise UserError(f"manifest is damaged ({error} of weights)", where=where) from None
+    return manifest
+
+
+def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = None) -> Manifest:
+    """A manifest from its JSON; ``deflated`` holds the larger part of it in a bit-packed file. UserError for damage."""
+    if text is None:
+        raise UserError("not a csq file (no manifest)", where=where, hint="`csq search` writes one")
+    try:
+        raw = _read_json(text)
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            hint = f"this csq reads version {SCHEMA_VERSION}; upgrade csq"
+            raise UserError(f"schema version {raw.get('schema_version')!r}", where=where, hint=hint)
+        if deflated is not None:
+            raw |= _read_json(inflate(deflated, MANIFEST_LIMIT, exact=False))
+        return from_json_object(raw)
+    except ValidationError as error:
+        raise UserError(f"manifest is damaged ({_first(error)})", where=where) from None
+    except ValueError as error:
+        raise UserError(f"manifest is damaged ({error})", where=where) from None
+
+
+def raw_bytes(file: Any, name: str) -> bytes:
+    """A one-dimensional uint8 tensor of an open safetensors file, as bytes. ValueError for any other tensor."""
+    tensor = file.get_tensor(name)  # of NumPy or torch
+    if str(tensor.dtype).removeprefix("torch.") != "uint8" or tensor.ndim != 1:
+        raise ValueError(f"{name} is not a row of bytes")
+    return np.asarray(tensor).tobytes()
+
+
+def spans(layers: Sequence[LayerRecord], shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Where each layer's payload begins and ends in a codes tensor of ``shape``. ValueError when they do not fill it."""
+    ends = list(itertools.accumulate(record.packed_bytes for record in layers))
+    if (ends[-1:] or [0]) != list(shape):
+        raise ValueError("payloads do not fill the codes")
+    return {record.name: (end - record.packed_bytes, end) for record, end in zip(layers, ends, strict=True)}
+
+
+def onnx_metadata(path: Path) -> dict[str, str]:
+    """``metadata_props`` of an ONNX file: its top-level fields are skipped through, nothing else of it is parsed.
+
+    Raises UserError for a file that is not a protobuf message, or that names a key of its metadata twice.
+    """
+    if not path.is_file():
+        raise no_such_file(path)
+    found: dict[str, str] = {}
+    try:
+        with open(path, "rb") as file:
+            for field, value in _message_fields(file, path.stat().st_size, wanted=_METADATA_PROPS):
+                if field == _METADATA_PROPS:
+                    key, text = _string_entry(value)
+                    if key in found:
+                        raise ValueError(f"two entries named {key[:40]}")
+                    found[key] = text
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
+    except ValueError as error:
+        raise UserError(f"not an ONNX file ({error})", where=str(path)) from None
+    return found
+
+
+def _message_fields(file: IO[bytes], size: int, *, wanted: int) -> Iterator[tuple[int, bytes]]:
+    """Numbers of a protobuf message's fields, with the bytes of those that are ``wanted``. ValueError where it breaks off."""
+    while file.tell() < size:
+        key = _varint(file)
+        field, wire_type = key >> 3, key & 7
+        if wire_type == 0:
+            _varint(file)
+            length = 0
+        elif wire_type in (1, 5):
+            length = 8 if wire_type == 1 else 4
+        elif wire_type == 2:
+            length = _varint(file)
+        else:
+            raise ValueError(f"wire type {wire_type}")
+        if field == 0 or length > size - file.tell():
+            raise ValueError("a field that ends beyond the file")
+        if field == wanted and wire_type == 2:
+            if length > _ENTRY_BYTES:
+                raise ValueError(f"{length:,} bytes of metadata")
+            yield field, file.read(length)
+        else:
+            file.seek(length, 1)
+            yield field, b""
+
+
+def _string_entry(message: bytes) -> tuple[str, str]:
+    """Key and value of a StringStringEntryProto. ValueError for bytes that are not one."""
+    parts = {1: "", 2: ""}
+    for number in parts:
+        for field, value in _message_fields(io.BytesIO(message), len(message), wanted=number):
+            if field == number:
+                parts[number] = value.decode("utf-8")
+    return parts[1], parts[2]
+
+
+def _varint(file: IO[bytes]) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            break
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+    raise ValueError("a number that does not end")
+
+
+def _read_json(text: str | bytes) -> dict[str, Any]:
+    if len(text) > _JSON_BYTES:
+        raise ValueError(f"{len(text):,} bytes")
+    return limits.read_json(text, nodes=_JSON_VALUES)
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem: ``layers.0.bits: Input should be a valid integer``."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")

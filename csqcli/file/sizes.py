@@ -1,0 +1,58 @@
+"""What follows from a manifest's layers: sizes and bit operations. One place, for those who write files and those who check.
+
+Plain arithmetic: no torch, no NumPy, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from csqcli.file.manifest import ActivationEntry, ComputeRecord, LayerRecord, SizesRecord
+
+FLOAT_BITS = 32
+
+
+def stored_bits(mask: str) -> int:
+    """Bits per weight of a dense sign-magnitude layout: the span of the mask's planes plus a sign; 0 for an empty mask."""
+    span = len(mask.strip("0"))
+    return span + 1 if span else 0
+
+
+def mean_over_weights(layers: Sequence[LayerRecord], value: Callable[[LayerRecord], float]) -> float:
+    """Σ value · weights / Σ weights; 32 for a file without quantized layers."""
+    total = sum(layer.weights for layer in layers)
+    return sum(value(layer) * layer.weights for layer in layers) / total if total else float(FLOAT_BITS)
+
+
+def sizes(layers: Sequence[LayerRecord], *, float_bytes: int) -> SizesRecord:
+    """The counts of size that the layers' records give; ``float_bytes`` of all parameters and buffers."""
+    mean_bits = mean_over_weights(layers, lambda layer: layer.bits)
+    return SizesRecord(
+        float_bytes=float_bytes,
+        paper_compression=FLOAT_BITS / mean_bits if mean_bits else None,
+        stored_bits_per_weight=mean_over_weights(layers, lambda layer: layer.stored_bits),
+        entropy_bits_per_weight=mean_over_weights(layers, lambda layer: layer.entropy_bits),
+    )
+
+
+def compute(
+    layers: Sequence[LayerRecord],
+    activations: Sequence[ActivationEntry],
+    *,
+    input_size: Sequence[int],
+    macs: int,  # of the whole network; the layers' own stand in their records
+) -> ComputeRecord:
+    """Bit operations of one image, from multiply-accumulates, planes and the widths of activations."""
+    input_bits = {entry.module: entry.bits for entry in activations}
+    quantized = bit_operations = 0
+    for layer in layers:
+        of_layer = layer.macs or 0
+        quantized += of_layer
+        bit_operations += of_layer * layer.bits * input_bits.get(layer.name.rpartition(".")[0], FLOAT_BITS)
+    rest = max(macs - quantized, 0)
+    return ComputeRecord(
+        input_size=list(input_size),
+        macs=macs,
+        quantized_macs=quantized,
+        bops=bit_operations + rest * FLOAT_BITS * FLOAT_BITS,
+    )

@@ -1,0 +1,240 @@
+"""The weight methods and allocators that ship with csq: one card each, with the settings that a method takes.
+
+Cards stand apart from the methods' code because a recipe is checked, and its mistakes are named, before PyTorch is loaded. A new
+method is a file in `methods/` and a card here; a method from outside is a class that says the same of itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from csqcli.errors import UserError, did_you_mean
+from csqcli.system.plugins import import_attribute
+from csqcli.system.settings import Section
+
+if TYPE_CHECKING:
+    from csqcli.quant.methods.base import WeightMethod
+
+Takes = Literal["target", "planes", "either"]
+AUTO = "auto"
+_PARTS = ("summary", "citation", "takes", "Settings", "finetunes", "collect", "materialise")  # of every weight method
+LONG_SCHEDULE = 40  # epochs from which `auto` takes the bit-level method
+
+
+class MethodSettings(Section):
+    """Settings of one weight method. Subclass it beside the method; a field's docstring is its help."""
+
+
+class StagedSettings(MethodSettings):
+    """Knobs of the two-stage method; docs/method.md says how they were chosen."""
+
+    search_share: float = Field(0.1, gt=0, lt=1)
+    """Share of the steps in which masks are soft; then planes are fixed and integers trained."""
+    soft_share: float = Field(0.5, ge=0, le=1)
+    """Share of the steps after which every weight is hard; until then integers harden gradually."""
+    beta_initial: float = Field(1.0, gt=0)
+    """Temperature of the soft masks at the first step."""
+    beta_final: float = Field(20.0, gt=0)
+    """Temperature of the soft masks when planes are fixed."""
+    latent_lr: float = Field(0.01, gt=0)
+    """Peak step of the latent weights (Adam), in units of the layer's one-plane step; follows optimizer.schedule."""
+    latent_lr_power: float = Field(2.0, ge=0)
+    """The latents' rate is latent_lr · (share of the peak learning rate)^power."""
+    fisher_decay: float = Field(0.99, gt=0, lt=1)
+    """Adam's β2: the memory of the squared gradients that importance is read from."""
+    refresh_every: int = Field(10, ge=1)
+    """Steps between two looks at the importance while masks are soft."""
+    recovery: float = Field(0.25, gt=0, le=1)
+    """Discount of a plane's importance per plane below it, for what training at few planes wins back."""
+    per_channel: bool = True
+    """One scale per output channel instead of one per layer."""
+
+
+class GateSettings(MethodSettings):
+    """What both gate methods share; the paper's values are in its recipes (section IV-A)."""
+
+    beta_initial: float = Field(1.0, gt=0)
+    """β0, gate temperature at the start."""
+    beta_final: float = Field(200.0, gt=0)
+    """β at the end; gates are close to unit steps there."""
+    beta_schedule: Literal["epoch", "step"] = "step"
+    """Raise β once per epoch (the paper) or at every step (short schedules)."""
+    logit: float = Field(1.0, gt=0)
+    """Distance of bit logits from the decision boundary at the start; on-bits at +logit, all others at −logit."""
+    refit_scale: bool = True
+    """Refit each layer's scale in closed form when β moves, so that the weights stay where they are."""
+    rounding: Literal["threshold", "nearest"] = "nearest"
+    """Hardening: every gate to its unit step (the paper), or the soft integer to the nearest level of the mask."""
+    harden_at: float = Field(0.9, gt=0, le=1)
+    """Share of training after which the weights are hard and fixed, and the rest of the model adapts to them."""
+
+
+class CSQSettings(GateSettings):
+    """Knobs of Algorithm 1."""
+
+    reg_strength: float = Field(0.01, ge=0)
+    """λ of Eq. 7."""
+    mask_logit: float = Field(1.0, ge=0)
+    """m_B at the start; ≥ 0 so that every plane is in use at step 0."""
+
+
+class UniformGateSettings(GateSettings):
+    """Knobs of Eq. 3, where no mask is trained."""
+
+
+PAPER = {  # what section IV-A says of the method itself; the old name csq-paper stands for it
+    "beta_initial": 1.0,
+    "beta_final": 200.0,
+    "beta_schedule": "epoch",
+    "reg_strength": 0.01,
+    "logit": 1.0,
+    "mask_logit": 1.0,
+    "refit_scale": False,
+    "rounding": "threshold",
+    "harden_at": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What can be known of a method without its code."""
+
+    name: str
+    target: str  # package.module:Class
+    summary: str
+    takes: Takes  # a target of mean planes that it searches under, planes decided before, or either
+    settings: type[MethodSettings] = MethodSettings
+    citation: str = ""
+    finetunes: bool = False  # trains delivered integers on by itself; else `staged` does
+
+    @property
+    def section(self) -> str:
+        """Name of its section in a recipe."""
+        return self.name
+
+    def load(self) -> type[WeightMethod]:
+        """The class."""
+        found: type[WeightMethod] = import_attribute(self.target, where=f"--method {self.name}")
+        return found
+
+
+_PAPER = (
+    "Xiao et al., CSQ: Growing Mixed-Precision Quantization Scheme with Bi-level Continuous Sparsification, DAC 2023"
+)
+_METHODS = "csqcli.quant.methods"
+CARDS = {
+    card.name: card
+    for card in (
+        MethodCard(
+            "csq",
+            f"{_METHODS}.csq:BitLevelCSQ",
+            "bit logits and mask logits under a growing temperature (Eq. 2-7, Algorithm 1)",
+            "either",
+            CSQSettings,
+            _PAPER,
+            finetunes=True,
+        ),
+        MethodCard(
+            "staged",
+            f"{_METHODS}.staged:Staged",
+            "soft masks priced by Fisher importance, a knapsack for the planes, then integers trained from latents",
+            "either",
+            StagedSettings,
+            "csq's own; docs/method.md",
+            finetunes=True,
+        ),
+        MethodCard(
+            "csq-uniform",
+            f"{_METHODS}.csq:UniformCSQ",
+            "bit logits at the same planes in every layer (Eq. 3)",
+            "planes",
+            UniformGateSettings,
+            _PAPER,
+            finetunes=True,
+        ),
+        MethodCard(
+            "ste",
+            f"{_METHODS}.uniform:StraightThrough",
+            "straight-through gradients at a fixed step, the same planes in every layer unless an allocator decides",
+            "planes",
+            citation="Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013",
+        ),
+        MethodCard(
+            "lsq",
+            f"{_METHODS}.uniform:LearnedStep",
+            "straight-through gradients at a learned step, the same planes in every layer unless an allocator decides",
+            "planes",
+            citation="Esser et al., Learned Step Size Quantization, ICLR 2020",
+        ),
+        MethodCard("float", f"{_METHODS}.base:FloatTraining", "no quantization: float baselines by the same loop", "target"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AllocatorCard:
+    """What can be known of an allocator without its code."""
+
+    name: str
+    target: str  # package.module:function
+    summary: str
+
+
+UNIFORM = "uniform"
+_ALLOCATORS = "csqcli.quant.allocators"
+ALLOCATORS = {
+    card.name: card
+    for card in (
+        AllocatorCard(UNIFORM, "", "the target in every layer, which must be whole"),
+        AllocatorCard(
+            "importance",
+            f"{_ALLOCATORS}.importance:fisher_importance",
+            "diagonal Fisher x squared rounding error at each width, by a knapsack (csq's own)",
+        ),
+    )
+}
+
+
+def find_allocator(name: str, *, where: str = "--allocator") -> AllocatorCard:
+    """The card of an allocator, by its name or as ``package.module:function``. UserError for anything else."""
+    if ":" in name:
+        return AllocatorCard(name, name, "")
+    if name not in ALLOCATORS:
+        hint = did_you_mean(name, ALLOCATORS) or f"one of {', '.join(ALLOCATORS)}, or package.module:function"
+        raise UserError(f"no allocator `{name}`", where=where, hint=hint)
+    return ALLOCATORS[name]
+
+
+def find_card(method: str, *, where: str = "") -> MethodCard:
+    """The card of a method, by its name or as ``package.module:Class``. UserError for anything else."""
+    if method in CARDS:
+        return CARDS[method]
+    if ":" not in method:
+        known = [AUTO, *CARDS]
+        hint = did_you_mean(method, known) or f"one of {', '.join(known)}, or package.module:Class"
+        raise UserError(f"no method `{method}`", where=where, hint=hint)
+    found: Any = import_attribute(method, where=where)
+    if not (isinstance(found, type) and all(hasattr(found, part) for part in _PARTS)):
+        hint = "subclass csqcli.quant.methods.base.WeightMethod"
+        raise UserError(f"`{method}` is no weight method", where=where, hint=hint)
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing or not isinstance(getattr(found, "name", None), str):
+        lacks = ", ".join(missing) or "name"
+        raise UserError(f"`{method}` lacks {lacks}", where=where, hint="docs/architecture.md has an example")
+    if found.name in CARDS:
+        raise UserError(f"`{method}` calls itself `{found.name}`, which is a method of csq", where=where)
+    return MethodCard(
+        found.name, method, found.summary, found.takes, found.Settings, found.citation, finetunes=found.finetunes
+    )
+
+
+def choose(epochs: int, *, from_scratch: bool) -> tuple[str, str]:
+    """What `auto` takes for a schedule, and the reason in one clause."""
+    if from_scratch:
+        return "csq", "from scratch"
+    if epochs >= LONG_SCHEDULE:
+        return "csq", f"{epochs} epochs from a checkpoint, {LONG_SCHEDULE} or more"
+    return "staged", f"{epochs} epochs from a checkpoint, fewer than {LONG_SCHEDULE}"

@@ -1,0 +1,304 @@
+"""From a recipe's name or file, and what the command line lays over it, to a checked :class:`Recipe`. Loads no PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from csqcli.errors import UserError, did_you_mean
+from csqcli.quant.catalog import AUTO, CARDS, MethodCard, MethodSettings, choose, find_allocator, find_card
+from csqcli.quant.costs import costs
+from csqcli.recipe import legacy
+from csqcli.recipe.schema import Recipe
+from csqcli.system.limits import MAX_DEPTH, check_tree
+from csqcli.system.settings import USERS_ONLY, without
+
+_MAX_BYTES, _MAX_VALUES = 2**18, 10_000  # of a recipe file; a rule per layer of the largest model takes less
+_FREE_MAPPINGS = ("model.arguments", "layers.min_bits", "layers.max_bits")  # whose keys are not settings
+
+
+def _folder() -> Path:
+    """Shipped recipes: inside the installed package, or `recipes/` beside it in a checkout."""
+    installed = Path(str(resources.files("csqcli"))) / "recipes"
+    return installed if installed.is_dir() else installed.parent.parent / "recipes"
+
+
+def builtin_names() -> list[str]:
+    """Names of the recipes that ship with csq."""
+    return sorted(file.stem for file in _folder().glob("*.yaml"))
+
+
+def read(name_or_file: str) -> tuple[dict[str, Any], str]:
+    """A recipe's raw mapping, by shipped name or by path, and what to call it in messages."""
+    if name_or_file in builtin_names():
+        text, where = (_folder() / f"{name_or_file}.yaml").read_text(encoding="utf-8"), name_or_file
+    else:
+        path = Path(name_or_file)
+        if not path.is_file():
+            hint = did_you_mean(name_or_file, builtin_names()) or f"shipped recipes: {', '.join(builtin_names())}"
+            raise UserError("no such recipe or file", where=name_or_file, hint=hint)
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise UserError(f"is larger than {_MAX_BYTES:,} bytes", where=name_or_file, hint="give a recipe")
+            text, where = path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read ({error})", where=name_or_file) from None
+    try:
+        raw = _load_yaml(text) or {}
+    except ValueError as error:
+        raise UserError(f"not valid YAML: {error}", where=where) from None
+    if not isinstance(raw, dict):
+        raise UserError("a recipe is a mapping of settings", where=where)
+    return raw, where
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops where the nesting gets deep, which PyYAML reads in quadratic time."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML of plain values: no objects, and no more of them than a recipe needs. ValueError for anything else."""
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own slips too
+        raise ValueError(error) from None
+    check_tree(value, nodes=_MAX_VALUES)
+    return value
+
+
+def resolve(name_or_file: str, overrides: dict[str, Any]) -> Recipe:
+    """The recipe with ``overrides`` ({dotted key: value}) laid over it.
+
+    Raises UserError for unknown keys, values out of range and ambiguous short keys.
+    """
+    raw, where = read(name_or_file)
+    return resolve_from(raw, overrides, where=where)
+
+
+def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) -> Recipe:
+    """As :func:`resolve`, from a raw mapping."""
+    given = copy.deepcopy(legacy.modernised(_as_mapping(raw, where)))
+    typed = _renamed(overrides)
+    named = typed.get("quantization.method", typed.get("method"))
+    if named is not None and named != _method_of(given):  # settings of the recipe's own method do not apply to another
+        given = {key: value for key, value in given.items() if key not in CARDS}
+    of_method = {}
+    for key, value in typed.items():
+        full = _common_key(key)
+        if full is None:
+            of_method[key] = value
+        else:
+            _set(given, full, value, where)
+    card, _ = _chosen(given, where)  # which may depend on what was just set
+    for key, value in of_method.items():
+        _set(given, full_key(key, card), value, where)
+    return validate(given, where=where)
+
+
+def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str, trust_code: bool = False) -> Recipe:
+    """As :func:`resolve`, from the recipe inside a model file.
+
+    Whatever would make csq read something (model, data.source) or start processes (data.workers, compile) is
+    left out of it: only users name those. Nor is anything imported that it names, without ``trust_code``; the planes are fixed
+    by then, so who decided them, and at what cost, does not matter any more.
+    """
+    kept = legacy.modernised(without(_as_mapping(raw, where), Recipe.keys_marked(USERS_ONLY)))
+    section = kept.get("quantization")
+    if isinstance(section, dict):
+        kept["quantization"] = {key: value for key, value in section.items() if key not in ("allocator", "cost")}
+    method = _method_of(kept)
+    if isinstance(method, str) and ":" in method and not trust_code and "quantization.method" not in overrides:
+        hint = "pass --trust-code (trust_code=True) if you trust this file"
+        raise UserError(f"the file asks to import the method `{method}`", where=where, hint=hint)
+    return resolve_from(kept, overrides, where=where)
+
+
+def validate(raw: dict[str, Any], *, where: str) -> Recipe:
+    """A Recipe from a raw mapping; the first problem as one UserError."""
+    raw = legacy.modernised(_as_mapping(raw, where))
+    card, why = _chosen(raw, where)
+    for name, other in CARDS.items():
+        if name in raw and name != card.section:
+            key = next(iter(raw[name]), None) if isinstance(raw[name], dict) else None
+            raise _foreign(f"{name}.{key}" if key else name, other, card, where=where)
+    rest = {key: value for key, value in raw.items() if key != card.section}
+    settings = _checked(card.settings, raw.get(card.section) or {}, where=where, inside=f"{card.section}.", card=card)
+    quantization = _as_mapping(rest.get("quantization") or {}, where)
+    rest["quantization"] = quantization | {"method": card.target if ":" in _method_of(raw) else card.name}
+    recipe: Recipe = _checked(Recipe, rest | {"method_settings": settings, "method_why": why}, where=where, card=card)
+    if ":" not in recipe.quantization.cost:
+        costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")
+    if recipe.quantization.allocator is not None:
+        find_allocator(recipe.quantization.allocator, where=f"{where}: quantization.allocator")
+        if card.takes == "target":
+            raise UserError(f"{card.name} is not given its planes", where=f"{where}: quantization.allocator")
+    return recipe
+
+
+def _checked(model: Any, values: Any, *, where: str, card: MethodCard, inside: str = "") -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = inside + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            leaf = str(problem["loc"][-1])
+            owner = _owner(leaf, other_than=card)
+            hint = _suggest(leaf, card) or "see `csq recipes schema`"
+            if owner is not None and not _suggest(leaf, card):
+                raise _foreign(key, owner, card, where=where) from None
+            raise UserError(f"unknown key `{key}`", where=where, hint=hint) from None
+        given = problem.get("input")
+        shown = f" (got {given!r})" if not isinstance(given, dict) and len(repr(given)) < 60 else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"{key}: {message}{shown}" if key else message, where=where) from None
+
+
+def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
+    """The method of a raw recipe, and why where `auto` decided."""
+    method = _method_of(raw)
+    if not isinstance(method, str):
+        raise UserError(f"quantization.method: a name is wanted, not {method!r}", where=where)
+    if method != AUTO:
+        return find_card(method, where=f"{where}: quantization.method" if where else "quantization.method"), ""
+    model = _plain(raw.get("model"))
+    epochs = raw.get("epochs", Recipe.model_fields["epochs"].default)
+    scratch = not model.get("pretrained", True) and model.get("checkpoint") is None
+    name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=scratch)
+    return CARDS[name], why
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _method_of(raw: Mapping[str, Any]) -> Any:
+    return _plain(raw.get("quantization")).get("method", AUTO)
+
+
+def _renamed(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides whose method, typed by an old name, has today's, with what that name stood for."""
+    key = next((key for key in ("quantization.method", "method") if overrides.get(key) == "csq-paper"), None)
+    if key is None:
+        return overrides
+    paper = {f"csq.{name}": value for name, value in legacy.PAPER.items()}
+    return paper | overrides | {key: "csq"}
+
+
+def _set(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    section = raw
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"`{parent}` is not a section", where=where)
+    section[leaf] = value
+
+
+def _as_mapping(raw: Any, where: str) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise UserError("a recipe is a mapping of settings", where=where)
+    return raw
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """``["optimizer.lr=0.1"]`` → {"optimizer.lr": 0.1}; values are YAML. Keys are checked by :func:`resolve`."""
+    parsed = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"`{assignment}` is not key=value", where="--set", hint="e.g. --set optimizer.lr=0.05")
+        try:
+            parsed[key.strip()] = _load_yaml(value)
+        except ValueError:
+            raise UserError(f"`{value}` is not a YAML value", where=f"--set {key}") from None
+    return parsed
+
+
+def _common_key(key: str) -> str | None:
+    """The dotted key of a setting that every run has; None for those of methods, ambiguous and unknown ones."""
+    leaves = Recipe.leaves()
+    if key in leaves or any(key.startswith(f"{leaf}.") for leaf in _FREE_MAPPINGS):
+        return key
+    matches = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == key]
+    return matches[0] if len(matches) == 1 else None
+
+
+def full_key(key: str, card: MethodCard) -> str:
+    """The dotted key for a full or unambiguous short one (``max_bits`` alone is ambiguous, ``lr`` is not).
+
+    Short names of the method in use come before those of other methods, which are refused by name.
+    """
+    leaves = _leaves(card)
+    if key in leaves or any(key.startswith(f"{leaf}.") for leaf in _FREE_MAPPINGS):
+        return key
+    if key.startswith("quantization.") and key.removeprefix("quantization.") in legacy.OLD_KEYS:
+        key = key.removeprefix("quantization.").replace("mask_beta_", "beta_")  # where csq 0.1 had it
+    matches = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == key]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"`{key}` is ambiguous", where="--set", hint=f"write {' or '.join(f'`{m}`' for m in matches)}")
+    section, _, leaf = key.rpartition(".")
+    owner = CARDS.get(section) if leaf and section != card.section else None
+    owner = owner if owner is not None and leaf in owner.settings.model_fields else _owner(key, other_than=card)
+    if owner is not None and not did_you_mean(key, leaves):
+        raise _foreign(key, owner, card, where="--set")
+    raise UserError(f"unknown key `{key}`", where="--set", hint=_suggest(key, card) or "see `csq recipes schema`")
+
+
+def _owner(key: str, *, other_than: MethodCard) -> MethodCard | None:
+    """Another method that has a setting of this name."""
+    return next((c for c in CARDS.values() if c.name != other_than.name and key in c.settings.model_fields), None)
+
+
+def _foreign(key: str, owner: MethodCard, card: MethodCard, *, where: str) -> UserError:
+    takes = ", ".join(card.settings.model_fields) or "no settings of its own"
+    return UserError(
+        f"`{key}` is a setting of method {owner.name}, and this run's is {card.name}",
+        where=where,
+        hint=f"pass --method {owner.name}, or leave it out; {card.name} takes {takes}",
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of recipe files: every section, those of the methods included."""
+    schema = Recipe.model_json_schema()
+    for internal in ("method_settings", "method_why"):
+        schema["properties"].pop(internal)
+    schema["$defs"].pop(MethodSettings.__name__, None)
+    for card in CARDS.values():
+        if card.settings is not MethodSettings:
+            schema["properties"][card.section] = card.settings.model_json_schema()
+    return schema
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The complete recipe as YAML."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _suggest(key: str, card: MethodCard) -> str:
+    leaves = _leaves(card)
+    return did_you_mean(key, [leaf.rsplit(".", 1)[-1] for leaf in leaves]) or did_you_mean(key, leaves)
+
+
+def _leaves(card: MethodCard) -> list[str]:
+    """Dotted names of every setting that a run of this method has."""
+    return [*Recipe.leaves(), *(f"{card.section}.{name}" for name in card.settings.model_fields)]

@@ -1,0 +1,211 @@
+"""One run: the model, its images and loaders, and what is known of it; everything that its phases share."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from csqcli.data.loaders import LoaderSettings, make_loader
+from csqcli.data.splits import DataSet
+from csqcli.data.transforms import choose_augment
+from csqcli.errors import UserError
+from csqcli.file.manifest import AccuracyRecord, ModelRecord
+from csqcli.models.coverage import Operations, count_macs
+from csqcli.models.data_config import usable_config
+from csqcli.quant import activations
+from csqcli.quant.activations import ActivationQuantizers
+from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.recipe.schema import Recipe
+from csqcli.system import distributed
+from csqcli.system.distributed import Shard
+from csqcli.system.progress import Display
+from csqcli.training.evaluate import check_scores, evaluate
+from csqcli.training.run_folder import RunFolder
+from csqcli.training.run_state import RunRecord, RunState
+from csqcli.version import __version__
+
+_CALIBRATION_BATCHES = 4
+
+
+@dataclass
+class Run:
+    """Everything that the phases of one run share. A context manager: leaving it ends the loaders' worker processes."""
+
+    recipe: Recipe
+    folder: RunFolder
+    display: Display
+    model: nn.Module
+    images: DataSet
+    config: dict[str, Any]
+    source: ModelRecord
+    record: RunRecord = field(default_factory=RunRecord)
+    saved: RunState | None = None  # the state to go on from, until a phase took it
+    activations: ActivationQuantizers | None = None
+    teacher: nn.Module | None = None
+    operations: Operations | None = None
+
+    def __post_init__(self) -> None:
+        recipe, settings = self.recipe, self.recipe.data
+        self.device, self.shard = self.folder.device, self.folder.shard
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        self.model = self.model.to(self.device)
+        auto = recipe.channels_last == "auto" and self.device.type == "cuda"
+        self.channels_last = recipe.channels_last == "on" or auto
+        if self.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        train, val = self.images.train, self.images.val
+        assert train is not None
+        augment = choose_augment(settings.augment, self.images, self.config)
+        self.display.say(
+            f"{self.source.source} on {self.images.source}: {len(train)} training and {len(val)} validation images, "
+            f"{self.images.num_classes} classes"
+        )
+        shared = functools.partial(
+            LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
+        )
+        training = shared(training=True, batch_size=settings.batch_size, augment=augment)
+        self.train_loader = make_loader(train, self.config, training)
+        held_out = shared(training=False, batch_size=settings.eval_batch_size)
+        self.val_loader = make_loader(val, self.config, held_out)
+        whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
+        self.whole_val_loader = make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
+        self.take(self.folder.load_state())
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for loader in (self.train_loader, self.val_loader, self.whole_val_loader):
+            loader.close()
+
+    def take(self, state: RunState | None) -> None:
+        """Go on from a saved state: what the run knew then is known again; its phase restores the rest."""
+        self.saved = state
+        if state is not None:
+            self.record = state.record.model_copy(deep=True)
+            if self.recipe.data.micro_batch != "auto":  # found once per run: parts change what BatchNorm sees
+                self.record.step_images = None
+
+    @property
+    def past_search(self) -> bool:
+        """Whether a resumed run's search is complete already."""
+        return self.saved is not None and self.saved.phase == "finetune"
+
+    @property
+    def target_bits(self) -> float | None:
+        return self.recipe.quantization.target_bits
+
+    def keep_teacher(self) -> None:
+        """Distillation follows the model as it is now."""
+        if self.recipe.optimizer.distill:
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def check_scores(self) -> None:
+        """Before anything is spent on the model: UserError unless it gives one score per class."""
+        check_scores(self.model, self.config["input_size"], self.images.num_classes, where=self.source.source)
+
+    def measure_float(self) -> None:
+        """Accuracy of the model as it came; a resumed run has it."""
+        if self.saved is None:
+            self.check_scores()
+            measured = evaluate(self.model, self.val_loader)
+            self.record.accuracy = AccuracyRecord(float_top1=measured.top1, samples=measured.samples)
+        accuracy = self.record.accuracy
+        self.display.say(
+            f"float top-1 {accuracy.float_top1:.2f} % on {accuracy.samples} images ({self.source.weights_from} weights)"
+        )
+
+    def find_layers(self) -> tuple[list[Layer], list[FloatTensor]]:
+        """Weights to quantize, none for the method `float`, and the tensors left float."""
+        if self.recipe.quantization.method == "float":
+            return [], []
+        layers, left = find_layers(self.model, exclude=self.recipe.layers.exclude)
+        self.display.say(f"{len(layers)} weight tensors, {sum(layer.weights for layer in layers):,} weights")
+        return layers, left
+
+    def count_operations(self, layers: Sequence[Layer]) -> None:
+        """Multiply-accumulates of one image, layer by layer."""
+        self.operations = count_macs(self.model, layers, self.config["input_size"])
+        unused = [layer for layer in layers if self.operations.macs[layer.name] is None]
+        if unused:
+            self.display.say(
+                f"{len(unused)} of them, {sum(layer.weights for layer in unused):,} weights, take part in no operation of an "
+                f"evaluation but in the budget: {unused[0].name}, …"
+            )
+
+    def quantize_activations(self) -> None:
+        """Calibrated on the first training batches, before any weight is rounded."""
+        settings = self.recipe.quantization
+        if settings.act_bits == 32:
+            return
+        hooked, _ = find_layers(self.model, exclude=self.recipe.layers.exclude)
+        batches = (images for images, _ in self.calibration_batches())
+        self.activations = activations.calibrate(
+            self.model, hooked, batches, bits=settings.act_bits, method=settings.act_method
+        )
+        distributed.copy_from_main(scale.data for scale in self.activations.parameters())
+        missed = self.activations.unreached
+        note = f"; not reached by a hook: {', '.join(missed)}" if missed else ""
+        self.display.say(f"{len(self.activations.quantizers)} activation quantizers of {settings.act_bits} bits{note}")
+
+    def calibration_batches(self) -> Any:
+        """The first training batches, as the first epoch sees them."""
+        return itertools.islice(self.train_loader.epoch(0), _CALIBRATION_BATCHES)
+
+    def untracked(self) -> dict[str, torch.Tensor]:
+        """Buffers that a file may lack (old checkpoints have no num_batches_tracked)."""
+        return {k: v for k, v in self.model.state_dict().items() if k.endswith("num_batches_tracked")}
+
+    def replica(self) -> Any:
+        """What training calls in place of the model: data-parallel (one number per weight is averaged), compiled, or None."""
+        replica: Any = None
+        if self.shard.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            replica = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        if self.recipe.compile:
+            if self.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+                raise UserError("no C++ compiler", where="compile", hint="install one, or leave compile off")
+            replica = torch.compile(self.model if replica is None else replica)
+        return replica
+
+
+def data_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The model's own data config with what the recipe says otherwise. UserError where batches cannot be made from it."""
+    settings = recipe.data
+    changed = dict(config)
+    for key in ("mean", "std", "interpolation", "crop_pct"):
+        value = getattr(settings, key)
+        if value is not None:
+            changed[key] = value
+    for key in ("mean", "std"):
+        if len(changed[key]) not in (1, config["input_size"][0]):
+            what = f"{len(changed[key])} values for images of {config['input_size'][0]} channels"
+            raise UserError(what, where=f"data.{key}", hint="give one, or one per channel")
+    if settings.input_size is not None:
+        changed["input_size"] = (config["input_size"][0], settings.input_size, settings.input_size)
+    return usable_config(changed, where="recipe")
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "csq": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+    }

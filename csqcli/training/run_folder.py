@@ -1,0 +1,151 @@
+"""A run's folder: one run at a time, nothing finished overwritten, nothing ever half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from csqcli.errors import UserError
+from csqcli.recipe.resolve import to_yaml
+from csqcli.recipe.schema import Recipe
+from csqcli.system import distributed, files
+from csqcli.system.device import pick_device
+from csqcli.system.limits import read_json
+from csqcli.system.lock import locked
+from csqcli.system.settings import RESULT_NEUTRAL, without
+from csqcli.training.run_state import HISTORY_VALUES, RunState, read_state
+
+MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
+    "model.safetensors",
+    "report.json",
+    "metrics.jsonl",
+    "recipe.yaml",
+    "resume.pt",
+    "resume.previous.pt",
+)
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """A run's folder: locked, refuses finished runs, keeps the resume state, writes everything atomically, on one process.
+
+    Two generations of the state are kept, each under its SHA-256, so that a damaged one costs time and not the run.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, *, force: bool, resume: bool, source: str = "") -> None:
+        """``source``: hash of a model file that the run starts from."""
+        self.path, self.recipe, self.force, self.resume = path, recipe, force, resume
+        self.shard, self.device = distributed.start(pick_device(recipe.device))
+        self.fingerprint = fingerprint(recipe, source)
+        self.states = [path / RESUME_FILE, path / PREVIOUS_FILE]  # newest first
+        self.finished: dict[str, Any] | None = None  # the report, when --resume finds this very run complete
+        self._held = contextlib.ExitStack()
+
+    @property
+    def model_file(self) -> Path:
+        return self.path / MODEL_FILE
+
+    def __enter__(self) -> RunFolder:
+        if self.shard.is_main:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                what = "is a file" if self.path.is_file() else f"cannot be created ({error.strerror})"
+                raise UserError(what, where=str(self.path), hint="choose another --output") from None
+            self._held.enter_context(locked(self.path))
+            try:
+                self._open()
+            except BaseException:
+                self._held.close()
+                raise
+        self.finished = distributed.from_main(self.finished)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _open(self) -> None:
+        unfinished = any(state.exists() for state in self.states)
+        if self.model_file.exists() and not unfinished and not self.force:
+            if self.resume:
+                self.finished = self._report_of_this_run()
+            if self.finished is not None:
+                return
+            what = "a finished run" if (self.path / REPORT_FILE).exists() else f"a {MODEL_FILE} of no known run"
+            hint = "choose another --output or pass --force"
+            raise UserError(f"holds {what}", where=str(self.path), hint=hint)
+        if unfinished and not (self.force or self.resume):
+            hint = "pass --resume to go on, or --force to start over"
+            raise UserError("holds an unfinished run", where=str(self.path), hint=hint)
+        if unfinished and self.resume:
+            self._read_state()  # before anything is written: it may be another run's
+        else:  # a complete model stays until the new one takes its place
+            for state in self.states:
+                state.unlink(missing_ok=True)
+        for name in (MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
+            for file in files.leftovers(self.path / name):
+                file.unlink(missing_ok=True)
+        files.write_text(self.path / RECIPE_FILE, to_yaml(self.recipe))
+
+    def _report_of_this_run(self) -> dict[str, Any] | None:
+        try:
+            report = read_json((self.path / REPORT_FILE).read_text(encoding="utf-8"), nodes=HISTORY_VALUES)
+        except (OSError, ValueError):
+            return None
+        return report if report.get("fingerprint") == self.fingerprint else None
+
+    def load_state(self) -> RunState | None:
+        """The last saved state, on every process; None when nothing was saved yet."""
+        state = self._read_state() if self.shard.is_main else None
+        return distributed.from_main(state)  # type: ignore[no-any-return]
+
+    def _read_state(self) -> RunState | None:
+        damaged: list[Path] = []
+        for path in filter(Path.exists, self.states):
+            state = read_state(path)
+            if state is None:
+                damaged.append(path)
+                continue
+            if state.fingerprint != self.fingerprint:
+                hint = "resume with the recipe and options of the first start, or pass --force to start over"
+                raise UserError("was started with other settings", where=str(self.path), hint=hint)
+            for other in damaged:  # or the next save would move it over this one
+                aside = other.with_name(f"{other.name}.damaged")
+                other.replace(aside)
+                log.warning("%s: is damaged, kept as %s; going on from %s", other, aside.name, path.name)
+            return state
+        if damaged:
+            hint = "no whole state is left; pass --force to start over"
+            raise UserError("is damaged", where=" and ".join(map(str, damaged)), hint=hint)
+        return None
+
+    def save_state(self, state: RunState) -> None:
+        """Keep ``state`` as the newest, on the main process."""
+        if self.shard.is_main:
+            state.write(*self.states)
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        if self.shard.is_main:
+            files.write_text(self.path / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in history))
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        if self.shard.is_main:
+            content = report | {"fingerprint": self.fingerprint}
+            files.write_text(self.path / REPORT_FILE, json.dumps(content, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """The run is complete: its resume state is no longer needed."""
+        if self.shard.is_main:
+            for state in reversed(self.states):
+                state.unlink(missing_ok=True)
+        distributed.stop()
+
+
+def fingerprint(recipe: Recipe, source: str) -> str:
+    """Hash of everything that changes the result: all settings but those marked as result-neutral."""
+    settings = without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL))
+    return hashlib.sha256(json.dumps([settings, source], sort_keys=True).encode()).hexdigest()

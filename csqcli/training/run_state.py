@@ -1,0 +1,91 @@
+"""What a killed run goes on from: one model, checked field by field where it is read."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from csqcli.errors import UserError, machine_fault
+from csqcli.file.manifest import AccuracyRecord
+from csqcli.system import files
+from csqcli.system.limits import check_archive, check_tree
+
+MAX_ROLLBACKS = 3
+HISTORY_VALUES = 2**22
+log = logging.getLogger(__name__)
+
+
+class RunRecord(BaseModel):
+    """What a run has found out so far. A line here is saved, checked and restored with every state."""
+
+    model_config = ConfigDict(allow_inf_nan=False, strict=True)
+
+    history: list[dict[str, Any]] = Field(default_factory=list)  # the lines of metrics.jsonl
+    accuracy: AccuracyRecord = Field(default_factory=AccuracyRecord)
+    rollbacks: int = Field(0, ge=0, le=MAX_ROLLBACKS)  # each halves the learning rates
+    input_top1: float | None = None  # percent, of the file that a finetune started from
+    step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
+
+
+class RunState(BaseModel):
+    """A moment of a run: which phase and batch, everything that trains, and the record."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, strict=True)
+
+    fingerprint: str
+    phase: Literal["search", "finetune"]
+    epoch: int = Field(ge=0)
+    batch: int = Field(ge=0)
+    losses: list[float]  # of the epoch that has begun
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    activations: dict[str, torch.Tensor]
+    rng: torch.Tensor
+    device_rng: torch.Tensor | None
+    record: RunRecord
+
+    @model_validator(mode="after")
+    def _measured(self) -> RunState:
+        if self.phase == "search" and self.record.accuracy.float_top1 is None:
+            raise ValueError("a search without the float model's accuracy")
+        return self
+
+    def write(self, newest: Path, previous: Path) -> None:
+        """Replace ``newest``, sealed with its SHA-256; what it was goes on as ``previous``. UserError where that fails."""
+        content = {name: getattr(self, name) for name in type(self).model_fields}
+        with files.replacing(newest, previous=previous) as temporary:
+            with open(temporary, "wb") as file:
+                try:
+                    torch.save(content | {"record": self.record.model_dump(mode="json")}, file)
+                except RuntimeError as error:  # torch's writer hides what the operating system said
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            files.seal(temporary)
+
+
+def read_state(path: Path) -> RunState | None:
+    """A resume state, or None when its bytes are not those that were saved. Never unpickled freely.
+
+    What the machine refuses (memory, the disk) says nothing about the state, and is raised.
+    """
+    try:
+        if not files.is_intact(path):
+            return None
+        check_archive(path)
+        state = RunState.model_validate(torch.load(path, map_location="cpu", weights_only=True))
+        check_tree(state.record.history, nodes=HISTORY_VALUES)
+        return state
+    except (ValidationError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError) as error:
+        log.debug("%s: %r", path, error)
+        return None
+    except (OSError, MemoryError, RuntimeError) as error:
+        fault = machine_fault(error)
+        if fault is not None:
+            raise UserError(f"cannot be read ({fault.what})", where=str(path), hint=fault.hint) from error
+        log.debug("%s: %r", path, error)  # torch's reader for an archive that is none
+        return None

@@ -1,0 +1,204 @@
+"""From a recipe to the trainer of one phase: weight method, base optimizer, schedule, images per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from csqcli.errors import UserError, did_you_mean
+from csqcli.quant.allocators.base import planes_by
+from csqcli.quant.budget import Budget, make_budget, plane_limits
+from csqcli.quant.catalog import CARDS, UNIFORM, MethodCard
+from csqcli.quant.costs import costs
+from csqcli.quant.hard_layer import HardLayer
+from csqcli.quant.layers import Layer
+from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
+from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+from csqcli.recipe.schema import Recipe
+from csqcli.system import distributed, memory
+from csqcli.training.evaluate import evaluate
+from csqcli.training.loop import Trainer
+from csqcli.training.run import Run
+
+
+def make_trainer(
+    run: Run, recipe: Recipe, layers: Sequence[Layer], *, start: Sequence[HardLayer] | None = None
+) -> Trainer:
+    """The trainer of a phase. ``recipe`` is the run's with the phase's own epochs and rates; ``start`` are delivered layers
+    to train on from. UserError for what does not fit the machine or the optimizer."""
+    settings = recipe.optimizer
+    batches = run.train_loader.batches
+    steps = min(batches, recipe.max_steps or batches)
+    amp = recipe.amp == "bf16" or (recipe.amp == "auto" and run.device.type == "cuda")
+    if run.record.step_images is None:
+        run.record.step_images = _images_per_step(run, recipe, method_card(recipe, layers, start), amp=amp)
+    method = make_method(run, recipe, layers, Schedule(recipe.epochs * steps, steps), start=start)
+    base = _base_optimizer(run, recipe, method)
+    optimizer = QuantizedOptimizer(method, base, harden_at_step=method.harden_at_step)
+    optimizer.before_harden = lambda: _measure_soft(run)
+    mixup = None
+    if settings.mixup or settings.cutmix:
+        mixup = Mixup(
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            label_smoothing=settings.label_smoothing,
+            num_classes=run.images.num_classes,
+        )
+    return Trainer(
+        model=run.model,
+        optimizer=optimizer,
+        scheduler=_scheduler(base, recipe, steps),
+        train_loader=run.train_loader,
+        val_loader=run.val_loader,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps,
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else settings.label_smoothing),
+        teacher=run.teacher,
+        distill=settings.distill,
+        mixup=mixup,
+        seed=recipe.seed,
+        clip_grad_norm=settings.clip_grad_norm,
+        amp=amp,
+        micro_batch=run.record.step_images,
+        channels_last=run.channels_last,
+        activation_scales=run.activations.parameters() if run.activations is not None else (),
+        replica=run.replica(),
+    )
+
+
+def method_card(recipe: Recipe, layers: Sequence[Layer], start: Sequence[HardLayer] | None) -> MethodCard:
+    """The method that trains: `float` without layers; `staged` where the chosen one cannot go on from delivered integers."""
+    if not layers:
+        return CARDS["float"]
+    return CARDS["staged"] if start is not None and not recipe.card.finetunes else recipe.card
+
+
+def make_method(
+    run: Run,
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    schedule: Schedule,
+    *,
+    start: Sequence[HardLayer] | None = None,
+) -> WeightMethod:
+    """The weight method of a phase, its planes decided where the recipe has an allocator decide them."""
+    card = method_card(recipe, layers, start)
+    if not layers:
+        return FloatTraining((), Plan(schedule, make_budget((), 0.0)))
+    budget = budget_of(run, recipe, layers)
+    planes = None
+    allocator = recipe.quantization.allocator or (UNIFORM if card.takes == "planes" else None)
+    if allocator is not None and start is None:
+        planes = planes_by(allocator, run.model, layers, run.calibration_batches(), budget)
+        planes = distributed.from_main(planes)
+        run.display.say(f"planes by {allocator}: {' '.join(map(str, planes))}")
+    plan = Plan(
+        schedule=schedule,
+        budget=budget,
+        planes=planes,
+        start=start,
+        lr=recipe.optimizer.lr,
+        momentum=recipe.optimizer.momentum,
+        weight_decay=recipe.optimizer.weight_decay,
+        rate_share=0.5**run.record.rollbacks,
+        state_dtype=state_dtype(recipe),
+    )
+    settings = recipe.method_settings if card.name == recipe.card.name else card.settings()
+    return card.load()(layers, plan, settings)
+
+
+def budget_of(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
+    """Target, rules and cost of a run's layers."""
+    settings, rules = recipe.quantization, recipe.layers
+    limits = plane_limits(
+        layers,
+        bits=settings.max_bits,
+        floor=rules.floor,
+        keep=rules.keep,
+        min_bits=rules.min_bits,
+        max_bits=rules.max_bits,
+    )
+    inputs = {entry.module: entry.bits for entry in run.activations.records()} if run.activations is not None else {}
+    return make_budget(
+        layers,
+        settings.target_bits or 0.0,
+        bits=settings.max_bits,
+        limits=limits,
+        cost=costs.find(settings.cost, where="quantization.cost"),
+        macs=run.operations.macs if run.operations is not None else None,
+        input_bits={layer.name: inputs.get(layer.name.rpartition(".")[0], 32) for layer in layers},
+    )
+
+
+def state_dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.quantization.state_dtype == "bfloat16" else torch.float32
+
+
+def _base_optimizer(run: Run, recipe: Recipe, method: WeightMethod) -> torch.optim.Optimizer:
+    settings = recipe.optimizer
+    groups = base_groups(run.model, method)
+    if run.activations is not None:
+        groups.append({"params": run.activations.parameters(), "weight_decay": 0.0})
+    try:
+        return create_optimizer_v2(
+            groups,
+            opt=settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        hint = did_you_mean(settings.name, map(str, list_optimizers()))
+        raise UserError(str(error), where=f"optimizer.name={settings.name}", hint=hint) from error
+
+
+def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
+    settings = recipe.optimizer
+    scheduler, _ = create_scheduler_v2(
+        base,
+        sched="cosine" if settings.schedule == "cosine" else "step",
+        num_epochs=recipe.epochs,
+        decay_epochs=recipe.epochs + 1,  # used by the constant schedule only: never decays
+        warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it by the steps
+        warmup_lr=0.0,
+        min_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    return scheduler
+
+
+def _measure_soft(run: Run) -> None:
+    run.record.accuracy.soft_top1 = evaluate(run.model, run.val_loader).top1
+
+
+def _images_per_step(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -> int:
+    """Images per forward pass, the same on all processes: the recipe's; for `auto`, as many as the free memory takes.
+
+    UserError when they do not fit.
+    """
+    batch = min(recipe.data.batch_size, max(1, run.train_loader.samples // run.shard.world))
+    asked = recipe.data.micro_batch
+    images = min(asked, batch) if isinstance(asked, int) else batch
+    free = memory.free_bytes(run.device)
+    if free is None:
+        return images
+    free = distributed.all_reduce_min(free, run.device)
+    quantization = recipe.quantization
+    bits = int(quantization.target_bits or 0) if card.takes == "planes" else quantization.max_bits
+    kept = card.load().state_bytes(recipe.method_settings, max_bits=bits, state_dtype=state_dtype(recipe))
+    step = memory.estimate(run.model, run.config["input_size"], state_bytes=kept, amp=amp, device=run.device)
+    most = step.most_images(free)
+    if asked == "auto" and 0 < most < batch:
+        parts = -(-batch // most)
+        images = -(-batch // parts)
+        needed = memory.gib(step.of(batch))
+        run.display.say(f"a step on {batch} images needs {needed}, {memory.gib(free)} are free: in parts of {images}")
+    memory.check(step, images, free, run.device)
+    return images
