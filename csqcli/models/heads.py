@@ -50,8 +50,9 @@ def head_of(model: nn.Module) -> str:
     It is what timm's ``get_classifier`` returns; for other models, the last linear layer or 1×1 convolution that the module
     order holds. Raises UserError where there is none or more than one.
     """
-    if hasattr(model, "get_classifier"):
-        classifier = model.get_classifier()
+    get_classifier = getattr(model, "get_classifier", None)
+    if get_classifier is not None:
+        classifier = get_classifier()
         names = [name for name, module in model.named_modules() if module is classifier and _is_head(module)]
     else:
         names = [name for name, module in _heads(model)][-1:]
