@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import csqcli
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import coverage, example_inputs
 from csqcli.quant.hard_layer import spread
@@ -161,9 +161,9 @@ def check(source: str, folder: Path, progress: Progress, *, method: str = "stage
     del loaded, model
 
     progress.stage = "bit-packed"
-    file = checkpoint_file.read(path)
-    checkpoint_file.write(folder / "packed.safetensors", file, form="bit-packed")
-    packed = checkpoint_file.read(folder / "packed.safetensors")
+    file = io.read(path)
+    io.write(folder / "packed.safetensors", file, form="bit-packed")
+    packed = io.read(folder / "packed.safetensors")
     assert packed.manifest.payload_sha256 == file.manifest.payload_sha256
     assert_same(file.state_dict(), packed.state_dict(), what="bit-packed state dict")
     progress.stage = "done"

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
 
 Report = dict[str, Any]
-Form = Literal["int8-packed", "bit-packed", "onnx", "state-dict"]
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
 
 
@@ -151,6 +150,7 @@ def evaluate(
     batch_size: int = 256,
     val_limit: int | None = None,
     trust_code: bool = False,
+    classes_by_position: bool = False,
 ) -> Evaluation:
     """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it.
 
@@ -161,6 +161,7 @@ def evaluate(
         batch_size: images per step; does not change the result.
         val_limit: use only this many images, spread evenly over the set.
         trust_code: let the file import the ``package.module:factory`` that it names.
+        classes_by_position: match the classes of file and data by their numbers, whatever their names.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``samples`` (images), ``mean_bits`` (planes per weight element).
@@ -175,7 +176,13 @@ def evaluate(
     from csqcli import pipeline
 
     accuracy, manifest = pipeline.evaluate_file(
-        Path(file), data, device=device, batch_size=batch_size, val_limit=val_limit, trust_code=trust_code
+        Path(file),
+        data,
+        device=device,
+        batch_size=batch_size,
+        val_limit=val_limit,
+        trust_code=trust_code,
+        classes_by_position=classes_by_position,
     )
     return Evaluation(
         top1=accuracy.top1, top5=accuracy.top5, samples=accuracy.samples, mean_bits=manifest.budget.mean_bits
@@ -186,7 +193,7 @@ def export(
     file: str | Path,
     output: str | Path | None = None,
     *,
-    form: Form,
+    form: str,
     activations: Literal["float", "int8"] = "float",
     target: Literal["ort", "openvino"] = "ort",
     calib: str | None = None,
@@ -201,7 +208,7 @@ def export(
         file: any safetensors file that csq wrote.
         output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
         form: ``bit-packed`` (the smallest), ``int8-packed`` (read with safetensors and NumPy alone), ``state-dict`` (plain
-            float weights) or ``onnx``.
+            float weights), ``onnx``, or ``package.module:Class`` of your own.
         activations: ``onnx`` only; ``int8`` needs activation scales in the file.
         target: ``onnx`` only; the engine that the file is verified with.
         calib: with ``int8``, images to measure the outputs of convolutions on; as ``data`` for :func:`search`.
@@ -211,7 +218,7 @@ def export(
         force: replace ``output``.
 
     Returns:
-        The new file's report; ``report["parity"]`` is the certificate of the comparison.
+        The new file's report, as :func:`report` gives it; ``report["parity"]`` is the certificate of the comparison.
 
     Raises:
         UserError: for bad input, and when the written file differs from the hard model; then nothing is left at ``output``.
@@ -220,18 +227,20 @@ def export(
 
         csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
     """
-    path = Path(file)
-    if form not in ("int8-packed", "bit-packed", "onnx", "state-dict"):
-        hint = "one of int8-packed, bit-packed, onnx, state-dict"
-        raise UserError(f"no form `{form}`", where="csqcli.export", hint=hint)
-    if form != "onnx" and (activations != "float" or target != "ort"):
-        raise UserError("activations and target belong to onnx", where=f"csqcli.export, form {form}")
-    from csqcli.exporting import run
-    from csqcli.reporting import terminal
+    from csqcli.exporting import registry
+    from csqcli.reporting.build import describe
 
-    manifest = run.export_file(
+    path = Path(file)
+    registry.check_name(form, where="csqcli.export")
+    options = {"activations": activations, "target": target, "calib": calib}
+    registry.check_options(form, options, where=f"csqcli.export, form {form}")
+
+    from csqcli.exporting.run import export_file, output_path
+
+    written = Path(output) if output is not None else output_path(path, form)
+    export_file(
         path,
-        Path(output) if output is not None else export_path(path, form),
+        written,
         form=form,
         activations=activations,
         target=target,
@@ -241,7 +250,7 @@ def export(
         trust_code=trust_code,
         force=force,
     )
-    return terminal.build(manifest)
+    return describe(written)
 
 
 def report(file: str | Path) -> Report:
@@ -252,6 +261,7 @@ def report(file: str | Path) -> Report:
 
     Returns:
         The report as in ``report.json``; ``history`` holds a line per epoch when ``metrics.jsonl`` lies beside the file.
+        Sizes and bit operations are recomputed; ``as_stated`` lists the fields that are only the file's own word.
 
     Raises:
         UserError: for a file that is not csq's, or is damaged.
@@ -261,11 +271,9 @@ def report(file: str | Path) -> Report:
         for layer in csqcli.report("runs/digits/model.safetensors")["layers"]:
             print(layer["name"], layer["bits"])
     """
-    from csqcli.file import header
-    from csqcli.reporting import terminal
+    from csqcli.reporting.build import describe
 
-    path = Path(file)
-    return terminal.build(header.read_manifest(path), _history_beside(path))
+    return describe(Path(file))
 
 
 def inspect(
@@ -384,13 +392,13 @@ def save(
 
         csqcli.save(ema, optimizer, "best.safetensors", source="timm:resnet18", num_classes=10, accuracy=93.1)
     """
-    from csqcli.reporting import terminal
+    from csqcli.reporting.build import describe
     from csqcli.saving import save_model
 
     target = Path(path)
     if target.suffix != ".safetensors":
         raise UserError("the name must end in .safetensors", where=str(target))
-    manifest = save_model(
+    save_model(
         model,
         optimizer,
         target,
@@ -402,18 +410,13 @@ def save(
         classes=classes,
         accuracy=accuracy,
     )
-    return terminal.build(manifest)
+    return describe(target)
 
 
 def finetune_folder(file: Path) -> Path:
     """Where ``finetune`` writes when it is told nothing."""
     folder = file.absolute().parent
     return folder.with_name(f"{folder.name}-finetuned")
-
-
-def export_path(file: Path, form: str) -> Path:
-    """Where ``export`` writes when it is told nothing."""
-    return file.with_name(f"{file.stem}-{form}{'.onnx' if form == 'onnx' else '.safetensors'}")
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -424,17 +427,6 @@ def _display(progress: bool) -> Any:
     from csqcli.system.progress import Display
 
     return Display(quiet=not progress or os.environ.get("RANK", "0") != "0")  # as torchrun sets it
-
-
-def _history_beside(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl beside the model; a file that travelled alone has none."""
-    from csqcli.system.limits import read_json
-
-    try:
-        lines = (file.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [read_json(line, nodes=1000) for line in lines]
-    except (OSError, ValueError):
-        return []
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from csqcli.data.loaders import LoaderSettings, make_loader
-from csqcli.data.specs import hint as data_hint
 from csqcli.data.specs import open_data
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import QuantizedFile
 from csqcli.file.labels import with_labels_of
@@ -27,6 +26,7 @@ from csqcli.models import libraries
 from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant import activations
 from csqcli.quant.layers import layers_named
+from csqcli.recipe.complete import check_complete, check_data_given
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.device import pick_device
@@ -88,7 +88,7 @@ def search(
             run.keep_teacher()
             report = {} if run.past_search else _search(run)
             if recipe.finetune.epochs and recipe.card.name != "float":
-                searched = checkpoint_file.read(folder.model_file) if folder.shard.is_main else None
+                searched = io.read(folder.model_file) if folder.shard.is_main else None
                 report = _finetune(run, distributed.from_main(searched))
         folder.finish()
     return report
@@ -119,7 +119,7 @@ def finetune(
     Never delivers a worse model than it was given: the better of the two on the validation images is written, and
     ``report["finetune"]["kept"]`` says which.
     """
-    file = checkpoint_file.read(path)
+    file = io.read(path)
     if not file.layers:
         raise UserError("holds no quantized layer", where=str(path), hint="`csq search` writes one that does")
     if recipe.optimizer.distill:
@@ -177,7 +177,7 @@ def _keep_input(run: Run, start: QuantizedFile, top1: float) -> QuantizedFile:
     run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
     start.manifest.accuracy, start.manifest.sizes.file_bytes = run.record.accuracy, None
     if run.shard.is_main:
-        checkpoint_file.write(run.folder.model_file, start)
+        io.write(run.folder.model_file, start)
     return start
 
 
@@ -205,7 +205,7 @@ def evaluate_file(
         target = pick_device("cpu")
         model, manifest = runtime.open_model(path)
     else:
-        file = checkpoint_file.read(path)
+        file = io.read(path)
         manifest = file.manifest
         model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
@@ -218,15 +218,8 @@ def evaluate_file(
 
 def _model_asked_for(recipe: Recipe) -> ModelSpec:
     """The model's spec. UserError where none is named, where it is no classifier, and where a target lacks."""
-    if recipe.model.source is None:
-        raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
-    target, card = recipe.quantization.target_bits, recipe.card
-    if target is None and card.name != "float":
-        raise UserError("no target given", hint="pass --target-bits, e.g. --target-bits 3")
-    uniform = card.takes == "planes" and recipe.quantization.allocator in (None, "uniform")
-    if uniform and target is not None and (target != int(target) or not 1 <= target <= 8):
-        hint = "take a whole number from 1 to 8, or method auto for a mixed one"
-        raise UserError(f"{card.name} gives every layer the same planes; {target:g} is not possible", hint=hint)
+    check_complete(recipe)
+    assert recipe.model.source is not None
     spec = parse(recipe.model.source, recipe.model.arguments)
     _check_task(spec)
     return spec
@@ -244,6 +237,6 @@ def _check_task(spec: ModelSpec) -> None:
 
 def _open_images(recipe: Recipe) -> DataSet:
     settings = recipe.data
-    if settings.source is None:
-        raise UserError("no data given", hint=data_hint())
+    check_data_given(recipe)
+    assert settings.source is not None
     return open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)

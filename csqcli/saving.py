@@ -30,7 +30,7 @@ from csqcli.models.libraries import ModelSpec
 from csqcli.quant import activations
 from csqcli.quant.hard_layer import HardLayer, spread
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
-from csqcli.quant.optimizer import QuantizedOptimizer
+from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
 from csqcli.quant.passes.rounding import levels_of, nearest_level
 from csqcli.quant.wrappers import unwrap
 from csqcli.training.evaluate import recalibrate_batchnorm
@@ -137,6 +137,7 @@ def _save(
             activations=loading.activation_entries(activations.records_of(activations.attached(network))),
             left_float=[vars(tensor) for tensor in left],
             environment=environment(),
+            recipe=_recipe(optimizer),
         )
     loading.load_into(rebuilt.eval(), file, where=source)
     answers = _outputs(rebuilt, task, size, where=source)
@@ -147,6 +148,13 @@ def _save(
         loading.load_into(rebuilt, io.read(candidate), where=str(path))
         _check_answers(_outputs(rebuilt, task, size, where=source), answers, network, where=str(path))
     return header.read_manifest(path)
+
+
+def _recipe(optimizer: QuantizedOptimizer) -> dict[str, Any]:
+    """What a recipe would say of the training, so that `csq finetune` goes on with the same method."""
+    if not isinstance(optimizer, CSQ):
+        return {}
+    return {"quantization": {"method": optimizer.method_name, "target_bits": optimizer.method.plan.budget.target}}
 
 
 def _importable(source: str, arguments: Mapping[str, Any] | None) -> ModelSpec:

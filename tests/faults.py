@@ -39,7 +39,7 @@ from csqcli import pipeline
 from csqcli.cli import app as cli
 from csqcli.exporting import run as exports  # imported here, so that no fork has to
 from csqcli.file import header
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io as file_io
 from csqcli.system import files
 from csqcli.system.lock import LOCK_FILE
 from csqcli.training import deliver, run_folder
@@ -179,7 +179,7 @@ def count_operations(*arguments: object) -> int:
 def check_folder(folder: Path) -> None:
     """What must be true of a run's folder at any moment: each file is whole or absent, a saved state never lost."""
     if (folder / MODEL).exists():
-        checkpoint_file.read(folder / MODEL)  # checks the integers' SHA-256
+        file_io.read(folder / MODEL)  # checks the integers' SHA-256
     for name in ("report.json", "metrics.jsonl"):
         with contextlib.suppress(FileNotFoundError):
             for text in [(folder / name).read_text()] if name == "report.json" else open(folder / name):
@@ -223,7 +223,7 @@ class KillCycles:
         self.lengths["finetune"] = self._measure(*self._finetune(), "-o", finetuned)
         self.lengths["export"] = self._measure(*self._export("bit-packed", work / "exported.safetensors"))
         self.wanted = {"search": self.source.read_bytes(), "finetune": (finetuned / MODEL).read_bytes()}
-        self.state_dict = checkpoint_file.read(self.source).state_dict()
+        self.state_dict = file_io.read(self.source).state_dict()
 
     def _finetune(self) -> tuple[object, ...]:
         return ("finetune", self.source, "--data", "digits", "--epochs", 3, "--quiet", *SAVES)
@@ -268,7 +268,7 @@ class KillCycles:
 
         def watch() -> None:
             if old is not None:  # never away, never half
-                checkpoint_file.read(self._as_it_is(target / MODEL))
+                file_io.read(self._as_it_is(target / MODEL))
 
         for _ in range(self.rng.randint(1, 3)):
             ended = self._kill(kind, *command, "-o", target, self._how(target, old), watch=watch)
@@ -314,7 +314,7 @@ class KillCycles:
 
     def _same_weights(self, path: Path) -> None:
         if header.is_quantized(path):
-            state = checkpoint_file.read(path).state_dict()
+            state = file_io.read(path).state_dict()
         else:
             from safetensors.torch import load_file
 

@@ -323,9 +323,9 @@ def forge(data: Path, rng: random.Random, target: Path) -> None:
     """A file whose hashes are right: integers, scales, masks, budget, model and names by somebody who means harm."""
     import torch
 
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file import io as file_io
 
-    file = checkpoint_file.read(data)
+    file = file_io.read(data)
     layer = rng.choice(file.layers)
     kind = rng.randrange(5)
     if kind == 0:
@@ -362,13 +362,13 @@ def forge(data: Path, rng: random.Random, target: Path) -> None:
         )
         model.library, model.name, model.source, model.arguments = library, name, f"{library}:{name}", arguments
         model.num_classes = rng.choice([10, 1000, 10**6])
-    file.manifest.payload_sha256 = checkpoint_file.payload_sha256(file.layers)
+    file.manifest.payload_sha256 = file_io.payload_sha256(file.layers)
     total = sum(record.weights for record in file.manifest.layers)
     file.manifest.budget.mean_bits = sum(r.bits * r.weights for r in file.manifest.layers) / total
     file.manifest.sizes.file_bytes = None
     form = rng.choice(["compact", "int8-packed", "bit-packed", "state-dict"])
     with contextlib.suppress(Exception):  # what cannot be written is no attack
-        checkpoint_file.write(target, file, form=form)
+        file_io.write(target, file, form=form)
 
 
 # ---- checkpoints and states in torch's format
@@ -601,7 +601,7 @@ def build_corpus(folder: Path) -> None:
 
     from csqcli import pipeline
     from csqcli.exporting.run import export_file
-    from csqcli.file import io as checkpoint_file
+    from csqcli.file import io as file_io
     from csqcli.models import networks as models
     from csqcli.recipe import resolve as recipe
     from csqcli.system.progress import Display
@@ -627,12 +627,12 @@ def build_corpus(folder: Path) -> None:
             pipeline.search(run, folder / "unfinished", display=Display(quiet=True), force=True)
     finally:
         Trainer.run_epoch = original  # type: ignore[method-assign]
-    file = checkpoint_file.read(folder / "run" / "model.safetensors")
+    file = file_io.read(folder / "run" / "model.safetensors")
     holes = make_file("csq:digits_cnn")
     for form in ("compact", "int8-packed", "bit-packed", "state-dict"):
         for name, content in (("search", file), ("holes", holes)):
             content.manifest.sizes.file_bytes = None
-            checkpoint_file.write(folder / f"{name}-{form}.safetensors", content, form=form)  # type: ignore[arg-type]
+            file_io.write(folder / f"{name}-{form}.safetensors", content, form=form)  # type: ignore[arg-type]
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
         export_file(folder / "search-compact.safetensors", folder / "search.onnx", form="onnx")
     torch.manual_seed(0)
@@ -708,14 +708,14 @@ class Case:
         return allowed(read)
 
     def _read(self, path: Path) -> str:
-        from csqcli.file import io as checkpoint_file
+        from csqcli.file import io as file_io
 
-        return allowed(lambda: sound(checkpoint_file.read(path)))
+        return allowed(lambda: sound(file_io.read(path)))
 
     def _read_layer(self, path: Path) -> str:
-        from csqcli.file import io as checkpoint_file
+        from csqcli.file import io as file_io
 
-        return allowed(lambda: checkpoint_file.read_layer(path, "conv2.weight").weight())
+        return allowed(lambda: file_io.read_layer(path, "conv2.weight").weight())
 
     def _load(self, path: Path) -> str:
         import torch

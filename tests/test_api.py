@@ -16,7 +16,7 @@ from torch import nn
 
 import csqcli
 from csqcli import UserError, api
-from csqcli.file import io
+from csqcli.file.header import read_manifest
 from csqcli.models.networks import digits_cnn
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_search_delivers_what_the_command_delivers(run: tuple[Path, dict[str, An
     folder, _ = run
     command = ["search", "--recipe", "digits", "--target-bits", 2, "--epochs", 2, "--set", "threads=1", "--quiet"]
     assert csq(*command, "-o", tmp_path / "run")[0] == 0
-    ours, theirs = (io.read_manifest(path / "model.safetensors") for path in (folder, tmp_path / "run"))
+    ours, theirs = (read_manifest(path / "model.safetensors") for path in (folder, tmp_path / "run"))
     assert ours.payload_sha256 == theirs.payload_sha256
     assert ours.recipe == theirs.recipe
 
@@ -151,8 +151,8 @@ def test_export_writes_beside_its_input_and_returns_the_certificate(
     ("options", "message"),
     [
         ({"form": "int4"}, "no form `int4`"),
-        ({"form": "bit-packed", "activations": "int8"}, "activations and target belong to onnx"),
-        ({"form": "state-dict", "target": "openvino"}, "activations and target belong to onnx"),
+        ({"form": "bit-packed", "activations": "int8"}, "form bit-packed: --activations belongs to --onnx"),
+        ({"form": "state-dict", "target": "openvino"}, "form state-dict: --target belongs to --onnx"),
     ],
 )
 def test_export_refuses_what_does_not_belong_together(

@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 
 import csqcli
 from csqcli.errors import UserError
-from csqcli.file import codes, header
-from csqcli.file import io as checkpoint_file
+from csqcli.file import codes, header, io
 from csqcli.file.io import QuantizedFile
 from csqcli.models import checkpoints
 from csqcli.models import libraries as sources
@@ -52,7 +51,7 @@ def test_five_hundred_hostile_inputs_work_or_are_refused_in_one_line() -> None:
 @pytest.fixture(scope="module")
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("hostile") / "model.safetensors"
-    checkpoint_file.write(path, make_file("csq:digits_cnn"))
+    io.write(path, make_file("csq:digits_cnn"))
     return path
 
 
@@ -219,7 +218,7 @@ def test_shapes_far_over_the_file_s_size_are_refused_before_they_are_unpacked(
 
     path = forged(digits_file, tmp_path / "in.safetensors", edit)
     with pytest.raises(UserError, match=r"manifest is damaged \([\d,]+ bytes declare 4,29\d,\d+,\d+ of weights\)"):
-        checkpoint_file.read(path)
+        io.read(path)
 
 
 def test_a_zip_that_unpacks_or_overlaps_is_no_checkpoint(tmp_path: Path) -> None:
@@ -305,10 +304,10 @@ def test_a_file_whose_hash_is_right_still_has_to_be_what_it_says(tmp_path: Path,
     edit(file)
     record = file.manifest.layers[0]
     record.scale = file.layers[0].scale.tolist()
-    file.manifest.payload_sha256 = checkpoint_file.payload_sha256(file.layers)
-    checkpoint_file.write(tmp_path / "in.safetensors", file)
+    file.manifest.payload_sha256 = io.payload_sha256(file.layers)
+    io.write(tmp_path / "in.safetensors", file)
     with pytest.raises(UserError, match=complaint):
-        checkpoint_file.read(tmp_path / "in.safetensors")
+        io.read(tmp_path / "in.safetensors")
 
 
 def test_names_out_of_files_cannot_steer_the_terminal(csq, digits_file: Path, tmp_path: Path) -> None:

@@ -17,14 +17,13 @@ from csqcli import pipeline
 from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import open_data
 from csqcli.errors import UserError
-from csqcli.file import header, loading
-from csqcli.file import io as checkpoint_file
+from csqcli.file import header, io, loading
 from csqcli.models import networks as models
 from csqcli.quant.passes.rounding import mse_step, quantize
 from csqcli.training.loop import evaluate, logits_of
 from tests.plain_models import Corners
 
-METHODS = ["csq", "csq-paper", "csq-uniform", "ste", "lsq"]
+METHODS = ["staged", "csq", "csq-uniform", "ste", "lsq"]
 QUICK = ("--epochs", 1, "--set", "max_steps=4", "--set", "bn_recalibration_batches=2", "--quiet")
 CORNERS = ("search", "tests.plain_models:Corners", "--no-pretrained", "--data", "digits", "--target-bits", 2)
 
@@ -73,7 +72,7 @@ def test_correct_counts_do_not_depend_on_the_batch_size(digits_run: Path, image_
 
 
 def test_a_sample_s_logits_do_not_depend_on_its_batch_or_its_place(digits_run: Path) -> None:
-    file = checkpoint_file.read(digits_run / "model.safetensors")
+    file = io.read(digits_run / "model.safetensors")
     model = loading.hard_model(file)
     images = open_data("digits", train=False).val
 
@@ -123,7 +122,7 @@ def test_layers_from_one_end_of_float32_to_the_other_are_searched_written_read_b
 ) -> None:
     code, _, err = csq(*CORNERS, "-o", tmp_path, *QUICK)
     assert code == 0, err
-    weights = checkpoint_file.read(tmp_path / "model.safetensors").state_dict()
+    weights = io.read(tmp_path / "model.safetensors").state_dict()
     largest = {name: float(value.abs().max()) for name, value in weights.items()}
     assert 1e-32 < largest["tiny.weight"] < 1e-29
     assert 1e28 < largest["huge.weight"] < 1e31
@@ -140,14 +139,14 @@ def test_odd_layers_are_searched_written_read_back_and_evaluated(csq, tmp_path: 
     report = json.loads((tmp_path / "report.json").read_text())
     layers = {layer["name"]: layer for layer in report["layers"]}
     assert (layers["single.weight"]["weights"], layers["single.weight"]["entropy_bits"]) == (1, 0)
-    weights = checkpoint_file.read(tmp_path / "model.safetensors").state_dict()
+    weights = io.read(tmp_path / "model.safetensors").state_dict()
     assert all(value.isfinite().all() for value in weights.values())
     code, out, err = csq("evaluate", tmp_path / "model.safetensors", "--data", "digits", "--json", "--trust-code")
     assert code == 0, err
     assert json.loads(out)["top1"] == report["accuracy"]["hard_top1"]
 
 
-@pytest.mark.parametrize("method", ["csq-paper", "csq-uniform", "lsq"])
+@pytest.mark.parametrize("method", ["csq", "csq-uniform", "lsq"])
 def test_where_plain_sgd_cannot_train_the_run_stops_in_one_line(csq, tmp_path: Path, method: str) -> None:
     code, _, err = csq(*CORNERS, "--method", method, "-o", tmp_path, *QUICK)  # dL/dW of a weight of 1e-30 is about 1e30
     assert (code, err.count("\n")) == (2, 1)
@@ -158,12 +157,12 @@ def test_where_plain_sgd_cannot_train_the_run_stops_in_one_line(csq, tmp_path: P
 def test_extreme_layers_survive_every_form_of_the_file(csq, tmp_path: Path) -> None:
     assert csq(*CORNERS, "-o", tmp_path / "run", *QUICK)[0] == 0
     model = tmp_path / "run" / "model.safetensors"
-    original = checkpoint_file.read(model).state_dict()
+    original = io.read(model).state_dict()
     for form in ("int8-packed", "bit-packed", "state-dict"):
         output = tmp_path / f"{form}.safetensors"
         code, _, err = csq("export", model, f"--{form}", "-o", output, "--trust-code")
         assert code == 0, err
-        read = checkpoint_file.read(output).state_dict()
+        read = io.read(output).state_dict()
         assert all(torch.equal(value, read[name]) for name, value in original.items())
 
 
@@ -176,7 +175,7 @@ def test_a_checkpoint_in_another_precision_is_searched_in_float32(csq, tmp_path:
     run = ("search", "--recipe", "digits", "--checkpoint", tmp_path / "other.safetensors", "--target-bits", 3)
     code, _, err = csq(*run, "-o", tmp_path / "run", *QUICK)
     assert code == 0, err
-    read = checkpoint_file.read(tmp_path / "run" / "model.safetensors").state_dict()
+    read = io.read(tmp_path / "run" / "model.safetensors").state_dict()
     assert {value.dtype for value in read.values() if value.is_floating_point()} == {torch.float32}
     assert csq("evaluate", tmp_path / "run" / "model.safetensors", "--data", "digits")[0] == 0
 

@@ -176,6 +176,20 @@ def test_constructor_arguments_are_kept_and_build_the_model_again(tmp_path: Path
     assert csqcli.load(path, trust_code=True)[1].out_features == 6
 
 
+@pytest.mark.parametrize("method", ["staged", "csq"])
+def test_a_saved_file_is_evaluated_and_finetuned_as_any_other(method: str, tmp_path: Path) -> None:
+    path = tmp_path / "own" / "model.safetensors"
+    path.parent.mkdir()
+    report = save(*trained(method=method), path)
+    assert report["recipe"] == {"quantization": {"method": method, "target_bits": 3}}
+    before = csqcli.evaluate(path, "digits", val_limit=100)
+    options = {"max_steps": 3, "val_limit": 100, "threads": 1}
+    tuned = csqcli.finetune(path, data="digits", epochs=1, output=tmp_path / "tuned", **options)
+    assert tuned["finetune"]["input_top1"] == before["top1"]
+    assert tuned["recipe"]["quantization"]["method"] == method
+    assert [layer["mask"] for layer in tuned["layers"]] == [layer["mask"] for layer in report["layers"]]
+
+
 # BatchNorm
 
 

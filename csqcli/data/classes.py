@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from csqcli.errors import UserError, did_you_mean
 
+_BY_POSITION = "`csq evaluate --classes-by-position` takes them by their numbers"
+
 
 def match_classes(
     stored: Sequence[str], found: Sequence[str], *, where: str = "", by_position: bool = False
@@ -29,13 +31,12 @@ def match_classes(
     for names, owner in ((stored, "the model"), (found, "the data")):
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
-            hint = "pass --classes-by-position if they have the same numbers"
-            raise UserError(f"{owner} has two classes `{twice}`", where=where, hint=hint)
+            raise UserError(f"{owner} has two classes `{twice}`", where=where, hint=_BY_POSITION)
     foreign = [name for name in found if name not in stored]
     if foreign:
         more = f", nor are {len(foreign) - 1} more" if foreign[1:] else ""
         if len(stored) == len(found):
-            hint = "pass --classes-by-position if they have the same numbers nevertheless"
+            hint = _BY_POSITION
         else:
             hint = "give data with the classes that it was trained on"
         likely = did_you_mean(foreign[0], stored)

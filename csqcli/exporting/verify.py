@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from csqcli.errors import UserError
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.system import files
+from csqcli.system.lock import locked_file
 from csqcli.training.evaluate import Accuracy, logits_of
 
 PROBE_IMAGES = 4
@@ -147,27 +148,31 @@ def check_accuracy(written: Accuracy, wanted: Accuracy, *, where: str) -> None:
 
 
 @contextlib.contextmanager
-def candidate(output: Path) -> Iterator[Path]:
+def candidate(output: Path, *, force: bool = True) -> Iterator[Path]:
     """A path beside ``output`` to write and verify; renamed to ``output`` when the block succeeds.
 
+    Only one process at a time writes ``output``; another one is refused at once, as is a name that exists without ``force``.
     After a ParityError the file stays as ``OUTPUT.rejected`` and whatever ``output`` was before stays as it was.
     """
-    path = output.with_name(f".{output.name}.candidate{output.suffix}")
-    for stale in files.leftovers(output):
-        stale.unlink(missing_ok=True)
-    try:
-        yield path
-        os.replace(path, output)
-    except ParityError as error:
-        rejected = output.with_name(f"{output.name}.rejected")
-        if path.exists():
-            os.replace(path, rejected)
-            error.hint = f"{error.hint}; {rejected} is kept for inspection".removeprefix("; ")
-        raise
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror or error})", where=str(output)) from None
-    finally:
-        path.unlink(missing_ok=True)
+    with locked_file(output):
+        if output.exists() and not (force and output.is_file()):
+            raise UserError("exists already", where=str(output), hint="choose another name or pass --force")
+        path = output.with_name(f".{output.name}.candidate-{os.getpid()}{output.suffix}")
+        for stale in files.leftovers(output):
+            stale.unlink(missing_ok=True)
+        try:
+            yield path
+            os.replace(path, output)
+        except ParityError as error:
+            rejected = output.with_name(f"{output.name}.rejected")
+            if path.exists():
+                os.replace(path, rejected)
+                error.hint = f"{error.hint}; {rejected} is kept for inspection".removeprefix("; ")
+            raise
+        except OSError as error:
+            raise UserError(f"cannot be written ({error.strerror or error})", where=str(output)) from None
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def interleaved_medians(runs: Sequence[Callable[[], object]], *, repeats: int) -> list[float]:

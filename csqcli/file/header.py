@@ -145,7 +145,7 @@ def _message_fields(file: IO[bytes], size: int, *, wanted: int) -> Iterator[tupl
         elif wire_type == 2:
             length = _varint(file)
         else:
-            raise ValueError(f"wire type {wire_type}")
+            raise ValueError(f"protobuf has no wire type {wire_type}")
         if field == 0 or length > size - file.tell():
             raise ValueError("a field that ends beyond the file")
         if field == wanted and wire_type == 2:

@@ -38,6 +38,7 @@ def coverage(
     weights = sum(layer.weights for layer in layers)
     counted = sum(value or 0 for value in macs.values())
     return {
+        "input_size": list(input_size),
         "parameters": parameters,
         "quantized_weights": weights,
         "parameter_share": weights / parameters,

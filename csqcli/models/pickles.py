@@ -92,8 +92,9 @@ def load_pickled(file: Path, *, where: str) -> Any:
     try:
         check_archive(file)
         names = _names_in(file)
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise UserError(f"not a readable checkpoint ({error})", where=where) from None
+    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile):
+        what = "not a readable checkpoint (damaged, or not written by torch.save)"
+        raise UserError(what, where=where) from None
     forbidden = [name for name in sorted(names) if _is_forbidden(name)]
     if forbidden:
         what = f"asks for `{forbidden[0]}`: holds pickled code, which csq never runs"

@@ -217,7 +217,7 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
         hint = did_you_mean(method, known) or f"one of {', '.join(known)}, or package.module:Class"
         raise UserError(f"no method `{method}`", where=where, hint=hint)
     found: Any = import_attribute(method, where=where)
-    if not (isinstance(found, type) and all(hasattr(found, part) for part in _PARTS)):
+    if not all(hasattr(found, part) for part in ("__mro__", *_PARTS)):  # a class, and of that kind
         hint = "subclass csqcli.quant.methods.base.WeightMethod"
         raise UserError(f"`{method}` is no weight method", where=where, hint=hint)
     missing = sorted(getattr(found, "__abstractmethods__", ()))

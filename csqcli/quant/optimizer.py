@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from csqcli.errors import UserError
-from csqcli.quant.catalog import StagedSettings
+from csqcli.errors import UserError, did_you_mean
+from csqcli.quant.catalog import AUTO, MethodCard, MethodSettings, find_card
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
-from csqcli.quant.methods.staged import Staged
 from csqcli.quant.passes.state import kernels_for
 from csqcli.quant.wrappers import unwrap
 
@@ -120,11 +120,12 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 class CSQ(QuantizedOptimizer):
     """CSQ for your own training loop, in the place of its optimizer.
 
-    The model is left as it is: csq reads ``weight.grad`` and writes ``weight``. ``param_groups`` are two: what is not
+    The model is left as it is: csq reads ``weight.grad`` and writes ``weight``. ``param_groups`` are what is not
     quantized, trained by SGD, and last the quantized weights themselves, so that gradient clipping, GradScaler, schedulers
-    and averages of weights find them where they find those of any optimizer. The second group's ``lr`` says how far into
-    its schedule a run is: the weights' own rate, ``settings.latent_lr``, is taken times (lr / peak)², where the peak is
-    OneCycleLR's ``max_lr``, else the ``lr`` given here; beyond the peak it does not grow.
+    and averages of weights find them where they find those of any optimizer. The last group's ``lr`` is the rate of the
+    gates of `csq`; for `staged` it says how far into its schedule a run is: ``settings.latent_lr`` is taken times
+    (lr / peak)², where the peak is OneCycleLR's ``max_lr``, else the ``lr`` given here; beyond the peak it does not grow.
+    After ``total_steps`` steps the weights in the model are hard.
 
     Args:
         model: any module with weights of linear- or convolution-like operations, already on its device, in any wrapper
@@ -134,7 +135,10 @@ class CSQ(QuantizedOptimizer):
             Steps that a GradScaler skips do not count.
         lr, momentum, weight_decay: of SGD, for everything that is not a quantized weight.
         exclude: globs over weight names (``fc``, ``layer4.*``) that stay float.
-        settings: those of the method `staged`, which this trains with.
+        method: as ``csq methods`` lists them: ``staged``, for the few epochs that people train from a checkpoint; ``csq``,
+            the paper's bit-level algorithm, for long schedules; or ``package.module:Class``.
+        settings: the method's own, as its section in a recipe has them.
+        steps_per_epoch: for settings that change once per epoch (``beta_schedule: epoch``); None makes the run one epoch.
 
     Raises:
         UserError: for a target that cannot be met, globs that match nothing, and numbers out of range.
@@ -159,23 +163,35 @@ class CSQ(QuantizedOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         exclude: Sequence[str] = (),
-        settings: StagedSettings | None = None,
+        method: str = "staged",
+        settings: MethodSettings | Mapping[str, Any] | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            hint = "give the number of optimizer steps of the whole run, e.g. len(loader) * epochs"
-            raise UserError(f"total_steps must be a whole number of at least 1, not {total_steps!r}", hint=hint)
+        _check_steps("total_steps", total_steps)
+        if steps_per_epoch is not None:
+            _check_steps("steps_per_epoch", steps_per_epoch)
         if not 0 < target_bits <= MAX_BITS:  # NaN is refused too
             raise UserError(f"target_bits must be above 0 and at most {MAX_BITS}, not {target_bits!r}")
         if not 0 < lr < math.inf:
             raise UserError(f"lr must be a number above 0, not {lr!r}", hint="schedulers may lower it to 0 later")
         model = unwrap(model)
         layers, _ = find_layers(model, exclude=exclude)
-        plan = plan_for(layers, target_bits, Schedule(total_steps, total_steps), bits=MAX_BITS)
-        method = Staged(layers, plan, settings)
-        base = torch.optim.SGD(base_groups(model, method), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.total_steps = total_steps
+        card = _trainable(method, target_bits)
+        plan = plan_for(
+            layers,
+            target_bits,
+            Schedule(total_steps, steps_per_epoch or total_steps),
+            bits=MAX_BITS,
+            planes=[int(target_bits)] * len(layers) if card.takes == "planes" else None,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+        chosen = card.load()(layers, plan, _settings(card, settings))
+        base = torch.optim.SGD(base_groups(model, chosen), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.total_steps, self.method_name = total_steps, method
         self._built = False
-        super().__init__(method, base)
+        super().__init__(chosen, base, harden_at_step=chosen.harden_at_step or total_steps)
         weights = [layer.parameter for layer in layers]
         self.add_param_group({"params": weights, "weight_decay": 0.0, "peak_lr": lr})
         self._built = True
@@ -248,7 +264,7 @@ class CSQ(QuantizedOptimizer):
             self.method.materialise(self.step_count)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("method", "base", "step_count", "harden_at_step", "total_steps", "_built")
+        names = ("method", "base", "step_count", "harden_at_step", "total_steps", "method_name", "_built")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -262,6 +278,43 @@ class CSQ(QuantizedOptimizer):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+def _check_steps(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        hint = "give a number of optimizer steps: len(loader) for an epoch, len(loader) * epochs for the whole run"
+        raise UserError(f"{name} must be a whole number of at least 1, not {value!r}", hint=hint)
+
+
+def _trainable(method: str, target_bits: float) -> MethodCard:
+    """The card of a method that can train towards the target. UserError for any other."""
+    if method == AUTO:
+        hint = "name one: staged for a few epochs from a checkpoint, csq for long schedules"
+        raise UserError("`auto` chooses by epochs, of which an optimizer does not know", where="method", hint=hint)
+    card = find_card(method, where="method")
+    if card.name == "float":
+        raise UserError("`float` quantizes nothing", where="method", hint="use a torch optimizer")
+    if card.takes == "planes" and target_bits != int(target_bits):
+        hint = "take a whole target, or a method that searches planes"
+        raise UserError(
+            f"`{card.name}` gives every layer the same planes, not {target_bits:g}", where="method", hint=hint
+        )
+    return card
+
+
+def _settings(card: MethodCard, given: MethodSettings | Mapping[str, Any] | None) -> MethodSettings:
+    if isinstance(given, MethodSettings) and not isinstance(given, card.settings):
+        what = f"{type(given).__name__} are not those of the method `{card.name}`"
+        raise UserError(what, where="settings", hint=f"give {card.settings.__name__}, or a mapping")
+    if isinstance(given, MethodSettings):
+        return given
+    try:
+        return card.settings.model_validate(dict(given or {}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        hint = did_you_mean(key, card.settings.model_fields) if problem["type"] == "extra_forbidden" else ""
+        raise UserError(f"{key}: {problem['msg']}", where=f"settings of `{card.name}`", hint=hint) from None
 
 
 def _gpu_passes(method: WeightMethod) -> dict[int, Any]:

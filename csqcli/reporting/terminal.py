@@ -1,7 +1,12 @@
-"""Manifest → report.json and the terminal table. Needs neither model code nor data."""
+"""A manifest as a table and lines for the terminal. Needs neither model code nor data nor torch.
+
+Names come out of files that anybody may have made: each is printed with escapes for whatever would start a line, move the
+cursor or hide text.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import rich.box
@@ -9,19 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from csqcli.errors import printable
 from csqcli.file.manifest import Manifest
 
 
-def build(manifest: Manifest, history: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """The JSON report: the manifest, the file's measured size and the training history."""
-    return manifest.model_dump(mode="json") | {"history": history or []}
-
-
-def print_table(manifest: Manifest, console: Console) -> None:
-    """Per-layer table, totals, and accuracy from float to hard."""
+def print_table(manifest: Manifest, console: Console, *, as_stated: bool = False) -> None:
+    """Per-layer table, totals, and accuracy from float to hard; ``as_stated`` as for :func:`totals`."""
     total_packed = sum(layer.packed_bytes for layer in manifest.layers) or 1
     table = Table(
-        title=Text(manifest.model.source),
+        title=Text(printable(manifest.model.source)),
         title_justify="left",
         box=rich.box.SIMPLE,
         pad_edge=False,
@@ -41,7 +42,7 @@ def print_table(manifest: Manifest, console: Console) -> None:
         table.add_column(heading, justify=justify, no_wrap=heading != "layer", overflow="fold")  # type: ignore[arg-type]
     for layer in manifest.layers:
         table.add_row(
-            Text(layer.name),
+            Text(printable(layer.name)),
             "×".join(map(str, layer.shape)),
             f"{layer.weights:,}",
             "–" if layer.macs is None else _short(layer.macs),
@@ -53,12 +54,17 @@ def print_table(manifest: Manifest, console: Console) -> None:
         )
     if manifest.layers:
         console.print(table)
-    for line in totals(manifest):
+    for line in totals(manifest, as_stated=as_stated):
         console.print(line, highlight=False, markup=False)
 
 
-def totals(manifest: Manifest) -> list[str]:
-    """The lines under the table: budget, the four ways to count size, accuracy."""
+def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
+    """The lines under the table: budget, the four ways to count size, accuracy.
+
+    ``as_stated`` marks what only the file says: for files of whose making nothing is known.
+    """
+    mark = ", as stated in the file" if as_stated else ""
+    macs_mark = "; MACs as stated in the file" if as_stated else ""
     budget, sizes, accuracy = manifest.budget, manifest.sizes, manifest.accuracy
     lines = []
     if manifest.layers:
@@ -81,22 +87,70 @@ def totals(manifest: Manifest) -> list[str]:
         share = 100 * compute.quantized_macs / max(compute.macs, 1)
         lines.append(
             f"compute      {_short(compute.macs)} MACs for {size}, {share:.1f} % of them quantized; "
-            f"{_short(compute.bops)} bit operations"
+            f"{_short(compute.bops)} bit operations{macs_mark}"
         )
     if sizes.file_bytes:
         ratio = sizes.float_bytes / sizes.file_bytes
         lines.append(
-            f"file         {sizes.file_bytes:,} bytes, float {sizes.float_bytes:,}: {ratio:.2f}× smaller ({manifest.form})"
+            f"file         {sizes.file_bytes:,} bytes, float {sizes.float_bytes:,}: {ratio:.2f}× smaller ({printable(manifest.form)})"
         )
     if parity := manifest.parity:
         lines.append(
             f"verified     {parity.layers_matched} layers bit-exact, logits within {parity.max_logit_error:.1e} "
-            f"(std {parity.logit_std:.2g}) on {parity.inputs}; {parity.engine}"
+            f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {printable(parity.engine)}{mark}"
         )
     if accuracy.hard_top1 is not None:
         soft = f" → soft {accuracy.soft_top1:.2f}" if accuracy.soft_top1 is not None else ""
         start = f"float {accuracy.float_top1:.2f}{soft} → " if accuracy.float_top1 is not None else ""
-        lines.append(f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {accuracy.samples} images")
+        lines.append(f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {accuracy.samples} images{mark}")
+    return lines
+
+
+def export_lines(manifest: Manifest) -> list[str]:
+    """What `csq export` prints: where the integers went, and the certificate."""
+    parity = manifest.parity
+    assert parity is not None  # every export has one
+    wide = [printable(record.name) for record in manifest.layers if record.encoding == "int16"]
+    absent = [printable(name) for name in parity.layers_absent]
+    size = manifest.sizes.file_bytes or 0
+    ratio = manifest.sizes.float_bytes / size if size else 0.0
+    lines = [f"{printable(manifest.form)}: {size:,} bytes, {ratio:.2f}× smaller than float"]
+    if wide:
+        lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")
+    if parity.layers_int8:
+        lines.append(f"int8         {len(parity.layers_int8)} of {len(manifest.layers)} layers run in int8")
+    if parity.calibrated:
+        lines.append(f"calibrated   {len(parity.calibrated)} convolution outputs, rounded beyond what was trained")
+    if absent:
+        lines.append(f"left out     {len(absent)} layers unused at inference: {', '.join(absent)}")
+    lines.append(
+        f"verified     {parity.layers_matched} layers bit-exact; logits within {parity.max_logit_error:.1e} "
+        f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {parity.engine}, loads in {parity.load_seconds:.2f} s"
+    )
+    if parity.top1 is not None:
+        lines.append(f"top-1        {parity.top1:.2f} % of {parity.samples} images")
+    if parity.latency_ms is not None:
+        lines.append(
+            f"latency      {parity.latency_ms:.2f} ms, fp32 / this {parity.latency_ratio:.2f}× (batch 1, one thread)"
+        )
+    return lines
+
+
+def coverage_lines(found: Mapping[str, Any]) -> list[str]:
+    """What `csq inspect` prints, from ``models.coverage.coverage``: a line per tensor, then the shares."""
+    lines = []
+    for layer in found["layers"]:
+        macs = "never called" if layer["macs"] is None else f"{layer['macs']:>15,} MACs"
+        shape = "×".join(map(str, layer["shape"]))
+        lines.append(f"{printable(layer['name']):<48} {shape:<18} {layer['weights']:>12,} weights {macs}")
+    for tensor in found["left_float"]:
+        shape = "×".join(map(str, tensor["shape"]))
+        lines.append(f"{printable(tensor['name']):<48} {shape:<18} float: {tensor['why']}")
+    lines.append(
+        f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
+        f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates "
+        f"for {'×'.join(map(str, found['input_size']))}"
+    )
     return lines
 
 

@@ -1,4 +1,8 @@
-"""Writing without ever leaving a half-written file behind."""
+"""Writing without ever leaving a half-written file behind, and opening nothing but what the name says.
+
+A folder may hold links that somebody else put there. What csq writes takes a name's place (the link goes, what it pointed to
+stays); what csq opens in place is a regular file of one name, or refused.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +46,37 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
         raise UserError(f"cannot be written ({error.strerror or error})", where=str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A file descriptor of a regular file that has this name only; for ``os.O_CREAT``, perhaps a new one.
+
+    Never follows a link and never waits for the other end of a pipe. Raises OSError where the file cannot be opened, and
+    UserError for links, files of several names, pipes and devices.
+    """
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    if path.is_symlink():  # the error that O_NOFOLLOW gives differs between systems
+        raise _not_ours(path, "a symbolic link")
+    handle = os.open(path, flags | safe, 0o666)
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:  # 0: it was removed meanwhile
+        return handle
+    os.close(handle)
+    raise _not_ours(path, "a file of several names" if stat.S_ISREG(status.st_mode) else "not a regular file")
+
+
+def _not_ours(path: Path, what: str) -> UserError:
+    return UserError(f"is {what}, which csq does not open", where=str(path), hint="remove it")
+
+
+def read_regular(path: Path, *, limit: int) -> bytes:
+    """The bytes of a regular file of one name. Raises as :func:`open_regular`, and ValueError beyond ``limit`` bytes."""
+    handle = open_regular(path, os.O_RDONLY)
+    with open(handle, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    return data
 
 
 def leftovers(path: Path) -> list[Path]:

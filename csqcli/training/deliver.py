@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import activation_entries, hard_model
-from csqcli.reporting import terminal as reports
+from csqcli.reporting.build import build as build_report
 from csqcli.system import distributed
 from csqcli.training.evaluate import evaluate, logits_of, recalibrate_batchnorm
 from csqcli.training.loop import Trainer
@@ -35,7 +35,7 @@ def deliver(
     layers = trainer.optimizer.hard_layers()
     run.model.eval()
 
-    file = checkpoint_file.assemble(
+    file = io.assemble(
         run.model,
         layers,
         record=run.source,
@@ -55,8 +55,8 @@ def deliver(
     if run.shard.is_main:
         candidate = run.folder.path / f".{MODEL_FILE}.candidate"
         try:
-            checkpoint_file.write(candidate, file)
-            reloaded = hard_model(checkpoint_file.read(candidate), trust_code=True, where=str(candidate)).to(run.device)
+            io.write(candidate, file)
+            reloaded = hard_model(io.read(candidate), trust_code=True, where=str(candidate)).to(run.device)
             measured = evaluate(reloaded, run.whole_val_loader, shared=False)
             results = measured.top1, measured.top5, _logit_gap(run, reloaded)
         finally:
@@ -64,7 +64,7 @@ def deliver(
     accuracy.hard_top1, accuracy.hard_top5, gap = distributed.from_main(results)
     file.manifest.accuracy = accuracy
     if run.shard.is_main and accuracy.hard_top1 >= at_least:
-        checkpoint_file.write(run.folder.model_file, file)
+        io.write(run.folder.model_file, file)
     return file, gap
 
 
@@ -78,6 +78,6 @@ def write_report(run: Run, file: QuantizedFile, **more: Any) -> dict[str, Any]:
     """report.json: the manifest as written, the file's size, the history, and ``more``."""
     if run.shard.is_main:
         file.manifest.sizes.file_bytes = run.folder.model_file.stat().st_size
-    report = reports.build(file.manifest, run.record.history) | more
+    report = build_report(file.manifest, run.record.history) | more
     run.folder.write_report(report)
     return report

@@ -109,7 +109,7 @@ def test_the_model_in_memory_and_the_reloaded_one_agree_on_every_logit(digits_ru
 
 def test_report_needs_neither_model_code_nor_data(digits_run: Path) -> None:
     script = (
-        "import sys, csqcli.cli as c; sys.argv = ['csq', 'report', sys.argv[1]]\n"
+        "import sys, csqcli.cli.app as c; sys.argv = ['csq', 'report', sys.argv[1]]\n"
         "try: c.main()\nexcept SystemExit: pass\n"
         "assert not {'timm', 'torchvision'} & set(sys.modules)"
     )
@@ -141,7 +141,7 @@ def test_the_number_typed_is_true_on_disk_even_after_one_epoch(csq, tmp_path: Pa
     assert spare < 0.1 or all(layer["weights"] > spare for layer in report["layers"] if layer["bits"] < 8)
 
 
-@pytest.mark.parametrize("method", ["csq", "csq-paper"])
+@pytest.mark.parametrize("method", ["staged", "csq"])
 def test_bfloat16_state_trains_and_the_number_typed_stays_true(csq, tmp_path: Path, method: str) -> None:
     files = {}
     for dtype in ("float32", "bfloat16"):
@@ -312,11 +312,11 @@ def test_finetune_starts_from_the_file_alone_and_never_delivers_a_worse_model(
     assert result["top1"] == report["accuracy"]["hard_top1"]
 
 
-@pytest.mark.parametrize("method", ["csq-paper", "csq-uniform", "ste", "lsq"])
+@pytest.mark.parametrize("method", ["csq", "csq-uniform", "ste", "lsq"])
 def test_every_method_s_file_is_finetuned_from_exactly_where_it_stands(csq, tmp_path: Path, method: str) -> None:
     run = ("search", "--recipe", "digits", "--method", method, "--target-bits", "2", "-o", tmp_path / "a", *FAST)
     assert csq(*run)[0] == 0
-    still = ("--epochs", 1, "--set", "finetune.lr=1e-9", "--set", "latent_lr=1e-9", "--set", "max_steps=3")
+    still = ("--epochs", 1, "--set", "finetune.lr=1e-9", "--set", "max_steps=3")
     model = tmp_path / "a" / "model.safetensors"
     code, _, err = csq("finetune", model, "--data", "digits", "-o", tmp_path / "b", "--quiet", *still)
     assert code == 0, err
@@ -375,7 +375,7 @@ def test_search_and_finetune_chain_in_one_command_and_resume_in_either_phase(csq
         assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["csq-paper", "csq-uniform", "ste", "lsq", "float"])
+@pytest.mark.parametrize("method", ["csq", "csq-uniform", "ste", "lsq", "float"])
 def test_every_method_runs_through_the_same_command(csq, tmp_path: Path, method: str) -> None:
     code, _, err = csq("search", "--recipe", "digits", "--method", method, "--target-bits", "2", "-o", tmp_path, *FAST)
     assert code == 0, err
@@ -416,7 +416,7 @@ def test_recipes_are_listed_shown_and_described(csq) -> None:
 
 def test_help_loads_no_torch() -> None:
     script = (
-        "import sys, csqcli.cli as c\nsys.argv = ['csq', '--help']\n"
+        "import sys, csqcli.cli.app as c\nsys.argv = ['csq', '--help']\n"
         "try: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     started = time.perf_counter()

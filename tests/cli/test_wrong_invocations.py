@@ -163,12 +163,12 @@ ROWS = [
         for command, options in (("report", ""), ("evaluate", " --data digits"), ("finetune", " --data digits -o new"))
         for file in ("run", "nowhere.safetensors", "text.txt", "float.safetensors", "noise.safetensors", "cut.safetensors")
     ),
-    "finetune run/model.safetensors --data nowhere -o new",
-    "finetune run/model.safetensors --data images -o new",
-    "finetune run/model.safetensors --data digits -o run",
-    "finetune run/model.safetensors --data digits -o new --epochs 0",
-    "finetune run/model.safetensors --data digits -o new --distill 0.5",
-    "finetune run/model.safetensors --data digits -o new --set optimizer.distill=0.5",
+    "finetune run/model.safetensors --data nowhere --quiet -o new",
+    "finetune run/model.safetensors --data images --quiet -o new",
+    "finetune run/model.safetensors --data digits --quiet -o run",
+    "finetune run/model.safetensors --data digits --quiet -o new --epochs 0",
+    "finetune run/model.safetensors --data digits --quiet -o new --distill 0.5",
+    "finetune run/model.safetensors --data digits --quiet -o new --set optimizer.distill=0.5",
     "finetune factory.safetensors --data digits -o new --quiet",
     "evaluate run/model.safetensors --data images",
     "evaluate run/model.safetensors --data digits --device cuda",

@@ -26,7 +26,9 @@ def test_names_in_another_order_are_mapped_to_the_model_s_outputs() -> None:
 
 
 def test_foreign_names_are_refused_unless_positions_are_asked_for() -> None:
-    with pytest.raises(UserError, match=r"here: class `fish` is not one of the model's 2; pass --classes-by-position"):
+    with pytest.raises(
+        UserError, match=r"here: class `fish` is not one of the model's 2; `csq evaluate --classes-by-position`"
+    ):
         match_classes(["cat", "dog"], ["cat", "fish"], where="here")
     with pytest.raises(UserError, match="did you mean `cats`"):
         match_classes(["cats", "dogs"], ["cat", "dog"])
@@ -56,11 +58,13 @@ def test_a_file_is_evaluated_by_its_own_class_names(digits_run: Path, csq, monke
     code, _, err = csq("evaluate", path, "--data", "somebody:backwards:digit-")
     assert (
         code,
-        "class `digit-9` is not one of the model's 10, nor are 9 more; pass --classes-by-position" in err,
+        "class `digit-9` is not one of the model's 10, nor are 9 more; `csq evaluate --classes-by-position`" in err,
     ) == (
         2,
         True,
     )
+    code, out, _ = csq("evaluate", path, "--data", "somebody:backwards:digit-", "--classes-by-position")
+    assert (code, "of 500 images" in out) == (0, True)
     by_position, _ = pipeline.evaluate_file(path, "somebody:backwards:digit-", device="cpu", classes_by_position=True)
     assert by_position.top1 < 20  # 4 and 5 swap places, no digit keeps its own
 

@@ -71,7 +71,7 @@ def _file(masks: tuple[str, ...] = NARROW, *, bits: int = 8, gamma: float | None
     batches = [torch.randn(8, 3, 12, 12) for _ in range(2)]
     quantizers = activations.calibrate(model, find_layers(model)[0], batches, bits=bits)
     entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
-    spec = sources.parse("tests.export.test_int8:Chain")
+    spec = sources.parse("tests.exporting.test_int8:Chain")
     record = ModelRecord(source=spec.source, library="factory", name=spec.name, num_classes=10, weights_from="random")
     return io.assemble(model, hard, record=record, data_config=Chain.data_config, target_bits=None, activations=entries)
 
@@ -235,7 +235,7 @@ def test_calibration_scales_only_outputs_that_no_trained_scale_rounds(tmp_path: 
     quantizers = activations.calibrate(model, find_layers(model)[0], [torch.randn(8, 3, 12, 12)], bits=8)
     entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
     record = ModelRecord(
-        source="x", library="factory", name="tests.export.test_int8:Residual", num_classes=2, weights_from="random"
+        source="x", library="factory", name="tests.exporting.test_int8:Residual", num_classes=2, weights_from="random"
     )
     file = io.assemble(
         model, hard, record=record, data_config=Residual.data_config, target_bits=None, activations=entries

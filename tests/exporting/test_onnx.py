@@ -25,6 +25,7 @@ import onnx
 import onnxruntime
 
 from csqcli.exporting import onnx_graph, run, runtime, unpacking, verify
+from csqcli.exporting.forms.onnx import Onnx
 from csqcli.exporting.verify import ParityError
 
 TRAPS = "quantized_models:Traps"
@@ -250,13 +251,13 @@ def test_any_difference_in_the_written_graph_is_found_and_named(
     tmp_path: Path, csq, monkeypatch: pytest.MonkeyPatch, edit, complaint: str
 ) -> None:
     path = _written(tmp_path, "digits_cnn")
-    honest = run._Onnx.write
+    honest = Onnx.write
 
     def write(self, path: Path, parity) -> None:
         honest(self, path, parity)
         _tampered(path, edit)
 
-    monkeypatch.setattr(run._Onnx, "write", write)
+    monkeypatch.setattr(Onnx, "write", write)
     code, _, error = csq("export", path, "-o", tmp_path / "a.onnx", "--onnx")
     assert code == 2
     assert complaint in error

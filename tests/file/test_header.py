@@ -66,7 +66,7 @@ def test_onnx_metadata_is_what_the_onnx_package_reads(tmp_path: Path) -> None:
     [
         (b"\x3a\xff\xff\xff\xff\x0f", "a field that ends beyond the file"),
         (b"\x3a\xff", "a number that does not end"),
-        (b"\x0b", "wire type 3"),
+        (b"\x0b", "no wire type 3"),
         (b"\x72\x03\x0a\x05a", "a field that ends beyond the file"),
         (b"\x72\x03\x0a\x01\xff", "utf-8"),
         (entry("csq", "{}") + entry("csq", "{}"), "two entries named csq"),

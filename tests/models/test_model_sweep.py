@@ -88,7 +88,7 @@ def test_a_model_of_every_family_goes_through_csq(sweep: ModuleType, source: str
 
 def test_the_paper_s_method_passes_the_same_check(sweep: ModuleType, tmp_path: Path) -> None:
     progress = sweep.Progress()
-    sweep.check("timm:test_resnet", tmp_path, progress, method="csq-paper")
+    sweep.check("timm:test_resnet", tmp_path, progress, method="csq")
     assert progress.stage == "done"
 
 

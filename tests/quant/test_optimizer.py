@@ -155,6 +155,65 @@ def test_hooks_around_a_step_run_once_each() -> None:
     assert calls == ["before", "after"] * 2
 
 
+# methods
+
+
+@pytest.mark.parametrize("method", ["staged", "csq", "csq-uniform", "ste", "lsq"])
+def test_every_method_trains_resumes_and_is_saved_alike(method: str, tmp_path: Path) -> None:
+    model, optimizer = start(method=method, target_bits=2)
+    train(model, optimizer, range(8))
+    twin, copied = copy.deepcopy((model, optimizer))
+    other, resumed = start(seed=1, method=method, target_bits=2)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with optimizer.hard() as layers:
+        assert torch.equal(model.fc.weight, layers[-1].weight())
+    for network, going in ((model, optimizer), (twin, copied), (other, resumed)):
+        train(network, going, range(8, STEPS))
+    assert_equal(values(model), values(twin))
+    assert_equal(values(model), values(other))
+    report = save(model, optimizer, tmp_path / "m.safetensors")
+    assert report["budget"]["mean_bits"] <= 2
+    assert torch.equal(csqcli.load(tmp_path / "m.safetensors").fc.weight, model.fc.weight), "not hard at the end"
+    assert [id(p) for p in optimizer.param_groups[-1]["params"]] == [
+        id(dict(model.named_parameters())[n]) for n in WEIGHTS
+    ]
+
+
+def test_settings_reach_the_method_as_a_mapping_or_as_its_own_class() -> None:
+    from csqcli.quant.catalog import CSQSettings
+
+    assert start(settings={"search_share": 0.5})[1].method.search_steps == STEPS // 2
+    assert start(method="csq", settings=CSQSettings(beta_final=50.0))[1].method.beta(STEPS) == pytest.approx(50.0)
+    epochs = start(method="csq", settings={"beta_schedule": "epoch"}, steps_per_epoch=5)[1].method
+    assert [epochs.beta(step) for step in (0, 4)] == [1.0, 1.0]
+    assert epochs.beta(5) > 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "auto"}, "method: `auto` chooses by epochs"),
+        ({"method": "float"}, "`float` quantizes nothing"),
+        ({"method": "stagd"}, "method: no method `stagd`; did you mean `staged`"),
+        ({"method": "ste", "target_bits": 2.5}, "`ste` gives every layer the same planes, not 2.5"),
+        ({"settings": {"serch_share": 0.5}}, "settings of `staged`: serch_share: .*; did you mean `search_share`"),
+        ({"settings": {"search_share": 2}}, "search_share: Input should be less than 1"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch must be a whole number of at least 1"),
+    ],
+)
+def test_methods_and_settings_that_do_not_exist_or_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        start(**options)
+
+
+def test_settings_of_another_method_are_refused() -> None:
+    from csqcli.quant.catalog import CSQSettings
+
+    with pytest.raises(UserError, match="CSQSettings are not those of the method `staged`"):
+        start(settings=CSQSettings())
+
+
 # copies and state
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 from csqcli.system import distributed
 
 TESTS = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def test_all_processes_learn_the_smallest_value(tmp_path: Path) -> None:
 
 
 def _layers(folder: Path) -> list[torch.Tensor]:
-    return [layer.integers for layer in checkpoint_file.read(folder / "model.safetensors").layers]
+    return [layer.integers for layer in io.read(folder / "model.safetensors").layers]
 
 
 def test_fingerprints_tell_states_apart_by_a_single_bit() -> None:

@@ -16,16 +16,14 @@ import torch
 from csqcli import pipeline
 from csqcli.data.loaders import Unavailable
 from csqcli.errors import UserError
-from csqcli.file import io as checkpoint_file
+from csqcli.file import io
 from csqcli.recipe.resolve import resolve
 from csqcli.system import memory
 from csqcli.system.progress import Display
 from csqcli.training.loop import Trainer
 
 
-def run(
-    output: Path, display: Display | None = None, *, resume: bool = False, **overrides: Any
-) -> checkpoint_file.QuantizedFile:
+def run(output: Path, display: Display | None = None, *, resume: bool = False, **overrides: Any) -> io.QuantizedFile:
     shared = {
         "model.source": "plain_models:group_norm_cnn",
         "model.checkpoint": None,
@@ -37,17 +35,17 @@ def run(
     }
     recipe = resolve("digits", shared | {key.replace("__", "."): value for key, value in overrides.items()})
     pipeline.search(recipe, output, display=display or Display(quiet=True), resume=resume)
-    return checkpoint_file.read(output / "model.safetensors")
+    return io.read(output / "model.safetensors")
 
 
-def differing(one: checkpoint_file.QuantizedFile, two: checkpoint_file.QuantizedFile) -> float:
+def differing(one: io.QuantizedFile, two: io.QuantizedFile) -> float:
     """Largest share of a layer's integers that differ."""
     pairs = zip(one.layers, two.layers, strict=True)
     return max(float((a.integers != b.integers).float().mean()) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> checkpoint_file.QuantizedFile:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> io.QuantizedFile:
     return run(tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -59,7 +57,7 @@ def test_micro_batches_add_up_to_the_batch(micro_batch: int, whole: Any, tmp_pat
     assert differing(parts, whole) < 0.05  # sums in another order flip few roundings
 
 
-@pytest.mark.parametrize("method", ["csq", "csq-paper", "lsq"])
+@pytest.mark.parametrize("method", ["staged", "csq", "lsq"])
 def test_channels_last_trains_the_same_model(method: str, tmp_path: Path) -> None:
     more = {"quantization__method": method, "quantization__target_bits": 3}
     files = [run(tmp_path / setting, channels_last=setting, **more) for setting in ("on", "off")]
@@ -94,7 +92,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     )
 
 
-def same_integers(one: checkpoint_file.QuantizedFile, two: checkpoint_file.QuantizedFile) -> bool:
+def same_integers(one: io.QuantizedFile, two: io.QuantizedFile) -> bool:
     return differing(one, two) == 0 and one.manifest.accuracy == two.manifest.accuracy
 
 

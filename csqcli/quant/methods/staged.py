@@ -196,8 +196,10 @@ class Staged(WeightMethod):
             self.search = None
             self._set_planes(state["masks"], [scale.to(device) for scale in state["scales"]])
         else:
-            assert self.search is not None
+            # planes may have been fixed since, where a run goes back to an earlier state
+            self.search = SoftMasks(self.budget, self.units, state["search"]["scales"], recovery=self.settings.recovery)
             self.search.load_state_dict(state["search"], self.units)
+            self.masks, self.stairs = [], []
 
     def _mse_scale(self, value: Tensor, layer: Layer, planes: int) -> Tensor:
         """[channels, 1] or [1, 1] for a value of shape [outer, channels, inner]."""

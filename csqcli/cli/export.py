@@ -1,0 +1,95 @@
+"""``csq export``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csqcli.cli import output
+from csqcli.cli.options import FileArgument, TrustOption, ValLimitOption
+from csqcli.errors import UserError
+
+
+class Activations(str, Enum):
+    """Type of the activations in an exported graph."""
+
+    float = "float"
+    int8 = "int8"
+
+
+class Target(str, Enum):
+    """Engine that an exported graph is made for and verified with."""
+
+    ort = "ort"
+    openvino = "openvino"
+
+
+def export(
+    file: FileArgument,
+    output_file: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="File to write; FILE's name + the form if unset."),
+    ] = None,
+    int8_packed: Annotated[
+        bool,
+        typer.Option("--int8-packed", help="safetensors, int8 integers; read it with safetensors and NumPy alone."),
+    ] = False,
+    bit_packed: Annotated[bool, typer.Option("--bit-packed", help="safetensors, the smallest form.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX whose packed weights the engine unpacks at load.")] = False,
+    state_dict: Annotated[bool, typer.Option("--state-dict", help="safetensors, plain float state dict.")] = False,
+    form: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A form by its name, or package.module:Class of your own.")
+    ] = None,
+    activations: Annotated[
+        Activations, typer.Option(help="ONNX only; int8 needs activation scales in the file.")
+    ] = Activations.float,
+    target: Annotated[Target, typer.Option(help="ONNX only: the engine that verifies the file.")] = Target.ort,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="With --activations int8: images to scale outputs of convolutions, which ort wants in int8."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Verify on real images and record top-1 (as in csq evaluate).")
+    ] = None,
+    val_limit: ValLimitOption = None,
+    trust_code: TrustOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+) -> None:
+    """Write a file that is small or runs elsewhere, read it back and compare it with the hard model."""
+    from csqcli.exporting import registry
+    from csqcli.file.header import read_manifest
+
+    flags = {"int8-packed": int8_packed, "bit-packed": bit_packed, "onnx": onnx, "state-dict": state_dict}
+    chosen = [name for name, wanted in flags.items() if wanted] + ([form] if form is not None else [])
+    if len(chosen) != 1:
+        names = ", ".join(f"--{name}" for name in flags)
+        raise UserError(
+            f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {names}, --form NAME"
+        )
+    registry.check_name(chosen[0], where="--form")
+    options = {"activations": activations.value, "target": target.value, "calib": calib}
+    registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")
+    read_manifest(file)  # what is wrong with the file is said before torch is imported
+
+    from csqcli.exporting.run import export_file, output_path
+    from csqcli.reporting.terminal import export_lines
+
+    target_file = output_file or output_path(file, chosen[0])
+    manifest = export_file(
+        file,
+        target_file,
+        form=chosen[0],
+        activations=activations.value,
+        target=target.value,
+        calib=calib,
+        data_source=data,
+        val_limit=val_limit,
+        trust_code=trust_code,
+        force=force,
+    )
+    for line in export_lines(manifest):
+        output.line(line)
+    output.line(f"wrote {target_file}")

@@ -1,0 +1,72 @@
+"""``csq finetune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csqcli.cli.options import (
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    FileArgument,
+    ForceOption,
+    QuietOption,
+    ResumeOption,
+    SetOption,
+    TrustOption,
+    batch_settings,
+    given,
+)
+from csqcli.cli.output import is_main_process, result_of_run
+
+
+def finetune(
+    file: FileArgument,
+    data: DataOption = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs; 5 unless the file's recipe says otherwise.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; FILE's folder + -finetuned if unset.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = None,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    resume: ResumeOption = False,
+    trust_code: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
+    from csqcli.api import FINETUNE_EPOCHS, finetune_folder
+    from csqcli.file.header import read_manifest
+    from csqcli.recipe.complete import check_data_given
+    from csqcli.recipe.resolve import parse_assignments, resolve_stored
+    from csqcli.system.progress import Display
+
+    manifest = read_manifest(file)
+    typed = {
+        "data.source": data,
+        "finetune.epochs": epochs,
+        "seed": seed,
+        "device": device.value if device else None,
+        "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
+        **batch_settings(batch_size),
+    }
+    overrides = given(typed) | parse_assignments(settings or [])
+    resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}", trust_code=trust_code)
+    resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
+    check_data_given(resolved)
+    target = output or finetune_folder(file)
+    display = Display(quiet=quiet or not is_main_process())
+    display.say(f"finetune {file}: {manifest.model.source} on {resolved.data.source}, into {target}")
+
+    from csqcli import pipeline
+    from csqcli.training.run_folder import MODEL_FILE
+
+    pipeline.finetune(file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code)
+    result_of_run(target / MODEL_FILE)

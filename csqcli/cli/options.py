@@ -1,0 +1,60 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from csqcli.data.specs import help_text
+from csqcli.errors import UserError
+
+
+class Device(str, Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
+DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
+DeviceOption = Annotated[Device | None, typer.Option("--device", help="auto takes a GPU when there is one.")]
+BatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N|auto",
+        help="Images per step. auto: the recipe's, in as few parts as fit into memory; BatchNorm sees the parts.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. optimizer.lr=0.05. Repeatable."),
+]
+ValLimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")]
+TrustOption = Annotated[bool, typer.Option("--trust-code", help="Let the file import the factory that it names.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were typed: those that are not None."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def batch_settings(batch_size: str | None) -> dict[str, Any]:
+    """Recipe keys of ``--batch-size``. UserError for what is neither a number nor auto."""
+    if batch_size is None:
+        return {}
+    if batch_size == "auto":
+        return {"data.micro_batch": "auto"}
+    try:
+        return {"data.batch_size": int(batch_size)}
+    except ValueError:
+        raise UserError(f"`{batch_size}` is neither a number of images nor auto", where="--batch-size") from None

@@ -1,0 +1,102 @@
+"""``csq search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csqcli.cli.options import (
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    ForceOption,
+    QuietOption,
+    ResumeOption,
+    SetOption,
+    batch_settings,
+    given,
+)
+from csqcli.cli.output import is_main_process, result_of_run
+
+
+def search(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="timm or torchvision name, timm:NAME, torchvision:NAME, or package.module:factory."
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
+    ] = None,
+    data: DataOption = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
+    recipe: Annotated[str, typer.Option(help="Shipped recipe name, or a YAML file.")] = "short",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.safetensors and its report.")] = Path(
+        "."
+    ),
+    method: Annotated[
+        str | None, typer.Option(help="auto, a name that `csq methods` lists, or package.module:Class.")
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(help="Who decides the planes before training: uniform, importance or package.module:function."),
+    ] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
+    ] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Share of the loss that follows the float model, 0 to 1.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Train through torch.compile.")
+    ] = None,
+    pretrained: Annotated[
+        bool | None, typer.Option("--pretrained/--no-pretrained", help="Library weights when no checkpoint is given.")
+    ] = None,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    resume: ResumeOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Search a mixed-precision model within a budget and write it."""
+    from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.resolve import parse_assignments, resolve
+    from csqcli.system.progress import Display
+
+    typed = {
+        "model.source": model,
+        "quantization.target_bits": target_bits,
+        "data.source": data,
+        "model.checkpoint": checkpoint,
+        "quantization.method": method,
+        "quantization.allocator": allocator,
+        "quantization.cost": cost,
+        "quantization.act_bits": act_bits,
+        "epochs": epochs,
+        "finetune.epochs": finetune_epochs,
+        "optimizer.distill": distill,
+        "seed": seed,
+        "device": device.value if device else None,
+        "model.pretrained": pretrained,
+        "compile": compile_,
+        **batch_settings(batch_size),
+    }
+    resolved = resolve(recipe, parse_assignments(settings or []) | given(typed))
+    check_complete(resolved)
+    display = Display(quiet=quiet or not is_main_process())
+    display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {output}")
+
+    from csqcli import pipeline
+    from csqcli.training.run_folder import MODEL_FILE
+
+    pipeline.search(resolved, output, display=display, force=force, resume=resume)
+    result_of_run(output / MODEL_FILE)

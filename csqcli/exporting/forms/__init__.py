@@ -1,0 +1,1 @@
+"""The forms that ship with csq, one file per engine."""

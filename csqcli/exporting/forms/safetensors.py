@@ -1,0 +1,64 @@
+"""The safetensors forms: files that csq itself reads back, and other programs with a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from csqcli.errors import UserError
+from csqcli.exporting import verify
+from csqcli.exporting.form import Form, Subject
+from csqcli.exporting.verify import ParityError
+from csqcli.file import header, io, loading
+from csqcli.file.manifest import Form as Layout
+from csqcli.file.manifest import Manifest, ParityRecord
+
+
+class _Safetensors(Form):
+    """A layout of `file.layout`; a loaded file runs as the float model that it is."""
+
+    suffix = ".safetensors"
+    layout: ClassVar[Layout]
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.engine = f"torch {torch.__version__}"
+
+    def write(self, path: Path, parity: ParityRecord | None) -> None:
+        io.write(path, self.file, form=self.layout, parity=parity)
+
+    def check(self, path: Path) -> None:
+        try:
+            written = io.read(path)
+        except UserError as error:
+            raise ParityError(f"cannot be read back: {error.what}", where=str(path)) from None
+        for layer, wanted in zip(written.layers, self.file.layers, strict=True):
+            verify.check_layer(layer, wanted)
+        verify.check_others(written.others, self.file.others)
+
+    def open(self, path: Path) -> nn.Module:
+        return loading.load_file(path, trust_code=self.options.trust_code)
+
+    def describe(self, path: Path, parity: ParityRecord) -> Manifest:
+        return header.read_manifest(path)
+
+
+class Int8Packed(_Safetensors):
+    """Integers as int8, int16 where |Q| > 127: readable with safetensors and NumPy alone."""
+
+    name = layout = "int8-packed"
+
+
+class BitPacked(_Safetensors):
+    """The smallest form."""
+
+    name = layout = "bit-packed"
+
+
+class StateDict(_Safetensors):
+    """Plain float weights under their own names."""
+
+    name = layout = "state-dict"

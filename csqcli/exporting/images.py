@@ -1,0 +1,19 @@
+"""Images to verify an export on, preprocessed as the file says."""
+
+from __future__ import annotations
+
+from csqcli.data.loaders import Loader, LoaderSettings, make_loader
+from csqcli.data.specs import open_data
+from csqcli.file.io import QuantizedFile
+from csqcli.file.labels import with_labels_of
+
+_BATCH = 32
+
+
+def loader(file: QuantizedFile, source: str, val_limit: int | None, *, workers: int, labelled: bool = True) -> Loader:
+    """Batches of validation images. UserError where they are ``labelled`` and have other classes than the file's model."""
+    images = open_data(source, train=False, val_limit=val_limit)
+    if labelled:
+        images = with_labels_of(file.manifest, images, where=file.manifest.model.source)
+    settings = LoaderSettings(training=False, batch_size=_BATCH, workers=workers)
+    return make_loader(images.val, file.manifest.data_config, settings)

@@ -1,0 +1,71 @@
+"""The export forms by name. Known without torch: what is wrong in a command line is said before it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from csqcli.errors import UserError, did_you_mean
+from csqcli.system.plugins import import_attribute
+
+if TYPE_CHECKING:
+    from csqcli.exporting.form import Form
+
+
+@dataclass(frozen=True)
+class FormCard:
+    """What can be known of a form without its code."""
+
+    target: str  # package.module:Class
+    takes: frozenset[str] = field(default_factory=frozenset)  # of OPTIONS
+
+
+OPTIONS = {
+    "activations": "float",
+    "target": "ort",
+    "calib": None,
+}  # of `csq export` that not every form takes; defaults
+_FORMS = "csqcli.exporting.forms"
+CARDS = {
+    "int8-packed": FormCard(f"{_FORMS}.safetensors:Int8Packed"),
+    "bit-packed": FormCard(f"{_FORMS}.safetensors:BitPacked"),
+    "state-dict": FormCard(f"{_FORMS}.safetensors:StateDict"),
+    "onnx": FormCard(f"{_FORMS}.onnx:Onnx", frozenset(OPTIONS)),
+}
+
+
+def check_name(name: str, *, where: str) -> None:
+    """UserError for a name that is none of csq's forms and does not look like ``package.module:Class``."""
+    if name not in CARDS and ":" not in name:
+        hint = did_you_mean(name, CARDS) or f"one of {', '.join(CARDS)}, or package.module:Class"
+        raise UserError(f"no form `{name}`", where=where, hint=hint)
+
+
+def check_options(name: str, options: Mapping[str, Any], *, where: str) -> None:
+    """UserError for options that one of csq's forms does not take, and for combinations that mean nothing."""
+    if name in CARDS:
+        check_taken(CARDS[name].takes, options, where=where)
+    if options["calib"] is not None and options["activations"] != "int8":
+        raise UserError("--calib belongs to --activations int8", where="csq export")
+
+
+def check_taken(takes: frozenset[str], options: Mapping[str, Any], *, where: str) -> None:
+    """UserError for an option that differs from its default and is not in ``takes``."""
+    for option, default in OPTIONS.items():
+        if options[option] != default and option not in takes:
+            raise UserError(f"--{option} belongs to --onnx", where=where)
+
+
+def find(name: str, *, where: str = "--form") -> type[Form]:
+    """The class of a form. UserError for an unknown name, and for a class that lacks something."""
+    check_name(name, where=where)
+    found = import_attribute(CARDS[name].target if name in CARDS else name, where=where)
+    from csqcli.exporting.form import Form  # torch is loaded by now
+
+    if not (isinstance(found, type) and issubclass(found, Form)):
+        raise UserError(f"`{name}` is not an export form", where=where, hint="subclass csqcli.exporting.form.Form")
+    lacks = [*sorted(found.__abstractmethods__), *(part for part in ("name", "suffix") if not hasattr(found, part))]
+    if lacks:
+        raise UserError(f"`{name}` lacks {', '.join(lacks)}", where=where, hint="docs/architecture.md has an example")
+    return found

@@ -1,0 +1,116 @@
+"""What a file says of its own size, counted again from its header and integers. Without torch.
+
+Whoever made a file can write anything into its manifest. Budget, bits and masks are checked wherever a manifest is read; here
+follow the numbers that a report shows: stored and entropy bits, compression, float bytes, bit operations. What nobody can
+recompute without data or the model's code (accuracy, multiply-accumulates) stays as the file states it, and is marked so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from csqcli.errors import UserError
+from csqcli.file import codes, sizes
+from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, read_manifest, spans
+from csqcli.file.manifest import LayerRecord, Manifest
+
+AS_STATED = ("accuracy", "compute.macs", "classes", "left_float", "environment", "recipe", "parity")
+_AS_STATED_IN_ONNX = ("sizes.entropy_bits_per_weight", "sizes.float_bytes")  # its integers are inside of a graph
+
+
+def recomputed(path: Path) -> tuple[Manifest, list[str]]:
+    """The manifest of a file with every number that can be recomputed in its place, and the fields that cannot be.
+
+    Raises UserError for a file that is not csq's, and where a layer's bytes are not what the manifest says.
+    """
+    if path.suffix == ".onnx":
+        manifest = read_manifest(path)
+        entropy, float_bytes = None, manifest.sizes.float_bytes
+    else:
+        with open_safetensors(path) as file:
+            manifest = manifest_of(file, path)
+            entropy = _entropies(file, manifest, path)
+            float_bytes = 4 * _elements(file, manifest)
+        manifest.sizes.file_bytes = path.stat().st_size
+    for layer in manifest.layers:
+        layer.stored_bits = sizes.stored_bits(layer.mask)
+        layer.entropy_bits = entropy[layer.name] if entropy is not None else layer.entropy_bits
+    counted = sizes.sizes(manifest.layers, float_bytes=float_bytes)
+    manifest.sizes = counted.model_copy(update={"file_bytes": manifest.sizes.file_bytes})
+    if manifest.compute is not None:
+        size, macs = manifest.compute.input_size, manifest.compute.macs
+        manifest.compute = sizes.compute(manifest.layers, manifest.activations, input_size=size, macs=macs)
+    return manifest, [*AS_STATED, *(_AS_STATED_IN_ONNX if entropy is None else ())]
+
+
+def _entropies(file: Any, manifest: Manifest, path: Path) -> dict[str, float]:
+    """Entropy of each layer's integers in bits per weight, a layer in memory at a time."""
+    found = {}
+    try:
+        bit_packed = CODES_TENSOR in file.keys()
+        places = spans(manifest.layers, file.get_slice(CODES_TENSOR).get_shape()) if bit_packed else {}
+        for layer in manifest.layers:
+            try:
+                counts = _counts(file, layer, places)
+            except (ValueError, SafetensorError) as error:
+                raise ValueError(f"layer {layer.name}: {error}") from None
+            if counts.sum() != layer.weights:
+                raise ValueError(f"layer {layer.name}: {counts.sum()} integers for {layer.weights} weights")
+            found[layer.name] = round(codes.entropy_bits(counts), 6)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(str(error), where=str(path), hint="the file is damaged") from None
+    return found
+
+
+def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]) -> np.ndarray:
+    """How often each integer of a layer occurs, whatever the form. ValueError where the bytes are not the layer's."""
+    if layer.name in places:
+        start, end = places[layer.name]
+        return codes.count_encoded(file.get_slice(CODES_TENSOR)[start:end].tobytes(), layer.encoding, layer.weights)
+    if layer.encoding == "float32":
+        return codes.count(_integers_of(file.get_tensor(layer.name), layer))
+    payload = file.get_tensor(f"{layer.name}_packed")
+    if layer.encoding in ("int8", "int16"):
+        if str(payload.dtype) != layer.encoding:
+            raise ValueError(f"integers of type {payload.dtype}")
+        return codes.count(payload)
+    return codes.count_encoded(payload.tobytes(), layer.encoding, layer.weights)
+
+
+def _integers_of(weight: np.ndarray, layer: LayerRecord) -> np.ndarray:
+    """Integers of float weights: weight / scale, rounded. ValueError for weights that are no multiples of their scale."""
+    scale = np.asarray(layer.scale, dtype=np.float32).reshape(-1)
+    shape = [1] * len(layer.shape)
+    shape[layer.channel_dim] = scale.size
+    if list(weight.shape) != layer.shape or scale.size not in (1, layer.shape[layer.channel_dim]):
+        raise ValueError(f"weight of shape {list(weight.shape)} with {scale.size} scales")
+    unit = scale.reshape(shape)
+    with np.errstate(all="ignore"):
+        integers = weight / unit  # of float32 and below 2^15, so within 0.01 of an integer
+    np.rint(integers, out=integers)
+    np.copyto(integers, 0, where=unit == 0)
+    if not -codes.WIDTHS[16] <= integers.min() <= integers.max() <= codes.WIDTHS[16]:  # NaN is not, either
+        raise ValueError("the weights are no longer integers × scale; they were changed after the export")
+    return integers.astype(np.int16)
+
+
+def _elements(file: Any, manifest: Manifest) -> int:
+    """Elements of all parameters and buffers of the model, from the shapes in the header."""
+    names = [name for layer in manifest.layers for name in (layer.name, *layer.aliases)]
+    helpers = {f"{layer.name}_{part}" for layer in manifest.layers for part in ("packed", "scale", "shape")} | set(
+        names
+    )
+    if manifest.packed_others:
+        others = {record.name: record.shape for record in manifest.packed_others}
+    elif CODES_TENSOR in file.keys():
+        others = {}
+    else:
+        others = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    quantized = sum(layer.weights * (1 + len(layer.aliases)) for layer in manifest.layers)
+    return quantized + sum(math.prod(shape) for name, shape in others.items() if name not in helpers)

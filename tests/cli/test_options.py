@@ -1,0 +1,176 @@
+"""Every option of every command is used at least once, through the real entry point.
+
+``INVOCATIONS`` is the table: a row per run of a command, with what must be seen afterwards. A new option without a row fails
+``test_every_option_has_a_row``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from csqcli.cli.app import app
+
+SEARCH = "search --recipe digits --target-bits 2 -o OUT --quiet --set max_steps=1 --epochs 1"
+FINETUNE = "finetune RUN --data digits -o OUT --quiet --set max_steps=1 --epochs 1"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    out: str
+    err: str
+    folder: Path
+
+    def recipe(self, key: str) -> Any:
+        value: Any = yaml.safe_load((self.folder / "recipe.yaml").read_text())
+        for part in key.split("."):
+            value = value[part]
+        return value
+
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
+        return found
+
+
+def holds(key: str, value: Any) -> Callable[[Result], bool]:
+    return lambda result: result.recipe(key) == value
+
+
+INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
+    "version": ("--version", lambda r: r.out.startswith("csq 0")),
+    "help": ("--help", lambda r: "search" in r.out),
+    "help in short": ("-h", lambda r: "search" in r.out),
+    # search
+    "search": (
+        "search digits_cnn --data digits --checkpoint builtin:digits_float --target-bits 3 --output OUT -q "
+        "--set max_steps=1 --epochs 1 --seed 5",
+        lambda r: (
+            r.recipe("seed") == 5
+            and r.recipe("model.checkpoint") == "builtin:digits_float"
+            and r.report()["budget"]["mean_bits"] <= 3
+        ),
+    ),
+    "recipe": (SEARCH, holds("model.source", "digits_cnn")),
+    "method": (f"{SEARCH} --method lsq", holds("quantization.method", "lsq")),
+    "allocator": (f"{SEARCH} --method lsq --allocator uniform", holds("quantization.allocator", "uniform")),
+    "cost": (f"{SEARCH} --cost bops", holds("quantization.cost", "bops")),
+    "act bits": (f"{SEARCH} --act-bits 8", lambda r: len(r.report()["activations"]) == 4),
+    "finetune epochs": (f"{SEARCH} --finetune-epochs 1", lambda r: "finetune" in r.report()),
+    "distill": (f"{SEARCH} --distill 0.5", holds("optimizer.distill", 0.5)),
+    "batch size": (f"{SEARCH} --batch-size 20", holds("data.batch_size", 20)),
+    "device": (f"{SEARCH} --device cpu", holds("device", "cpu")),
+    "no compile": (f"{SEARCH} --no-compile", holds("compile", False)),
+    "no pretrained": (
+        "search digits_cnn --data digits --no-pretrained --target-bits 3 -o OUT -q --set max_steps=1 --epochs 1",
+        lambda r: r.report()["model"]["weights_from"] == "random",
+    ),
+    "pretrained": (f"{SEARCH} --pretrained", holds("model.pretrained", True)),
+    "set": (f"{SEARCH} --set optimizer.lr=0.25", holds("optimizer.lr", 0.25)),
+    "force": (f"{SEARCH} --force", lambda r: (r.folder / "model.safetensors").is_file()),
+    "resume": (f"{SEARCH} --resume", lambda r: (r.folder / "model.safetensors").is_file()),
+    # finetune
+    "finetune": (f"{FINETUNE} --seed 3 --batch-size 20 --device cpu", holds("seed", 3)),
+    "finetune output": (FINETUNE.replace("-o OUT", "--output OUT"), lambda r: "finetune" in r.report()),
+    "finetune flags": (f"{FINETUNE} --force --resume --trust-code -q", lambda r: "finetune" in r.report()),
+    # evaluate
+    "evaluate": (
+        "evaluate RUN --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
+        lambda r: json.loads(r.out)["samples"] == 20,
+    ),
+    # report, inspect, methods, recipes
+    "report": ("report RUN --json", lambda r: json.loads(r.out)["form"] == "compact"),
+    "inspect": (
+        "inspect timm:resnet10t --no-pretrained --exclude fc --num-classes 7 --strict 0.5 --json",
+        lambda r: "fc.weight" not in [layer["name"] for layer in json.loads(r.out)["layers"]],
+    ),
+    "methods": ("methods --json", lambda r: "csq" in [method["name"] for method in json.loads(r.out)["methods"]]),
+    "recipes": ("recipes show digits", lambda r: "digits_cnn" in r.out),
+    # export
+    "int8-packed": ("export RUN --int8-packed --output OUT/a.safetensors", lambda r: "int8-packed: " in r.out),
+    "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code", lambda r: "bit-packed: " in r.out),
+    "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
+    "form": (
+        "export RUN --form bit-packed -o OUT/a.safetensors --data digits --val-limit 20",
+        lambda r: "of 20 images" in r.out,
+    ),
+    "onnx": (
+        "export QUANTIZED_INPUTS --onnx --activations int8 --calib digits --target ort -o OUT/a.onnx",
+        lambda r: "calibrated" in r.out,
+    ),
+}
+BY_ITSELF = {  # exercised in a test of their own, below or elsewhere
+    ("search", "--compile"): "test_compile_trains",
+    ("inspect", "--pretrained"): "test_pretrained_weights_that_cannot_be_had_are_one_line",
+}
+
+
+def options_of(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """(command, option) for each spelling of every option, as click sees them."""
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            for option in (*parameter.opts, *parameter.secondary_opts):
+                yield " ".join(path), option
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from options_of(inner, (*path, name))
+
+
+def used(line: str) -> Iterator[tuple[str, str]]:
+    words = line.split()
+    commands = [word for word in words[: 2 if words[0] == "recipes" else 1] if not word.startswith("-")]
+    for word in words:
+        if word.startswith("-"):
+            yield " ".join(commands), word
+
+
+def test_every_option_has_a_row() -> None:
+    known = set(options_of(typer.main.get_command(app)))
+    rows = {pair for line, _ in INVOCATIONS.values() for pair in used(line)} | set(BY_ITSELF)
+    assert known - rows == set(), "options without a row in INVOCATIONS"
+    assert rows - known - {("", "--help"), ("", "-h")} == set(), "rows whose option is gone"
+
+
+@pytest.mark.parametrize("name", INVOCATIONS)
+def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
+    line, expected = INVOCATIONS[name]
+    if "--onnx" in line:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    out = tmp_path / "out"
+    if "OUT/" in line:
+        out.mkdir()
+    places = {
+        "RUN": str(digits_run / "model.safetensors"),
+        "OUT": str(out),
+        "QUANTIZED_INPUTS": str(Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"),
+    }
+    words = [places.get(word) or word.replace("OUT/", f"{out}/") for word in line.split()]
+    code, stdout, stderr = csq(*words)
+    assert code == 0, stderr
+    assert expected(Result(stdout, stderr, out))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its inner workings
+def test_compile_trains(csq, tmp_path: Path) -> None:
+    code, _, err = csq(*SEARCH.replace("OUT", str(tmp_path / "run")).split(), "--compile")
+    assert code == 0, err
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["compile"] is True
+
+
+def test_pretrained_weights_that_cannot_be_had_are_one_line(csq, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csqcli.models import libraries
+
+    monkeypatch.setattr(libraries, "_reachable", lambda url: False)
+    code, _, err = csq("inspect", "torchvision:squeezenet1_1", "--pretrained")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pretrained weights" in err

@@ -1,0 +1,107 @@
+"""A report shows numbers that were counted, and says which of them only the file claims."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_models import make_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from csqcli.errors import UserError
+from csqcli.file import io
+from csqcli.file.io import QuantizedFile
+from csqcli.reporting.build import describe, history_beside
+from csqcli.reporting.recompute import recomputed
+
+FORMS = ("compact", "int8-packed", "bit-packed", "state-dict")
+TRAPS = "quantized_models:Traps"
+
+
+@pytest.fixture(scope="module")
+def file() -> QuantizedFile:
+    return make_file(TRAPS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_writer_counted_is_what_is_counted_again(file: QuantizedFile, tmp_path: Path, form: str) -> None:
+    io.write(tmp_path / "a.safetensors", file, form=form)  # type: ignore[arg-type]
+    counted, _ = recomputed(tmp_path / "a.safetensors")
+    assert counted.sizes.model_copy(update={"file_bytes": None}) == file.manifest.sizes
+    assert [layer.entropy_bits for layer in counted.layers] == [r.entropy_bits for r in file.manifest.layers]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_lies_about_its_size_is_reported_as_it_is(file: QuantizedFile, tmp_path: Path, form: str) -> None:
+    honest = file.manifest.model_copy(deep=True)
+    lying = QuantizedFile(file.manifest.model_copy(deep=True), file.layers, file.others)
+    lying.manifest.sizes.float_bytes *= 100
+    lying.manifest.sizes.paper_compression = 99.0
+    lying.manifest.sizes.stored_bits_per_weight = lying.manifest.sizes.entropy_bits_per_weight = 0.1
+    for layer in lying.manifest.layers:
+        layer.stored_bits, layer.entropy_bits = 1, 0.1
+    io.write(tmp_path / "a.safetensors", lying, form=form)  # type: ignore[arg-type]
+    report = describe(tmp_path / "a.safetensors")
+    report["sizes"].pop("file_bytes")
+    assert report["sizes"] == honest.sizes.model_dump(exclude={"file_bytes"})
+    assert [layer["stored_bits"] for layer in report["layers"]] == [layer.stored_bits for layer in honest.layers]
+
+
+def test_bit_operations_are_recomputed_and_macs_are_marked(digits_run: Path, tmp_path: Path, csq) -> None:
+    file = io.read(digits_run / "model.safetensors")
+    assert file.manifest.compute is not None
+    wanted = file.manifest.compute.bops
+    file.manifest.compute.bops = 1
+    file.manifest.sizes.file_bytes = None
+    io.write(tmp_path / "a.safetensors", file)
+    report = describe(tmp_path / "a.safetensors")
+    assert report["compute"]["bops"] == wanted
+    assert {"accuracy", "compute.macs"} <= set(report["as_stated"])
+    out = csq("report", tmp_path / "a.safetensors")[1]
+    assert "bit operations; MACs as stated in the file" in out
+    assert "of 500 images, as stated in the file" in out
+
+
+def _without(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _without("head.weight_packed"),
+        lambda tensors: tensors.update({"head.weight_packed": tensors["head.weight_packed"][:-1].clone()}),
+        lambda tensors: tensors.update({"head.weight_packed": tensors["head.weight_packed"].float()}),
+    ],
+)
+def test_payloads_that_are_not_the_layers_are_one_clear_line(file: QuantizedFile, tmp_path: Path, edit) -> None:
+    path = tmp_path / "a.safetensors"
+    io.write(path, file)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    edit(tensors)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match=r"layer head\.weight: .*the file is damaged") as caught:
+        describe(path)
+    assert "\n" not in caught.value.line()
+
+
+def test_history_is_read_from_a_plain_file_below_a_limit_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, metrics = tmp_path / "model.safetensors", tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps({"epoch": 1}) + "\n")
+    assert history_beside(model) == [{"epoch": 1}]
+    monkeypatch.setattr("csqcli.reporting.build._HISTORY_BYTES", 3)
+    assert history_beside(model) == []
+    monkeypatch.undo()
+    metrics.rename(tmp_path / "elsewhere")
+    metrics.symlink_to(tmp_path / "elsewhere")
+    assert history_beside(model) == []
+    metrics.unlink()
+    os.mkfifo(metrics)  # would wait for a writer
+    assert history_beside(model) == []
