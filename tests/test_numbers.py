@@ -14,7 +14,8 @@ from torch import Tensor
 
 import csqcli
 from csqcli import pipeline
-from csqcli.data import loaders as data
+from csqcli.data.loaders import LoaderSettings, make_loader
+from csqcli.data.specs import open_data
 from csqcli.errors import UserError
 from csqcli.file import header, io, loading
 from csqcli.models import networks as models
@@ -73,11 +74,11 @@ def test_correct_counts_do_not_depend_on_the_batch_size(digits_run: Path, image_
 def test_a_sample_s_logits_do_not_depend_on_its_batch_or_its_place(digits_run: Path) -> None:
     file = io.read(digits_run / "model.safetensors")
     model = loading.hard_model(file)
-    images = data.open_data("digits", train=False).val
+    images = open_data("digits", train=False).val
 
     def logits(order: Tensor, size: int) -> Tensor:
-        settings = data.LoaderSettings(training=False, batch_size=size)
-        loader = data.make_loader(images.subset(order), file.manifest.data_config, settings)
+        settings = LoaderSettings(training=False, batch_size=size)
+        loader = make_loader(images.subset(order), file.manifest.data_config, settings)
         with torch.no_grad():
             done = torch.cat([logits_of(model(batch)) for batch, _ in loader.epoch(0)])
         back = torch.empty_like(done)
@@ -89,9 +90,9 @@ def test_a_sample_s_logits_do_not_depend_on_its_batch_or_its_place(digits_run: P
     reference = logits(forward, 256)
     for order, size in ((forward, 1), (forward, 33), (shuffled, 256), (shuffled, 10)):
         torch.testing.assert_close(logits(order, size), reference, rtol=0, atol=1e-5 * float(reference.std()))
-    settings = data.LoaderSettings(training=False, batch_size=50)
-    mixed = data.make_loader(images.subset(shuffled), file.manifest.data_config, settings)
-    plain = data.make_loader(images, file.manifest.data_config, settings)
+    settings = LoaderSettings(training=False, batch_size=50)
+    mixed = make_loader(images.subset(shuffled), file.manifest.data_config, settings)
+    plain = make_loader(images, file.manifest.data_config, settings)
     assert evaluate(model, mixed) == evaluate(model, plain)
 
 
