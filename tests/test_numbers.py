@@ -187,7 +187,9 @@ def test_a_checkpoint_with_nan_is_refused_by_the_tensor_s_name(csq, tmp_path: Pa
     state["bn2.running_var"][3] = bad
     path = tmp_path / f"bad.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(state, path)
-    code, _, err = csq("search", "--recipe", "digits", "--checkpoint", path, "--target-bits", 2, "-o", tmp_path / "run", "--quiet")
+    code, _, err = csq(
+        "search", "--recipe", "digits", "--checkpoint", path, "--target-bits", 2, "-o", tmp_path / "run", "--quiet"
+    )
     assert (code, err.count("\n")) == (2, 1)
     assert "tensor `bn2.running_var` holds NaN or infinite values" in err
     assert not (tmp_path / "run" / "model.safetensors").exists()
