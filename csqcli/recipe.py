@@ -124,6 +124,15 @@ class QuantizationSettings(_Section):
     """m_B at the start; ≥ 0 so that every plane is in use at step 0."""
     refit_scale: bool = True
     """Refit each layer's scale in closed form when β moves, so that the weights stay where they are."""
+    digits: Literal["signed", "sign-magnitude"] = "signed"
+    init_scale: Annotated[float, Field(gt=0)] | Literal["mse"] = 0.6
+    precision_count: Literal["sign", "soft"] = "sign"
+    fix_masks_at: float = Field(0.4, gt=0, le=1)
+    recentre: float = 0.0
+    beta_fixed: float = 1.0
+    precondition: float = 0.0
+    precondition_plane: bool = False
+    gate_gain: float = 1.0
     rounding: Literal["threshold", "nearest"] = "nearest"
     """Hardening: every gate to its unit step (the paper), or the soft integer to the nearest level of the mask."""
     harden_at: float = Field(0.9, gt=0, le=1)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from csqcli.quant import csq
-from csqcli.quant.bitplanes import BitPlanes, levels_of, nearest_level
+from csqcli.quant.bitplanes import BitPlanes
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods import Clock, GateMethod, GateSettings, max_abs_scale
+from csqcli.quant.rounding import levels_of, nearest_level
 
 SHAPES = ((3, 2, 3, 3), (5, 4))
 
@@ -64,7 +65,7 @@ def test_materialised_weight_is_eq_5(beta: float, bits: int) -> None:
 def test_gate_gradients_are_those_of_autograd(beta: float, fixed_mask: bool) -> None:
     planes, layers = random_planes(6, seed=3)
     if fixed_mask:
-        planes.fixed_mask = planes.mask_logits >= 0
+        planes.fix_mask(planes.mask_logits >= 0)
     leaves = reference_leaves(planes, layers)
     loss = torch.zeros((), dtype=torch.float64)
     rng = torch.Generator().manual_seed(9)
@@ -178,7 +179,7 @@ def test_mask_strings_print_the_most_significant_plane_first() -> None:
 def test_threshold_hardening_is_the_unit_step_of_every_gate() -> None:
     planes, layers = random_planes(4, seed=1)
     mask = torch.ones(2, 4, dtype=torch.bool)
-    hard = planes.integers(mask, 1.0, rounding="threshold")
+    hard = planes.threshold_integers(mask)
     expected = sum(
         ((planes.pos[b, planes.slices[0]] >= 0).int() - (planes.neg[b, planes.slices[0]] >= 0).int()) * 2**b
         for b in range(4)

@@ -79,6 +79,7 @@ def project(
     *,
     target: float,
     limits: PlaneLimits,
+    spendable: Tensor | None = None,  # bool [layers, bits]: planes that spare budget may switch on; None: any
 ) -> Tensor:
     """Masks with mean planes ≤ target inside the limits, changed as little and as cheaply as possible.
 
@@ -114,6 +115,8 @@ def project(
         if chosen[cell] and count[cell[0]] > limits.fewest[cell[0]]:
             switch(cell, False)
     for cell in dearest_first:
+        if spendable is not None and not spendable[cell]:
+            continue
         if not chosen[cell] and count[cell[0]] < limits.most[cell[0]] and spent() + weights[cell[0]] <= budget:
             switch(cell, True)
     return chosen.to(masks.device)

@@ -7,6 +7,8 @@ significant plane. These functions are the reference that `bitplanes` (chunked, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,32 @@ def temperature(progress: float, *, initial: float = 1.0, final: float = 200.0) 
     return float(initial * (final / initial) ** min(max(progress, 0.0), 1.0))
 
 
+def plastic_logit(*, lr: float, weight_decay: float, momentum: float, steps: int, beta_final: float) -> float:
+    """The initial |m| whose gates are still undecided when training from scratch begins, and decided when it ends.
+
+    Weight decay alone takes a logit to |m|·exp(−lr·wd·S/(2(1−μ))) in S steps of a cosine that starts at ``lr``. From
+    a = 4/β_final · exp(lr·wd·S/(2(1−μ))) it ends with β|m| = 4, where a gate is 98 % decided; at most 1, the paper's range.
+    """
+    decay = lr * weight_decay * steps / (2 * (1 - momentum))
+    return min(1.0, 4 / beta_final * math.exp(min(decay, 100.0)))
+
+
+def signed_digits_of(integers: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
+    """Digits in {−1, 0, 1} of signed integers, each with a sign of its own. Shape [bits, *integers.shape], float32.
+
+    From the top plane down, d_b = round(r/2^b) clipped to ±1, and r ← r − d_b·2^b for the planes below: every prefix of
+    the planes is the integer rounded to them, where sign-magnitude digits cut it off. With ``mask`` (bool [bits]) only its
+    planes have digits, and the integers must be among those that they form.
+    """
+    rest = integers.to(torch.float32)
+    digits = torch.zeros(bits, *integers.shape, device=integers.device)
+    for b in reversed(range(bits)):
+        if mask is None or mask[b]:
+            digits[b] = torch.round(rest / 2**b).clamp(-1, 1)
+            rest = rest - digits[b] * 2**b
+    return digits
+
+
 def bit_planes_of(integers: Tensor, bits: int) -> Tensor:
     """Digits in {−1, 0, 1} of signed integers in sign-magnitude form. Shape [bits, *integers.shape], float32."""
     shifts = torch.arange(bits, device=integers.device).view(-1, *([1] * integers.dim()))
@@ -73,14 +101,13 @@ def quantize_integers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round(weight / scale * top).clamp(-top, top).to(torch.int32)
 
 
-def logits_from_integers(integers: Tensor, bits: int, *, logit: float) -> tuple[Tensor, Tensor]:
-    """Bit logits whose soft weight is exactly tanh(β·logit/2) times the quantized weight at every β.
+def logits_from_digits(digits: Tensor, *, logit: float) -> tuple[Tensor, Tensor]:
+    """Bit logits whose soft digit is exactly tanh(β·logit/2) times ``digits`` in {−1, 0, 1} at every β.
 
     On-bits sit at +logit in the plane of their sign; every other entry at −logit, so that
-    f(+a) − f(−a) = tanh(βa/2) and f(−a) − f(−a) = 0. Both results have shape [bits, *integers.shape].
+    f(+a) − f(−a) = tanh(βa/2) and f(−a) − f(−a) = 0. Both results have the shape of ``digits``.
     """
-    digits = bit_planes_of(integers, bits)
-    on, off = torch.tensor(logit, device=integers.device), torch.tensor(-logit, device=integers.device)
+    on, off = torch.tensor(logit, device=digits.device), torch.tensor(-logit, device=digits.device)
     return torch.where(digits > 0, on, off), torch.where(digits < 0, on, off)
 
 

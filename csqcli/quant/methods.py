@@ -18,7 +18,9 @@ from torch import Tensor
 from csqcli.errors import UserError
 from csqcli.quant import budget, csq
 from csqcli.quant.bitplanes import BitPlanes
+from csqcli.quant.hardening import choose_planes, fit_levels
 from csqcli.quant.layers import Layer
+from csqcli.quant.rounding import mse_step
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,16 @@ class GateSettings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     refit_scale: bool = False  # keep weights still when β moves
-    rounding: str = "threshold"  # threshold (the paper) | nearest
+    digits: str = "sign-magnitude"  # that logits start from: sign-magnitude (the authors) | signed
+    init_scale: float | str = 1.0  # s at the start: share of the layer's largest magnitude | "mse": for target_bits planes
+    precision_count: str = "sign"  # planes that Δ_S counts: m_B ≥ 0 (the paper) | soft, Σ f(m_B)
+    fix_masks_at: float = 1.0  # share of training after which planes are fixed and bits train on (Eq. 4)
+    recentre: float = 0.0  # |m| that bits restart from when planes are fixed; 0 leaves them
+    beta_fixed: float = 1.0  # β when planes are fixed, if recentred
+    precondition: float = 0.0
+    precondition_plane: bool = False
+    gate_gain: float = 1.0
+    rounding: str = "threshold"  # unit steps (the paper) | nearest, to the soft weight, with its own scale
     harden_at: float = 1.0  # share of training after which the weights are hard and only the rest adapts
     state_dtype: torch.dtype = torch.float32  # of bit logits and momenta; bfloat16 takes half the memory
     limits: budget.PlaneLimits | None = None
@@ -152,7 +163,7 @@ class GateSettings:
 class _Hardened:
     mask: Tensor
     integers: list[Tensor]
-    steps: Tensor  # [layers]: s/(2^n−1)
+    steps: Tensor  # [layers]: the value of integer 1, positive
 
 
 class GateMethod(WeightMethod):
@@ -175,22 +186,24 @@ class GateMethod(WeightMethod):
         self.limits = settings.limits or budget.plane_limits(layers, bits=settings.bits)
         if settings.target_bits is not None:
             budget.check_feasible(settings.target_bits, self.weights, self.limits)
-        self.planes = BitPlanes(layers, bits=settings.bits, device=device, state_dtype=settings.state_dtype)
+        self.planes = BitPlanes(layers, bits=settings.bits, device=device, state_dtype=settings.state_dtype, signed=settings.digits == "signed")
         self.device_weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
         self.fisher = torch.zeros(len(layers), device=device)  # running Σ_i g_i² per layer
         self.hardened: _Hardened | None = None
         beta = self.beta(0)
-        scales = [max_abs_scale(layer.parameter) for layer in layers]
+        scales = [initial_scale(layer.parameter, settings) for layer in layers]
         self.planes.mask_logits.fill_(settings.mask_logit)
         if start is not None or settings.target_bits is None:
-            self.planes.fixed_mask = torch.ones(len(layers), settings.bits, dtype=torch.bool, device=device)
+            mask = torch.ones(len(layers), settings.bits, dtype=torch.bool)
+            for index, layer in enumerate(start or ()):
+                mask[index] = layer.mask
+            self.planes.fix_mask(mask)
         self.planes.initialise(logit=settings.logit, mask_logit=settings.mask_logit, beta=beta, scales=scales)
         for index, layer in enumerate(start or ()):
             self._start_from(index, layer, beta)
         self.materialise(0)
 
     def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
-        assert self.planes.fixed_mask is not None
         if layer.scale.numel() > 1:
             raise UserError(
                 "gates train one scale per layer, the file has one per channel",
@@ -200,10 +213,21 @@ class GateMethod(WeightMethod):
         lowest = int(torch.nonzero(layer.mask).flatten()[0]) if layer.planes else 0
         full_scale = layer.scale / 2.0**lowest * (2**self.settings.bits - 1)
         integers = (layer.integers << lowest).to(self.planes.pos.device)
-        self.planes.fixed_mask[index] = layer.mask.to(self.planes.pos.device)
         self.planes.set_integers(index, integers, full_scale, logit=self.settings.logit, beta=beta)
 
+    @property
+    def fixing_step(self) -> int | None:
+        """The step that is the first with fixed planes; None where they are fixed throughout, or soft to the end."""
+        settings = self.settings
+        if settings.target_bits is None or settings.fix_masks_at >= 1:
+            return None
+        return max(1, round(settings.fix_masks_at * self.clock.total_steps))
+
     def beta(self, step: int) -> float:
+        fixing, settings = self.fixing_step, self.settings
+        if settings.recentre and fixing is not None and step >= fixing:
+            progress = (step - fixing) / max(self.clock.total_steps * settings.harden_at - fixing, 1)
+            return csq.temperature(progress, initial=self.settings.beta_fixed, final=self.settings.beta_final)
         progress = self.clock.progress(step, per_epoch=self.settings.beta_per_epoch)
         return csq.temperature(progress, initial=self.settings.beta_initial, final=self.settings.beta_final)
 
@@ -215,19 +239,57 @@ class GateMethod(WeightMethod):
             return
         beta, planes, settings = self.beta(step), self.planes, self.settings
         options = {"lr": lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
-        # Δ_S on the device and in float64, so that a step never waits for the host
-        gap = (planes.hard_mask().sum(dim=1).double() @ self.device_weights) / sum(self.weights) - (
-            settings.target_bits or 0.0
-        )
-        gradients = planes.update_gates(beta, **options, seed=step)
+        searching = planes.fixed_mask is None and settings.target_bits is not None
+        gradients = planes.update_gates(beta, **options, seed=step, gain=self._gain(beta))
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
         sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
-        if settings.target_bits is not None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
-            slope = csq.gate_slope(csq.gate(planes.mask_logits, beta), beta)
-            mask_gradient = (gradients.mask + settings.reg_strength * gap) * slope
-            sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient, **options)
-        if settings.refit_scale:
+        if searching:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
+            soft_mask = csq.gate(planes.mask_logits, beta)
+            mask_gradient = gradients.mask + settings.reg_strength * self._gap(beta)
+            sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient * csq.gate_slope(soft_mask, beta), **options)
+        if step + 1 == self.fixing_step:
+            self._fix_masks(beta, self.beta(step + 1))
+        elif settings.refit_scale:
             planes.refit_scale(beta, self.beta(step + 1))
+
+    def _gain(self, beta: float) -> Tensor | None:
+        cap = self.settings.precondition
+        if not cap:
+            return None
+        planes = self.planes
+        if self.settings.precondition_plane:
+            coefficient = planes.scale.unsqueeze(1) * planes.plane_weights
+        else:
+            coefficient = planes.scale.unsqueeze(1) * planes.plane_weights[-1:].expand(planes.bits)
+        return self.settings.gate_gain / (coefficient * beta / 4).square().clamp_min(1 / cap)
+
+    def _gap(self, beta: float) -> Tensor:
+        """Δ_S on the device and in float64, so that a step never waits for the host."""
+        mask = self.planes.mask(beta) if self.settings.precision_count == "soft" else self.planes.hard_mask()
+        mean = (mask.sum(dim=1).double() @ self.device_weights) / sum(self.weights)
+        return mean - (self.settings.target_bits or 0.0)
+
+    @torch.no_grad()
+    def _fix_masks(self, beta: float, new_beta: float) -> None:
+        """From Eq. 5 to Eq. 4: planes chosen within the budget, scales refitted, bits kept or restarted from integers."""
+        planes = self.planes
+        chosen = self._choose_planes(beta)
+        soft = [planes.soft_weight(index, beta) for index in range(len(self.layers))]
+        planes.fix_mask(chosen)
+        for index, weight in enumerate(soft):
+            if self.settings.recentre:
+                fit = fit_levels(weight, chosen[index].cpu(), starts=self._starts(index, beta))
+                where = planes.slices[index]
+                planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
+                integers = self.layers[index].unflatten(fit.integers)
+                full = fit.step * (2**planes.bits - 1)
+                planes.set_integers(index, integers, full, logit=self.settings.recentre, beta=new_beta)
+            else:
+                moved = planes.soft_weight(index, new_beta)
+                square = moved @ moved
+                if square > 0:
+                    planes.scale[index] *= (moved @ weight) / square
+        planes.scale_momentum.zero_()
 
     def materialise(self, step: int) -> None:
         if self.hardened is None:
@@ -241,15 +303,51 @@ class GateMethod(WeightMethod):
             self.hardened = self._harden(step)
             self.materialise(step)
 
+    @torch.no_grad()
     def _harden(self, step: int) -> _Hardened:
         beta, planes = self.beta(step), self.planes
-        mask = planes.hard_mask()
-        if self.settings.target_bits is not None:
-            importance = planes.plane_energy(beta) * (self.fisher / torch.tensor(self.weights).to(self.fisher))[:, None]
-            target = self.settings.target_bits
-            mask = budget.project(mask, importance, self.weights, target=target, limits=self.limits)
-        integers = planes.integers(mask, beta, rounding=self.settings.rounding)
-        return _Hardened(mask, integers, planes.scale / (2**self.settings.bits - 1))
+        if self.settings.rounding == "threshold":
+            mask = self._project(beta)
+            steps = planes.scale / (2**self.settings.bits - 1)
+            signs = torch.where(steps < 0, -1, 1).to(torch.int32)  # a negative scale goes into the integers
+            integers = [part * sign for part, sign in zip(planes.threshold_integers(mask), signs, strict=True)]
+            return _Hardened(mask, integers, steps.abs())
+        mask = planes.fixed_mask if planes.fixed_mask is not None else self._choose_planes(beta)
+        fits = [
+            fit_levels(planes.soft_weight(index, beta), mask[index].cpu(), starts=self._starts(index, beta))
+            for index in range(len(self.layers))
+        ]
+        integers = [layer.unflatten(fit.integers.to(torch.int32)) for layer, fit in zip(self.layers, fits, strict=True)]
+        return _Hardened(mask, integers, torch.stack([fit.step for fit in fits]))
+
+    def _starts(self, index: int, beta: float) -> list[float]:
+        """Steps at which the soft weight lies on levels if its gates are decided and its masks alike."""
+        step = float(self.planes.scale[index].abs()) / (2**self.settings.bits - 1)
+        return [step, *(step * f for f in self.planes.mask(beta)[index].tolist())]
+
+    def _importance(self, beta: float) -> Tensor:
+        """[layers, bits]: expected loss increase if a plane vanished, F·energy with the mean squared gradient as F."""
+        return self.planes.plane_energy(beta) * self._curvature()[:, None]
+
+    def _curvature(self) -> Tensor:
+        """[layers]: mean squared gradient of a weight; ones before the first gradient."""
+        curvature = self.fisher / self.device_weights.to(self.fisher)
+        return torch.where((curvature > 0).any(), curvature, torch.ones_like(curvature))
+
+    def _choose_planes(self, beta: float) -> Tensor:
+        planes, target = self.planes, self.settings.target_bits
+        assert target is not None
+        weights = [planes.soft_weight(index, beta) for index in range(len(self.layers))]
+        energy, masks = planes.plane_energy(beta).cpu(), planes.mask(beta).cpu()
+        chosen = choose_planes(weights, masks, energy, self._curvature(), target=target, limits=self.limits)
+        return chosen.to(planes.pos.device)
+
+    def _project(self, beta: float) -> Tensor:
+        mask, target = self.planes.hard_mask(), self.settings.target_bits
+        if target is None or self.planes.fixed_mask is not None:
+            return mask
+        importance = self._importance(beta)
+        return budget.project(mask, importance, self.weights, target=target, limits=self.limits, spendable=mask)
 
     def hard_layers(self) -> list[HardLayer]:
         assert self.hardened is not None, "harden() first"
@@ -273,7 +371,8 @@ class GateMethod(WeightMethod):
     def monitor(self, step: int) -> dict[str, float]:
         beta, gap = self.beta(step), self.budget_gap()
         regulariser = float(csq.mask_regulariser(self.planes.mask_logits, beta))
-        penalty = self.settings.reg_strength * gap * regulariser if self.settings.target_bits is not None else 0.0
+        searching = self.settings.target_bits is not None and self.planes.fixed_mask is None
+        penalty = self.settings.reg_strength * gap * regulariser if searching else 0.0
         return {"beta": beta, "mean_bits": self.mean_bits(), "budget_gap": gap, "reg_loss": penalty}
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,6 +389,15 @@ def sgd_(value: Tensor, velocity: Tensor, gradient: Tensor, *, lr: float, moment
     """PyTorch's SGD update in place: v ← μv + (g + wd·x); x ← x − lr·v."""
     velocity.mul_(momentum).add_(gradient + weight_decay * value)
     value.sub_(velocity, alpha=lr)
+
+
+def initial_scale(weight: Tensor, settings: GateSettings) -> Tensor:
+    """s of a layer ([1]) before training: a share of its largest magnitude, or what suits the planes that it will keep."""
+    if settings.init_scale != "mse":
+        return max_abs_scale(weight) * float(settings.init_scale)
+    planes = max(1, min(settings.bits, round(settings.target_bits or settings.bits)))
+    step = mse_step(weight, planes, channel_dim=None).to(weight)  # of the top planes' integers
+    return step * (2**settings.bits - 1) / 2 ** (settings.bits - planes)
 
 
 def max_abs_scale(weight: Tensor) -> Tensor:
