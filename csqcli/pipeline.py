@@ -37,7 +37,7 @@ from csqcli.inspect import Operations, count_macs
 from csqcli.interrupt import Interrupted, StopRequest
 from csqcli.lock import locked
 from csqcli.progress import Display
-from csqcli.quant import activations, budget
+from csqcli.quant import activations, budget, csq
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.latent import LatentUniform, StagedCSQ, StagedSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
@@ -731,6 +731,7 @@ def make_method(
         )
         return StagedCSQ(layers, clock, staged, start=start)
     searched = settings.method != "csq-uniform" and start is None
+    auto = _auto_logit(recipe, clock)
     gates = GateSettings(
         bits=_gate_bits(recipe),
         target_bits=settings.target_bits if searched else None,
@@ -738,8 +739,8 @@ def make_method(
         beta_final=settings.beta_final,
         beta_per_epoch=settings.beta_schedule == "epoch",
         reg_strength=settings.reg_strength,
-        logit=settings.logit,
-        mask_logit=settings.mask_logit,
+        logit=auto if settings.logit == "auto" else settings.logit,
+        mask_logit=auto if settings.mask_logit == "auto" else settings.mask_logit,
         momentum=recipe.optimizer.momentum,
         weight_decay=recipe.optimizer.weight_decay,
         refit_scale=settings.refit_scale,
@@ -752,12 +753,27 @@ def make_method(
         precondition=settings.precondition,
         precondition_plane=settings.precondition_plane,
         gate_gain=settings.gate_gain,
+        adaptive=settings.adaptive,
         harden_at=settings.harden_at,
         rounding=settings.rounding,
         limits=limits if searched else None,
         state_dtype=state_dtype,
     )
     return GateMethod(layers, clock, gates, start=start)
+
+
+def _auto_logit(recipe: Recipe, clock: Clock) -> float:
+    """Where logits start: as far out as the schedule takes them in from scratch; 1 from weights that are to be kept."""
+    optimizer = recipe.optimizer
+    if recipe.model.pretrained or recipe.model.checkpoint is not None:
+        return 1.0
+    return csq.plastic_logit(
+        lr=optimizer.lr * (1 if optimizer.schedule == "cosine" else 2),  # the rule halves it, a cosine's mean
+        weight_decay=optimizer.weight_decay,
+        momentum=optimizer.momentum,
+        steps=clock.total_steps,
+        beta_final=recipe.quantization.beta_final,
+    )
 
 
 def _check_task(spec: sources.ModelSpec) -> None:

@@ -118,10 +118,11 @@ class QuantizationSettings(_Section):
     """Raise β once per epoch (the paper) or at every step (short schedules)."""
     reg_strength: float = Field(0.01, ge=0)
     """λ of Eq. 7."""
-    logit: float = Field(1.0, gt=0)
-    """Distance of bit logits from the decision boundary at the start; on-bits at +logit, all others at −logit."""
-    mask_logit: float = Field(1.0, ge=0)
-    """m_B at the start; ≥ 0 so that every plane is in use at step 0."""
+    logit: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Distance of bit logits from the decision boundary at the start; on-bits at +logit, all others at −logit. `auto`: 1 from
+    a checkpoint; from scratch what weight decay takes to |βm| = 4 by the end, at most 1."""
+    mask_logit: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """m_B at the start; ≥ 0 so that every plane is in use at step 0. `auto`: as for `logit`."""
     refit_scale: bool = True
     """Refit each layer's scale in closed form when β moves, so that the weights stay where they are."""
     digits: Literal["signed", "sign-magnitude"] = "signed"
@@ -133,6 +134,7 @@ class QuantizationSettings(_Section):
     precondition: float = 0.0
     precondition_plane: bool = False
     gate_gain: float = 1.0
+    adaptive: float = 0.0
     rounding: Literal["threshold", "nearest"] = "nearest"
     """Hardening: every gate to its unit step (the paper), or the soft integer to the nearest level of the mask."""
     harden_at: float = Field(0.9, gt=0, le=1)

@@ -83,9 +83,25 @@ def test_the_logit_rule_ends_at_four_over_beta_under_the_optimizer_that_decays_i
     assert csq.plastic_logit(lr=lr, weight_decay=decay, momentum=momentum, steps=10**9, beta_final=beta) == 1
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=6).filter(any), st.floats(0.5, 20.0), st.integers(0, 2**32 - 1))
+def test_numbers_between_levels_are_met_by_the_lowest_digit_and_in_holes_by_the_nearest_level(mask: list[bool], beta: float, seed: int) -> None:
+    top = float(max(formed_by(mask)))
+    levels = torch.tensor(formed_by(mask), dtype=torch.float64)
+    values = (torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1) * top
+    digits = csq.signed_digits_of(values, len(mask), torch.tensor(mask))
+    pos, neg = csq.logits_from_digits(digits, logit=1.0, beta=beta)
+    soft = torch.sigmoid(beta * pos.double()) - torch.sigmoid(beta * neg.double())  # each digit times tanh(β/2)
+    formed = sum(soft[b] * 2**b for b in range(len(mask))) / math.tanh(beta / 2)
+    nearest = (values[:, None] - levels).abs().min(dim=1).values
+    assert ((formed - values).abs() <= nearest + 1e-4 * top).all()
+    if all(mask[mask.index(True) :]):  # without holes
+        torch.testing.assert_close(formed, values, atol=1e-4 * top, rtol=1e-3)
+
+
 # --- the nearest integers and step
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=6).filter(any),
     st.floats(0.01, 10.0),

@@ -73,7 +73,10 @@ class BitPlanes:
             self.set_integers(index, integers, scale, logit=logit, beta=beta)
 
     def set_integers(self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float) -> None:
-        """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers."""
+        """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers.
+
+        With a fixed mask, numbers between the levels that it forms are met too.
+        """
         flat = self.layers[index].flat(integers)
         mask = None if self.fixed_mask is None else self.fixed_mask[index]
         for chunk, of_layer in self._chunks_of(index):
@@ -81,7 +84,7 @@ class BitPlanes:
                 digits = csq.signed_digits_of(flat[of_layer], self.bits, mask)
             else:
                 digits = csq.bit_planes_of(flat[of_layer], self.bits)
-            self.pos[:, chunk], self.neg[:, chunk] = csq.logits_from_digits(digits, logit=logit)
+            self.pos[:, chunk], self.neg[:, chunk] = csq.logits_from_digits(digits, logit=logit, beta=beta)
         softness = torch.tanh(torch.tensor(beta * logit / 2))
         if self.fixed_mask is None:
             softness = softness * csq.gate(self.mask_logits[index, 0].cpu(), beta)

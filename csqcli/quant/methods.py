@@ -153,6 +153,7 @@ class GateSettings:
     precondition: float = 0.0
     precondition_plane: bool = False
     gate_gain: float = 1.0
+    adaptive: float = 0.0
     rounding: str = "threshold"  # unit steps (the paper) | nearest, to the soft weight, with its own scale
     harden_at: float = 1.0  # share of training after which the weights are hard and only the rest adapts
     state_dtype: torch.dtype = torch.float32  # of bit logits and momenta; bfloat16 takes half the memory
@@ -240,6 +241,9 @@ class GateMethod(WeightMethod):
         beta, planes, settings = self.beta(step), self.planes, self.settings
         options = {"lr": lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
         searching = planes.fixed_mask is None and settings.target_bits is not None
+        if self.settings.adaptive and planes.fixed_mask is not None:
+            self._adaptive_step(step, beta, lr_share)
+            return
         gradients = planes.update_gates(beta, **options, seed=step, gain=self._gain(beta))
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
         sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
@@ -251,6 +255,24 @@ class GateMethod(WeightMethod):
             self._fix_masks(beta, self.beta(step + 1))
         elif settings.refit_scale:
             planes.refit_scale(beta, self.beta(step + 1))
+
+    def _adaptive_step(self, step: int, beta: float, lr_share: float) -> None:
+        settings, planes = self.settings, self.planes
+        if not hasattr(self, "second"):
+            self.second = [torch.zeros(w) for w in self.weights]
+            self.updates = 0
+        self.updates += 1
+        correction = 1 - 0.99**self.updates
+        saved = []
+        for layer, second in zip(self.layers, self.second, strict=True):
+            g = layer.parameter.grad
+            saved.append(g)
+            flat = layer.flat(g)
+            second.mul_(0.99).addcmul_(flat, flat, value=0.01)
+            layer.parameter.grad = layer.unflatten(flat / ((second / correction).sqrt() + 1e-12))
+        top = planes.scale.unsqueeze(1) * planes.plane_weights[-1:]
+        rate = settings.adaptive * lr_share**2 * (1 - settings.momentum)
+        planes.update_gates(beta, lr=rate, momentum=settings.momentum, weight_decay=0.0, seed=step, gain=16 / beta**2 / top)
 
     def _gain(self, beta: float) -> Tensor | None:
         cap = self.settings.precondition
@@ -281,7 +303,7 @@ class GateMethod(WeightMethod):
                 fit = fit_levels(weight, chosen[index].cpu(), starts=self._starts(index, beta))
                 where = planes.slices[index]
                 planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
-                integers = self.layers[index].unflatten(fit.integers)
+                integers = self.layers[index].unflatten(weight / fit.step)
                 full = fit.step * (2**planes.bits - 1)
                 planes.set_integers(index, integers, full, logit=self.settings.recentre, beta=new_beta)
             else:
