@@ -55,6 +55,11 @@ def method(name: str, target: float | None = None, epochs: int = 6, **more: Any)
 
 
 PAPER = {  # section IV-A's method on the proxy's schedule
+    "quantization.digits": "sign-magnitude",
+    "quantization.init_scale": 1.0,
+    "quantization.gate_steps": "sgd",
+    "quantization.fix_masks_at": 1.0,
+    "quantization.beta_final": 200.0,
     "quantization.refit_scale": False,
     "quantization.rounding": "threshold",
     "quantization.harden_at": 1.0,

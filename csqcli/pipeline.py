@@ -731,7 +731,7 @@ def make_method(
         )
         return StagedCSQ(layers, clock, staged, start=start)
     searched = settings.method != "csq-uniform" and start is None
-    auto = _auto_logit(recipe, clock)
+    auto = _auto_logit(recipe, clock) if start is None else 1.0
     gates = GateSettings(
         bits=_gate_bits(recipe),
         target_bits=settings.target_bits if searched else None,
@@ -746,14 +746,10 @@ def make_method(
         refit_scale=settings.refit_scale,
         digits=settings.digits,
         init_scale=settings.init_scale,
+        gate_steps=settings.gate_steps,
         precision_count=settings.precision_count,
         fix_masks_at=settings.fix_masks_at,
-        recentre=settings.recentre,
-        beta_fixed=settings.beta_fixed,
-        precondition=settings.precondition,
-        precondition_plane=settings.precondition_plane,
-        gate_gain=settings.gate_gain,
-        adaptive=settings.adaptive,
+        restart_beta=settings.restart_beta,
         harden_at=settings.harden_at,
         rounding=settings.rounding,
         limits=limits if searched else None,

@@ -112,8 +112,8 @@ class QuantizationSettings(_Section):
     """Format of Adam's moments (`csq`), or of bit logits and momenta (gate methods); bfloat16 takes half the memory."""
     beta_initial: float = Field(1.0, gt=0)
     """Gate methods (`csq-paper`, `csq-uniform`), as all below: β0, gate temperature at the start."""
-    beta_final: float = Field(200.0, gt=0)
-    """β at the end; gates are close to unit steps there."""
+    beta_final: float = Field(20.0, gt=0)
+    """β at the end, where gates should be close to unit steps; 200 in the paper."""
     beta_schedule: Literal["epoch", "step"] = "step"
     """Raise β once per epoch (the paper) or at every step (short schedules)."""
     reg_strength: float = Field(0.01, ge=0)
@@ -126,17 +126,24 @@ class QuantizationSettings(_Section):
     refit_scale: bool = True
     """Refit each layer's scale in closed form when β moves, so that the weights stay where they are."""
     digits: Literal["signed", "sign-magnitude"] = "signed"
+    """Code that bits start from: a sign of its own for every plane's digit, so that dropping planes rounds, or the weight's
+    sign for all of them (the authors' code)."""
     init_scale: Annotated[float, Field(gt=0)] | Literal["mse"] = 0.6
+    """s at the start, as a share of the layer's largest weight; `mse`: the scale with the least squared error at
+    target_bits planes."""
+    gate_steps: Literal["preconditioned", "sgd"] = "preconditioned"
+    """Steps on bit logits: as large in the weights as SGD's on the weights would be, at every β and scale, or SGD on the
+    logits (the paper)."""
     precision_count: Literal["sign", "soft"] = "sign"
+    """Planes that Δ_S of Eq. 7 counts: those with m_B ≥ 0 (the paper), or Σ f(m_B)."""
     fix_masks_at: float = Field(0.4, gt=0, le=1)
-    recentre: float = 0.0
-    beta_fixed: float = 1.0
-    precondition: float = 0.0
-    precondition_plane: bool = False
-    gate_gain: float = 1.0
-    adaptive: float = 0.0
+    """Share of training after which planes are chosen within the budget and fixed, and bits train on (Eq. 4); 1 searches to
+    the end (the paper)."""
+    restart_beta: Annotated[float, Field(gt=0)] | None = 2.0
+    """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
     rounding: Literal["threshold", "nearest"] = "nearest"
-    """Hardening: every gate to its unit step (the paper), or the soft integer to the nearest level of the mask."""
+    """Hardening: every gate to its unit step (the paper), or each weight to the level nearest to its soft weight, with a
+    least-squares scale."""
     harden_at: float = Field(0.9, gt=0, le=1)
     """Share of training after which the weights are hard and fixed, and the rest of the model adapts to them."""
 

@@ -25,7 +25,12 @@ CPU = torch.device("cpu")
 def formed_by(mask: list[bool]) -> list[int]:
     """Every integer that digits in {−1, 0, 1} on a mask's planes form, by enumeration."""
     on = [2**b for b, used in enumerate(mask) if used]
-    return sorted({sum(d * p for d, p in zip(digits, on, strict=True)) for digits in itertools.product((-1, 0, 1), repeat=len(on))})
+    return sorted(
+        {
+            sum(d * p for d, p in zip(digits, on, strict=True))
+            for digits in itertools.product((-1, 0, 1), repeat=len(on))
+        }
+    )
 
 
 # --- digits
@@ -84,7 +89,9 @@ def test_the_logit_rule_ends_at_four_over_beta_under_the_optimizer_that_decays_i
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6).filter(any), st.floats(0.5, 20.0), st.integers(0, 2**32 - 1))
-def test_numbers_between_levels_are_met_by_the_lowest_digit_and_in_holes_by_the_nearest_level(mask: list[bool], beta: float, seed: int) -> None:
+def test_numbers_between_levels_are_met_by_the_lowest_digit_and_in_holes_by_the_nearest_level(
+    mask: list[bool], beta: float, seed: int
+) -> None:
     top = float(max(formed_by(mask)))
     levels = torch.tensor(formed_by(mask), dtype=torch.float64)
     values = (torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1) * top
@@ -152,7 +159,10 @@ def test_all_zero_tiny_and_huge_weights_and_empty_masks_are_finite(largest: floa
 def trained(draw: st.DrawFn) -> tuple[list[Tensor], Tensor, Tensor, Tensor, float, PlaneLimits]:
     layers, bits = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    weights = [torch.randn(draw(st.integers(1, 60)), generator=rng) * draw(st.sampled_from([0, 1e-3, 1])) for _ in range(layers)]
+    weights = [
+        torch.randn(draw(st.integers(1, 60)), generator=rng) * draw(st.sampled_from([0, 1e-3, 1]))
+        for _ in range(layers)
+    ]
     masks = torch.rand(layers, bits, generator=rng) * (torch.rand(layers, bits, generator=rng) < 0.7)
     energy, curvature = torch.rand(layers, bits, generator=rng) * masks.square(), torch.rand(layers, generator=rng)
     fewest = tuple(draw(st.integers(0, 1)) for _ in range(layers))
@@ -194,14 +204,19 @@ def decided(layers: list[Layer], *, scale_sign: float = 1.0, rounding: str = "ne
 
 @pytest.mark.parametrize("scale_sign", [1.0, -1.0])
 def test_hard_equals_soft_where_bits_are_decided_and_a_last_plane_is_half_open(scale_sign: float) -> None:
-    layers = [Layer("small.weight", nn.Parameter(torch.randn(4, 5))), Layer("large.weight", nn.Parameter(torch.randn(40, 5)))]
+    layers = [
+        Layer("small.weight", nn.Parameter(torch.randn(4, 5))),
+        Layer("large.weight", nn.Parameter(torch.randn(40, 5))),
+    ]
     method = decided(layers, scale_sign=scale_sign)
     soft = [layer.parameter.detach().clone() for layer in layers]
     # Eq. 5 in float64, so that the claim does not rest on the pass under test
     where = method.planes.slices[1]
     pos, neg = (gates[:, where].T.reshape(40, 5, 3).double() for gates in (method.planes.pos, method.planes.neg))
     q = torch.sigmoid(200.0 * method.planes.mask_logits[1].double())
-    torch.testing.assert_close(soft[1].double(), reference.weight(pos, neg, q, method.planes.scale[1:].double(), 200.0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        soft[1].double(), reference.weight(pos, neg, q, method.planes.scale[1:].double(), 200.0), atol=1e-6, rtol=1e-5
+    )
     method.harden(9)
     for layer, before, hard in zip(layers, soft, method.hard_layers(), strict=True):
         torch.testing.assert_close(layer.parameter.detach(), before, atol=1e-5, rtol=1e-4)
@@ -210,7 +225,10 @@ def test_hard_equals_soft_where_bits_are_decided_and_a_last_plane_is_half_open(s
 
 
 def test_unit_steps_are_the_papers_and_take_a_negative_scale_into_the_integers() -> None:
-    layers = [Layer("small.weight", nn.Parameter(torch.randn(4, 5))), Layer("large.weight", nn.Parameter(torch.randn(40, 5)))]
+    layers = [
+        Layer("small.weight", nn.Parameter(torch.randn(4, 5))),
+        Layer("large.weight", nn.Parameter(torch.randn(40, 5))),
+    ]
     method = decided(layers, scale_sign=-1.0, rounding="threshold")
     method.harden(9)
     hard = method.hard_layers()
@@ -234,7 +252,13 @@ def made(seed: int = 0, **more: object) -> tuple[nn.Module, GateMethod]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4, bias=False))
     layers, _ = find_layers(model)
-    usual = {"target_bits": 2.0, "digits": "signed", "rounding": "nearest", "refit_scale": True, "beta_per_epoch": False}
+    usual = {
+        "target_bits": 2.0,
+        "digits": "signed",
+        "rounding": "nearest",
+        "refit_scale": True,
+        "beta_per_epoch": False,
+    }
     return model, GateMethod(layers, Clock(20, 10), GateSettings(**usual | more))
 
 
@@ -275,7 +299,10 @@ def test_a_state_saved_before_at_or_after_the_fixing_step_goes_on_alike(stop: in
     model, method = made(fix_masks_at=0.4)
     train(method, model, range(stop))
     state = method.state_dict()
-    state = {"planes": {k: v.clone() if isinstance(v, Tensor) else v for k, v in state["planes"].items()}, "fisher": state["fisher"].clone()}
+    state = {
+        "planes": {k: v.clone() if isinstance(v, Tensor) else v for k, v in state["planes"].items()},
+        "fisher": state["fisher"].clone(),
+    }
     train(method, model, range(stop, 20))
     again, resumed = made(fix_masks_at=0.4)
     resumed.load_state_dict(state)

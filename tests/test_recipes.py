@@ -40,6 +40,8 @@ def test_the_papers_recipes_hold_the_papers_settings(
     assert (settings.method, settings.max_bits, settings.reg_strength) == ("csq-paper", 8, 0.01)
     assert (settings.beta_initial, settings.beta_final, settings.beta_schedule) == (1, 200, "epoch")
     assert (settings.rounding, settings.harden_at, settings.refit_scale) == ("threshold", 1, False)
+    assert (settings.digits, settings.init_scale, settings.gate_steps) == ("sign-magnitude", 1, "sgd")
+    assert (settings.precision_count, settings.fix_masks_at, settings.restart_beta) == ("sign", 1, None)
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.schedule) == ("momentum", 0.1, 0.9, "cosine")
     assert (optimizer.weight_decay, optimizer.warmup_epochs) == (decay, warmup)
 

@@ -124,10 +124,9 @@ class BitPlanes:
                     weight[of_layer] = per_plane[index, used] @ on.sub_(off)
 
     @torch.no_grad()
-    def soft_weight(self, index: int, beta: float, mask: Tensor | None = None) -> Tensor:
-        """Eq. 5 (Eq. 4) of one layer as [weights], float32, in the order of memory; at another ``mask`` [bits] where given."""
-        mask = self.mask(beta)[index] if mask is None else mask
-        per_plane = self.scale[index] * self.plane_weights * mask
+    def soft_weight(self, index: int, beta: float) -> Tensor:
+        """Eq. 5 (Eq. 4 with a fixed mask) of one layer as [weights], float32, in the order of `Layer.flat`."""
+        per_plane = self.scale[index] * self.plane_weights * self.mask(beta)[index]
         chunks = [per_plane @ csq.soft_digits(*self._logits(chunk), beta) for chunk, _ in self._chunks_of(index)]
         return torch.cat(chunks)
 
@@ -144,7 +143,8 @@ class BitPlanes:
     ) -> LayerGradients:
         """One momentum-SGD step on m_p and m_n from the parameters' ``.grad``; mask and scale gradients returned.
 
-        ``seed`` draws the rounding of bfloat16 state: another one for every step.
+        ``seed`` draws the rounding of bfloat16 state: another one for every step. ``gain``, [layers, bits] or [layers, 1],
+        multiplies the gates' gradients, and none of those returned.
 
         dL/dm_p[b] = g·c[b]·β·σ'(βm_p[b]) and dL/dm_n[b] = −g·c[b]·β·σ'(βm_n[b]), with
         c[b] = s·2^b/(2^n−1)·mask[b]; the update is PyTorch's SGD (momentum without dampening, coupled weight decay).
@@ -194,6 +194,13 @@ class BitPlanes:
             cross[index] += old @ new
             square[index] += new @ new
         self.scale.mul_(torch.where(square > 0, cross / square.clamp_min(1e-30), torch.ones_like(square)))
+
+    @torch.no_grad()
+    def fit_scale(self, index: int, weight: Tensor, beta: float) -> None:
+        """s ← s·⟨V, W⟩/⟨V, V⟩: the scale at which one layer's soft weight V at ``beta`` is nearest to ``weight``, [weights]."""
+        own = self.soft_weight(index, beta)
+        square = own @ own
+        self.scale[index] *= torch.where(square > 0, (own @ weight) / square.clamp_min(1e-30), 1.0)
 
     @torch.no_grad()
     def plane_energy(self, beta: float) -> Tensor:

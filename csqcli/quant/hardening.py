@@ -37,7 +37,7 @@ def fit_levels(weight: Tensor, mask: Tensor, *, starts: Sequence[float] = ()) ->
     moves: each half lowers the error or keeps it. Starts that are compared on a sample of the weights: ``starts`` and
     fractions of the largest magnitude. A weight that is all zero, or a mask without planes, gives zeros at step 1.
     """
-    levels = levels_of(mask)
+    levels = levels_of(mask).to(weight.device)
     largest = float(weight.abs().max()) if weight.numel() else 0.0
     if len(levels) == 1 or largest == 0:
         return Fit(torch.zeros_like(weight), weight.new_ones(()), weight.double().square().sum())
@@ -45,7 +45,9 @@ def fit_levels(weight: Tensor, mask: Tensor, *, starts: Sequence[float] = ()) ->
     sample = scaled[:: max(1, len(scaled) // _SAMPLE)]
     finite = [start / largest for start in starts if 0 < start / largest < float("inf")]
     fractions = torch.linspace(0.2, 1.0, 17).tolist()
-    candidates = [_alternate(sample, levels, step) for step in [*finite, *(part / float(levels[-1]) for part in fractions)]]
+    candidates = [
+        _alternate(sample, levels, step) for step in [*finite, *(part / float(levels[-1]) for part in fractions)]
+    ]
     _, best, _ = min(candidates, key=lambda candidate: float(candidate[2]))
     integers, step, error = _alternate(scaled, levels, best)
     return Fit(integers, (step * largest).to(weight.dtype), error * largest**2)
@@ -88,6 +90,7 @@ def choose_planes(
     (:func:`fit_levels`); an exact knapsack over all layers then shares the budget out. Planes with f(m_B) near 0 stay off,
     unless a layer's floor asks for one.
     """
+    device, energy, soft_masks = energy.device, energy.cpu(), soft_masks.cpu()  # the choice is made on the host
     layers, bits = energy.shape
     orders = [plane_order(row) for row in energy]
     seen = (soft_masks >= UNSEEN).sum(dim=1).tolist()
@@ -95,12 +98,12 @@ def choose_planes(
     errors = torch.zeros(layers, bits + 1, dtype=torch.float64)
     for index, weight in enumerate(soft_weights):
         for count in range(most[index] + 1):
-            errors[index, count:] = fit_levels(weight, first_planes(orders[index], count)).error
+            errors[index, count:] = fit_levels(weight, first_planes(orders[index], count)).error.cpu()
     errors = torch.cummin(errors, dim=1).values
     saved = (errors[:, :-1] - errors[:, 1:]) * curvature.double().cpu().unsqueeze(1)
     weights = [weight.numel() for weight in soft_weights]
     planes = budget.allocate(saved, weights, target=target, limits=replace(limits, most=most))
-    return torch.stack([first_planes(order, count) for order, count in zip(orders, planes, strict=True)])
+    return torch.stack([first_planes(order, count) for order, count in zip(orders, planes, strict=True)]).to(device)
 
 
 def first_planes(order: Tensor, count: int) -> Tensor:

@@ -129,31 +129,32 @@ class WeightMethod:
         pass
 
 
+_MOST_GAIN = 1e4  # of a preconditioned step: beyond it a gate's share of the weight is too small to be steered by
+
+
 @dataclass(frozen=True)
 class GateSettings:
     """Knobs of gate training; defaults are the paper's (section IV-A) where it names one."""
 
     bits: int = 8
-    target_bits: float | None = None  # None: masks are fixed and nothing is searched (Eq. 3, Eq. 4)
+    target_bits: float | None = None  # None: planes are fixed throughout and nothing is searched (Eq. 3, Eq. 4)
     beta_initial: float = 1.0
     beta_final: float = 200.0
     beta_per_epoch: bool = True
     reg_strength: float = 0.01  # λ of Eq. 7
     logit: float = 1.0  # |m_p|, |m_n| at the start
     mask_logit: float = 1.0  # m_B at the start
+    digits: str = "sign-magnitude"  # that logits start from: sign-magnitude (the authors' code) | signed
+    init_scale: float | str = (
+        1.0  # s at the start: share of a layer's largest magnitude | "mse", for target_bits planes
+    )
+    gate_steps: str = "sgd"  # on logits: sgd (the paper) | preconditioned, as large in the weights as SGD's on them
     momentum: float = 0.9
     weight_decay: float = 5e-4
     refit_scale: bool = False  # keep weights still when β moves
-    digits: str = "sign-magnitude"  # that logits start from: sign-magnitude (the authors) | signed
-    init_scale: float | str = 1.0  # s at the start: share of the layer's largest magnitude | "mse": for target_bits planes
     precision_count: str = "sign"  # planes that Δ_S counts: m_B ≥ 0 (the paper) | soft, Σ f(m_B)
     fix_masks_at: float = 1.0  # share of training after which planes are fixed and bits train on (Eq. 4)
-    recentre: float = 0.0  # |m| that bits restart from when planes are fixed; 0 leaves them
-    beta_fixed: float = 1.0  # β when planes are fixed, if recentred
-    precondition: float = 0.0
-    precondition_plane: bool = False
-    gate_gain: float = 1.0
-    adaptive: float = 0.0
+    restart_beta: float | None = None  # β that bits restart at once planes are fixed; None: they go on as they are
     rounding: str = "threshold"  # unit steps (the paper) | nearest, to the soft weight, with its own scale
     harden_at: float = 1.0  # share of training after which the weights are hard and only the rest adapts
     state_dtype: torch.dtype = torch.float32  # of bit logits and momenta; bfloat16 takes half the memory
@@ -168,7 +169,12 @@ class _Hardened:
 
 
 class GateMethod(WeightMethod):
-    """CSQ as published: SGD on bit logits, mask logits and scales (Eq. 5–7); Eq. 3 and 4 when masks are fixed."""
+    """CSQ as published: gradient steps on bit logits, mask logits and scales (Eq. 5–7); Eq. 3 and 4 when planes are fixed.
+
+    Planes are fixed throughout (no target, or a delivered model to go on from), from ``fix_masks_at`` on, or at the end.
+    When they are fixed earlier, they are chosen within the budget, each scale is refitted, and what is trained from
+    there on is what is delivered.
+    """
 
     def __init__(
         self,
@@ -187,22 +193,38 @@ class GateMethod(WeightMethod):
         self.limits = settings.limits or budget.plane_limits(layers, bits=settings.bits)
         if settings.target_bits is not None:
             budget.check_feasible(settings.target_bits, self.weights, self.limits)
-        self.planes = BitPlanes(layers, bits=settings.bits, device=device, state_dtype=settings.state_dtype, signed=settings.digits == "signed")
+        signed = settings.digits == "signed"
+        self.planes = BitPlanes(
+            layers, bits=settings.bits, device=device, state_dtype=settings.state_dtype, signed=signed
+        )
         self.device_weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
         self.fisher = torch.zeros(len(layers), device=device)  # running Σ_i g_i² per layer
         self.hardened: _Hardened | None = None
-        beta = self.beta(0)
-        scales = [initial_scale(layer.parameter, settings) for layer in layers]
+        self.fixing_step = self._fixing_step(start)
         self.planes.mask_logits.fill_(settings.mask_logit)
-        if start is not None or settings.target_bits is None:
+        if self.fixing_step == 0:
             mask = torch.ones(len(layers), settings.bits, dtype=torch.bool)
-            for index, layer in enumerate(start or ()):
-                mask[index] = layer.mask
+            for index, delivered in enumerate(start or ()):
+                mask[index] = delivered.mask
             self.planes.fix_mask(mask)
-        self.planes.initialise(logit=settings.logit, mask_logit=settings.mask_logit, beta=beta, scales=scales)
-        for index, layer in enumerate(start or ()):
-            self._start_from(index, layer, beta)
+        beta = self.beta(0)
+        if start is not None:
+            for index, delivered in enumerate(start):
+                self._start_from(index, delivered, beta)
+        elif self.fixing_step == 0 and settings.restart_beta is not None:
+            for index, layer in enumerate(layers):
+                self._restart_bits(index, layer.flat(layer.parameter.detach()).float(), starts=(), beta=beta)
+        else:
+            scales = [initial_scale(layer.parameter, settings) for layer in layers]
+            self.planes.initialise(logit=settings.logit, mask_logit=settings.mask_logit, beta=beta, scales=scales)
         self.materialise(0)
+
+    def _fixing_step(self, start: Sequence[HardLayer] | None) -> int | None:
+        """The first step with fixed planes: 0 where they are fixed throughout, None where they are soft to the end."""
+        if start is not None or self.settings.target_bits is None:
+            return 0
+        share = self.settings.fix_masks_at
+        return max(1, round(share * self.clock.total_steps)) if share < 1 else None
 
     def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
         if layer.scale.numel() > 1:
@@ -216,21 +238,15 @@ class GateMethod(WeightMethod):
         integers = (layer.integers << lowest).to(self.planes.pos.device)
         self.planes.set_integers(index, integers, full_scale, logit=self.settings.logit, beta=beta)
 
-    @property
-    def fixing_step(self) -> int | None:
-        """The step that is the first with fixed planes; None where they are fixed throughout, or soft to the end."""
-        settings = self.settings
-        if settings.target_bits is None or settings.fix_masks_at >= 1:
-            return None
-        return max(1, round(settings.fix_masks_at * self.clock.total_steps))
-
     def beta(self, step: int) -> float:
-        fixing, settings = self.fixing_step, self.settings
-        if settings.recentre and fixing is not None and step >= fixing:
-            progress = (step - fixing) / max(self.clock.total_steps * settings.harden_at - fixing, 1)
-            return csq.temperature(progress, initial=self.settings.beta_fixed, final=self.settings.beta_final)
-        progress = self.clock.progress(step, per_epoch=self.settings.beta_per_epoch)
-        return csq.temperature(progress, initial=self.settings.beta_initial, final=self.settings.beta_final)
+        """Algorithm 1's temperature; it starts again, from ``restart_beta``, with the first step of fixed planes."""
+        settings, restarted = self.settings, self.settings.restart_beta
+        if restarted is not None and self.fixing_step is not None and step >= self.fixing_step:
+            last = max(settings.harden_at * self.clock.total_steps, self.fixing_step + 1)
+            progress = (step - self.fixing_step) / (last - self.fixing_step)
+            return csq.temperature(progress, initial=restarted, final=settings.beta_final)
+        progress = self.clock.progress(step, per_epoch=settings.beta_per_epoch)
+        return csq.temperature(progress, initial=settings.beta_initial, final=settings.beta_final)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
@@ -240,50 +256,28 @@ class GateMethod(WeightMethod):
             return
         beta, planes, settings = self.beta(step), self.planes, self.settings
         options = {"lr": lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
-        searching = planes.fixed_mask is None and settings.target_bits is not None
-        if self.settings.adaptive and planes.fixed_mask is not None:
-            self._adaptive_step(step, beta, lr_share)
-            return
-        gradients = planes.update_gates(beta, **options, seed=step, gain=self._gain(beta))
+        gradients = planes.update_gates(beta, **options, gain=self._gain(beta), seed=step)
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
         sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
-        if searching:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
-            soft_mask = csq.gate(planes.mask_logits, beta)
-            mask_gradient = gradients.mask + settings.reg_strength * self._gap(beta)
-            sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient * csq.gate_slope(soft_mask, beta), **options)
+        if planes.fixed_mask is None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
+            slope = csq.gate_slope(csq.gate(planes.mask_logits, beta), beta)
+            mask_gradient = (gradients.mask + settings.reg_strength * self._gap(beta)) * slope
+            sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient, **options)
         if step + 1 == self.fixing_step:
             self._fix_masks(beta, self.beta(step + 1))
         elif settings.refit_scale:
             planes.refit_scale(beta, self.beta(step + 1))
 
-    def _adaptive_step(self, step: int, beta: float, lr_share: float) -> None:
-        settings, planes = self.settings, self.planes
-        if not hasattr(self, "second"):
-            self.second = [torch.zeros(w) for w in self.weights]
-            self.updates = 0
-        self.updates += 1
-        correction = 1 - 0.99**self.updates
-        saved = []
-        for layer, second in zip(self.layers, self.second, strict=True):
-            g = layer.parameter.grad
-            saved.append(g)
-            flat = layer.flat(g)
-            second.mul_(0.99).addcmul_(flat, flat, value=0.01)
-            layer.parameter.grad = layer.unflatten(flat / ((second / correction).sqrt() + 1e-12))
-        top = planes.scale.unsqueeze(1) * planes.plane_weights[-1:]
-        rate = settings.adaptive * lr_share**2 * (1 - settings.momentum)
-        planes.update_gates(beta, lr=rate, momentum=settings.momentum, weight_decay=0.0, seed=step, gain=16 / beta**2 / top)
-
     def _gain(self, beta: float) -> Tensor | None:
-        cap = self.settings.precondition
-        if not cap:
+        """[layers, 1]: what gate gradients are multiplied by; None for 1.
+
+        With c = s·2^(n−1)/(2^n−1) of the top plane, an SGD step on a logit moves the weight by (c·β·σ')²·dL/dW: by
+        (cβ/4)², at an undecided gate, of what SGD on the weight itself would. The gain takes that factor out.
+        """
+        if self.settings.gate_steps == "sgd":
             return None
-        planes = self.planes
-        if self.settings.precondition_plane:
-            coefficient = planes.scale.unsqueeze(1) * planes.plane_weights
-        else:
-            coefficient = planes.scale.unsqueeze(1) * planes.plane_weights[-1:].expand(planes.bits)
-        return self.settings.gate_gain / (coefficient * beta / 4).square().clamp_min(1 / cap)
+        top = self.planes.scale * self.planes.plane_weights[-1]
+        return 1 / (top * beta / 4).square().clamp_min(1 / _MOST_GAIN).unsqueeze(1)
 
     def _gap(self, beta: float) -> Tensor:
         """Δ_S on the device and in float64, so that a step never waits for the host."""
@@ -293,25 +287,33 @@ class GateMethod(WeightMethod):
 
     @torch.no_grad()
     def _fix_masks(self, beta: float, new_beta: float) -> None:
-        """From Eq. 5 to Eq. 4: planes chosen within the budget, scales refitted, bits kept or restarted from integers."""
+        """From Eq. 5 to Eq. 4: planes chosen within the budget, scales refitted, bits restarted where that is asked for."""
         planes = self.planes
         chosen = self._choose_planes(beta)
         soft = [planes.soft_weight(index, beta) for index in range(len(self.layers))]
+        starts = [self._likely_steps(index, beta) for index in range(len(self.layers))]
         planes.fix_mask(chosen)
         for index, weight in enumerate(soft):
-            if self.settings.recentre:
-                fit = fit_levels(weight, chosen[index].cpu(), starts=self._starts(index, beta))
-                where = planes.slices[index]
-                planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
-                integers = self.layers[index].unflatten(weight / fit.step)
-                full = fit.step * (2**planes.bits - 1)
-                planes.set_integers(index, integers, full, logit=self.settings.recentre, beta=new_beta)
+            if self.settings.restart_beta is None:
+                planes.fit_scale(index, weight, new_beta)
             else:
-                moved = planes.soft_weight(index, new_beta)
-                square = moved @ moved
-                if square > 0:
-                    planes.scale[index] *= (moved @ weight) / square
+                self._restart_bits(index, weight, starts=starts[index], beta=new_beta)
         planes.scale_momentum.zero_()
+
+    def _restart_bits(self, index: int, weight: Tensor, *, starts: Sequence[float], beta: float) -> None:
+        """Bits of one layer anew, on its fixed planes: the soft weight at ``beta`` is ``weight``, clipped to what they reach.
+
+        The step is the one whose levels are nearest to the weight; what lies between two levels stays in the lowest
+        plane's digits, so that nothing is rounded before training has decided it.
+        """
+        planes = self.planes
+        assert planes.fixed_mask is not None
+        fit = fit_levels(weight, planes.fixed_mask[index], starts=starts)
+        full_scale = fit.step * (2**planes.bits - 1)
+        values = self.layers[index].unflatten(weight / fit.step)
+        planes.set_integers(index, values, full_scale, logit=1.0, beta=beta)
+        where = planes.slices[index]
+        planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
 
     def materialise(self, step: int) -> None:
         if self.hardened is None:
@@ -336,39 +338,36 @@ class GateMethod(WeightMethod):
             return _Hardened(mask, integers, steps.abs())
         mask = planes.fixed_mask if planes.fixed_mask is not None else self._choose_planes(beta)
         fits = [
-            fit_levels(planes.soft_weight(index, beta), mask[index].cpu(), starts=self._starts(index, beta))
+            fit_levels(planes.soft_weight(index, beta), mask[index], starts=self._likely_steps(index, beta))
             for index in range(len(self.layers))
         ]
         integers = [layer.unflatten(fit.integers.to(torch.int32)) for layer, fit in zip(self.layers, fits, strict=True)]
         return _Hardened(mask, integers, torch.stack([fit.step for fit in fits]))
 
-    def _starts(self, index: int, beta: float) -> list[float]:
-        """Steps at which the soft weight lies on levels if its gates are decided and its masks alike."""
+    def _likely_steps(self, index: int, beta: float) -> list[float]:
+        """Steps at which a layer's soft weight lies on levels if its gates are decided and its masks alike."""
         step = float(self.planes.scale[index].abs()) / (2**self.settings.bits - 1)
-        return [step, *(step * f for f in self.planes.mask(beta)[index].tolist())]
-
-    def _importance(self, beta: float) -> Tensor:
-        """[layers, bits]: expected loss increase if a plane vanished, F·energy with the mean squared gradient as F."""
-        return self.planes.plane_energy(beta) * self._curvature()[:, None]
+        return [step, *(step * soft for soft in self.planes.mask(beta)[index].tolist())]
 
     def _curvature(self) -> Tensor:
-        """[layers]: mean squared gradient of a weight; ones before the first gradient."""
+        """[layers]: mean squared gradient of a weight, what a squared error there costs; ones before the first gradient."""
         curvature = self.fisher / self.device_weights.to(self.fisher)
         return torch.where((curvature > 0).any(), curvature, torch.ones_like(curvature))
 
     def _choose_planes(self, beta: float) -> Tensor:
+        """bool [layers, bits]: the planes that keep the soft model best within the budget (`hardening.choose_planes`)."""
         planes, target = self.planes, self.settings.target_bits
         assert target is not None
         weights = [planes.soft_weight(index, beta) for index in range(len(self.layers))]
-        energy, masks = planes.plane_energy(beta).cpu(), planes.mask(beta).cpu()
-        chosen = choose_planes(weights, masks, energy, self._curvature(), target=target, limits=self.limits)
-        return chosen.to(planes.pos.device)
+        energy, masks = planes.plane_energy(beta), planes.mask(beta)
+        return choose_planes(weights, masks, energy, self._curvature(), target=target, limits=self.limits)
 
     def _project(self, beta: float) -> Tensor:
+        """bool [layers, bits]: planes with m_B ≥ 0, the least important ones dropped until the budget is met."""
         mask, target = self.planes.hard_mask(), self.settings.target_bits
         if target is None or self.planes.fixed_mask is not None:
             return mask
-        importance = self._importance(beta)
+        importance = self.planes.plane_energy(beta) * self._curvature()[:, None]
         return budget.project(mask, importance, self.weights, target=target, limits=self.limits, spendable=mask)
 
     def hard_layers(self) -> list[HardLayer]:
@@ -392,9 +391,10 @@ class GateMethod(WeightMethod):
 
     def monitor(self, step: int) -> dict[str, float]:
         beta, gap = self.beta(step), self.budget_gap()
-        regulariser = float(csq.mask_regulariser(self.planes.mask_logits, beta))
-        searching = self.settings.target_bits is not None and self.planes.fixed_mask is None
-        penalty = self.settings.reg_strength * gap * regulariser if searching else 0.0
+        penalty = 0.0
+        if self.planes.fixed_mask is None:
+            regulariser = float(csq.mask_regulariser(self.planes.mask_logits, beta))
+            penalty = self.settings.reg_strength * float(self._gap(beta)) * regulariser
         return {"beta": beta, "mean_bits": self.mean_bits(), "budget_gap": gap, "reg_loss": penalty}
 
     def state_dict(self) -> dict[str, Any]:
