@@ -166,6 +166,8 @@ def project(
     masks: Tensor,  # bool [layers, bits]: planes that the search ended with
     importance: Tensor,  # [layers, bits] ≥ 0: expected loss increase if that plane vanished
     budget: Budget,
+    *,
+    spendable: Tensor | None = None,  # bool [layers, bits]: planes that what is left may switch on; None: any
 ) -> Tensor:
     """Masks within the budget and the limits, changed as little and as cheaply as possible; bool [layers, bits].
 
@@ -202,6 +204,8 @@ def project(
         if chosen[cell] and count[cell[0]] > few[cell[0]]:
             switch(cell, False)
     for cell in dearest_first:
+        if spendable is not None and not spendable[cell]:
+            continue
         free = not chosen[cell] and count[cell[0]] < most[cell[0]]
         if free and budget.spent(count) + one_more(cell[0]) <= budget.allowed:
             switch(cell, True)

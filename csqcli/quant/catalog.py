@@ -7,7 +7,7 @@ method is a file in `methods/` and a card here; a method from outside is a class
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -58,16 +58,29 @@ class GateSettings(MethodSettings):
 
     beta_initial: float = Field(1.0, gt=0)
     """β0, gate temperature at the start."""
-    beta_final: float = Field(200.0, gt=0)
-    """β at the end; gates are close to unit steps there."""
+    beta_final: float = Field(20.0, gt=0)
+    """β at the end, where gates should be close to unit steps; 200 in the paper."""
     beta_schedule: Literal["epoch", "step"] = "step"
     """Raise β once per epoch (the paper) or at every step (short schedules)."""
-    logit: float = Field(1.0, gt=0)
-    """Distance of bit logits from the decision boundary at the start; on-bits at +logit, all others at −logit."""
+    logit: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Distance of bit logits from the decision boundary at the start; on-bits at +logit, all others at −logit. `auto`: 1 from
+    a checkpoint; from scratch what weight decay takes to |βm| = 4 by the end, at most 1."""
+    digits: Literal["signed", "sign-magnitude"] = "signed"
+    """Code that bits start from: a sign of its own for every plane's digit, so that dropping planes rounds, or the weight's
+    sign for all of them (the authors' code)."""
+    init_scale: Annotated[float, Field(gt=0)] | Literal["mse"] = 0.6
+    """s at the start, as a share of the layer's largest weight; `mse`: the scale with the least squared error at
+    target_bits planes."""
+    gate_steps: Literal["preconditioned", "sgd"] = "preconditioned"
+    """Steps on bit logits: as large in the weights as SGD's on the weights would be, at every β and scale, or SGD on the
+    logits (the paper)."""
     refit_scale: bool = True
     """Refit each layer's scale in closed form when β moves, so that the weights stay where they are."""
+    restart_beta: Annotated[float, Field(gt=0)] | None = 2.0
+    """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
     rounding: Literal["threshold", "nearest"] = "nearest"
-    """Hardening: every gate to its unit step (the paper), or the soft integer to the nearest level of the mask."""
+    """Hardening: every gate to its unit step (the paper), or each weight to the level nearest to its soft weight, with a
+    least-squares scale."""
     harden_at: float = Field(0.9, gt=0, le=1)
     """Share of training after which the weights are hard and fixed, and the rest of the model adapts to them."""
 
@@ -77,8 +90,13 @@ class CSQSettings(GateSettings):
 
     reg_strength: float = Field(0.01, ge=0)
     """λ of Eq. 7."""
-    mask_logit: float = Field(1.0, ge=0)
-    """m_B at the start; ≥ 0 so that every plane is in use at step 0."""
+    mask_logit: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """m_B at the start; ≥ 0 so that every plane is in use at step 0. `auto`: as for `logit`."""
+    precision_count: Literal["sign", "soft"] = "sign"
+    """Planes that Δ_S of Eq. 7 counts: those with m_B ≥ 0 (the paper), or Σ f(m_B)."""
+    fix_masks_at: float = Field(0.4, gt=0, le=1)
+    """Share of training after which planes are chosen within the budget and fixed, and bits train on (Eq. 4); 1 searches to
+    the end (the paper)."""
 
 
 class UniformGateSettings(GateSettings):
@@ -89,9 +107,13 @@ PAPER = {  # what section IV-A says of the method itself; the old name csq-paper
     "beta_initial": 1.0,
     "beta_final": 200.0,
     "beta_schedule": "epoch",
+    "digits": "sign-magnitude",
+    "init_scale": 1.0,
+    "gate_steps": "sgd",
+    "precision_count": "sign",
+    "fix_masks_at": 1.0,
+    "restart_beta": None,
     "reg_strength": 0.01,
-    "logit": 1.0,
-    "mask_logit": 1.0,
     "refit_scale": False,
     "rounding": "threshold",
     "harden_at": 1.0,

@@ -7,6 +7,8 @@ significant plane. These functions are the reference that `bitplanes` (chunked, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,34 @@ def temperature(progress: float, *, initial: float = 1.0, final: float = 200.0) 
     return float(initial * (final / initial) ** min(max(progress, 0.0), 1.0))
 
 
+def plastic_logit(*, lr: float, weight_decay: float, momentum: float, steps: int, beta_final: float) -> float:
+    """The initial |m| whose gates are still undecided when training from scratch begins, and decided when it ends.
+
+    Weight decay alone takes a logit to |m|·exp(−lr·wd·S/(2(1−μ))) in S steps of a cosine that starts at ``lr``. From
+    a = 4/β_final · exp(lr·wd·S/(2(1−μ))) it ends with β|m| = 4, where a gate is 98 % decided; at most 1, the paper's range.
+    """
+    decay = lr * weight_decay * steps / (2 * (1 - momentum))
+    return min(1.0, 4 / beta_final * math.exp(min(decay, 100.0)))
+
+
+def signed_digits_of(values: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
+    """Digits in {−1, 0, 1} of signed numbers, each with a sign of its own. Shape [bits, *values.shape], float32.
+
+    From the top plane down, d_b = round(r/2^b) clipped to ±1, and r ← r − d_b·2^b for the planes below: every prefix of
+    the planes is the number rounded to them, where sign-magnitude digits cut it off. The digit of the lowest plane is r/2^b
+    itself, in [−1, 1]: a digit of an integer, and what is left of a number between two integers. With ``mask`` (bool
+    [bits]) only its planes have digits: numbers in a hole between its levels get the nearest of them.
+    """
+    rest = values.to(torch.float32)
+    digits = torch.zeros(bits, *values.shape, device=values.device)
+    used = [b for b in reversed(range(bits)) if mask is None or mask[b]]
+    for b in used:
+        ratio = rest / 2**b
+        digits[b] = (ratio if b == used[-1] else torch.round(ratio)).clamp(-1, 1)
+        rest = rest - digits[b] * 2**b
+    return digits
+
+
 def bit_planes_of(integers: Tensor, bits: int) -> Tensor:
     """Digits in {−1, 0, 1} of signed integers in sign-magnitude form. Shape [bits, *integers.shape], float32."""
     shifts = torch.arange(bits, device=integers.device).view(-1, *([1] * integers.dim()))
@@ -73,15 +103,20 @@ def quantize_integers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round(weight / scale * top).clamp(-top, top).to(torch.int32)
 
 
-def logits_from_integers(integers: Tensor, bits: int, *, logit: float) -> tuple[Tensor, Tensor]:
-    """Bit logits whose soft weight is exactly tanh(β·logit/2) times the quantized weight at every β.
+def logits_from_digits(digits: Tensor, *, logit: float, beta: float) -> tuple[Tensor, Tensor]:
+    """Bit logits whose soft digit at ``beta`` is exactly tanh(β·logit/2) times ``digits`` in [−1, 1].
 
     On-bits sit at +logit in the plane of their sign; every other entry at −logit, so that
-    f(+a) − f(−a) = tanh(βa/2) and f(−a) − f(−a) = 0. Both results have shape [bits, *integers.shape].
+    f(+a) − f(−a) = tanh(βa/2) and f(−a) − f(−a) = 0, at every β. A digit in between has the bit of its sign in between, at
+    f = f(−a) + tanh(βa/2)·|d|. Both results have the shape of ``digits``.
     """
-    digits = bit_planes_of(integers, bits)
-    on, off = torch.tensor(logit, device=integers.device), torch.tensor(-logit, device=integers.device)
-    return torch.where(digits > 0, on, off), torch.where(digits < 0, on, off)
+    low, spread = 1 / (1 + math.exp(beta * logit)), math.tanh(beta * logit / 2)
+
+    def logits_of(part: Tensor) -> Tensor:
+        between = torch.logit(low + spread * part) / beta
+        return torch.where(part >= 1, logit, torch.where(part <= 0, -logit, between)).to(torch.float32)
+
+    return logits_of(digits), logits_of(-digits)
 
 
 def mask_string(mask: Tensor) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from csqcli.quant.catalog import PAPER
+from csqcli.quant.catalog import CARDS, PAPER
 
 _STAGED = {
     "search_share": "search_share",
@@ -25,6 +25,13 @@ _STAGED = {
 }
 _GATES = ("beta_initial", "beta_final", "beta_schedule", "logit", "refit_scale", "rounding", "harden_at")
 _SEARCHING_GATES = (*_GATES, "reg_strength", "mask_logit")
+_THEN: dict[str, Any] = {  # what gate methods did before they had a setting for it
+    "digits": "sign-magnitude",
+    "init_scale": 1.0,
+    "gate_steps": "sgd",
+    "restart_beta": None,
+    "fix_masks_at": 1.0,
+}
 OLD_KEYS = frozenset((*_STAGED, *_SEARCHING_GATES))
 _NEW_NAMES = {"csq": "staged", "csq-paper": "csq"}
 
@@ -45,6 +52,8 @@ def modernised(raw: dict[str, Any]) -> dict[str, Any]:
         for section, name in _homes(key, method):
             if not complete or section == method:
                 sections.setdefault(section, {})[name] = old[key]
+    if complete and method in ("csq", "csq-uniform"):
+        sections[method] |= {key: value for key, value in _THEN.items() if key in CARDS[method].settings.model_fields}
     if named == "csq-paper" and not complete:
         sections["csq"] = PAPER | sections.get("csq", {})
     kept = {key: value for key, value in old.items() if key not in keys}

@@ -106,6 +106,8 @@ def make_method(
         lr=recipe.optimizer.lr,
         momentum=recipe.optimizer.momentum,
         weight_decay=recipe.optimizer.weight_decay,
+        mean_lr_share=0.5 if recipe.optimizer.schedule == "cosine" else 1.0,
+        from_scratch=not recipe.model.pretrained and recipe.model.checkpoint is None,
         rate_share=0.5**run.record.rollbacks,
         state_dtype=state_dtype(recipe),
     )

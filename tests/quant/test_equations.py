@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from csqcli.quant import equations
-from csqcli.quant.catalog import CSQSettings
+from csqcli.quant.catalog import PAPER, CSQSettings
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, max_abs_scale
-from csqcli.quant.passes.bitplanes import BitPlanes, levels_of, nearest_level
+from csqcli.quant.passes.bitplanes import BitPlanes
+from csqcli.quant.passes.rounding import levels_of, nearest_level
 
 SHAPES = ((3, 2, 3, 3), (5, 4))
 
@@ -68,7 +69,7 @@ def test_materialised_weight_is_eq_5(beta: float, bits: int) -> None:
 def test_gate_gradients_are_those_of_autograd(beta: float, fixed_mask: bool) -> None:
     planes, layers = random_planes(6, seed=3)
     if fixed_mask:
-        planes.fixed_mask = planes.mask_logits >= 0
+        planes.fix_mask(planes.mask_logits >= 0)
     leaves = reference_leaves(planes, layers)
     loss = torch.zeros((), dtype=torch.float64)
     rng = torch.Generator().manual_seed(9)
@@ -96,7 +97,9 @@ def test_one_method_step_is_sgd_on_eq_7(step: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.Flatten(), nn.Linear(12, 4, bias=False))
     layers, _ = find_layers(model)
-    settings = CSQSettings(reg_strength=0.3, beta_schedule="step", beta_final=50.0, refit_scale=False)
+    settings = CSQSettings(
+        **PAPER | {"reg_strength": 0.3, "beta_schedule": "step", "beta_final": 50.0, "logit": 1.0, "mask_logit": 1.0}
+    )
     method = BitLevelCSQ(layers, plan_for(layers, 2.0, Schedule(10, 10), bits=5), settings)
     planes = method.planes
     planes.mask_logits.copy_(torch.randn(planes.mask_logits.shape))
@@ -182,7 +185,7 @@ def test_mask_strings_print_the_most_significant_plane_first() -> None:
 def test_threshold_hardening_is_the_unit_step_of_every_gate() -> None:
     planes, layers = random_planes(4, seed=1)
     mask = torch.ones(2, 4, dtype=torch.bool)
-    hard = planes.integers(mask, 1.0, rounding="threshold")
+    hard = planes.threshold_integers(mask)
     expected = sum(
         ((planes.pos[b, planes.slices[0]] >= 0).int() - (planes.neg[b, planes.slices[0]] >= 0).int()) * 2**b
         for b in range(4)

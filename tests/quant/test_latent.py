@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from csqcli.quant import budget
-from csqcli.quant.catalog import CSQSettings, StagedSettings
+from csqcli.quant.catalog import PAPER, CSQSettings, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
@@ -25,7 +25,7 @@ from csqcli.quant.passes.rounding import mse_step, plane_shares, quantize, soft_
 
 SCHEDULE = Schedule(total_steps=40, steps_per_epoch=10)
 METHODS = {"ste": StraightThrough, "lsq": LearnedStep, "staged": Staged, "csq": BitLevelCSQ}
-BY_STEP = CSQSettings(beta_schedule="step", refit_scale=False, rounding="threshold")
+BY_STEP = CSQSettings(**PAPER | {"beta_schedule": "step", "logit": 1.0, "mask_logit": 1.0})
 
 
 def small_model(seed: int = 0) -> nn.Sequential:

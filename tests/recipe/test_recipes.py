@@ -51,6 +51,8 @@ def test_the_papers_recipes_hold_the_papers_settings(
     assert settings.reg_strength == 0.01
     assert (settings.beta_initial, settings.beta_final, settings.beta_schedule) == (1, 200, "epoch")
     assert (settings.rounding, settings.harden_at, settings.refit_scale) == ("threshold", 1, False)
+    assert (settings.digits, settings.init_scale, settings.gate_steps) == ("sign-magnitude", 1, "sgd")
+    assert (settings.precision_count, settings.fix_masks_at, settings.restart_beta) == ("sign", 1, None)
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.schedule) == ("momentum", 0.1, 0.9, "cosine")
     assert (optimizer.weight_decay, optimizer.warmup_epochs) == (decay, warmup)
 
@@ -166,7 +168,11 @@ OLD = {  # quantization of a complete recipe that csq 0.1 wrote
     ("method", "now", "kept"),
     [
         ("csq", "staged", {"search_share": 0.2, "beta_final": 30.0}),
-        ("csq-paper", "csq", {"beta_final": 100.0, "reg_strength": 0.01}),
+        (
+            "csq-paper",
+            "csq",
+            {"beta_final": 100.0, "reg_strength": 0.01, "digits": "sign-magnitude", "fix_masks_at": 1.0},
+        ),
         ("csq-uniform", "csq-uniform", {"beta_final": 100.0, "harden_at": 0.9}),
         ("ste", "ste", {}),
     ],

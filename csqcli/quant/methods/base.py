@@ -47,6 +47,8 @@ class Plan:
     lr: float = 0.05  # peak rate of the base optimizer, and what follows it: momentum and weight decay
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    mean_lr_share: float = 0.5  # mean of the learning rate over the schedule, as a share of its peak; a cosine's
+    from_scratch: bool = False  # the model's weights are fresh, and nothing of them needs to be kept
     rate_share: float = 1.0  # multiplies the rates that a method has of its own; less than 1 after a rollback
     state_dtype: torch.dtype = torch.float32  # of what is kept per weight; bfloat16 takes half the memory
 

@@ -1,6 +1,7 @@
-"""CSQ as published: stochastic gradient descent on bit logits, mask logits and scales (Eq. 2-7, Algorithm 1).
+"""CSQ as published: gradient steps on bit logits, mask logits and scales (Eq. 2-7, Algorithm 1).
 
-Eq. 5 is the search, Eq. 4 the finetune with masks fixed, and Eq. 3 (:class:`UniformCSQ`) has no masks at all.
+Eq. 5 is the search, Eq. 4 what follows once planes are fixed, and Eq. 3 (:class:`UniformCSQ`) has no masks at all. The
+settings' defaults are for checkpoints and short schedules; the paper's own are in its recipes (docs/method.md).
 """
 
 from __future__ import annotations
@@ -17,20 +18,29 @@ from csqcli.quant import equations
 from csqcli.quant.budget import project
 from csqcli.quant.catalog import CSQSettings, GateSettings, UniformGateSettings
 from csqcli.quant.hard_layer import HardLayer, hard_layer, top_planes
+from csqcli.quant.hardening import choose_planes, fit_levels
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.bitplanes import BitPlanes
+from csqcli.quant.passes.rounding import mse_step
+
+_MOST_GAIN = 1e4  # of a preconditioned step: beyond it a gate's share of the weight is too small to be steered by
 
 
 @dataclass
 class _Hardened:
-    mask: Tensor
+    mask: Tensor  # bool [layers, bits]
     integers: list[Tensor]
-    steps: Tensor  # [layers]: s/(2^n−1)
+    scales: Tensor  # [layers]: the value of integer 1, positive
 
 
 class GateMethod(WeightMethod):
-    """What the searching and the uniform form share: gates of Eq. 3-5, their update, and how they turn hard."""
+    """What the searching and the uniform form share: gates of Eq. 3-5, their update, and how they turn hard.
+
+    Planes are fixed throughout (given, or those of a delivered model to go on from), from ``fix_masks_at`` on, or at the
+    end. When they are fixed earlier, they are chosen within the budget, each scale is refitted, and what is trained from
+    there on is what is delivered.
+    """
 
     finetunes = True
     settings: GateSettings
@@ -40,33 +50,45 @@ class GateMethod(WeightMethod):
         mask fixed from the first step; with neither, masks are searched."""
         super().__init__(layers, plan, settings)
         settings, self.budget = self.settings, plan.budget
-        self.weights = [layer.weights for layer in layers]
         device = layers[0].parameter.device
-        self.searching = plan.start is None and plan.planes is None
-        if self.searching:
+        self.searches = plan.start is None and plan.planes is None
+        if self.searches:
             self.budget.check_feasible()
         self.bits = self.planes_of_gates(plan)
-        self.planes = BitPlanes(layers, bits=self.bits, device=device, state_dtype=plan.state_dtype)
+        self.logit = settings.logit if settings.logit != "auto" else auto_logit(plan, settings.beta_final)
+        signed = settings.digits == "signed"
+        self.planes = BitPlanes(layers, bits=self.bits, device=device, state_dtype=plan.state_dtype, signed=signed)
+        weights = [layer.weights for layer in layers]
+        self.device_weights = torch.tensor(weights, dtype=torch.float64, device=device)
         self.plane_cost = self.budget.plane_costs[:, 0].to(device)  # [layers]; of one plane
         self.fisher = torch.zeros(len(layers), device=device)  # running Σ_i g_i² per layer
         self.hardened: _Hardened | None = None
-        beta = self.beta(0)
-        scales = [max_abs_scale(layer.parameter) for layer in layers]
+        self.fixing_step = self._fixing_step() if self.searches else 0
         self.planes.mask_logits.fill_(self.mask_logit)
-        if not self.searching:
-            self.planes.fixed_mask = torch.ones(len(layers), self.bits, dtype=torch.bool, device=device)
-        if plan.planes is not None:
-            rows = [top_planes(k, self.bits) for k in plan.planes]
-            self.planes.fixed_mask = torch.stack(rows).to(device)
-        self.planes.initialise(logit=settings.logit, mask_logit=self.mask_logit, beta=beta, scales=scales)
-        for index, layer in enumerate(plan.start or ()):
-            self._start_from(index, layer, beta)
+        if plan.start is not None:
+            self.planes.fix_mask(torch.stack([delivered.mask for delivered in plan.start]))
+        elif plan.planes is not None:
+            self.planes.fix_mask(torch.stack([top_planes(k, self.bits) for k in plan.planes]))
+        beta = self.beta(0)
+        if plan.start is not None:
+            for index, delivered in enumerate(plan.start):
+                self._start_from(index, delivered, beta)
+        elif self.fixing_step == 0 and settings.restart_beta is not None:
+            for index, layer in enumerate(layers):
+                self._restart_bits(index, layer.flat(layer.parameter.detach()).float(), starts=(), beta=beta)
+        else:
+            scales = [self._initial_scale(layer.parameter) for layer in layers]
+            self.planes.initialise(logit=self.logit, mask_logit=self.mask_logit, beta=beta, scales=scales)
         self.materialise(0)
 
     @property
     def mask_logit(self) -> float:
         """m_B at the start."""
         return 1.0
+
+    def _fixing_step(self) -> int | None:
+        """The first step with fixed planes; None where they are soft to the end."""
+        return None
 
     @classmethod
     def planes_of_gates(cls, plan: Plan) -> int:
@@ -83,7 +105,6 @@ class GateMethod(WeightMethod):
         return max(1, round(share * self.schedule.total_steps)) if share < 1 else None
 
     def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
-        assert self.planes.fixed_mask is not None
         if layer.scale.numel() > 1:
             raise UserError(
                 "gates train one scale per layer, the file has one per channel",
@@ -93,28 +114,33 @@ class GateMethod(WeightMethod):
         lowest = int(torch.nonzero(layer.mask).flatten()[0]) if layer.planes else 0
         full_scale = layer.scale / 2.0**lowest * (2**self.bits - 1)
         integers = (layer.integers << lowest).to(self.planes.pos.device)
-        self.planes.fixed_mask[index] = layer.mask.to(self.planes.pos.device)
-        self.planes.set_integers(index, integers, full_scale, logit=self.settings.logit, beta=beta)
+        self.planes.set_integers(index, integers, full_scale, logit=self.logit, beta=beta)
 
     def beta(self, step: int) -> float:
-        """β of a step: Algorithm 1's exponential growth."""
-        progress = self.schedule.progress(step, per_epoch=self.settings.beta_schedule == "epoch")
-        return equations.temperature(progress, initial=self.settings.beta_initial, final=self.settings.beta_final)
+        """Algorithm 1's temperature; it starts again, from ``restart_beta``, with the first step of fixed planes."""
+        settings, restarted = self.settings, self.settings.restart_beta
+        if restarted is not None and self.fixing_step is not None and step >= self.fixing_step:
+            last = max(settings.harden_at * self.schedule.total_steps, self.fixing_step + 1)
+            progress = (step - self.fixing_step) / (last - self.fixing_step)
+            return equations.temperature(progress, initial=restarted, final=settings.beta_final)
+        progress = self.schedule.progress(step, per_epoch=settings.beta_schedule == "epoch")
+        return equations.temperature(progress, initial=settings.beta_initial, final=settings.beta_final)
 
     def collect(self, step: int, *, lr: float, lr_share: float) -> None:
         if self.hardened is not None:
             return
-        beta, planes, settings = self.beta(step), self.planes, self.settings
+        beta, planes = self.beta(step), self.planes
         options = {"lr": lr, "momentum": self.plan.momentum, "weight_decay": self.plan.weight_decay}
-        gap = self._gap()
-        gradients = planes.update_gates(beta, **options, seed=step)
+        gradients = planes.update_gates(beta, **options, gain=self._gain(beta), seed=step)
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
         sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
-        if self.searching:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
+        if planes.fixed_mask is None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
             slope = equations.gate_slope(equations.gate(planes.mask_logits, beta), beta)
-            mask_gradient = (gradients.mask + self.reg_strength * gap) * slope
+            mask_gradient = (gradients.mask + self.reg_strength * self._gap(beta)) * slope
             sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient, **options)
-        if settings.refit_scale:
+        if step + 1 == self.fixing_step:
+            self._fix_masks(beta, self.beta(step + 1))
+        elif self.settings.refit_scale:
             planes.refit_scale(beta, self.beta(step + 1))
 
     @property
@@ -122,10 +148,55 @@ class GateMethod(WeightMethod):
         """λ of Eq. 7."""
         return 0.0
 
-    def _gap(self) -> Tensor:
-        """Δ_S before the step, by the sign of every m_B; on the device and in float64, so that a step never waits."""
-        costs = self.plane_cost
-        return (self.planes.hard_mask().sum(dim=1).double() @ costs) / costs.sum() - self.budget.target_ratio
+    def _gain(self, beta: float) -> Tensor | None:
+        """[layers, 1]: what gate gradients are multiplied by; None for 1.
+
+        With c = s·2^(n−1)/(2^n−1) of the top plane, an SGD step on a logit moves the weight by (c·β·σ')²·dL/dW: by
+        (cβ/4)², at an undecided gate, of what SGD on the weight itself would. The gain takes that factor out.
+        """
+        if self.settings.gate_steps == "sgd":
+            return None
+        top = self.planes.scale * self.planes.plane_weights[-1]
+        return 1 / (top * beta / 4).square().clamp_min(1 / _MOST_GAIN).unsqueeze(1)
+
+    def _gap(self, beta: float) -> Tensor:
+        """Δ_S by what planes cost, on the device and in float64, so that a step never waits for the host."""
+        mask = self._counted(beta)
+        return (mask.sum(dim=1).double() @ self.plane_cost) / self.plane_cost.sum() - self.budget.target_ratio
+
+    def _counted(self, beta: float) -> Tensor:
+        """[layers, bits]: the planes that Δ_S counts."""
+        return self.planes.hard_mask()
+
+    @torch.no_grad()
+    def _fix_masks(self, beta: float, new_beta: float) -> None:
+        """From Eq. 5 to Eq. 4: planes chosen within the budget, scales refitted, bits restarted where that is asked for."""
+        planes, count = self.planes, range(len(self.layers))
+        chosen = self._choose_planes(beta)
+        soft = [planes.soft_weight(index, beta) for index in count]
+        starts = [self._likely_scales(index, beta) for index in count]
+        planes.fix_mask(chosen)
+        for index, weight in enumerate(soft):
+            if self.settings.restart_beta is None:
+                planes.fit_scale(index, weight, new_beta)
+            else:
+                self._restart_bits(index, weight, starts=starts[index], beta=new_beta)
+        planes.scale_momentum.zero_()
+
+    def _restart_bits(self, index: int, weight: Tensor, *, starts: Sequence[float], beta: float) -> None:
+        """Bits of one layer anew, on its fixed planes: the soft weight at ``beta`` is ``weight``, clipped to what they reach.
+
+        The scale is the one whose levels are nearest to the weight; what lies between two levels stays in the lowest
+        plane's digits, so that nothing is rounded before training has decided it.
+        """
+        planes = self.planes
+        assert planes.fixed_mask is not None
+        fit = fit_levels(weight, planes.fixed_mask[index], starts=starts)
+        full_scale = fit.step * (2**planes.bits - 1)
+        values = self.layers[index].unflatten(weight / fit.step)
+        planes.set_integers(index, values, full_scale, logit=1.0, beta=beta)
+        where = planes.slices[index]
+        planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
 
     def materialise(self, step: int) -> None:
         if self.hardened is None:
@@ -139,22 +210,53 @@ class GateMethod(WeightMethod):
             self.hardened = self._harden(step)
             self.materialise(step)
 
+    @torch.no_grad()
     def _harden(self, step: int) -> _Hardened:
         beta, planes = self.beta(step), self.planes
-        mask = planes.hard_mask()
-        if self.searching:
-            importance = planes.plane_energy(beta) * (self.fisher / torch.tensor(self.weights).to(self.fisher))[:, None]
-            mask = project(mask, importance, self.budget)
-        integers = planes.integers(mask, beta, rounding=self.settings.rounding)
-        return _Hardened(mask, integers, planes.scale / (2**self.bits - 1))
+        if self.settings.rounding == "threshold":
+            mask = self._project(beta)
+            scales = planes.scale / (2**self.bits - 1)
+            signs = torch.where(scales < 0, -1, 1).to(torch.int32)  # a negative scale goes into the integers
+            integers = [part * sign for part, sign in zip(planes.threshold_integers(mask), signs, strict=True)]
+            return _Hardened(mask, integers, scales.abs())
+        mask = planes.fixed_mask if planes.fixed_mask is not None else self._choose_planes(beta)
+        fits = [
+            fit_levels(planes.soft_weight(index, beta), mask[index], starts=self._likely_scales(index, beta))
+            for index in range(len(self.layers))
+        ]
+        integers = [layer.unflatten(fit.integers.to(torch.int32)) for layer, fit in zip(self.layers, fits, strict=True)]
+        return _Hardened(mask, integers, torch.stack([fit.step for fit in fits]))
+
+    def _likely_scales(self, index: int, beta: float) -> list[float]:
+        """Scales at which a layer's soft weight lies on levels if its gates are decided and its masks alike."""
+        scale = float(self.planes.scale[index].abs()) / (2**self.bits - 1)
+        return [scale, *(scale * soft for soft in self.planes.mask(beta)[index].tolist())]
+
+    def _curvature(self) -> Tensor:
+        """[layers]: mean squared gradient of a weight, what a squared error there costs; ones before the first gradient."""
+        curvature = self.fisher / self.device_weights.to(self.fisher)
+        return torch.where((curvature > 0).any(), curvature, torch.ones_like(curvature))
+
+    def _choose_planes(self, beta: float) -> Tensor:
+        """bool [layers, bits]: the planes that keep the soft model best within the budget (`hardening.choose_planes`)."""
+        planes = self.planes
+        weights = [planes.soft_weight(index, beta) for index in range(len(self.layers))]
+        energy, masks = planes.plane_energy(beta), planes.mask(beta)
+        return choose_planes(weights, masks, energy, self._curvature(), self.budget)
+
+    def _project(self, beta: float) -> Tensor:
+        """bool [layers, bits]: planes with m_B ≥ 0, the least important ones dropped until the budget is met."""
+        mask = self.planes.hard_mask()
+        if self.planes.fixed_mask is not None:
+            return mask
+        importance = self.planes.plane_energy(beta) * self._curvature()[:, None]
+        return project(mask, importance, self.budget, spendable=mask)
 
     def hard_layers(self) -> list[HardLayer]:
         assert self.hardened is not None, "harden() first"
-        return self._deliver(self.hardened)
-
-    def _deliver(self, hardened: _Hardened) -> list[HardLayer]:
-        columns = zip(self.layers, hardened.integers, hardened.steps, hardened.mask, strict=True)
-        return [hard_layer(layer, integers, step, mask) for layer, integers, step, mask in columns]
+        hard = self.hardened
+        columns = zip(self.layers, hard.integers, hard.scales, hard.mask, strict=True)
+        return [hard_layer(layer, integers, scale, mask) for layer, integers, scale, mask in columns]
 
     def mean_bits(self) -> float:
         """Mean planes over elements if every gate were a unit step now."""
@@ -163,13 +265,14 @@ class GateMethod(WeightMethod):
 
     def budget_gap(self) -> float:
         """Mean planes over weight elements minus the target; 0 where nothing is searched."""
-        return self.mean_bits() - self.budget.target if self.searching else 0.0
+        return self.mean_bits() - self.budget.target if self.searches else 0.0
 
     def monitor(self, step: int) -> dict[str, float]:
-        beta, gap = self.beta(step), self.budget_gap()
-        regulariser = float(equations.mask_regulariser(self.planes.mask_logits, beta))
-        penalty = self.reg_strength * gap * regulariser if self.searching else 0.0
-        return {"beta": beta, "mean_bits": self.mean_bits(), "budget_gap": gap, "reg_loss": penalty}
+        beta, penalty = self.beta(step), 0.0
+        if self.planes.fixed_mask is None:
+            regulariser = float(equations.mask_regulariser(self.planes.mask_logits, beta))
+            penalty = self.reg_strength * float(self._gap(beta)) * regulariser
+        return {"beta": beta, "mean_bits": self.mean_bits(), "budget_gap": self.budget_gap(), "reg_loss": penalty}
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"planes": self.planes.state_dict(), "fisher": self.fisher}
@@ -179,6 +282,14 @@ class GateMethod(WeightMethod):
         self.planes.load_state_dict(state["planes"])
         self.fisher.copy_(state["fisher"])
         self.hardened = _Hardened(**state["hardened"]) if "hardened" in state else None
+
+    def _initial_scale(self, weight: Tensor) -> Tensor:
+        """s of a layer ([1]) before training: a share of its largest magnitude, or what suits the planes it will keep."""
+        if self.settings.init_scale != "mse":
+            return max_abs_scale(weight) * float(self.settings.init_scale)
+        planes = max(1, min(self.bits, round(self.budget.target)))
+        scale = mse_step(weight, planes, channel_dim=None).to(weight)  # of the top planes' integers
+        return scale * (2**self.bits - 1) / 2 ** (self.bits - planes)
 
 
 class BitLevelCSQ(GateMethod):
@@ -191,11 +302,19 @@ class BitLevelCSQ(GateMethod):
 
     @property
     def mask_logit(self) -> float:
-        return self.settings.mask_logit
+        asked = self.settings.mask_logit
+        return asked if asked != "auto" else auto_logit(self.plan, self.settings.beta_final)
 
     @property
     def reg_strength(self) -> float:
         return self.settings.reg_strength
+
+    def _fixing_step(self) -> int | None:
+        share = self.settings.fix_masks_at
+        return max(1, round(share * self.schedule.total_steps)) if share < 1 else None
+
+    def _counted(self, beta: float) -> Tensor:
+        return self.planes.mask(beta) if self.settings.precision_count == "soft" else self.planes.hard_mask()
 
 
 class UniformCSQ(GateMethod):
@@ -208,6 +327,19 @@ class UniformCSQ(GateMethod):
     @classmethod
     def planes_of_gates(cls, plan: Plan) -> int:
         return max(plan.planes) if plan.planes is not None else super().planes_of_gates(plan)
+
+
+def auto_logit(plan: Plan, beta_final: float) -> float:
+    """Where logits start: as far out as the schedule takes them in from scratch; 1 from weights that are to be kept."""
+    if not plan.from_scratch:
+        return 1.0
+    return equations.plastic_logit(
+        lr=2 * plan.mean_lr_share * plan.lr,  # the rule is for a cosine, whose mean is half its peak
+        weight_decay=plan.weight_decay,
+        momentum=plan.momentum,
+        steps=plan.schedule.total_steps,
+        beta_final=beta_final,
+    )
 
 
 def sgd_(value: Tensor, velocity: Tensor, gradient: Tensor, *, lr: float, momentum: float, weight_decay: float) -> None:

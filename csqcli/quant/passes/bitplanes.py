@@ -19,7 +19,6 @@ from torch import Tensor
 
 from csqcli.quant import equations
 from csqcli.quant.layers import Layer
-from csqcli.quant.passes.rounding import levels_of, nearest_level
 from csqcli.quant.passes.state import Noise, chunk_size, kernels_for, round_into
 
 
@@ -42,9 +41,10 @@ class BitPlanes:
         bits: int,
         device: torch.device,
         state_dtype: torch.dtype = torch.float32,
+        signed: bool = True,
     ) -> None:
-        """``state_dtype``: of m_p, m_n and their momenta; float32 or bfloat16."""
-        self.layers, self.bits = list(layers), bits
+        """``state_dtype``: of m_p, m_n and their momenta; float32 or bfloat16. ``signed``: the digits that logits start from."""
+        self.layers, self.bits, self.signed = list(layers), bits, signed
         total = sum(layer.weights for layer in layers)
         self.pos = torch.empty(bits, total, dtype=state_dtype, device=device)
         self.neg = torch.empty_like(self.pos)
@@ -54,6 +54,7 @@ class BitPlanes:
         self.mask_momentum = torch.zeros_like(self.mask_logits)
         self.scale_momentum = torch.zeros_like(self.scale)
         self.fixed_mask: Tensor | None = None  # bool [layers, bits]: q_B of Eq. 4; None while the mask is soft
+        self.used = [slice(0, bits)] * len(layers)  # planes that the passes visit: from the lowest in use upwards
         self.plane_weights = equations.plane_weights(bits, device=device)
         starts = torch.tensor([0, *(layer.weights for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
@@ -72,16 +73,28 @@ class BitPlanes:
             self.set_integers(index, integers, scale, logit=logit, beta=beta)
 
     def set_integers(self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float) -> None:
-        """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers."""
+        """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers.
+
+        With a fixed mask, numbers between the levels that it forms are met too.
+        """
         flat = self.layers[index].flat(integers)
+        mask = None if self.fixed_mask is None else self.fixed_mask[index]
         for chunk, of_layer in self._chunks_of(index):
-            self.pos[:, chunk], self.neg[:, chunk] = equations.logits_from_integers(
-                flat[of_layer], self.bits, logit=logit
-            )
+            if self.signed or (mask is not None and not mask.all()):  # only signed digits form all that a mask can
+                digits = equations.signed_digits_of(flat[of_layer], self.bits, mask)
+            else:
+                digits = equations.bit_planes_of(flat[of_layer], self.bits)
+            self.pos[:, chunk], self.neg[:, chunk] = equations.logits_from_digits(digits, logit=logit, beta=beta)
         softness = torch.tanh(torch.tensor(beta * logit / 2))
         if self.fixed_mask is None:
             softness = softness * equations.gate(self.mask_logits[index, 0].cpu(), beta)
         self.scale[index] = float(scale) / softness.to(self.scale.device)
+
+    def fix_mask(self, mask: Tensor) -> None:
+        """From Eq. 5 to Eq. 4: q_B for good (bool [layers, bits]). Planes below a layer's lowest are not visited again."""
+        self.fixed_mask = mask.to(self.pos.device)
+        lowest = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), self.bits).tolist()
+        self.used = [slice(plane, self.bits) for plane in lowest]
 
     def mask(self, beta: float) -> Tensor:
         """[layers, bits]: f_β(m_B) in the search, q_B once it is fixed."""
@@ -97,30 +110,48 @@ class BitPlanes:
         per_plane = self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)  # [layers, bits]
         scratch = self._scratch(2)
         for index, layer in enumerate(self.layers):
+            used = self.used[index]
             with layer.writing() as weight:
                 if self.kernels is not None:
                     where = self.slices[index]
-                    pos, neg = self.pos[:, where], self.neg[:, where]
-                    self.kernels.soft_weight(pos, neg, per_plane[index], beta, weight)
+                    pos, neg = self.pos[used, where], self.neg[used, where]
+                    self.kernels.soft_weight(pos, neg, per_plane[index, used], beta, weight)
                     continue
                 for chunk, of_layer in self._chunks_of(index):
-                    on, off = scratch[:, :, : chunk.stop - chunk.start]
-                    _gates(self.pos[:, chunk], beta, on)
-                    _gates(self.neg[:, chunk], beta, off)
-                    weight[of_layer] = per_plane[index] @ on.sub_(off)
+                    on, off = scratch[:, used, : chunk.stop - chunk.start]
+                    _gates(self.pos[used, chunk], beta, on)
+                    _gates(self.neg[used, chunk], beta, off)
+                    weight[of_layer] = per_plane[index, used] @ on.sub_(off)
+
+    @torch.no_grad()
+    def soft_weight(self, index: int, beta: float) -> Tensor:
+        """Eq. 5 (Eq. 4 with a fixed mask) of one layer as [weights], float32, in the order of `Layer.flat`."""
+        per_plane = self.scale[index] * self.plane_weights * self.mask(beta)[index]
+        chunks = [per_plane @ equations.soft_digits(*self._logits(chunk), beta) for chunk, _ in self._chunks_of(index)]
+        return torch.cat(chunks)
 
     @torch.no_grad()
     def update_gates(
-        self, beta: float, *, lr: float, momentum: float, weight_decay: float, seed: int = 0
+        self,
+        beta: float,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        seed: int = 0,
+        gain: Tensor | None = None,
     ) -> LayerGradients:
         """One momentum-SGD step on m_p and m_n from the parameters' ``.grad``; mask and scale gradients returned.
 
-        ``seed`` draws the rounding of bfloat16 state: another one for every step.
+        ``seed`` draws the rounding of bfloat16 state: another one for every step. ``gain``, [layers, bits] or [layers, 1],
+        multiplies the gates' gradients, and none of those returned.
 
         dL/dm_p[b] = g·c[b]·β·σ'(βm_p[b]) and dL/dm_n[b] = −g·c[b]·β·σ'(βm_n[b]), with
         c[b] = s·2^b/(2^n−1)·mask[b]; the update is PyTorch's SGD (momentum without dampening, coupled weight decay).
         """
         gated = self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)
+        if gain is not None:
+            gated = gated * gain
         mask_gradient = torch.zeros_like(self.mask_logits)
         squared = torch.zeros_like(self.scale)
         sgd = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -130,20 +161,20 @@ class BitPlanes:
         for index, layer in enumerate(self.layers):
             if layer.parameter.grad is None:
                 continue
-            gradient = layer.flat(layer.parameter.grad)
+            gradient, used = layer.flat(layer.parameter.grad), self.used[index]
             if self.kernels is not None:
-                state = (buffer[:, self.slices[index]] for buffer in self._state())
-                mask_gradient[index], squared[index] = self.kernels.update_gates(
-                    *state, gradient, gated[index], beta, **sgd, seed=seed
+                state = (buffer[used, self.slices[index]] for buffer in self._state())
+                mask_gradient[index, used], squared[index] = self.kernels.update_gates(
+                    *state, gradient, gated[index, used], beta, **sgd, seed=seed
                 )
                 continue
             for chunk, of_layer in self._chunks_of(index):
                 part = gradient[of_layer].float()
-                room = scratch[:, :, : len(part)]
+                room = scratch[:, used, : len(part)]
                 for sign, logits, velocity in ((1, self.pos, self.pos_momentum), (-1, self.neg, self.neg_momentum)):
-                    held, moving = logits[:, chunk], velocity[:, chunk]
-                    sums = _update_chunk(held, moving, part, sign * gated[index], beta, noise=noise, room=room, **sgd)
-                    mask_gradient[index] += sign * sums
+                    held, moving, signed = logits[used, chunk], velocity[used, chunk], sign * gated[index, used]
+                    sums = _update_chunk(held, moving, part, signed, beta, noise=noise, room=room, **sgd)
+                    mask_gradient[index, used] += sign * sums
                 squared[index] += part.square().sum()
         sums = mask_gradient * self.plane_weights  # [layers, bits]: 2^b/(2^n−1) Σ_i g_i d_i
         scale_gradient = (sums * self.mask(beta)).sum(dim=1)
@@ -165,35 +196,31 @@ class BitPlanes:
         self.scale.mul_(torch.where(square > 0, cross / square.clamp_min(1e-30), torch.ones_like(square)))
 
     @torch.no_grad()
+    def fit_scale(self, index: int, weight: Tensor, beta: float) -> None:
+        """s ← s·⟨V, W⟩/⟨V, V⟩: the scale at which one layer's soft weight V at ``beta`` is nearest to ``weight``, [weights]."""
+        own = self.soft_weight(index, beta)
+        square = own @ own
+        self.scale[index] *= torch.where(square > 0, (own @ weight) / square.clamp_min(1e-30), 1.0)
+
+    @torch.no_grad()
     def plane_energy(self, beta: float) -> Tensor:
-        """[layers, bits]: Σ_i (s·2^b/(2^n−1)·d_bi)², the squared change of the weights if a whole plane vanished."""
+        """[layers, bits]: Σ_i (s·2^b/(2^n−1)·f(m_B)·d_bi)², the squared change of the weights if a whole plane vanished."""
         energy = torch.zeros_like(self.mask_logits)
         for index, chunk in self._chunks():
             energy[index] += equations.soft_digits(*self._logits(chunk), beta).square().sum(dim=1)
-        return energy * (self.scale.unsqueeze(1) * self.plane_weights).square()
+        return energy * (self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)).square()
 
     @torch.no_grad()
-    def integers(self, mask: Tensor, beta: float, *, rounding: str) -> list[Tensor]:
-        """Hard integers of every layer under a bool mask [layers, bits]; int32, the shape of the weight.
-
-        ``threshold`` turns each gate into a unit step (the paper). ``nearest`` takes the mask's representable integer
-        nearest to the soft Σ_b 2^b d_b·f(m_B), which keeps half-decided bits from all falling one way.
-        """
+    def threshold_integers(self, mask: Tensor) -> list[Tensor]:
+        """The paper's hardening: every gate becomes its unit step. int32 per layer, the shape of the weight."""
         hardened: list[Tensor] = []
-        soft_mask = self.mask(beta)
         powers = 2.0 ** torch.arange(self.bits, device=self.pos.device)
         for index, layer in enumerate(self.layers):
-            levels = levels_of(mask[index])
             integers = torch.empty(layer.weights, dtype=torch.int32, device=self.pos.device)
             for chunk, of_layer in self._chunks_of(index):
                 pos, neg = self._logits(chunk)
-                if rounding == "threshold":
-                    digits = equations.hard_gate(pos) - equations.hard_gate(neg)
-                    values = (powers * mask[index]) @ digits
-                else:
-                    soft = (powers * soft_mask[index]) @ equations.soft_digits(pos, neg, beta)
-                    values = nearest_level(soft, levels)
-                integers[of_layer] = values.round().to(torch.int32)
+                values = (powers * mask[index]) @ (equations.hard_gate(pos) - equations.hard_gate(neg))
+                integers[of_layer] = values.to(torch.int32)
             hardened.append(layer.unflatten(integers))
         return hardened
 
@@ -216,7 +243,7 @@ class BitPlanes:
         orders = state["orders"]
         for name, value in state.items():
             if name == "fixed_mask":
-                self.fixed_mask = value.to(self.pos.device)
+                self.fix_mask(value)
             elif name != "orders":
                 getattr(self, name).copy_(value)
         for layer, where, order in zip(self.layers, self.slices, orders, strict=True):

@@ -1,0 +1,113 @@
+"""From a soft model to a hard one: which planes each layer keeps, and the integers and scale nearest to its soft weight.
+
+Unit steps alone (the paper's hardening) change a layer whenever a gate is undecided: a last plane at f(m_B) = 0.48 either
+vanishes or comes back at twice its weight. Here the scale is free: for the planes that a layer keeps, integers and step
+are those whose product is nearest to the soft weight that was trained. Planes are chosen by what is lost that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from csqcli.quant.budget import Budget, allocate
+from csqcli.quant.passes.rounding import levels_of, nearest_level
+
+UNSEEN = 0.05  # a plane whose f(m_B) is below this adds nothing to the soft weight, and is not switched on
+_SAMPLE = 2**12  # weights that starting points are compared on
+_MOST_ROUNDS = 50  # of the alternation, which mostly ends within ten
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Integers on the levels of a mask, the step that makes them nearest to a weight, and what is left."""
+
+    integers: Tensor  # float, [weights]
+    step: Tensor  # [], > 0: the value of integer 1
+    error: Tensor  # []: Σ_i (W_i − step·integer_i)²
+
+
+def fit_levels(weight: Tensor, mask: Tensor, *, starts: Sequence[float] = ()) -> Fit:
+    """argmin over integers q formed by the planes of ``mask`` (bool [bits]) and step t of Σ_i (W_i − t·q_i)².
+
+    Alternates the nearest level for the step with the least-squares step t = ⟨W, q⟩/⟨q, q⟩ for the levels, until nothing
+    moves: each half lowers the error or keeps it. Starts that are compared on a sample of the weights: ``starts`` and
+    fractions of the largest magnitude. A weight that is all zero, or a mask without planes, gives zeros at step 1.
+    """
+    levels = levels_of(mask).to(weight.device)
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if len(levels) == 1 or largest == 0:
+        return Fit(torch.zeros_like(weight), weight.new_ones(()), weight.double().square().sum())
+    scaled = weight / largest  # squares of tiny and of huge weights would vanish or overflow
+    sample = scaled[:: max(1, len(scaled) // _SAMPLE)]
+    finite = [start / largest for start in starts if 0 < start / largest < float("inf")]
+    fractions = torch.linspace(0.2, 1.0, 17).tolist()
+    candidates = [
+        _alternate(sample, levels, step) for step in [*finite, *(part / float(levels[-1]) for part in fractions)]
+    ]
+    _, best, _ = min(candidates, key=lambda candidate: float(candidate[2]))
+    integers, step, error = _alternate(scaled, levels, best)
+    return Fit(integers, (step * largest).to(weight.dtype), error * largest**2)
+
+
+def _alternate(weight: Tensor, levels: Tensor, start: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, step and squared error where nearest level and least-squares step agree; step and error in float64."""
+    step = torch.as_tensor(start, dtype=torch.float64, device=weight.device)
+    exact = weight.double()
+    integers = nearest_level((exact / step).to(weight.dtype), levels)
+    for _ in range(_MOST_ROUNDS):
+        square = integers.double().square().sum()
+        if square == 0:  # the start was too coarse for any weight to leave zero
+            break
+        step = (exact @ integers.double()) / square
+        moved = nearest_level((exact / step).to(weight.dtype), levels)
+        if torch.equal(moved, integers):
+            break
+        integers = moved
+    return integers, step, (exact - step * integers.double()).square().sum()
+
+
+def plane_order(energy: Tensor) -> Tensor:
+    """Planes of a layer from the most to the least valuable, by energy [bits]; ties go to the higher plane. [bits], int64."""
+    return energy.flip(0).argsort(descending=True, stable=True).mul(-1).add(len(energy) - 1)
+
+
+def choose_planes(
+    soft_weights: Sequence[Tensor],  # [weights] per layer: the model that is trained
+    soft_masks: Tensor,  # [layers, bits]: f_β(m_B)
+    energy: Tensor,  # [layers, bits]: squared share of each plane in the soft weight, f(m_B)² included
+    curvature: Tensor,  # [layers]: mean squared gradient of a weight, what an error there costs
+    budget: Budget,
+) -> Tensor:
+    """bool [layers, bits]: the planes whose best integers lose least, within the budget.
+
+    A layer gives up its planes in the order of their energy. What k planes lose is measured, by fitting them
+    (:func:`fit_levels`); an exact knapsack over all layers then shares the budget out. Planes with f(m_B) near 0 stay off,
+    unless a layer's floor asks for one.
+    """
+    device, energy, soft_masks = energy.device, energy.cpu(), soft_masks.cpu()  # the choice is made on the host
+    layers, bits = energy.shape
+    orders = [plane_order(row) for row in energy]
+    seen = (soft_masks >= UNSEEN).sum(dim=1).tolist()
+    limits = budget.limits
+    most = tuple(
+        max(few, min(many, n)) for few, many, n in zip(limits.min_planes, limits.max_planes, seen, strict=True)
+    )
+    errors = torch.zeros(layers, bits + 1, dtype=torch.float64)
+    for index, weight in enumerate(soft_weights):
+        for count in range(most[index] + 1):
+            errors[index, count:] = fit_levels(weight, first_planes(orders[index], count)).error.cpu()
+    errors = torch.cummin(errors, dim=1).values
+    saved = (errors[:, :-1] - errors[:, 1:]) * curvature.double().cpu().unsqueeze(1)
+    planes = allocate(saved, replace(budget, limits=replace(limits, max_planes=most)))
+    return torch.stack([first_planes(order, count) for order, count in zip(orders, planes, strict=True)]).to(device)
+
+
+def first_planes(order: Tensor, count: int) -> Tensor:
+    """bool [bits]: the first ``count`` planes of an order."""
+    mask = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    mask[order[:count]] = True
+    return mask

@@ -1,0 +1,336 @@
+"""Hardening loses nothing that was decided, keeps the budget, and survives every corner; signed digits and their start."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from csqcli.quant import equations
+from csqcli.quant.budget import Budget, PlaneLimits, make_budget
+from csqcli.quant.catalog import PAPER, CSQSettings
+from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, plane_order
+from csqcli.quant.layers import Layer, find_layers
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.csq import BitLevelCSQ
+from csqcli.quant.passes.bitplanes import BitPlanes
+
+CPU = torch.device("cpu")
+
+
+def formed_by(mask: list[bool]) -> list[int]:
+    """Every integer that digits in {−1, 0, 1} on a mask's planes form, by enumeration."""
+    on = [2**b for b, used in enumerate(mask) if used]
+    return sorted(
+        {
+            sum(d * p for d, p in zip(digits, on, strict=True))
+            for digits in itertools.product((-1, 0, 1), repeat=len(on))
+        }
+    )
+
+
+# --- digits
+
+
+@given(st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_signed_digits_sum_to_the_integer_and_every_prefix_rounds_it(bits: int, seed: int) -> None:
+    top = 2**bits - 1
+    integers = torch.randint(-top, top + 1, (64,), generator=torch.Generator().manual_seed(seed))
+    digits = equations.signed_digits_of(integers, bits)
+    assert set(digits.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    for lowest in range(bits):
+        kept = sum(digits[b] * 2**b for b in range(lowest, bits))
+        off = (integers - kept).abs()
+        # rounding to multiples of 2^lowest is off by half of one; beyond the largest that the planes form, by the rest
+        assert (off <= torch.clamp(integers.abs() - (2**bits - 2**lowest), min=2**lowest / 2)).all()
+    assert torch.equal(sum(digits[b] * 2**b for b in range(bits)), integers.float())
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8))
+def test_signed_digits_of_a_mask_form_every_integer_that_it_can(mask: list[bool]) -> None:
+    integers = torch.tensor(formed_by(mask))
+    digits = equations.signed_digits_of(integers, len(mask), torch.tensor(mask))
+    assert digits[~torch.tensor(mask)].abs().sum() == 0
+    assert torch.equal(sum(digits[b] * 2**b for b in range(len(mask))), integers.float())
+
+
+@pytest.mark.parametrize("digits", ["signed", "sign-magnitude"])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+@pytest.mark.parametrize("logit", [1.0, 0.05])
+def test_step_0_is_the_8_bit_model_in_both_codes(digits: str, share: float, logit: float) -> None:
+    torch.manual_seed(0)
+    layers, _ = find_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(20, 30)))
+    before = [layer.parameter.detach().double().clone() for layer in layers]
+    chosen = CSQSettings(**PAPER | {"digits": digits, "init_scale": share, "logit": logit, "mask_logit": logit})
+    BitLevelCSQ(layers, plan_for(layers, 2.0, Schedule(40, 10)), chosen)
+    for layer, weight in zip(layers, before, strict=True):
+        scale = share * weight.abs().max()
+        ratio = (weight / scale * 255).clamp(-255, 255)
+        clear = (ratio.frac().abs() - 0.5).abs() > 1e-3  # not next to a tie
+        expected = ratio.round() * scale / 255
+        torch.testing.assert_close(layer.parameter.double()[clear], expected[clear], atol=1e-6, rtol=1e-4)
+
+
+def test_the_logit_rule_ends_at_four_over_beta_under_the_optimizer_that_decays_it() -> None:
+    lr, decay, momentum, steps, beta = 0.1, 5e-4, 0.9, 4000, 200.0
+    start = equations.plastic_logit(lr=lr, weight_decay=decay, momentum=momentum, steps=steps, beta_final=beta)
+    logit = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer = torch.optim.SGD([logit], lr=lr, momentum=momentum, weight_decay=decay)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        logit.grad = torch.zeros_like(logit)
+        optimizer.step()
+    assert float(logit.detach()) * beta == pytest.approx(4, rel=0.02)
+    assert equations.plastic_logit(lr=lr, weight_decay=decay, momentum=momentum, steps=10**9, beta_final=beta) == 1
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6).filter(any), st.floats(0.5, 20.0), st.integers(0, 2**32 - 1))
+def test_numbers_between_levels_are_met_by_the_lowest_digit_and_in_holes_by_the_nearest_level(
+    mask: list[bool], beta: float, seed: int
+) -> None:
+    top = float(max(formed_by(mask)))
+    levels = torch.tensor(formed_by(mask), dtype=torch.float64)
+    values = (torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1) * top
+    digits = equations.signed_digits_of(values, len(mask), torch.tensor(mask))
+    pos, neg = equations.logits_from_digits(digits, logit=1.0, beta=beta)
+    soft = torch.sigmoid(beta * pos.double()) - torch.sigmoid(beta * neg.double())  # each digit times tanh(β/2)
+    formed = sum(soft[b] * 2**b for b in range(len(mask))) / math.tanh(beta / 2)
+    nearest = (values[:, None] - levels).abs().min(dim=1).values
+    assert ((formed - values).abs() <= nearest + 1e-4 * top).all()
+    if all(mask[mask.index(True) :]):  # without holes
+        torch.testing.assert_close(formed, values, atol=1e-4 * top, rtol=1e-3)
+
+
+# --- the nearest integers and step
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=6).filter(any),
+    st.floats(0.01, 10.0),
+    st.sampled_from([1.0, -1.0]),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_weight_that_lies_on_levels_is_kept_exactly(mask: list[bool], step: float, sign: float, seed: int) -> None:
+    levels = torch.tensor(formed_by(mask))
+    chosen = levels[torch.randint(len(levels), (200,), generator=torch.Generator().manual_seed(seed))]
+    weight = (chosen * step * sign).float()
+    fit = fit_levels(weight, torch.tensor(mask), starts=[step])
+    assert fit.step > 0
+    assert set(fit.integers.int().tolist()) <= set(levels.tolist())
+    torch.testing.assert_close(fit.integers * fit.step, weight, atol=1e-5 * step, rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([[True], [True, True], [True, False, True], [True] * 4]))
+def test_the_fit_is_as_near_as_a_fine_search_in_float64(seed: int, mask: list[bool]) -> None:
+    weight = torch.randn(300, generator=torch.Generator().manual_seed(seed))
+    fit = fit_levels(weight, torch.tensor(mask))
+    levels = torch.tensor(formed_by(mask), dtype=torch.float64)
+    exact = weight.double()
+    steps = torch.linspace(0.05, 1, 100, dtype=torch.float64) * exact.abs().max() / levels.max()
+    errors = [float((exact[:, None] - step * levels[None]).square().min(dim=1).values.sum()) for step in steps]
+    own = (exact - fit.step.double() * fit.integers.double()).square().sum()
+    torch.testing.assert_close(fit.error, own, atol=1e-6, rtol=1e-4)
+    assert float(own) <= min(errors) * 1.02
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("mask", [[False, False], [False, True], [True, True]])
+def test_all_zero_tiny_and_huge_weights_and_empty_masks_are_finite(largest: float, mask: list[bool]) -> None:
+    weight = torch.linspace(-1, 1, 11) * largest
+    fit = fit_levels(weight, torch.tensor(mask), starts=[0.0, float("inf"), float("nan")])
+    assert torch.isfinite(fit.step)
+    assert fit.step > 0
+    hard = fit.integers * fit.step
+    assert torch.isfinite(hard).all()
+    if any(mask) and largest:
+        assert (hard - weight).abs().max() <= 0.51 * largest
+
+
+# --- which planes
+
+
+@st.composite
+def trained(draw: st.DrawFn) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Budget]:
+    layers, bits = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    weights = [
+        torch.randn(draw(st.integers(1, 60)), generator=rng) * draw(st.sampled_from([0, 1e-3, 1]))
+        for _ in range(layers)
+    ]
+    masks = torch.rand(layers, bits, generator=rng) * (torch.rand(layers, bits, generator=rng) < 0.7)
+    energy, curvature = torch.rand(layers, bits, generator=rng) * masks.square(), torch.rand(layers, generator=rng)
+    fewest = tuple(draw(st.integers(0, 1)) for _ in range(layers))
+    target = draw(st.floats(1, bits))
+    limits = PlaneLimits(fewest, (bits,) * layers)
+    owners = [Layer(f"{index}.weight", nn.Parameter(weight)) for index, weight in enumerate(weights)]
+    return weights, masks, energy, curvature, make_budget(owners, target, bits=bits, limits=limits)
+
+
+@settings(deadline=None)
+@given(trained())
+def test_chosen_planes_never_exceed_the_target_and_never_wake_a_plane_that_sleeps(state) -> None:
+    weights, masks, energy, curvature, budget = state
+    chosen = choose_planes(weights, masks, energy, curvature, budget)
+    counts, sizes = chosen.sum(dim=1).tolist(), [len(weight) for weight in weights]
+    assert sum(c * w for c, w in zip(counts, sizes, strict=True)) <= budget.target * sum(sizes) + 1e-6
+    for count, few, soft in zip(counts, budget.limits.min_planes, masks, strict=True):
+        assert few <= count <= max(few, int((soft >= UNSEEN).sum()))
+
+
+def test_planes_are_given_up_by_energy_and_ties_keep_the_higher() -> None:
+    assert plane_order(torch.tensor([1.0, 5.0, 0.0, 5.0, 0.0])).tolist() == [3, 1, 0, 4, 2]
+
+
+# --- the method
+
+
+def decided(layers: list[Layer], *, scale_sign: float = 1.0, rounding: str = "nearest") -> BitLevelCSQ:
+    """A method at the end of training with every bit decided, two of three masks too, and the last one half open."""
+    chosen = CSQSettings(**PAPER | {"rounding": rounding, "beta_schedule": "step", "logit": 1.0, "mask_logit": 1.0})
+    method = BitLevelCSQ(layers, plan_for(layers, 1.9, Schedule(10, 10), bits=3), chosen)
+    rng = torch.Generator().manual_seed(1)
+    for gates in (method.planes.pos, method.planes.neg):
+        gates.copy_(torch.where(torch.rand(gates.shape, generator=rng) < 0.4, 1.0, -1.0))
+    method.planes.mask_logits.copy_(torch.tensor([[-1.0, 1.0, 1.0], [-1.0, -1.0, -0.0004]]))  # σ(200·−0.0004) = 0.48
+    method.planes.scale.copy_(torch.tensor([0.5, 2.0]) * scale_sign)
+    method.materialise(9)
+    return method
+
+
+@pytest.mark.parametrize("scale_sign", [1.0, -1.0])
+def test_hard_equals_soft_where_bits_are_decided_and_a_last_plane_is_half_open(scale_sign: float) -> None:
+    layers = [
+        Layer("small.weight", nn.Parameter(torch.randn(4, 5))),
+        Layer("large.weight", nn.Parameter(torch.randn(40, 5))),
+    ]
+    method = decided(layers, scale_sign=scale_sign)
+    soft = [layer.parameter.detach().clone() for layer in layers]
+    # Eq. 5 in float64, so that the claim does not rest on the pass under test
+    where = method.planes.slices[1]
+    pos, neg = (gates[:, where].T.reshape(40, 5, 3).double() for gates in (method.planes.pos, method.planes.neg))
+    q = torch.sigmoid(200.0 * method.planes.mask_logits[1].double())
+    torch.testing.assert_close(
+        soft[1].double(), reference.weight(pos, neg, q, method.planes.scale[1:].double(), 200.0), atol=1e-6, rtol=1e-5
+    )
+    method.harden(9)
+    for layer, before, hard in zip(layers, soft, method.hard_layers(), strict=True):
+        torch.testing.assert_close(layer.parameter.detach(), before, atol=1e-5, rtol=1e-4)
+        assert (hard.scale > 0).all()
+    assert method.mean_bits() == pytest.approx((2 * 20 + 1 * 200) / 220)  # the sleeping planes stay off
+
+
+def test_unit_steps_are_the_papers_and_take_a_negative_scale_into_the_integers() -> None:
+    layers = [
+        Layer("small.weight", nn.Parameter(torch.randn(4, 5))),
+        Layer("large.weight", nn.Parameter(torch.randn(40, 5))),
+    ]
+    method = decided(layers, scale_sign=-1.0, rounding="threshold")
+    method.harden(9)
+    hard = method.hard_layers()
+    assert all((layer.scale > 0).all() for layer in hard)
+    where = method.planes.slices[0]
+    digits = (method.planes.pos[:, where] >= 0).double() - (method.planes.neg[:, where] >= 0).double()
+    expected = -0.5 / 7 * (2 * digits[1] + 4 * digits[2])
+    torch.testing.assert_close(hard[0].weight().flatten().double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def train(method: BitLevelCSQ, model: nn.Module, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(step))
+        (model(x) - 1).square().mean().backward()
+        method.collect(step, lr=0.05, lr_share=1.0)
+        method.materialise(step + 1)
+        model.zero_grad()
+
+
+def made(seed: int = 0, *, target_bits: float = 2.0, **more: object) -> tuple[nn.Module, BitLevelCSQ]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4, bias=False))
+    layers, _ = find_layers(model)
+    usual = PAPER | {
+        "logit": 1.0,
+        "mask_logit": 1.0,
+        "digits": "signed",
+        "rounding": "nearest",
+        "refit_scale": True,
+        "beta_schedule": "step",
+    }
+    return model, BitLevelCSQ(layers, plan_for(layers, target_bits, Schedule(20, 10)), CSQSettings(**usual | more))
+
+
+@pytest.mark.parametrize("digits", ["signed", "sign-magnitude"])
+@pytest.mark.parametrize("target", [1.0, 1.7, 3.0])
+def test_masks_fixed_early_stay_and_are_what_is_delivered(digits: str, target: float) -> None:
+    model, method = made(digits=digits, target_bits=target, fix_masks_at=0.4)
+    train(method, model, range(8))
+    assert method.planes.fixed_mask is not None
+    fixed = method.planes.fixed_mask.clone()
+    assert target - 1 <= method.mean_bits() <= target + 1e-9
+    train(method, model, range(8, 20))
+    method.harden(20)
+    assert method.hardened is not None
+    assert torch.equal(method.hardened.mask, fixed)
+
+
+def test_fixing_planes_refits_each_scale_by_least_squares() -> None:
+    model, method = made(fix_masks_at=0.4)
+    train(method, model, range(7))
+    soft = []
+    fix = method._fix_masks
+
+    def watched(beta: float, new_beta: float) -> None:
+        soft.extend(method.planes.soft_weight(index, beta).double() for index in range(2))
+        fix(beta, new_beta)
+
+    method._fix_masks = watched  # type: ignore[method-assign]
+    train(method, model, range(7, 8))
+    for layer, before in zip(method.layers, soft, strict=True):
+        after = layer.parameter.detach().flatten().double()
+        # the residual of a least-squares scale is orthogonal to what was scaled
+        assert abs(float((before - after) @ after)) <= 1e-4 * float(after @ after)
+
+
+@pytest.mark.parametrize("stop", [5, 8, 13])
+def test_a_state_saved_before_at_or_after_the_fixing_step_goes_on_alike(stop: int) -> None:
+    model, method = made(fix_masks_at=0.4)
+    train(method, model, range(stop))
+    state = method.state_dict()
+    state = {
+        "planes": {k: v.clone() if isinstance(v, Tensor) else v for k, v in state["planes"].items()},
+        "fisher": state["fisher"].clone(),
+    }
+    train(method, model, range(stop, 20))
+    again, resumed = made(fix_masks_at=0.4)
+    resumed.load_state_dict(state)
+    resumed.materialise(stop)
+    train(resumed, again, range(stop, 20))
+    for ours, theirs in zip(method.layers, resumed.layers, strict=True):
+        assert torch.equal(ours.parameter, theirs.parameter)
+
+
+def test_a_soft_count_steers_by_the_planes_that_are_in_the_weights() -> None:
+    _, method = made(precision_count="soft")
+    logits = torch.linspace(-1, 1, 16).view(2, 8)
+    method.planes.mask_logits.copy_(logits)
+    sizes = torch.tensor([108.0, 96.0], dtype=torch.float64)
+    expected = (torch.sigmoid(3.0 * logits.double()).sum(dim=1) @ sizes) / sizes.sum() - 2
+    assert float(method._gap(3.0)) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_delivered_layers_with_holes_in_their_masks_are_recreated_exactly() -> None:
+    mask = torch.tensor([True, False, True])
+    layer = Layer("w", nn.Parameter(torch.zeros(3, 3)))
+    planes = BitPlanes([layer], bits=3, device=CPU, signed=False)
+    planes.fix_mask(mask.view(1, 3))
+    integers = torch.tensor([[-5, -4, -3], [-1, 0, 1], [3, 4, 5]])  # all that ±1 and ±4 form
+    planes.set_integers(0, integers, torch.tensor(7.0), logit=1.0, beta=2.0)
+    planes.materialise(2.0)
+    torch.testing.assert_close(layer.parameter.detach(), integers.float(), atol=1e-5, rtol=1e-5)
