@@ -34,6 +34,7 @@ from csqcli.system import distributed
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 from csqcli.training import phase
+from csqcli.training.adapt import adapt
 from csqcli.training.deliver import deliver, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.run import Run, data_config
@@ -54,9 +55,9 @@ def search(
 ) -> dict[str, Any]:
     """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
 
-    ``recipe.finetune.epochs`` more epochs follow with the planes fixed. ``images`` spares callers who run many jobs the
-    opening of ``recipe.data.source``. Raises UserError for anything wrong with the
-    input; a folder with a finished run is refused without ``force``.
+    ``recipe.adaptation.epochs`` in float come first, and ``recipe.finetune.epochs`` with the planes fixed at the end.
+    ``images`` spares callers who run many jobs the opening of ``recipe.data.source``. Raises UserError for anything wrong
+    with the input; a folder with a finished run is refused without ``force``.
     """
     spec = _model_asked_for(recipe)
     images = images or _open_images(recipe)
@@ -91,6 +92,9 @@ def search(
         config = data_config(loaded.data_config, recipe)
         with Run(recipe, folder, display, loaded.model, images, config, source) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
+            run.measure_float()
+            if recipe.adaptation.epochs:
+                adapt(run)
             run.keep_teacher()
             report = {} if run.past_search else _search(run)
             if recipe.finetune.epochs and recipe.card.name != "float":
@@ -101,13 +105,12 @@ def search(
 
 
 def _search(run: Run) -> dict[str, Any]:
-    run.measure_float()
     layers, left_float = run.find_layers()
     run.count_operations(layers)
     run.quantize_activations()
     trainer = phase.train(run, "search", run.recipe, layers)
     file, gap = deliver(run, trainer, [vars(tensor) for tensor in left_float])
-    return write_report(run, file, parity={"max_logit_gap": gap})
+    return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
 
 
 def finetune(
@@ -174,7 +177,12 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
         file, gap = _keep_input(run, start, input_top1), 0.0
     run.display.say(f"finetuned top-1 {finetuned_top1:.2f} %, input {input_top1:.2f} %: kept the {kept} model")
     outcome = {"input_top1": input_top1, "finetuned_top1": finetuned_top1, "kept": kept}
-    return write_report(run, file, parity={"max_logit_gap": gap}, finetune=outcome)
+    return write_report(run, file, parity={"max_logit_gap": gap}, finetune=outcome, **_adaptation(run))
+
+
+def _adaptation(run: Run) -> dict[str, Any]:
+    done = run.record.adaptation
+    return {} if done is None else {"adaptation": done.model_dump(exclude={"sha256"})}
 
 
 def _keep_input(run: Run, start: QuantizedFile, top1: float) -> QuantizedFile:

@@ -56,6 +56,7 @@ def search(
     ] = None,
     act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
+    float_epochs: Annotated[int | None, typer.Option(help="Epochs in float first, before the search.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
     distill: Annotated[
         float | None, typer.Option(help="Share of the loss that follows the float model, 0 to 1.")
@@ -91,6 +92,7 @@ def search(
         "quantization.cost": cost,
         "quantization.act_bits": act_bits,
         "epochs": epochs,
+        "adaptation.epochs": float_epochs,
         "finetune.epochs": finetune_epochs,
         "optimizer.distill": distill,
         "seed": seed,

@@ -118,7 +118,7 @@ class Run:
         check_scores(self.model, self.config["input_size"], self.images.num_classes, where=self.source.source)
 
     def measure_float(self) -> None:
-        """Accuracy of the model as it came; a resumed run has it."""
+        """Accuracy of the model as it is before the search; a resumed run has it."""
         if self.saved is None:
             self.check_scores()
             measured = evaluate(self.model, self.val_loader, present=self.images.present)

@@ -68,6 +68,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "allocator": (f"{SEARCH} --method lsq --allocator uniform", holds("quantization.allocator", "uniform")),
     "cost": (f"{SEARCH} --cost bops", holds("quantization.cost", "bops")),
     "act bits": (f"{SEARCH} --act-bits 8", lambda r: len(r.report()["activations"]) == 4),
+    "float epochs": (f"{SEARCH} --float-epochs 1", lambda r: "adaptation" in r.report()),
     "finetune epochs": (f"{SEARCH} --finetune-epochs 1", lambda r: "finetune" in r.report()),
     "distill": (f"{SEARCH} --distill 0.5", holds("optimizer.distill", 0.5)),
     "batch size": (f"{SEARCH} --batch-size 20", holds("data.batch_size", 20)),

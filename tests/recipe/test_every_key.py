@@ -62,6 +62,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers.min_bits": {"fc": 2},
             "layers.max_bits": {"conv2": 3},
             "layers.floor": 0,
+            "adaptation.epochs": 1,
+            "adaptation.lr": 0.001,
             "finetune.epochs": 1,
             "finetune.lr": 0.01,
         },
