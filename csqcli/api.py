@@ -220,7 +220,7 @@ def export(
         csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
     """
     from csqcli.exporting import registry
-    from csqcli.reporting.build import build
+    from csqcli.reporting.build import build, describe
 
     path = Path(file)
     registry.check_name(form, where="csqcli.export")
@@ -229,9 +229,10 @@ def export(
 
     from csqcli.exporting.run import export_file, output_path
 
+    target_path = Path(output) if output is not None else output_path(path, form)
     manifest = export_file(
         path,
-        Path(output) if output is not None else output_path(path, form),
+        target_path,
         form=form,
         activations=activations,
         target=target,
@@ -241,7 +242,7 @@ def export(
         trust_code=trust_code,
         force=force,
     )
-    return build(manifest)
+    return describe(target_path) if form in registry.CARDS else build(manifest)
 
 
 def report(file: str | Path) -> Report:
@@ -383,13 +384,13 @@ def save(
 
         csqcli.save(ema, optimizer, "best.safetensors", source="timm:resnet18", num_classes=10, accuracy=93.1)
     """
-    from csqcli.reporting.build import build
+    from csqcli.reporting.build import describe
     from csqcli.saving import save_model
 
     target = Path(path)
     if target.suffix != ".safetensors":
         raise UserError("the name must end in .safetensors", where=str(target))
-    manifest = save_model(
+    save_model(
         model,
         optimizer,
         target,
@@ -401,7 +402,7 @@ def save(
         classes=classes,
         accuracy=accuracy,
     )
-    return build(manifest)
+    return describe(target)
 
 
 def finetune_folder(file: Path) -> Path:

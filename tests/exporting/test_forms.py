@@ -280,7 +280,7 @@ def _resealed(run: Path, folder: Path) -> Path:
         (["-o", "missing/a.safetensors", "--bit-packed"], "no such folder"),
         (["-o", "model.safetensors", "--bit-packed", "--force"], "is the file to export"),
         (["-o", "old.safetensors", "--bit-packed"], "exists already; choose another name or pass --force"),
-        (["-o", "a.safetensors", "--bit-packed", "--target", "openvino"], "belong to --onnx"),
+        (["-o", "a.safetensors", "--bit-packed", "--target", "openvino"], "belongs to --onnx"),
         (["-o", "a.safetensors", "--bit-packed", "--data", "nowhere"], "nowhere: no such folder"),
     ],
 )
