@@ -210,7 +210,7 @@ def export(
         force: replace ``output``.
 
     Returns:
-        The new file's report; ``report["parity"]`` is the certificate of the comparison.
+        The new file's report, as :func:`report` gives it; ``report["parity"]`` is the certificate of the comparison.
 
     Raises:
         UserError: for bad input, and when the written file differs from the hard model; then nothing is left at ``output``.

@@ -151,8 +151,8 @@ def test_export_writes_beside_its_input_and_returns_the_certificate(
     ("options", "message"),
     [
         ({"form": "int4"}, "no form `int4`"),
-        ({"form": "bit-packed", "activations": "int8"}, "belongs to --onnx"),
-        ({"form": "state-dict", "target": "openvino"}, "belongs to --onnx"),
+        ({"form": "bit-packed", "activations": "int8"}, "form bit-packed: --activations belongs to --onnx"),
+        ({"form": "state-dict", "target": "openvino"}, "form state-dict: --target belongs to --onnx"),
     ],
 )
 def test_export_refuses_what_does_not_belong_together(
