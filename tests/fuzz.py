@@ -695,15 +695,16 @@ class Case:
     def _manifest(self, path: Path) -> str:
         from rich.console import Console
 
-        from csqcli.file import header
-        from csqcli.reporting import terminal as report
+        from csqcli.reporting.build import describe
+        from csqcli.reporting.recompute import recomputed
+        from csqcli.reporting.terminal import print_table
 
         def read() -> None:
-            manifest = header.read_manifest(path)
+            manifest, _ = recomputed(path)
             out = io.StringIO()
-            report.print_table(manifest, Console(file=out, width=140))
+            print_table(manifest, Console(file=out, width=140), as_stated=True)
             out.getvalue().encode()
-            json.dumps(report.build(manifest)).encode()
+            json.dumps(describe(path)).encode()
 
         return allowed(read)
 
