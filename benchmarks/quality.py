@@ -86,14 +86,15 @@ ROWS: dict[str, dict[str, Any]] = {
 @functools.cache
 def proxy_images(source: str) -> Any:
     """The data set at 16×16, decoded once per process."""
-    from csqcli.data import loaders as data
+    from csqcli.data.loaders import hold
+    from csqcli.data.specs import open_data
     from csqcli.models.networks import CIFAR_CONFIG
 
     config = CIFAR_CONFIG | {"input_size": (3, 16, 16), "interpolation": "box"}
-    images = data.open_data(source)
+    images = open_data(source)
     images.train, images.val = (
-        data.hold(images.train, config, training=True),
-        data.hold(images.val, config, training=False),
+        hold(images.train, config, training=True),
+        hold(images.val, config, training=False),
     )
     return images
 

@@ -150,6 +150,7 @@ def evaluate(
     batch_size: int = 256,
     val_limit: int | None = None,
     trust_code: bool = False,
+    classes_by_position: bool = False,
 ) -> Evaluation:
     """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it.
 
@@ -160,6 +161,7 @@ def evaluate(
         batch_size: images per step; does not change the result.
         val_limit: use only this many images, spread evenly over the set.
         trust_code: let the file import the ``package.module:factory`` that it names.
+        classes_by_position: match the classes of file and data by their numbers, whatever their names.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``samples`` (images), ``mean_bits`` (planes per weight element).
@@ -174,7 +176,13 @@ def evaluate(
     from csqcli import pipeline
 
     accuracy, manifest = pipeline.evaluate_file(
-        Path(file), data, device=device, batch_size=batch_size, val_limit=val_limit, trust_code=trust_code
+        Path(file),
+        data,
+        device=device,
+        batch_size=batch_size,
+        val_limit=val_limit,
+        trust_code=trust_code,
+        classes_by_position=classes_by_position,
     )
     return Evaluation(
         top1=accuracy.top1, top5=accuracy.top5, samples=accuracy.samples, mean_bits=manifest.budget.mean_bits

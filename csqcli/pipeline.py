@@ -12,13 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from csqcli.data import loaders as data
+from csqcli.data.loaders import LoaderSettings, make_loader
+from csqcli.data.specs import open_data
+from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.file import io
+from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import QuantizedFile
+from csqcli.file.labels import with_labels_of
 from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
-from csqcli.models import libraries as models
+from csqcli.models import libraries
+from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant import activations
 from csqcli.quant.layers import layers_named
 from csqcli.recipe.complete import check_complete, check_data_given
@@ -43,7 +48,7 @@ def search(
     display: Display,
     force: bool = False,
     resume: bool = False,
-    images: data.DataSet | None = None,
+    images: DataSet | None = None,
 ) -> dict[str, Any]:
     """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
 
@@ -58,14 +63,16 @@ def search(
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
-        loaded = models.load(
+        loaded = libraries.load(
             recipe.model.source or "",
             num_classes=images.num_classes,
             pretrained=recipe.model.pretrained,
-            checkpoint=recipe.model.checkpoint,
+            checkpoint=open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None,
             arguments=recipe.model.arguments,
             num_classes_from=images.source,
         )
+        for note in loaded.notes:
+            display.say(f"{loaded.weights_from}: {note}")
         source = ModelRecord(
             source=spec.source,
             library=spec.library,
@@ -119,8 +126,7 @@ def finetune(
         hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     _check_task(file.manifest.spec)
-    images = _open_images(recipe)
-    _check_classes(file.manifest, images, where=str(path))
+    images = with_labels_of(file.manifest, _open_images(recipe), where=str(path), whole=True)
     with RunFolder(output, recipe, force=force, resume=resume, source=file.manifest.payload_sha256) as folder:
         if folder.finished is not None:
             folder.finish()
@@ -183,8 +189,11 @@ def evaluate_file(
     batch_size: int = 256,
     val_limit: int | None = None,
     trust_code: bool = False,
+    classes_by_position: bool = False,
 ) -> tuple[Accuracy, Manifest]:
     """Accuracy of the hard model as the file holds it, with the preprocessing stored in it.
+
+    Classes are matched by their names, or by their numbers alone where ``classes_by_position``.
 
     ONNX files run in ONNX Runtime on the CPU, all others in torch on ``device``.
     """
@@ -200,18 +209,18 @@ def evaluate_file(
         manifest = file.manifest
         model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
-    images = data.open_data(data_source, train=False, val_limit=val_limit)
-    _check_classes(manifest, images, where=str(path))
+    images = open_data(data_source, train=False, val_limit=val_limit)
+    images = with_labels_of(manifest, images, where=str(path), by_position=classes_by_position)
     check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
-    settings = data.LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
-    return evaluate(model, data.make_loader(images.val, manifest.data_config, settings)), manifest
+    settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
+    return evaluate(model, make_loader(images.val, manifest.data_config, settings)), manifest
 
 
-def _model_asked_for(recipe: Recipe) -> models.ModelSpec:
+def _model_asked_for(recipe: Recipe) -> ModelSpec:
     """The model's spec. UserError where none is named, where it is no classifier, and where a target lacks."""
     check_complete(recipe)
     assert recipe.model.source is not None
-    spec = models.parse(recipe.model.source, recipe.model.arguments)
+    spec = parse(recipe.model.source, recipe.model.arguments)
     _check_task(spec)
     return spec
 
@@ -220,20 +229,14 @@ def _why(recipe: Recipe) -> str:
     return f" (chosen by auto: {recipe.method_why})" if recipe.method_why else ""
 
 
-def _check_task(spec: models.ModelSpec) -> None:
-    task = models.task_of(spec)
+def _check_task(spec: ModelSpec) -> None:
+    task = libraries.task_of(spec)
     if task != "classification":
         raise UserError(f"is made for {task}", where=spec.source, hint=_CLASSIFIERS_ONLY)
 
 
-def _open_images(recipe: Recipe) -> data.DataSet:
+def _open_images(recipe: Recipe) -> DataSet:
     settings = recipe.data
     check_data_given(recipe)
     assert settings.source is not None
-    return data.open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)
-
-
-def _check_classes(manifest: Manifest, images: data.DataSet, *, where: str) -> None:
-    if images.num_classes != manifest.model.num_classes:
-        what = f"the model has {manifest.model.num_classes} classes, {images.source} has {images.num_classes}"
-        raise UserError(what, where=where, hint="give data with the classes that it was trained on")
+    return open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)

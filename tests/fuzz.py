@@ -732,9 +732,10 @@ class Case:
         return allowed(load)
 
     def _as_checkpoint(self, path: Path) -> str:
-        from csqcli.models import libraries as sources
+        from csqcli.file.checkpoint import open_checkpoint
+        from csqcli.models import libraries
 
-        return allowed(lambda: sources.load("digits_cnn", num_classes=10, checkpoint=str(path)))
+        return allowed(lambda: libraries.load("digits_cnn", num_classes=10, checkpoint=open_checkpoint(str(path))))
 
     def _command(self, path: Path) -> str:
         out = self.folder / "out"

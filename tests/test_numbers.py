@@ -14,7 +14,8 @@ from torch import Tensor
 
 import csqcli
 from csqcli import pipeline
-from csqcli.data import loaders as data
+from csqcli.data.loaders import LoaderSettings, make_loader
+from csqcli.data.specs import open_data
 from csqcli.errors import UserError
 from csqcli.file import header, io, loading
 from csqcli.models import networks as models
@@ -73,11 +74,11 @@ def test_correct_counts_do_not_depend_on_the_batch_size(digits_run: Path, image_
 def test_a_sample_s_logits_do_not_depend_on_its_batch_or_its_place(digits_run: Path) -> None:
     file = io.read(digits_run / "model.safetensors")
     model = loading.hard_model(file)
-    images = data.open_data("digits", train=False).val
+    images = open_data("digits", train=False).val
 
     def logits(order: Tensor, size: int) -> Tensor:
-        settings = data.LoaderSettings(training=False, batch_size=size)
-        loader = data.make_loader(images.subset(order), file.manifest.data_config, settings)
+        settings = LoaderSettings(training=False, batch_size=size)
+        loader = make_loader(images.subset(order), file.manifest.data_config, settings)
         with torch.no_grad():
             done = torch.cat([logits_of(model(batch)) for batch, _ in loader.epoch(0)])
         back = torch.empty_like(done)
@@ -89,9 +90,9 @@ def test_a_sample_s_logits_do_not_depend_on_its_batch_or_its_place(digits_run: P
     reference = logits(forward, 256)
     for order, size in ((forward, 1), (forward, 33), (shuffled, 256), (shuffled, 10)):
         torch.testing.assert_close(logits(order, size), reference, rtol=0, atol=1e-5 * float(reference.std()))
-    settings = data.LoaderSettings(training=False, batch_size=50)
-    mixed = data.make_loader(images.subset(shuffled), file.manifest.data_config, settings)
-    plain = data.make_loader(images, file.manifest.data_config, settings)
+    settings = LoaderSettings(training=False, batch_size=50)
+    mixed = make_loader(images.subset(shuffled), file.manifest.data_config, settings)
+    plain = make_loader(images, file.manifest.data_config, settings)
     assert evaluate(model, mixed) == evaluate(model, plain)
 
 
@@ -119,7 +120,7 @@ def test_a_constant_layer_is_met_within_half_a_step(value: float) -> None:
 def test_layers_from_one_end_of_float32_to_the_other_are_searched_written_read_back_and_evaluated(
     csq, tmp_path: Path
 ) -> None:
-    code, _, err = csq(*CORNERS, "-o", tmp_path, *QUICK)
+    code, _, err = csq(*CORNERS, "--method", "staged", "-o", tmp_path, *QUICK)
     assert code == 0, err
     weights = io.read(tmp_path / "model.safetensors").state_dict()
     largest = {name: float(value.abs().max()) for name, value in weights.items()}
@@ -154,7 +155,7 @@ def test_where_plain_sgd_cannot_train_the_run_stops_in_one_line(csq, tmp_path: P
 
 
 def test_extreme_layers_survive_every_form_of_the_file(csq, tmp_path: Path) -> None:
-    assert csq(*CORNERS, "-o", tmp_path / "run", *QUICK)[0] == 0
+    assert csq(*CORNERS, "--method", "staged", "-o", tmp_path / "run", *QUICK)[0] == 0
     model = tmp_path / "run" / "model.safetensors"
     original = io.read(model).state_dict()
     for form in ("int8-packed", "bit-packed", "state-dict"):
@@ -186,7 +187,9 @@ def test_a_checkpoint_with_nan_is_refused_by_the_tensor_s_name(csq, tmp_path: Pa
     state["bn2.running_var"][3] = bad
     path = tmp_path / f"bad.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(state, path)
-    code, _, err = csq("search", "--recipe", "digits", "--checkpoint", path, "--target-bits", 2, "-o", tmp_path / "run")
+    code, _, err = csq(
+        "search", "--recipe", "digits", "--checkpoint", path, "--target-bits", 2, "-o", tmp_path / "run", "--quiet"
+    )
     assert (code, err.count("\n")) == (2, 1)
     assert "tensor `bn2.running_var` holds NaN or infinite values" in err
     assert not (tmp_path / "run" / "model.safetensors").exists()

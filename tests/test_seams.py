@@ -40,7 +40,9 @@ def test_a_method_from_outside_searches_resumes_finetunes_exports_and_evaluates(
         *("finetune", file, "--data", "digits", "--epochs", 1, "--quiet", "--output", tmp_path / "tuned"),
         "--trust-code",
     )
-    assert code == 0, err  # integers are trained on by `staged`, which takes any delivered ones
+    assert code == 0, err
+    recipe = json.loads((tmp_path / "tuned" / "report.json").read_text())["recipe"]
+    assert recipe["quantization"]["method"] == "staged"  # which trains any delivered integers on
 
 
 @pytest.mark.parametrize(

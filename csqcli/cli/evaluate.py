@@ -9,15 +9,19 @@ import typer
 
 from csqcli.cli import output
 from csqcli.cli.options import DeviceOption, FileArgument, JsonOption, TrustOption, ValLimitOption
+from csqcli.data.specs import help_text
 
 
 def evaluate(
     file: FileArgument,
-    data: Annotated[str, typer.Option("--data", help="Image folder with val/, cifar10:DIR, cifar100:DIR, or digits.")],
+    data: Annotated[str, typer.Option("--data", help=f"Images, of which the validation split is used: {help_text()}")],
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
     val_limit: ValLimitOption = None,
     trust_code: TrustOption = False,
+    classes_by_position: Annotated[
+        bool, typer.Option("--classes-by-position", help="Match classes by their numbers, whatever their names.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Top-1 and top-5 of the hard model, as reloaded from the file."""
@@ -32,6 +36,7 @@ def evaluate(
         batch_size=batch_size,
         val_limit=val_limit,
         trust_code=trust_code,
+        classes_by_position=classes_by_position,
     )
     if as_json:
         output.block(json.dumps(result))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from csqcli.data.specs import help_text
 from csqcli.errors import UserError
 
 
@@ -20,9 +21,7 @@ class Device(str, Enum):
 
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="Image folder with train/ and val/, cifar10:DIR, cifar100:DIR, or digits.")
-]
+DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
 DeviceOption = Annotated[Device | None, typer.Option("--device", help="auto takes a GPU when there is one.")]
 BatchOption = Annotated[
     str | None,

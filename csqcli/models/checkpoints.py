@@ -1,18 +1,20 @@
-"""Weights that somebody else saved: a state dict out of .safetensors, .pth, .pt, .th or .tar, and into a model.
+"""Weights that somebody else saved: out of .safetensors (whole or in shards), .pth, .pt, .th or .tar, and into a model.
 
-Files are read as data only: nothing in them is ever run.
+Files are read as data only: nothing in them is ever run. Wherever the weights lie in a file (``{"state_dict": …}``,
+``{"net": …}``, EMA beside raw ones) and whatever their names begin with (``module.``, ``model.``, ``backbone.``,
+``_orig_mod.``), one rule finds them: the place and the common prefix under which all of the model's tensors stand.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
-import warnings
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,98 +22,103 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
-from csqcli.system.limits import check_archive
+from csqcli.models.pickles import StandIn, load_pickled
+from csqcli.system.limits import read_json
 
-_WRAPPERS = (
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-    "ema",
-)  # keys that wrap a state dict, preferred first
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+Weights = Literal["auto", "ema", "raw"]  # which of a file's weights are wanted; auto prefers averaged ones
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")  # in order of preference
+_WRAPPED_MODULES = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
+)  # added by torch
+_AVERAGED = {"ema", "swa", "averaged"}
+_MAX_NESTING = 4  # of the mappings around a state dict
+_MAX_MODULES = 64  # modules within each other, of a model that was pickled whole
+_INDEX_BYTES, _INDEX_VALUES = 2**24, 2**20  # of a sharded file's index
 
 
-def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str, str]:
-    """(state dict, sha-256 of the file, its name). Wrappers and prefixes are taken off; nothing is ever unpickled freely.
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a file, before a model says which of them it needs."""
 
-    ``builtin:NAME`` reads a checkpoint that ships with csq.
+    groups: dict[str, dict[str, Tensor]]  # mapping's path in the file ("" or "state_dict") -> its tensors by name
+    sha256: str  # of the file; of the index and then every shard in order where there are several
+    label: str  # how messages and the report call it: "builtin:NAME" or the file's name
+
+
+@dataclass(frozen=True)
+class ChosenWeights:
+    """The state dict that fits a model, and one sentence for each thing that was done to get it."""
+
+    state: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """All tensors of a foreign file; ``builtin:NAME`` reads a checkpoint that ships with csq.
+
+    Raises UserError for what cannot be read, names code, or holds tensors that no state dict has (sparse, quantized,
+    complex, or larger than their bytes).
     """
     if path.startswith("builtin:"):
         file = Path(str(resources.files("csqcli") / "assets" / f"{path.removeprefix('builtin:')}.safetensors"))
     else:
         file = Path(path)
     if not file.is_file():
-        raise UserError("no such checkpoint", where=path, hint="give a .safetensors, .pth, .pt, .th or .tar file")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if file.suffix == ".safetensors":
-        from csqcli.file import header, io
-
-        try:  # a quantized csq file is a fine checkpoint too
-            quantized = header.is_quantized(file)
-            state: Any = io.read(file).state_dict() if quantized else load_file(file)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"not a readable safetensors file ({error})", where=path) from None
+        hint = "give a .safetensors, .pth, .pt, .th or .tar file, or the .safetensors.index.json of a sharded one"
+        raise UserError("no such checkpoint", where=path, hint=hint)
+    files = [file]
+    if file.name.endswith(".index.json"):
+        files += _shards(file, where=path)
+        content: Any = {}
+        for shard in files[1:]:
+            content |= _read_safetensors(shard, where=f"{path}: {shard.name}")
+    elif file.suffix == ".safetensors":
+        content = _read_safetensors(file, where=path)
     else:
-        state = _unpickle_tensors(file, path)
-    for wrapper in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-            break
-    tensors = {}
-    for name, value in state.items() if isinstance(state, Mapping) else ():
-        if isinstance(value, Tensor):
-            name = str(name)
-            for prefix in _PREFIXES:
-                name = name.removeprefix(prefix)
-            tensors[name] = value
-    if not tensors:
+        content = load_pickled(file, where=path)
+    groups = {place: tensors for place, tensors in _groups(content) if tensors}
+    if not groups:
         raise UserError("holds no tensors", where=path, hint="a state dict is expected")
-    for name, value in tensors.items():
-        try:
-            _check_tensor(value)
-        except ValueError as error:
-            raise UserError(f"tensor `{name}` is {error}", where=path, hint="a plain state dict is expected") from None
-        if is_damaged(value.float()):
-            raise UserError(f"tensor `{name}` holds NaN or infinite values", where=path, hint="use another checkpoint")
-    return tensors, digest, path if path.startswith("builtin:") else file.name
+    for tensors in groups.values():
+        for name, value in tensors.items():
+            try:
+                _check_tensor(value)
+            except ValueError as error:
+                hint = "a plain state dict is expected"
+                raise UserError(f"tensor `{name}` is {error}", where=path, hint=hint) from None
+    return Checkpoint(groups, _sha256(files), path if path.startswith("builtin:") else file.name)
 
 
-def _check_tensor(value: Tensor) -> None:
-    """A plain dense tensor whose elements are all there."""
-    if value.is_nested:  # whose layout is strided, and whose shape cannot be asked for
-        raise ValueError("a nested tensor")
-    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
-        raise ValueError(f"a {value.dtype} tensor of layout {value.layout} on {value.device}")
-    if value.is_floating_point() and value.dtype.itemsize < 2:
-        raise ValueError(f"a tensor of type {value.dtype}")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"shape {list(value.shape)} on {value.untyped_storage().nbytes():,} bytes")
+def choose_weights(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], *, weights: Weights = "auto") -> ChosenWeights:
+    """The tensors of ``checkpoint`` that a model with the state dict ``wanted`` needs, under the model's names.
 
+    A place in the file and a prefix fit when every wanted name, the batch counters of BatchNorm aside, stands there behind
+    the prefix. Where averaged (EMA, SWA) and raw weights both fit, ``weights`` chooses. Where nothing fits, the nearest
+    place is returned, so that :func:`fit_state_dict` can say what is missing.
 
-def is_damaged(value: Tensor) -> bool:
-    """NaN, or infinite among finite values. A bound that is infinite throughout (clipping that is off) is neither."""
-    if not value.is_floating_point() or bool(torch.isfinite(value).all()):
-        return False
-    return not bool(torch.isinf(value).all())
-
-
-def _unpickle_tensors(file: Path, path: str) -> Any:
-    try:
-        check_archive(file)
-        with warnings.catch_warnings():  # torch's remarks on pickle protocols mean nothing to the user
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
-            raise UserError(
-                "holds pickled code, which csq never runs",
-                where=path,
-                hint="convert it where you trust it: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-            ) from None
-        raise UserError("not a readable checkpoint", where=path) from None
-    except Exception as error:  # torch.load raises many kinds for damaged files; all mean the same to the user
-        raise UserError(f"not a readable checkpoint ({type(error).__name__})", where=path) from None
+    Raises UserError where several sets of different weights fit, where ``weights`` asks for a kind that the file does not
+    hold, or where a chosen tensor holds NaN or infinite values.
+    """
+    required = {name for name in wanted if not _is_optional(name)}
+    matches = _matches(checkpoint, wanted)
+    fitting = [place for place, names in matches.items() if required <= names]
+    if not fitting:
+        nearest = max(matches, key=lambda place: (len(matches[place]), -len("".join(place))), default=None)
+        if nearest is None:
+            nearest = (max(checkpoint.groups, key=lambda group: len(checkpoint.groups[group])), "")
+        return ChosenWeights(_checked(_below(checkpoint, nearest), where=checkpoint.label))
+    chosen = _preferred(checkpoint, fitting, wanted, weights)
+    state, group = _below(checkpoint, chosen), checkpoint.groups[chosen[0]]
+    notes = []
+    averaged = [place for place in fitting if _is_averaged(place)]
+    if averaged and len(averaged) < len(fitting):
+        notes.append(f"took the {'averaged' if chosen in averaged else 'raw'} weights (`{_spelled(chosen)}`)")
+    if chosen[1]:
+        others = len(group) - len(state)
+        left = f"; beside them {others} not the model's" if others else ""
+        notes.append(f"took the prefix `{chosen[1]}` off {len(state)} names{left}")
+    return ChosenWeights(_checked(state, where=checkpoint.label), tuple(notes))
 
 
 def fit_state_dict(
@@ -122,10 +129,12 @@ def fit_state_dict(
     num_classes: int | None = None,
     num_classes_from: str = "the data",
 ) -> None:
-    """Load ``state`` strictly, or say in one line what does not fit."""
+    """Load ``state`` into ``model``, every tensor of it and every one that the model needs.
+
+    Raises UserError that says in one line what does not fit; a head of another size than ``num_classes`` is named as such.
+    """
     wanted = model.state_dict()
-    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing = [name for name in wanted if name not in state and name not in optional]
+    missing = [name for name in wanted if name not in state and not _is_optional(name)]
     unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:
         parts = [f"{len(missing)} missing (first: {missing[0]})"] if missing else []
@@ -146,3 +155,163 @@ def fit_state_dict(
     complete = OrderedDict(wanted | dict(state))
     complete._metadata = getattr(wanted, "_metadata", {})  # type: ignore[attr-defined]  # versions: mnasnet asks for its own
     model.load_state_dict(complete)
+
+
+def is_damaged(value: Tensor) -> bool:
+    """NaN, or infinite among finite values. A bound that is infinite throughout (clipping that is off) is neither."""
+    if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+        return False
+    return not bool(torch.isinf(value).all())
+
+
+# ---- reading
+
+
+def _read_safetensors(file: Path, *, where: str) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"not a readable safetensors file ({error})", where=where) from None
+
+
+def _shards(index: Path, *, where: str) -> list[Path]:
+    """The files that a ``….safetensors.index.json`` names, all in its own folder."""
+    try:
+        if index.stat().st_size > _INDEX_BYTES:
+            raise ValueError("over 16 MiB")
+        names = read_json(index.read_bytes(), nodes=_INDEX_VALUES).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError("no weight_map")
+        files = sorted(set(map(str, names.values())))
+        for name in files:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"`{name}` is not the name of a .safetensors file beside it")
+            if not (index.parent / name).is_file():
+                raise ValueError(f"no shard `{name}` beside it")
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a readable index ({error})", where=where) from None
+    return [index.parent / name for name in files]
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _groups(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(path, tensors by name) of every mapping in the file that holds tensors, and of every model that was pickled whole."""
+    if isinstance(content, StandIn) and isinstance(content.state, Mapping):
+        yield place, dict(_pickled_module(content))
+    if not isinstance(content, Mapping):
+        return
+    tensors = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[_WRAPPED_MODULES.sub("", str(name)).lstrip(".")] = value.detach()
+        elif depth < _MAX_NESTING:
+            yield from _groups(value, f"{place}.{name}".lstrip("."), depth + 1)
+    yield place, tensors
+
+
+def _pickled_module(module: StandIn, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the state dict of a pickled ``nn.Module``, out of the state that it was pickled with."""
+    state = module.state if isinstance(module.state, Mapping) else {}
+    for kind in ("_parameters", "_buffers"):
+        own = state.get(kind)
+        for name, value in own.items() if isinstance(own, Mapping) else ():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{name}", value.detach()
+    children = state.get("_modules")
+    for name, child in children.items() if isinstance(children, Mapping) else ():
+        if isinstance(child, StandIn) and depth < _MAX_MODULES:
+            yield from _pickled_module(child, f"{prefix}{name}.", depth + 1)
+
+
+def _check_tensor(value: Tensor) -> None:
+    """A plain dense tensor whose elements are all there."""
+    if value.is_nested:  # whose layout is strided, and whose shape cannot be asked for
+        raise ValueError("a nested tensor")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
+        raise ValueError(f"a {value.dtype} tensor of layout {value.layout} on {value.device}")
+    if value.is_floating_point() and value.dtype.itemsize < 2:
+        raise ValueError(f"a tensor of type {value.dtype}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"shape {list(value.shape)} on {value.untyped_storage().nbytes():,} bytes")
+
+
+# ---- choosing
+
+Place = tuple[str, str]  # (group, prefix of names in it)
+
+
+def _is_optional(name: str) -> bool:
+    return name.endswith("num_batches_tracked")  # many exporters leave the batch counters out
+
+
+def _matches(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dict[Place, set[str]]:
+    """For every place that holds any wanted name: which of them."""
+    found: dict[Place, set[str]] = {}
+    for group, tensors in checkpoint.groups.items():
+        for name in tensors:
+            starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+            for start in starts:
+                if name[start:] in wanted:
+                    found.setdefault((group, name[:start]), set()).add(name[start:])
+    return found
+
+
+def _below(checkpoint: Checkpoint, place: Place) -> dict[str, Tensor]:
+    group, prefix = place
+    tensors = checkpoint.groups[group]
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _is_averaged(place: Place) -> bool:
+    return not _AVERAGED.isdisjoint(re.split(r"[._]", ".".join(place).lower()))
+
+
+def _spelled(place: Place) -> str:
+    return ".".join(part.strip(".") for part in place if part) or "the file's own tensors"
+
+
+def _preferred(
+    checkpoint: Checkpoint, fitting: Sequence[Place], wanted: Mapping[str, Tensor], weights: Weights
+) -> Place:
+    averaged = [place for place in fitting if _is_averaged(place)]
+    raw = [place for place in fitting if place not in averaged]
+    asked = {"auto": averaged or raw, "ema": averaged, "raw": raw}[weights]
+    if not asked:
+        kind = "averaged (EMA)" if weights == "ema" else "raw"
+        raise UserError(f"holds no {kind} weights that fit", where=checkpoint.label, hint="pass --weights auto")
+    shapes = {name: value.shape for name, value in wanted.items()}
+
+    def rank(place: Place) -> tuple[bool, int, int]:
+        state = _below(checkpoint, place)
+        fits = all(value.shape == shapes[name] for name, value in state.items() if name in shapes)
+        last = place[0].rpartition(".")[2]
+        known = _WRAPPERS.index(last) if last in _WRAPPERS else len(_WRAPPERS)
+        return not fits, known if last else -1, len(place[1])
+
+    first, *others = sorted(asked, key=rank)
+    for place in others:
+        plain = place[0] == first[0] and not first[1]  # the names as they stand go before longer ones beside them
+        if rank(place)[:2] == rank(first)[:2] and not plain and not _same(checkpoint, first, place, wanted):
+            what = f"several sets of weights fit: `{_spelled(first)}` and `{_spelled(place)}`"
+            raise UserError(what, where=checkpoint.label, hint="keep one in the file")
+    return first
+
+
+def _same(checkpoint: Checkpoint, one: Place, other: Place, names: Mapping[str, Tensor]) -> bool:
+    a, b = _below(checkpoint, one), _below(checkpoint, other)
+    return all(torch.equal(a[name], b[name]) for name in names if name in a and name in b)
+
+
+def _checked(state: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if is_damaged(value.float()):
+            raise UserError(f"tensor `{name}` holds NaN or infinite values", where=where, hint="use another checkpoint")
+    return state

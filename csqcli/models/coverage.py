@@ -70,7 +70,7 @@ def example_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:
-    """Positional arguments of a forward pass over a batch of noise; ``task`` as `sources.task_of` names it."""
+    """Positional arguments of a forward pass over a batch of noise; ``task`` as `libraries.task_of` names it."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, *input_size, generator=generator).to(device, dtype)
     if task == "detection":

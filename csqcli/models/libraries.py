@@ -1,14 +1,12 @@
-"""``"resnet18"``, ``"timm:…"``, ``"torchvision:…"``, ``"pkg.module:factory"`` and checkpoints → a model and its data config."""
+"""Models of timm, torchvision, csq's own networks and factories: built from a spec, with their weights and data config."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,11 @@ from torch import nn
 
 from csqcli.errors import UserError, machine_fault
 from csqcli.models import networks
-from csqcli.models.checkpoints import fit_state_dict, read_checkpoint
+from csqcli.models.checkpoints import Checkpoint, Weights, choose_weights, fit_state_dict
 from csqcli.models.data_config import IMAGENET_CONFIG, DataConfig, usable_config
 from csqcli.models.spec import ModelSpec, known_names, parse
 from csqcli.system.limits import check_arguments
+from csqcli.system.plugins import import_attribute
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +41,9 @@ class LoadedModel:
     model: nn.Module
     spec: ModelSpec
     data_config: DataConfig
-    weights_from: str  # "pretrained", "random", or the checkpoint's file name
+    weights_from: str  # "pretrained", "random", or the checkpoint's label
     checkpoint_sha256: str | None = None
+    notes: tuple[str, ...] = ()  # what was done to make a checkpoint fit, one sentence each, for the user
 
 
 def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False) -> nn.Module:
@@ -80,23 +80,24 @@ def load(
     *,
     num_classes: int | None,
     pretrained: bool = True,
-    checkpoint: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    weights: Weights = "auto",
     arguments: Mapping[str, Any] | None = None,
     num_classes_from: str = "the data",
 ) -> LoadedModel:
-    """Model with weights: a checkpoint when given, else pretrained, else random ones.
+    """A float32 model with weights: the checkpoint's when one is given, else pretrained, else random ones.
 
-    Without data, ``num_classes`` None takes the checkpoint's or the library's own.
+    ``num_classes`` None takes the library's own number of outputs. ``weights`` chooses between averaged and raw weights
+    where a checkpoint holds both. Raises UserError for unknown models and for weights that do not fit or cannot be had.
     """
     spec = parse(source, arguments)
+    model = build(spec, num_classes=num_classes, pretrained=pretrained and checkpoint is None)
     if checkpoint is None:
-        model = build(spec, num_classes=num_classes, pretrained=pretrained)
         origin = "pretrained" if pretrained else "random"
         return LoadedModel(model.float(), spec, data_config(model, spec), origin)
-    state, digest, label = read_checkpoint(checkpoint)
-    model = build(spec, num_classes=num_classes)
-    fit_state_dict(model, state, where=label, num_classes=num_classes, num_classes_from=num_classes_from)
-    return LoadedModel(model.float(), spec, data_config(model, spec), label, digest)
+    chosen, label = choose_weights(checkpoint, model.state_dict(), weights=weights), checkpoint.label
+    fit_state_dict(model, chosen.state, where=label, num_classes=num_classes, num_classes_from=num_classes_from)
+    return LoadedModel(model.float(), spec, data_config(model, spec), label, checkpoint.sha256, chosen.notes)
 
 
 def data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
@@ -164,15 +165,7 @@ def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool
 
 
 def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
-    module_name, _, attribute = spec.name.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a factory in the working directory, as `python -m` would find it
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise UserError(f"cannot import `{module_name}` ({error})", where=spec.name) from error
-    except AttributeError:
-        raise UserError(f"`{module_name}` has no `{attribute}`", where=spec.name) from None
+    factory = import_attribute(spec.name, where=spec.name)
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if "num_classes" in kwargs and "num_classes" not in parameters and not takes_any:

@@ -116,7 +116,8 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
 
     Whatever would make csq read something (model, data.source) or start processes (data.workers, compile) is
     left out of it: only users name those. Nor is anything imported that it names, without ``trust_code``; the planes are fixed
-    by then, so who decided them, and at what cost, does not matter any more.
+    by then, so who decided them, and at what cost, does not matter any more. Integers of a method that cannot go on from them
+    are trained by `staged`, which takes any.
     """
     kept = legacy.modernised(without(_as_mapping(raw, where), Recipe.keys_marked(USERS_ONLY)))
     section = kept.get("quantization")
@@ -126,6 +127,11 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
     if isinstance(method, str) and ":" in method and not trust_code and "quantization.method" not in overrides:
         hint = "pass --trust-code (trust_code=True) if you trust this file"
         raise UserError(f"the file asks to import the method `{method}`", where=where, hint=hint)
+    if method != AUTO and "quantization.method" not in overrides:
+        card, _ = _chosen(kept, where)
+        if not card.finetunes and card.name != "float":
+            kept = {key: value for key, value in kept.items() if key != card.section}
+            _set(kept, "quantization.method", "staged", where)
     return resolve_from(kept, overrides, where=where)
 
 

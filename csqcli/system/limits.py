@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,36 @@ from typing import Any
 MAX_DEPTH = 32  # of nested lists and mappings
 MAX_TEXT = 4096  # characters of a string
 BASE_BYTES, EXPANSION = 2**26, 2**10  # a file may unpack to 64 MiB, and to 1024 times its own size
+_UNSAFE = (
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode's categories of control characters, surrogates, line and paragraph separators
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would reorder a line
 _MAX_ARGUMENT = 2**16  # of an integer that a model's constructor is given
 _LOADS_WEIGHTS = ("checkpoint_path", "pretrained", "weights", "cache_dir")  # arguments, or how they begin
 
 
+def is_safe_text(text: str) -> bool:
+    """Whether a name may be stored and shown: UTF-8 text without control, bidirectional or line-breaking characters.
+
+    Joiners, no-break spaces and soft hyphens are letters' business and allowed; surrogates stand for bytes that are no
+    UTF-8, as in names of folders, and are not.
+    """
+    return text.isprintable() or not any(unicodedata.category(c) in _UNSAFE or c in _BIDI for c in text)
+
+
 def check_tree(value: Any, *, nodes: int) -> None:
-    """A tree of mappings, lists, printable strings, 64-bit integers, finite floats, booleans and nulls, of at most so
+    """A tree of mappings, lists, safe texts (tabs and line breaks too), 64-bit integers, finite floats, booleans and nulls, of at most so
     many ``nodes``. Aliases count each time they are met, so what is small as a graph and huge as a tree is refused too.
     """
     pending, left = [(value, 0)], nodes
     while pending:
         item, depth = pending.pop()
         if isinstance(item, str):
-            if len(item) > MAX_TEXT or not (item.isprintable() or all(c.isprintable() or c in "\n\t" for c in item)):
-                raise ValueError(f"a text that is too long or not printable: {item[:40]!r}")
+            if len(item) > MAX_TEXT or not (is_safe_text(item) or is_safe_text(item.translate({9: " ", 10: " "}))):
+                raise ValueError(f"a text that is too long or holds control characters: {item[:40]!r}")
         elif isinstance(item, int):
             if not -(2**63) <= item < 2**63:
                 raise ValueError("an integer beyond 64 bits")

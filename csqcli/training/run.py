@@ -17,11 +17,13 @@ import torch
 import torchvision
 from torch import nn
 
-from csqcli.data import loaders as data
+from csqcli.data.loaders import LoaderSettings, make_loader
+from csqcli.data.splits import DataSet
+from csqcli.data.transforms import choose_augment
 from csqcli.errors import UserError
 from csqcli.file.manifest import AccuracyRecord, ModelRecord
-from csqcli.models import libraries as models
 from csqcli.models.coverage import Operations, count_macs
+from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
@@ -45,7 +47,7 @@ class Run:
     folder: RunFolder
     display: Display
     model: nn.Module
-    images: data.DataSet
+    images: DataSet
     config: dict[str, Any]
     source: ModelRecord
     record: RunRecord = field(default_factory=RunRecord)
@@ -66,20 +68,20 @@ class Run:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         train, val = self.images.train, self.images.val
         assert train is not None
-        augment = data.choose_augment(settings.augment, self.images, self.config)
+        augment = choose_augment(settings.augment, self.images, self.config)
         self.display.say(
             f"{self.source.source} on {self.images.source}: {len(train)} training and {len(val)} validation images, "
             f"{self.images.num_classes} classes"
         )
         shared = functools.partial(
-            data.LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
+            LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
         )
         training = shared(training=True, batch_size=settings.batch_size, augment=augment)
-        self.train_loader = data.make_loader(train, self.config, training)
+        self.train_loader = make_loader(train, self.config, training)
         held_out = shared(training=False, batch_size=settings.eval_batch_size)
-        self.val_loader = data.make_loader(val, self.config, held_out)
+        self.val_loader = make_loader(val, self.config, held_out)
         whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
-        self.whole_val_loader = data.make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
+        self.whole_val_loader = make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
         self.take(self.folder.load_state())
 
     def __enter__(self) -> Run:
@@ -194,7 +196,7 @@ def data_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
             raise UserError(what, where=f"data.{key}", hint="give one, or one per channel")
     if settings.input_size is not None:
         changed["input_size"] = (config["input_size"][0], settings.input_size, settings.input_size)
-    return models.usable_config(changed, where="recipe")
+    return usable_config(changed, where="recipe")
 
 
 def environment() -> dict[str, str]:

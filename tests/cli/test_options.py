@@ -84,7 +84,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "finetune flags": (f"{FINETUNE} --force --resume --trust-code -q", lambda r: "finetune" in r.report()),
     # evaluate
     "evaluate": (
-        "evaluate RUN --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --json",
+        "evaluate RUN --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
         lambda r: json.loads(r.out)["samples"] == 20,
     ),
     # report, inspect, methods, recipes

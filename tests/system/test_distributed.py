@@ -74,7 +74,7 @@ def test_processes_that_are_told_to_stop_save_the_same_step_and_go_on_bit_for_bi
 def test_all_processes_learn_the_smallest_value(tmp_path: Path) -> None:
     script = tmp_path / "smallest.py"
     script.write_text(
-        "import torch\nfrom csqcli import distributed\nshard, device = distributed.start(torch.device('cpu'))\n"
+        "import torch\nfrom csqcli.system import distributed\nshard, device = distributed.start(torch.device('cpu'))\n"
         "assert distributed.smallest(2**40 + 7 - shard.rank, device) == 2**40 + 6\ndistributed.stop()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

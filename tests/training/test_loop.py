@@ -28,6 +28,7 @@ def run(output: Path, display: Display | None = None, *, resume: bool = False, *
         "model.source": "plain_models:group_norm_cnn",
         "model.checkpoint": None,
         "model.pretrained": False,
+        "quantization.method": "staged",
         "quantization.target_bits": 2.5,
         "epochs": 2,
         "data.train_limit": 256,

@@ -1,0 +1,114 @@
+"""What ``--data`` takes: from a spec such as ``cifar10:DIR`` to a data set.
+
+A spec names a registered source (`csqcli.data.registry`), a folder, or a function from outside the package:
+``package.module:function`` or ``package.module:function:text``. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from csqcli.data import sources
+from csqcli.data.registry import SOURCES, DataSource
+from csqcli.errors import UserError, did_you_mean
+from csqcli.system.limits import is_safe_text
+from csqcli.system.plugins import import_attribute
+
+if TYPE_CHECKING:
+    from csqcli.data.splits import DataSet
+
+_OUTSIDE = re.compile(r"(?P<name>[A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(?P<text>.*))?", re.DOTALL)
+
+
+def known_sources() -> list[DataSource]:
+    """All registered sources, by name."""
+    for module in pkgutil.iter_modules(sources.__path__):
+        importlib.import_module(f"{sources.__name__}.{module.name}")
+    return [SOURCES[name] for name in sorted(SOURCES)]
+
+
+def help_text() -> str:
+    """What ``--data`` takes, each source with its help line, for ``--help``."""
+    listed = [f"{source.spelling} ({source.help})" for source in _usual_first()]
+    return f"{', '.join(listed)}, or package.module:function[:TEXT] of your own; a bare path is a folder."
+
+
+def hint() -> str:
+    """The same in short, for error messages: ``--data takes folder:DIR, cifar10:DIR, … or package.module:function``."""
+    listed = [source.spelling for source in _usual_first()]
+    return f"--data takes {', '.join(listed)} or package.module:function"
+
+
+def _usual_first() -> list[DataSource]:
+    return sorted(known_sources(), key=lambda source: source.name != "folder")
+
+
+def open_data(
+    source: str, *, train: bool = True, train_limit: int | None = None, val_limit: int | None = None
+) -> DataSet:
+    """The data set of a spec, at most so many images of each split.
+
+    ``train`` False leaves the training split out. Raises UserError for an unknown source, a missing split, no images, class
+    names that cannot be stored, or classes that differ between the splits.
+    """
+    if not is_safe_text(source):
+        raise UserError("holds control characters or bytes that are not UTF-8", where=source, hint="rename the folder")
+    opener, text = _find(source)
+    data = opener(text, train=train)
+    _check(data, source, train=train)
+    kept = data.train.limited(train_limit) if data.train is not None and train else None
+    return replace(data, train=kept, val=data.val.limited(val_limit))
+
+
+def _find(source: str) -> tuple[Callable[..., DataSet], str]:
+    """The function that opens a spec, and the text that it is given."""
+    name, colon, text = source.partition(":")
+    known = {entry.name: entry for entry in known_sources()}
+    if name in known and known[name].takes_text == bool(text):
+        return known[name].open, text
+    if Path(source).is_dir():
+        return known["folder"].open, source
+    likely = did_you_mean(name, known)
+    if not colon and not likely:
+        raise UserError("no such folder", where=source, hint=hint())
+    if name in known:
+        follows = "a text after" if known[name].takes_text else "no text after"
+        raise UserError(f"`{name}` takes {follows} its name", where=source, hint=f"write {known[name].spelling}")
+    outside = _OUTSIDE.fullmatch(source)
+    if outside is None:
+        raise UserError("no such folder or data source", where=source, hint=likely or hint())
+    try:
+        return import_attribute(outside["name"], where=source), outside["text"] or ""
+    except UserError:
+        if likely:
+            raise UserError("no such folder or data source", where=source, hint=likely) from None
+        raise
+
+
+def _check(data: DataSet, source: str, *, train: bool) -> None:
+    """What every source must deliver, outside ones included."""
+    from csqcli.data.splits import DataSet
+
+    if not isinstance(data, DataSet):
+        raise UserError(
+            f"the data source returned {type(data).__name__}, not a csqcli.data.splits.DataSet", where=source
+        )
+    for name in data.classes:
+        if not is_safe_text(name):
+            what = f"class {name!r} holds control characters or bytes that are not UTF-8"
+            raise UserError(what, where=source, hint="rename it")
+    if train and data.train is None:
+        raise UserError("no training split", where=source, hint="give data with images for training")
+    for split, images in (("validation", data.val), ("training", data.train if train else None)):
+        if (
+            images is not None
+            and len(images)
+            and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(data.classes)
+        ):
+            raise UserError(f"a {split} label is outside 0 to {len(data.classes) - 1}", where=source)

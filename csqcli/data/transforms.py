@@ -1,0 +1,32 @@
+"""Which augmentation fits a data set, and timm's transform for a model's data config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from csqcli.data.splits import DataSet
+
+IN_MEMORY_SIDE = 64  # pixels: larger inputs stream from disk through worker processes
+
+
+def choose_augment(setting: str, data: DataSet, config: dict[str, Any]) -> str:
+    """Resolve ``auto``."""
+    if setting != "auto":
+        return setting
+    if max(config["input_size"][1:]) > IN_MEMORY_SIDE:
+        return "imagenet"
+    return "crop-flip" if data.flips else "crop"
+
+
+def image_transform(config: dict[str, Any], augment: str | None) -> Any:
+    """timm's transform for the data config; ``augment`` None is the evaluation transform."""
+    from timm.data import create_transform
+
+    shared = {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
+    shared["input_size"] = tuple(shared["input_size"])
+    if augment in (None, "none"):
+        crop = {"crop_pct": config.get("crop_pct", 1.0), "crop_mode": config.get("crop_mode", "center")}
+        return create_transform(**shared, **crop, is_training=False)
+    options: dict[str, Any] = {"train_crop_mode": "rkrc"} if augment != "imagenet" else {}
+    flip = 0.0 if augment == "crop" else 0.5
+    return create_transform(**shared, is_training=True, hflip=flip, color_jitter=None, **options)  # type: ignore[arg-type]
