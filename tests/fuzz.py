@@ -537,9 +537,11 @@ def mutate_yaml(text: str, rng: random.Random) -> bytes:
 
 
 def assignment(rng: random.Random) -> str:
+    from csqcli.quant.catalog import CARDS
     from csqcli.recipe.resolve import _leaves
 
-    key = rng.choice([*_leaves(), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
+    card = rng.choice(list(CARDS.values()))
+    key = rng.choice([*_leaves(card), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
     values = [
         json.dumps(hostile(rng)),
         *(s.partition(": ")[2].strip() for s in YAML_SNIPPETS),
