@@ -228,7 +228,7 @@ def export(
         csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
     """
     from csqcli.exporting import registry
-    from csqcli.reporting.build import describe
+    from csqcli.reporting.build import build, describe
 
     path = Path(file)
     registry.check_name(form, where="csqcli.export")
@@ -237,10 +237,10 @@ def export(
 
     from csqcli.exporting.run import export_file, output_path
 
-    written = Path(output) if output is not None else output_path(path, form)
-    export_file(
+    target_path = Path(output) if output is not None else output_path(path, form)
+    manifest = export_file(
         path,
-        written,
+        target_path,
         form=form,
         activations=activations,
         target=target,
@@ -250,7 +250,7 @@ def export(
         trust_code=trust_code,
         force=force,
     )
-    return describe(written)
+    return describe(target_path) if form in registry.CARDS else build(manifest)
 
 
 def report(file: str | Path) -> Report:
