@@ -194,7 +194,7 @@ class GateMethod(WeightMethod):
         fit = fit_levels(weight, planes.fixed_mask[index], starts=starts)
         full_scale = fit.step * (2**planes.bits - 1)
         values = self.layers[index].unflatten(weight / fit.step)
-        planes.set_integers(index, values, full_scale, logit=1.0, beta=beta)
+        planes.set_integers(index, values, full_scale, logit=1.0, beta=beta, signed=True)
         where = planes.slices[index]
         planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
 
