@@ -153,7 +153,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     if not run.past_search:
         before = evaluate(run.model, run.val_loader)
         run.record.input_top1 = before.top1
-        found = {"samples": before.samples, "soft_top1": None}
+        found = {"samples": before.samples, "soft_top1": None, "unit_steps_top1": None}
         run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
         run.saved = None
     input_top1 = run.record.input_top1 or 0.0
