@@ -537,9 +537,11 @@ def mutate_yaml(text: str, rng: random.Random) -> bytes:
 
 
 def assignment(rng: random.Random) -> str:
+    from csqcli.quant.catalog import CARDS
     from csqcli.recipe.resolve import _leaves
 
-    key = rng.choice([*_leaves(), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
+    keys = _leaves(rng.choice(list(CARDS.values())))
+    key = rng.choice([*keys, "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
     values = [
         json.dumps(hostile(rng)),
         *(s.partition(": ")[2].strip() for s in YAML_SNIPPETS),
@@ -696,14 +698,15 @@ class Case:
         from rich.console import Console
 
         from csqcli.file import header
-        from csqcli.reporting import terminal as report
+        from csqcli.reporting.build import build
+        from csqcli.reporting.terminal import print_table
 
         def read() -> None:
             manifest = header.read_manifest(path)
             out = io.StringIO()
-            report.print_table(manifest, Console(file=out, width=140))
+            print_table(manifest, Console(file=out, width=140))
             out.getvalue().encode()
-            json.dumps(report.build(manifest)).encode()
+            json.dumps(build(manifest)).encode()
 
         return allowed(read)
 
