@@ -56,7 +56,8 @@ class _Epochs:
     def run_all(self) -> None:
         run, trainer = self.run, self.trainer
         first, batch, losses = self._take_up()
-        run.folder.write_metrics(run.record.history)
+        if run.record.history:
+            run.folder.write_metrics(run.record.history)  # without what came after the state
         several = run.shard.world > 1  # whose launcher and scheduler may each send the signal
         bars = run.display.training(
             trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=run.target_bits
