@@ -7,6 +7,7 @@ Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is wh
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
+    from csqcli.recipe.schema import Recipe
 
 __all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
 
 Report = dict[str, Any]
+_RUNS = Path("runs")  # whose folders are the runs that were told no output
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
 
 
@@ -38,7 +41,7 @@ def search(
     *,
     target_bits: float | None = None,
     data: str | None = None,
-    output: str | Path,
+    output: str | Path | None = None,
     recipe: str = "short",
     resume: bool = False,
     force: bool = False,
@@ -53,10 +56,11 @@ def search(
         target_bits: mean planes per weight element that the result must not exceed; fractions are fine. None where the
             recipe says.
         data: image folder with ``train/`` and ``val/``, ``cifar10:DIR``, ``cifar100:DIR`` or ``digits``.
-        output: folder for ``model.safetensors``, ``report.json``, ``metrics.jsonl`` and ``recipe.yaml``.
+        output: folder for ``model.safetensors``, ``report.json``, ``metrics.jsonl`` and ``recipe.yaml``; None takes
+            ``runs/MODEL-TARGETbit``, as ``runs/resnet18-3bit``.
         recipe: the name of one that ships with csq, or a YAML file.
         resume: go on with an unfinished run in ``output``. The report of a finished one is returned as it is.
-        force: overwrite a run in ``output``, finished or not.
+        force: overwrite a run in ``output``, finished or not, and files of these names that no run wrote.
         progress: show what is going on, on stderr.
         settings: further recipe keys, dotted or short where that is unambiguous: ``epochs=5``, ``lr=0.1``,
             ``**{"finetune.epochs": 3}``. `csq recipes schema` lists them all. They win over the recipe.
@@ -79,7 +83,8 @@ def search(
 
     from csqcli import pipeline
 
-    return pipeline.search(resolved, Path(output), display=_display(progress), force=force, resume=resume)
+    folder = Path(output) if output is not None else search_folder(resolved)
+    return pipeline.search(resolved, folder, display=_display(progress), force=force, resume=resume)
 
 
 def finetune(
@@ -100,7 +105,7 @@ def finetune(
         file: what ``search``, ``finetune`` or ``save`` wrote, in any safetensors form of ``export``.
         data: as for :func:`search`.
         epochs: of this training; None takes those of the file's recipe, or 5.
-        output: folder for the result; None takes the file's folder with ``-finetuned`` behind its name.
+        output: folder for the result; None takes ``runs/NAME-finetuned``, NAME that of the file's folder.
         resume, force, progress, settings: as for :func:`search`. The recipe is the file's own.
         trust_code: let the file import the ``package.module:factory`` that it names.
 
@@ -413,10 +418,22 @@ def save(
     return describe(target)
 
 
+def search_folder(recipe: Recipe) -> Path:
+    """Where ``search`` writes when it is told nothing: ``runs/resnet18-3bit`` in the current folder."""
+    bits = recipe.quantization.target_bits
+    model = (recipe.model.source or "model").rpartition(":")[2]
+    return _RUNS / f"{_as_file_name(model)}-{'float' if bits is None else f'{bits:g}bit'}"
+
+
 def finetune_folder(file: Path) -> Path:
-    """Where ``finetune`` writes when it is told nothing."""
+    """Where ``finetune`` writes when it is told nothing: ``runs/NAME-finetuned`` in the current folder."""
     folder = file.absolute().parent
-    return folder.with_name(f"{folder.name}-finetuned")
+    name = file.stem if folder == Path.cwd() else folder.name
+    return _RUNS / f"{_as_file_name(name)}-finetuned"
+
+
+def _as_file_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]", "-", text).lstrip(".-") or "model"
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
