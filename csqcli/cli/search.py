@@ -12,9 +12,11 @@ from csqcli.cli.options import (
     DataOption,
     DeviceOption,
     ForceOption,
+    Head,
     QuietOption,
     ResumeOption,
     SetOption,
+    WeightsOption,
     batch_settings,
     given,
 )
@@ -33,6 +35,11 @@ def search(
     ] = None,
     data: DataOption = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
+    weights: WeightsOption = None,
+    head: Annotated[
+        Head | None,
+        typer.Option(help="The weights' classifier: keep it, keep a subset of its outputs, or start a new one."),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Shipped recipe name, or a YAML file.")] = "short",
     output: Annotated[
         Path | None,
@@ -79,6 +86,8 @@ def search(
         "quantization.target_bits": target_bits,
         "data.source": data,
         "model.checkpoint": checkpoint,
+        "model.weights": weights.value if weights else None,
+        "model.head": head.value if head else None,
         "quantization.method": method,
         "quantization.allocator": allocator,
         "quantization.cost": cost,

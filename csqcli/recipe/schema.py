@@ -30,6 +30,11 @@ class ModelSettings(Section):
     """Weights file: .safetensors, .pth, .pt, .th or .tar. `builtin:digits` is the embedded digits checkpoint."""
     arguments: Annotated[dict[str, Any], AfterValidator(check_arguments)] = Field(default_factory=dict)
     """Keyword arguments for the model's constructor, e.g. `{drop_path_rate: 0.1}`."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Which weights to take where a checkpoint holds both averaged (EMA) and raw ones; `auto` takes the averaged."""
+    head: Literal["auto", "keep", "subset", "new"] = "auto"
+    """What becomes of the weights' classifier: `keep` maps labels into its outputs, `subset` keeps those of the data's classes,
+    `new` makes a fresh one; `auto` leaves it where it has as many outputs as the data has classes, else `subset`."""
 
 
 class DataSettings(Section):

@@ -30,6 +30,7 @@ class RunRecord(BaseModel):
     accuracy: AccuracyRecord = Field(default_factory=AccuracyRecord)
     rollbacks: int = Field(0, ge=0, le=MAX_ROLLBACKS)  # each halves the learning rates
     input_top1: float | None = None  # percent, of the file that a finetune started from
+    input_top1_present: float | None = None  # percent, among the data's classes, where the file's model has more
     step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
 
 

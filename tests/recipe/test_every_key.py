@@ -29,6 +29,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "channels_last": "on",
             "save_every_minutes": 0.001,
             "bn_recalibration_batches": 2,
+            "model.head": "new",
+            "model.weights": "raw",
             "data.source": "digits",
             "data.batch_size": 32,
             "data.micro_batch": 16,
