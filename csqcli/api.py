@@ -7,6 +7,7 @@ Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is wh
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
+    from csqcli.recipe.schema import Recipe
 
 __all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
 
 Report = dict[str, Any]
+_RUNS = Path("runs")  # whose folders are the runs that were told no output
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
 
 
@@ -39,7 +42,7 @@ def search(
     *,
     target_bits: float | None = None,
     data: str | None = None,
-    output: str | Path,
+    output: str | Path | None = None,
     recipe: str = "short",
     resume: bool = False,
     force: bool = False,
@@ -54,10 +57,11 @@ def search(
         target_bits: mean planes per weight element that the result must not exceed; fractions are fine. None where the
             recipe says.
         data: image folder with ``train/`` and ``val/``, ``cifar10:DIR``, ``cifar100:DIR`` or ``digits``.
-        output: folder for ``model.safetensors``, ``report.json``, ``metrics.jsonl`` and ``recipe.yaml``.
+        output: folder for ``model.safetensors``, ``report.json``, ``metrics.jsonl`` and ``recipe.yaml``; None takes
+            ``runs/MODEL-TARGETbit``, as ``runs/resnet18-3bit``.
         recipe: the name of one that ships with csq, or a YAML file.
         resume: go on with an unfinished run in ``output``. The report of a finished one is returned as it is.
-        force: overwrite a run in ``output``, finished or not.
+        force: overwrite a run in ``output``, finished or not, and files of these names that no run wrote.
         progress: show what is going on, on stderr.
         settings: further recipe keys, dotted or short where that is unambiguous: ``epochs=5``, ``lr=0.1``,
             ``**{"finetune.epochs": 3}``. `csq recipes schema` lists them all. They win over the recipe.
@@ -80,7 +84,8 @@ def search(
 
     from csqcli import pipeline
 
-    return pipeline.search(resolved, Path(output), display=_display(progress), force=force, resume=resume)
+    folder = Path(output) if output is not None else search_folder(resolved)
+    return pipeline.search(resolved, folder, display=_display(progress), force=force, resume=resume)
 
 
 def finetune(
@@ -101,7 +106,7 @@ def finetune(
         file: what ``search``, ``finetune`` or ``save`` wrote, in any safetensors form of ``export``.
         data: as for :func:`search`.
         epochs: of this training; None takes those of the file's recipe, or 5.
-        output: folder for the result; None takes the file's folder with ``-finetuned`` behind its name.
+        output: folder for the result; None takes ``runs/NAME-finetuned``, NAME that of the file's folder.
         resume, force, progress, settings: as for :func:`search`. The recipe is the file's own.
         trust_code: let the file import the ``package.module:factory`` that it names.
 
@@ -252,7 +257,7 @@ def export(
         csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
     """
     from csqcli.exporting import registry
-    from csqcli.reporting.build import describe
+    from csqcli.reporting.build import build, describe
 
     path = Path(file)
     registry.check_name(form, where="csqcli.export")
@@ -261,10 +266,10 @@ def export(
 
     from csqcli.exporting.run import export_file, output_path
 
-    written = Path(output) if output is not None else output_path(path, form)
-    export_file(
+    target_path = Path(output) if output is not None else output_path(path, form)
+    manifest = export_file(
         path,
-        written,
+        target_path,
         form=form,
         activations=activations,
         target=target,
@@ -274,7 +279,7 @@ def export(
         trust_code=trust_code,
         force=force,
     )
-    return describe(written)
+    return describe(target_path) if form in registry.CARDS else build(manifest)
 
 
 def report(file: str | Path) -> Report:
@@ -437,10 +442,22 @@ def save(
     return describe(target)
 
 
+def search_folder(recipe: Recipe) -> Path:
+    """Where ``search`` writes when it is told nothing: ``runs/resnet18-3bit`` in the current folder."""
+    bits = recipe.quantization.target_bits
+    model = (recipe.model.source or "model").rpartition(":")[2]
+    return _RUNS / f"{_as_file_name(model)}-{'float' if bits is None else f'{bits:g}bit'}"
+
+
 def finetune_folder(file: Path) -> Path:
-    """Where ``finetune`` writes when it is told nothing."""
+    """Where ``finetune`` writes when it is told nothing: ``runs/NAME-finetuned`` in the current folder."""
     folder = file.absolute().parent
-    return folder.with_name(f"{folder.name}-finetuned")
+    name = file.stem if folder == Path.cwd() else folder.name
+    return _RUNS / f"{_as_file_name(name)}-finetuned"
+
+
+def _as_file_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]", "-", text).lstrip(".-") or "model"
 
 
 def _evaluation(accuracy: Any, mean_bits: float) -> Evaluation:

@@ -162,7 +162,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     if not run.past_search:
         before = evaluate(run.model, run.val_loader, present=run.images.present)
         run.record.input_top1, run.record.input_top1_present = before.top1, before.top1_present
-        found = {"samples": before.samples, "soft_top1": None}
+        found = {"samples": before.samples, "soft_top1": None, "unit_steps_top1": None}
         run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
         run.saved = None
     input_top1 = run.record.input_top1 or 0.0

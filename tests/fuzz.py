@@ -537,9 +537,11 @@ def mutate_yaml(text: str, rng: random.Random) -> bytes:
 
 
 def assignment(rng: random.Random) -> str:
+    from csqcli.quant.catalog import CARDS
     from csqcli.recipe.resolve import _leaves
 
-    key = rng.choice([*_leaves(), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
+    card = rng.choice(list(CARDS.values()))
+    key = rng.choice([*_leaves(card), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
     values = [
         json.dumps(hostile(rng)),
         *(s.partition(": ")[2].strip() for s in YAML_SNIPPETS),
@@ -695,15 +697,16 @@ class Case:
     def _manifest(self, path: Path) -> str:
         from rich.console import Console
 
-        from csqcli.file import header
-        from csqcli.reporting import terminal as report
+        from csqcli.reporting.build import describe
+        from csqcli.reporting.recompute import recomputed
+        from csqcli.reporting.terminal import print_table
 
         def read() -> None:
-            manifest = header.read_manifest(path)
+            manifest, _ = recomputed(path)
             out = io.StringIO()
-            report.print_table(manifest, Console(file=out, width=140))
+            print_table(manifest, Console(file=out, width=140), as_stated=True)
             out.getvalue().encode()
-            json.dumps(report.build(manifest)).encode()
+            json.dumps(describe(path)).encode()
 
         return allowed(read)
 

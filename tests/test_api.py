@@ -96,15 +96,18 @@ def test_what_is_wrong_is_one_line_and_leaves_no_folder(settings: dict[str, Any]
     assert not (tmp_path / "run").exists()
 
 
-def test_finetune_keeps_the_better_model_and_writes_beside_its_input(
-    run: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_finetune_keeps_the_better_model_and_writes_into_the_current_folder(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, report = run
-    copy = tmp_path / "run"
-    copy.mkdir()
+    copy = tmp_path / "elsewhere" / "run"
+    copy.mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     (copy / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     tuned = csqcli.finetune(copy / "model.safetensors", data="digits", epochs=1, seed=3)
-    assert (tmp_path / "run-finetuned" / "model.safetensors").is_file()
+    assert Path("runs/run-finetuned/model.safetensors").is_file()
+    assert [path.name for path in copy.parent.iterdir()] == ["run"]
     assert tuned["finetune"]["input_top1"] == report["accuracy"]["hard_top1"]
     assert tuned["accuracy"]["hard_top1"] >= report["accuracy"]["hard_top1"]
     assert tuned["recipe"]["seed"] == 3

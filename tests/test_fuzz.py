@@ -311,9 +311,12 @@ def test_a_file_whose_hash_is_right_still_has_to_be_what_it_says(tmp_path: Path,
 
 
 def test_names_out_of_files_cannot_steer_the_terminal(csq, digits_file: Path, tmp_path: Path) -> None:
-    path = forged(digits_file, tmp_path / "a.safetensors", lambda m: m["layers"][0].update(name="[red]conv1[/nothing]"))
+    path = forged(digits_file, tmp_path / "a.safetensors", lambda m: m["model"].update(source="[red]conv1[/nothing]"))
     code, out, _ = csq("report", path)
     assert (code, "[red]conv1[/nothing]" in out) == (0, True)
+    path = forged(digits_file, tmp_path / "d.safetensors", lambda m: m["layers"][0].update(name="[red]conv1[/nothing]"))
+    code, _, err = csq("report", path)  # a layer of that name has no integers in the file
+    assert (code, "[red]conv1[/nothing]" in err) == (2, True)
     path = forged(digits_file, tmp_path / "b.safetensors", lambda m: m["layers"][0].update(name="\x1b[2J"))
     code, _, err = csq("report", path)
     assert (code, "\x1b" in err) == (2, False)

@@ -30,7 +30,8 @@ def finetune(
         int | None, typer.Option(min=1, help="Epochs; 5 unless the file's recipe says otherwise.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder; FILE's folder + -finetuned if unset.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder; runs/NAME-finetuned if unset, NAME that of FILE's folder."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
     batch_size: BatchOption = None,

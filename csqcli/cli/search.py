@@ -41,9 +41,10 @@ def search(
         typer.Option(help="The weights' classifier: keep it, keep a subset of its outputs, or start a new one."),
     ] = None,
     recipe: Annotated[str, typer.Option(help="Shipped recipe name, or a YAML file.")] = "short",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.safetensors and its report.")] = Path(
-        "."
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the model and its report; runs/MODEL-TARGETbit if unset."),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="auto, a name that `csq methods` lists, or package.module:Class.")
     ] = None,
@@ -76,6 +77,7 @@ def search(
     quiet: QuietOption = False,
 ) -> None:
     """Search a mixed-precision model within a budget and write it."""
+    from csqcli.api import search_folder
     from csqcli.recipe.complete import check_complete
     from csqcli.recipe.resolve import parse_assignments, resolve
     from csqcli.system.progress import Display
@@ -103,11 +105,12 @@ def search(
     }
     resolved = resolve(recipe, parse_assignments(settings or []) | given(typed))
     check_complete(resolved)
+    target = output or search_folder(resolved)
     display = Display(quiet=quiet or not is_main_process())
-    display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {output}")
+    display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
 
     from csqcli import pipeline
     from csqcli.training.run_folder import MODEL_FILE
 
-    pipeline.search(resolved, output, display=display, force=force, resume=resume)
-    result_of_run(output / MODEL_FILE)
+    pipeline.search(resolved, target, display=display, force=force, resume=resume)
+    result_of_run(target / MODEL_FILE)

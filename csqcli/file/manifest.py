@@ -109,6 +109,7 @@ class AccuracyRecord(Record):
 
     float_top1: Percent | None = None
     soft_top1: Percent | None = None
+    unit_steps_top1: Percent | None = None  # every gate as its unit step instead, the paper's hardening; not delivered
     hard_top1: Percent | None = None
     hard_top5: Percent | None = None
     samples: Count = 0

@@ -51,11 +51,13 @@ class _Epochs:
     trainer: Trainer
     saved_at: float = field(default_factory=time.monotonic)
     last: tuple[int, int, Sequence[Any]] | None = None  # epoch, batches done and losses after the last step
+    steps_done: int = 0  # of the optimizer, then
 
     def run_all(self) -> None:
         run, trainer = self.run, self.trainer
         first, batch, losses = self._take_up()
-        run.folder.write_metrics(run.record.history)
+        if run.record.history:
+            run.folder.write_metrics(run.record.history)  # without what came after the state
         several = run.shard.world > 1  # whose launcher and scheduler may each send the signal
         bars = run.display.training(
             trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=run.target_bits
@@ -65,8 +67,8 @@ class _Epochs:
             for epoch in range(first, trainer.epochs):
                 try:
                     line = {"phase": self.phase, **trainer.run_epoch(epoch, start=batch, losses=losses)}
-                except Unavailable:  # raised between two steps
-                    if self.last is not None:
+                except Unavailable:
+                    if self.last is not None and not self._in_hardening_step():  # raised between two steps
                         self._save(*self.last)
                     raise
                 batch, losses, self.last = 0, (), None
@@ -90,17 +92,25 @@ class _Epochs:
     def _after_step(self, epoch: int, batch: int, losses: Sequence[Any]) -> None:
         run = self.run
         run.display.on_step(batch, losses)
-        self.last = epoch, batch, losses
+        self.last, self.steps_done = (epoch, batch, losses), self.trainer.optimizer.step_count
         stop = self.request.signum
         if run.shard.world > 1:  # all stop after the same step
             asks = batch % _ASK_EVERY == 0 or batch == self.trainer.steps_per_epoch
             stop = distributed.all_reduce_max(stop or 0, run.device) or None if asks else None
-        if stop is not None or time.monotonic() - self.saved_at > 60 * run.recipe.save_every_minutes:
+        optimizer = self.trainer.optimizer
+        evaluates = (
+            optimizer.step_count + 1 == optimizer.harden_at_step
+        )  # the next step does: lost images end it half-way
+        if stop is not None or evaluates or time.monotonic() - self.saved_at > 60 * run.recipe.save_every_minutes:
             self._save(epoch, batch, losses)
         if stop is not None:
             distributed.wait_for_all(run.device)  # a launcher may end the others once one has left
             distributed.stop()
             raise Interrupted(stop, f"{self.phase}, epoch {epoch + 1}, batch {batch}")
+
+    def _in_hardening_step(self) -> bool:
+        """Whether the last step began to harden and did not end: its weights are those of no saved moment."""
+        return self.trainer.optimizer.step_count != self.steps_done
 
     def _save(self, epoch: int, batch: int = 0, losses: Sequence[Any] = ()) -> None:
         """Save the state after so many epochs and batches. NonFinite instead of a state that holds NaN or infinities."""

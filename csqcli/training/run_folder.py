@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ class RunFolder:
         self.states = [path / RESUME_FILE, path / PREVIOUS_FILE]  # newest first
         self.finished: dict[str, Any] | None = None  # the report, when --resume finds this very run complete
         self._held = contextlib.ExitStack()
+        self._recipe_written = False
 
     @property
     def model_file(self) -> Path:
@@ -57,17 +60,16 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         if self.shard.is_main:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                what = "is a file" if self.path.is_file() else f"cannot be created ({error.strerror})"
-                raise UserError(what, where=str(self.path), hint="choose another --output") from None
-            self._held.enter_context(locked(self.path))
-            try:
+            with contextlib.ExitStack() as held:
+                held.callback(_remove_empty, [self.path, *self.path.parents], kept=_existing(self.path))
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    what = "is a file" if self.path.is_file() else f"cannot be created ({error.strerror})"
+                    raise UserError(what, where=str(self.path), hint="choose another --output") from None
+                held.enter_context(locked(self.path))
                 self._open()
-            except BaseException:
-                self._held.close()
-                raise
+                self._held = held.pop_all()
         self.finished = distributed.from_main(self.finished)
         return self
 
@@ -89,14 +91,22 @@ class RunFolder:
             raise UserError("holds an unfinished run", where=str(self.path), hint=hint)
         if unfinished and self.resume:
             self._read_state()  # before anything is written: it may be another run's
-        else:  # a complete model stays until the new one takes its place
+        elif not (
+            unfinished or self.force
+        ):  # a run's files never stand alone: a state comes first and a model stays last
+            for name in (RECIPE_FILE, REPORT_FILE, METRICS_FILE):
+                if os.path.lexists(self.path / name):
+                    hint = "choose another --output, or pass --force to replace it"
+                    raise UserError(f"holds a {name} of no known run", where=str(self.path), hint=hint)
+        else:  # a complete model, and what was written with it, stays until the new one takes its place
+            for name in (RECIPE_FILE, METRICS_FILE) if unfinished and not self.model_file.exists() else ():
+                (self.path / name).unlink(missing_ok=True)
             for state in self.states:
                 state.unlink(missing_ok=True)
             self.float_file.unlink(missing_ok=True)
         for name in (MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
             for file in files.leftovers(self.path / name):
                 file.unlink(missing_ok=True)
-        files.write_text(self.path / RECIPE_FILE, to_yaml(self.recipe))
 
     def _report_of_this_run(self) -> dict[str, Any] | None:
         try:
@@ -134,6 +144,13 @@ class RunFolder:
         """Keep ``state`` as the newest, on the main process."""
         if self.shard.is_main:
             state.write(*self.states)
+            self._write_recipe()
+
+    def _write_recipe(self) -> None:
+        """recipe.yaml, once there is something that it belongs to: a start that fails leaves nothing behind."""
+        if not self._recipe_written:
+            files.write_text(self.path / RECIPE_FILE, to_yaml(self.recipe))
+            self._recipe_written = True
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         if self.shard.is_main:
@@ -141,6 +158,7 @@ class RunFolder:
 
     def write_report(self, report: dict[str, Any]) -> None:
         if self.shard.is_main:
+            self._write_recipe()
             content = report | {"fingerprint": self.fingerprint}
             files.write_text(self.path / REPORT_FILE, json.dumps(content, indent=2) + "\n")
 
@@ -150,6 +168,21 @@ class RunFolder:
             for state in reversed(self.states):
                 state.unlink(missing_ok=True)
         distributed.stop()
+
+
+def _existing(path: Path) -> set[Path]:
+    return {folder for folder in (path, *path.parents) if folder.exists()}
+
+
+def _remove_empty(folders: Iterable[Path], *, kept: set[Path]) -> None:
+    """Remove the folders that hold nothing, innermost first, but those that were there before."""
+    for folder in folders:
+        if folder in kept:
+            return
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or never made
+            return
 
 
 def fingerprint(recipe: Recipe, source: str) -> str:

@@ -125,6 +125,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
                     "precision_count": "soft",
                     "fix_masks_at": 0.5,
                     "rounding": "threshold",
+                    "measure_unit_steps": True,
                     "harden_at": 0.5,
                     "reg_strength": 0.1,
                     "mask_logit": 0.5,
