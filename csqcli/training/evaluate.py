@@ -15,6 +15,10 @@ from csqcli.errors import UserError, machine_fault
 from csqcli.system import distributed
 
 
+class BrokenScores(UserError):
+    """Scores that are NaN or infinite: whichever of them is taken for the largest says nothing."""
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Correct predictions out of ``samples``; percentages are derived, so shards can be summed first."""
@@ -66,13 +70,16 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
 def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accuracy:
     """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
 
+    BrokenScores where scores are not finite.
     ``shared``: the loader holds this process's share of the images, and counts are summed over processes.
     """
     was_training = model.training
     model.eval()
     correct1 = correct5 = samples = 0
+    finite = torch.ones((), dtype=torch.bool)
     for images, labels in loader.epoch(0):
         scores = logits_of(model(images))
+        finite = finite.to(scores.device) & scores.isfinite().all()
         ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
         correct1 += int(ranked[:, 0].sum())
         correct5 += int(ranked.sum())
@@ -80,7 +87,13 @@ def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accura
     model.train(was_training)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
     if shared:
-        correct1, correct5, samples = distributed.sum_counts((correct1, correct5, samples), device)
+        correct1, correct5, samples, broken = distributed.sum_counts((correct1, correct5, samples, not finite), device)
+    else:
+        broken = int(not finite)
+    if broken:
+        raise UserError(
+            "the model's scores are NaN or infinite", hint="its accuracy would mean nothing; check the weights"
+        )
     if samples == 0:
         raise UserError("no validation image could be used")
     return Accuracy(correct1, correct5, samples)

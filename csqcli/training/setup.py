@@ -22,8 +22,8 @@ from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMetho
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed, memory
-from csqcli.training.evaluate import evaluate
-from csqcli.training.loop import Trainer
+from csqcli.training.evaluate import BrokenScores, evaluate
+from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run
 
 
@@ -177,7 +177,10 @@ def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
 
 
 def _measure_soft(run: Run) -> None:
-    run.record.accuracy.soft_top1 = evaluate(run.model, run.val_loader).top1
+    try:
+        run.record.accuracy.soft_top1 = evaluate(run.model, run.val_loader).top1
+    except BrokenScores as error:
+        raise NonFinite("evaluation met NaN or infinite numbers before the planes were fixed") from error
 
 
 def _images_per_step(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -> int:
