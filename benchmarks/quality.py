@@ -54,13 +54,6 @@ def method(name: str, target: float | None = None, epochs: int = 6, **more: Any)
     return {"quantization.method": name, "quantization.target_bits": target, "epochs": epochs, **more}
 
 
-PAPER = {  # section IV-A's method on the proxy's schedule
-    "csq.refit_scale": False,
-    "csq.rounding": "threshold",
-    "csq.harden_at": 1.0,
-    "csq.beta_schedule": "epoch",
-    "bn_recalibration_batches": 0,
-}
 BFLOAT16 = {"quantization.state_dtype": "bfloat16"}
 ROWS: dict[str, dict[str, Any]] = {
     "float": method("float"),
@@ -76,10 +69,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "staged 1, 3 epochs + 3 finetune": method("staged", 1, epochs=3, **{"finetune.epochs": 3}),
     "staged 2, 3 epochs + 3 finetune": method("staged", 2, epochs=3, **{"finetune.epochs": 3}),
     "csq-uniform 2": method("csq-uniform", 2),
-    "csq 2": method("csq", 2, **PAPER),
+    **{f"csq {k:g}": method("csq", k) for k in (1, 2, 3)},
+    "csq 2, the paper's settings": method("csq-paper", 2, bn_recalibration_batches=0),
     **{f"staged {k}, bfloat16 state": method("staged", k, **BFLOAT16) for k in (1, 2)},
     "csq-uniform 2, bfloat16 state": method("csq-uniform", 2, **BFLOAT16),
-    "csq 2, bfloat16 state": method("csq", 2, **PAPER, **BFLOAT16),
+    "csq 2, bfloat16 state": method("csq", 2, **BFLOAT16),
 }
 
 

@@ -32,8 +32,9 @@ class Evaluation(TypedDict):
 
     top1: float  # percent
     top5: float  # percent
+    top1_present: float | None  # percent, among the classes of the data alone; None where the model has no others
     samples: int  # images
-    mean_bits: float  # planes per weight element
+    mean_bits: float  # planes per weight element; 32 of a float model
 
 
 def search(
@@ -148,20 +149,27 @@ def finetune(
 
 
 def evaluate(
-    file: str | Path,
+    file: str | Path | None,
     data: str,
     *,
+    model: str | None = None,
+    weights: Literal["auto", "ema", "raw"] = "auto",
+    input_size: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: int = 256,
     val_limit: int | None = None,
     trust_code: bool = False,
     classes_by_position: bool = False,
 ) -> Evaluation:
-    """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it.
+    """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it; or of a float model.
 
     Args:
-        file: any file that csq wrote; ONNX ones run in ONNX Runtime on the CPU.
+        file: any file that csq wrote; ONNX ones run in ONNX Runtime on the CPU. With ``model`` any checkpoint, or None for
+            the library's own weights.
         data: as for :func:`search`; only the validation images are read.
+        model: the float model to put the checkpoint's weights into, as for :func:`search`.
+        weights: with ``model``, which ones where the checkpoint holds averaged (``ema``) and ``raw`` ones.
+        input_size: with ``model``, the side of the images in pixels; None takes the model's own.
         device: ``auto`` takes a GPU when there is one.
         batch_size: images per step; does not change the result.
         val_limit: use only this many images, spread evenly over the set.
@@ -169,7 +177,8 @@ def evaluate(
         classes_by_position: match the classes of file and data by their numbers, whatever their names.
 
     Returns:
-        ``top1`` and ``top5`` in percent, ``samples`` (images), ``mean_bits`` (planes per weight element).
+        ``top1`` and ``top5`` in percent, ``top1_present`` (percent, among the data's classes where the model has more),
+        ``samples`` (images), ``mean_bits`` (planes per weight element).
 
     Raises:
         UserError: for a damaged file, and for data that is not what the model was trained on.
@@ -180,6 +189,23 @@ def evaluate(
     """
     from csqcli import pipeline
 
+    if model is not None:
+        of_model = pipeline.evaluate_checkpoint(
+            str(file) if file is not None else None,
+            model,
+            data,
+            weights=weights,
+            input_size=input_size,
+            device=device,
+            batch_size=batch_size,
+            val_limit=val_limit,
+        )
+        return _evaluation(of_model, 32.0)
+    if file is None:
+        raise UserError("no file given", where="csqcli.evaluate", hint="name one, or a float model by `model`")
+    if weights != "auto" or input_size is not None:
+        given = "weights" if weights != "auto" else "input_size"
+        raise UserError("is for float models", where=given, hint="name one by --model; a csq file knows its own")
     accuracy, manifest = pipeline.evaluate_file(
         Path(file),
         data,
@@ -189,9 +215,7 @@ def evaluate(
         trust_code=trust_code,
         classes_by_position=classes_by_position,
     )
-    return Evaluation(
-        top1=accuracy.top1, top5=accuracy.top5, samples=accuracy.samples, mean_bits=manifest.budget.mean_bits
-    )
+    return _evaluation(accuracy, manifest.budget.mean_bits)
 
 
 def export(
@@ -233,7 +257,7 @@ def export(
         csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
     """
     from csqcli.exporting import registry
-    from csqcli.reporting.build import describe
+    from csqcli.reporting.build import build, describe
 
     path = Path(file)
     registry.check_name(form, where="csqcli.export")
@@ -242,10 +266,10 @@ def export(
 
     from csqcli.exporting.run import export_file, output_path
 
-    written = Path(output) if output is not None else output_path(path, form)
-    export_file(
+    target_path = Path(output) if output is not None else output_path(path, form)
+    manifest = export_file(
         path,
-        written,
+        target_path,
         form=form,
         activations=activations,
         target=target,
@@ -255,7 +279,7 @@ def export(
         trust_code=trust_code,
         force=force,
     )
-    return describe(written)
+    return describe(target_path) if form in registry.CARDS else build(manifest)
 
 
 def report(file: str | Path) -> Report:
@@ -434,6 +458,16 @@ def finetune_folder(file: Path) -> Path:
 
 def _as_file_name(text: str) -> str:
     return re.sub(r"[^\w.+-]", "-", text).lstrip(".-") or "model"
+
+
+def _evaluation(accuracy: Any, mean_bits: float) -> Evaluation:
+    return Evaluation(
+        top1=accuracy.top1,
+        top5=accuracy.top5,
+        top1_present=accuracy.top1_present,
+        samples=accuracy.samples,
+        mean_bits=mean_bits,
+    )
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from csqcli.file.labels import with_labels_of
 from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
 from csqcli.models import libraries
+from csqcli.models.checkpoints import Weights
+from csqcli.models.fitting import load_for
 from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant import activations
 from csqcli.quant.layers import layers_named
@@ -32,6 +34,7 @@ from csqcli.system import distributed
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 from csqcli.training import phase
+from csqcli.training.adapt import adapt
 from csqcli.training.deliver import deliver, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.run import Run, data_config
@@ -52,9 +55,9 @@ def search(
 ) -> dict[str, Any]:
     """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
 
-    ``recipe.finetune.epochs`` more epochs follow with the planes fixed. ``images`` spares callers who run many jobs the
-    opening of ``recipe.data.source``. Raises UserError for anything wrong with the
-    input; a folder with a finished run is refused without ``force``.
+    ``recipe.adaptation.epochs`` in float come first, and ``recipe.finetune.epochs`` with the planes fixed at the end.
+    ``images`` spares callers who run many jobs the opening of ``recipe.data.source``. Raises UserError for anything wrong
+    with the input; a folder with a finished run is refused without ``force``.
     """
     spec = _model_asked_for(recipe)
     images = images or _open_images(recipe)
@@ -63,14 +66,18 @@ def search(
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
-        loaded = libraries.load(
+        fitted = load_for(
             recipe.model.source or "",
-            num_classes=images.num_classes,
+            images.classes,
+            head=recipe.model.head,
             pretrained=recipe.model.pretrained,
             checkpoint=open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None,
+            weights=recipe.model.weights,
             arguments=recipe.model.arguments,
-            num_classes_from=images.source,
+            classes_from=images.source,
+            seed=recipe.seed,
         )
+        loaded, images = fitted.loaded, images.relabelled(fitted.outputs, fitted.names)
         for note in loaded.notes:
             display.say(f"{loaded.weights_from}: {note}")
         source = ModelRecord(
@@ -85,6 +92,9 @@ def search(
         config = data_config(loaded.data_config, recipe)
         with Run(recipe, folder, display, loaded.model, images, config, source) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
+            run.measure_float()
+            if recipe.adaptation.epochs:
+                adapt(run)
             run.keep_teacher()
             report = {} if run.past_search else _search(run)
             if recipe.finetune.epochs and recipe.card.name != "float":
@@ -95,7 +105,6 @@ def search(
 
 
 def _search(run: Run) -> dict[str, Any]:
-    run.measure_float()
     layers, left_float = run.find_layers()
     run.count_operations(layers)
     run.quantize_activations()
@@ -103,7 +112,7 @@ def _search(run: Run) -> dict[str, Any]:
     rehearse(run, layers, left)
     trainer = phase.train(run, "search", run.recipe, layers)
     file, gap = deliver(run, trainer, left)
-    return write_report(run, file, parity={"max_logit_gap": gap})
+    return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
 
 
 def finetune(
@@ -153,9 +162,9 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
         run.activations = activations.attach(run.model, activation_records(start.manifest), method=method)
     run.check_scores()
     if not run.past_search:
-        before = evaluate(run.model, run.val_loader)
-        run.record.input_top1 = before.top1
-        found = {"samples": before.samples, "soft_top1": None}
+        before = evaluate(run.model, run.val_loader, present=run.images.present)
+        run.record.input_top1, run.record.input_top1_present = before.top1, before.top1_present
+        found = {"samples": before.samples, "soft_top1": None, "unit_steps_top1": None}
         run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
         run.saved = None
     input_top1 = run.record.input_top1 or 0.0
@@ -171,12 +180,21 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
         file, gap = _keep_input(run, start, input_top1), 0.0
     run.display.say(f"finetuned top-1 {finetuned_top1:.2f} %, input {input_top1:.2f} %: kept the {kept} model")
     outcome = {"input_top1": input_top1, "finetuned_top1": finetuned_top1, "kept": kept}
-    return write_report(run, file, parity={"max_logit_gap": gap}, finetune=outcome)
+    return write_report(run, file, parity={"max_logit_gap": gap}, finetune=outcome, **_adaptation(run))
+
+
+def _adaptation(run: Run) -> dict[str, Any]:
+    done = run.record.adaptation
+    return {} if done is None else {"adaptation": done.model_dump(exclude={"sha256"})}
 
 
 def _keep_input(run: Run, start: QuantizedFile, top1: float) -> QuantizedFile:
     """Write the model that the finetune started from, with the accuracy that was measured here."""
-    found = {"hard_top1": top1, "samples": run.record.accuracy.samples}
+    found = {
+        "hard_top1": top1,
+        "hard_top1_present": run.record.input_top1_present,
+        "samples": run.record.accuracy.samples,
+    }
     run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
     start.manifest.accuracy, start.manifest.sizes.file_bytes = run.record.accuracy, None
     if run.shard.is_main:
@@ -216,7 +234,41 @@ def evaluate_file(
     images = with_labels_of(manifest, images, where=str(path), by_position=classes_by_position)
     check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
     settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
-    return evaluate(model, make_loader(images.val, manifest.data_config, settings)), manifest
+    loader = make_loader(images.val, manifest.data_config, settings)
+    return evaluate(model, loader, present=images.present), manifest
+
+
+def evaluate_checkpoint(
+    checkpoint: str | None,
+    model: str,
+    data_source: str,
+    *,
+    weights: Weights = "auto",
+    input_size: int | None = None,
+    device: str = "auto",
+    batch_size: int = 256,
+    val_limit: int | None = None,
+) -> Accuracy:
+    """Accuracy of a float model: of the weights in ``checkpoint``, or of the library's own where that is None.
+
+    Images are prepared as the model's data config says, at a side of ``input_size`` where one is given.
+    """
+    spec = parse(model)
+    _check_task(spec)
+    target = pick_device(device)
+    images = open_data(data_source, train=False, val_limit=val_limit)
+    weights_file = open_checkpoint(checkpoint) if checkpoint is not None else None
+    fitted = load_for(
+        model, images.classes, head="keep", checkpoint=weights_file, weights=weights, classes_from=images.source
+    )
+    images = images.relabelled(fitted.outputs, fitted.names)
+    recipe = Recipe()
+    recipe.data.input_size = input_size
+    config = data_config(fitted.loaded.data_config, recipe)
+    network = fitted.loaded.model.to(target)
+    check_scores(network, config["input_size"], images.num_classes, where=model)
+    settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
+    return evaluate(network, make_loader(images.val, config, settings), present=images.present)
 
 
 def _model_asked_for(recipe: Recipe) -> ModelSpec:

@@ -540,8 +540,8 @@ def assignment(rng: random.Random) -> str:
     from csqcli.quant.catalog import CARDS
     from csqcli.recipe.resolve import _leaves
 
-    keys = _leaves(rng.choice(list(CARDS.values())))
-    key = rng.choice([*keys, "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
+    card = rng.choice(list(CARDS.values()))
+    key = rng.choice([*_leaves(card), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", _key(rng)])
     values = [
         json.dumps(hostile(rng)),
         *(s.partition(": ")[2].strip() for s in YAML_SNIPPETS),
@@ -697,16 +697,16 @@ class Case:
     def _manifest(self, path: Path) -> str:
         from rich.console import Console
 
-        from csqcli.file import header
-        from csqcli.reporting.build import build
+        from csqcli.reporting.build import describe
+        from csqcli.reporting.recompute import recomputed
         from csqcli.reporting.terminal import print_table
 
         def read() -> None:
-            manifest = header.read_manifest(path)
+            manifest, _ = recomputed(path)
             out = io.StringIO()
-            print_table(manifest, Console(file=out, width=140))
+            print_table(manifest, Console(file=out, width=140), as_stated=True)
             out.getvalue().encode()
-            json.dumps(build(manifest)).encode()
+            json.dumps(describe(path)).encode()
 
         return allowed(read)
 

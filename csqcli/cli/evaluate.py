@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import DeviceOption, FileArgument, JsonOption, TrustOption, ValLimitOption
-from csqcli.data.specs import help_text
+from csqcli.cli.options import DeviceOption, JsonOption, TrustOption, ValLimitOption, WeightsOption
+from csqcli.data.specs import help_text, hint
+from csqcli.errors import UserError
 
 
 def evaluate(
-    file: FileArgument,
-    data: Annotated[str, typer.Option("--data", help=f"Images, of which the validation split is used: {help_text()}")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A file that csq wrote, or with --model any checkpoint.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help=f"Images, of which the validation split is used: {help_text()}")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The float model of a checkpoint, or of the library's own weights without FILE.")
+    ] = None,
+    weights: WeightsOption = None,
+    input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels, with --model.")] = None,
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
     val_limit: ValLimitOption = None,
@@ -24,14 +35,22 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1 and top-5 of the hard model, as reloaded from the file."""
+    """Top-1 and top-5 of the hard model, as reloaded from the file; with --model of a float checkpoint."""
     from csqcli import api
     from csqcli.file.header import read_manifest
 
-    read_manifest(file)  # what is wrong with the file is said before torch is imported
+    if data is None:
+        raise UserError("no data given", hint=hint())
+    if file is None and model is None:
+        raise UserError("no file given", hint="name one that csq wrote, or a float model by --model")
+    if file is not None and model is None:
+        read_manifest(file)  # what is wrong with the file is said before torch is imported
     result = api.evaluate(
         file,
         data,
+        model=model,
+        weights=weights.value if weights else "auto",
+        input_size=input_size,
         device=device.value if device else "auto",
         batch_size=batch_size,
         val_limit=val_limit,
@@ -41,4 +60,6 @@ def evaluate(
     if as_json:
         output.block(json.dumps(result))
     else:
-        output.line(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {result['samples']} images")
+        present = result["top1_present"]
+        among = f"  among the data's classes {present:.2f} %" if present is not None else ""
+        output.line(f"top-1 {result['top1']:.2f} %{among}  top-5 {result['top5']:.2f} %  of {result['samples']} images")

@@ -20,9 +20,29 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Head(str, Enum):
+    """What becomes of a checkpoint's classifier."""
+
+    auto = "auto"
+    keep = "keep"
+    subset = "subset"
+    new = "new"
+
+
+class Weights(str, Enum):
+    """Which of a checkpoint's weights."""
+
+    auto = "auto"
+    ema = "ema"
+    raw = "raw"
+
+
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
 DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
 DeviceOption = Annotated[Device | None, typer.Option("--device", help="auto takes a GPU when there is one.")]
+WeightsOption = Annotated[
+    Weights | None, typer.Option("--weights", help="Where a checkpoint holds averaged (EMA) and raw ones: which.")
+]
 BatchOption = Annotated[
     str | None,
     typer.Option(

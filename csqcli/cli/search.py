@@ -12,9 +12,11 @@ from csqcli.cli.options import (
     DataOption,
     DeviceOption,
     ForceOption,
+    Head,
     QuietOption,
     ResumeOption,
     SetOption,
+    WeightsOption,
     batch_settings,
     given,
 )
@@ -33,6 +35,11 @@ def search(
     ] = None,
     data: DataOption = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
+    weights: WeightsOption = None,
+    head: Annotated[
+        Head | None,
+        typer.Option(help="The weights' classifier: keep it, keep a subset of its outputs, or start a new one."),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Shipped recipe name, or a YAML file.")] = "short",
     output: Annotated[
         Path | None,
@@ -50,6 +57,7 @@ def search(
     ] = None,
     act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
+    float_epochs: Annotated[int | None, typer.Option(help="Epochs in float first, before the search.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
     distill: Annotated[
         float | None, typer.Option(help="Share of the loss that follows the float model, 0 to 1.")
@@ -79,11 +87,14 @@ def search(
         "quantization.target_bits": target_bits,
         "data.source": data,
         "model.checkpoint": checkpoint,
+        "model.weights": weights.value if weights else None,
+        "model.head": head.value if head else None,
         "quantization.method": method,
         "quantization.allocator": allocator,
         "quantization.cost": cost,
         "quantization.act_bits": act_bits,
         "epochs": epochs,
+        "adaptation.epochs": float_epochs,
         "finetune.epochs": finetune_epochs,
         "optimizer.distill": distill,
         "seed": seed,

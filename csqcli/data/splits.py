@@ -57,6 +57,7 @@ class DataSet:
     val: Images
     train: Images | None
     flips: bool = True  # False where a mirrored image is another class (digits)
+    present: list[int] | None = None  # labels that the data knows, where ``classes`` has more; None: all
 
     @property
     def num_classes(self) -> int:
@@ -66,4 +67,6 @@ class DataSet:
         """The same images with label ``i`` replaced by ``outputs[i]``, an index into ``classes``."""
         index = torch.tensor(outputs, dtype=torch.long)
         train = replace(self.train, labels=index[self.train.labels]) if self.train is not None else None
-        return replace(self, classes=list(classes), val=replace(self.val, labels=index[self.val.labels]), train=train)
+        val = replace(self.val, labels=index[self.val.labels])
+        present = sorted(outputs) if len(outputs) < len(classes) else None
+        return replace(self, classes=list(classes), val=val, train=train, present=present)

@@ -82,6 +82,7 @@ def assemble(
     target_bits: float | None,
     operations: Operations | None = None,
     classes: Sequence[str] = (),
+    trained_outputs: Sequence[int] | None = None,
     accuracy: AccuracyRecord | None = None,
     activations: Sequence[ActivationEntry] = (),
     left_float: Sequence[Mapping[str, Any]] = (),
@@ -98,6 +99,7 @@ def assemble(
         target_bits: mean planes per weight that were asked for; None for a float file.
         operations: multiply-accumulates, as ``models.coverage.count_macs`` found them.
         classes: names of the outputs.
+        trained_outputs: those that the training data had images for; None for all.
         accuracy: what was measured so far.
         activations: the quantizers on the layers' inputs.
         left_float: name, shape and reason (``why``) of tensors of two or more dimensions that are not quantized.
@@ -124,6 +126,7 @@ def assemble(
         model=record,
         data_config=dict(data_config),
         classes=list(classes),
+        trained_outputs=list(trained_outputs) if trained_outputs is not None else None,
         budget=BudgetRecord(
             target_mean_bits=target_bits,
             mean_bits=sizes.mean_over_weights(records, lambda layer: layer.bits),

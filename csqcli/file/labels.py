@@ -6,6 +6,7 @@ from csqcli.data.classes import match_classes
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.file.manifest import Manifest
+from csqcli.models.heads import IMAGENET_CLASSES, imagenet_ids, map_labels
 
 
 def with_labels_of(
@@ -13,14 +14,31 @@ def with_labels_of(
 ) -> DataSet:
     """The images with the labels that the file's model gives their classes.
 
-    Classes are matched by name where the file holds names and ``by_position`` is not set, else by number. ``whole`` asks
-    for all of the model's classes. Raises UserError that names the file, ``where``, or the data, where they do not belong
+    Classes are matched by name where the file holds names and ``by_position`` is not set, else by number. Data named by
+    WordNet ids or ImageNet's class names is mapped into a head of ImageNet's 1000 classes. ``whole`` asks for all classes
+    that the model was trained on. Raises UserError that names the file, ``where``, or the data, where they do not belong
     together.
     """
-    if (whole or not manifest.classes) and images.num_classes != manifest.model.num_classes:
-        what = f"the model has {manifest.model.num_classes} classes, {images.source} has {images.num_classes}"
-        raise UserError(what, where=where, hint="give data with the classes that it was trained on")
-    if not manifest.classes:
-        return images
-    outputs = match_classes(manifest.classes, images.classes, where=images.source, by_position=by_position)
-    return images.relabelled(outputs, manifest.classes)
+    names, count = manifest.classes, manifest.model.num_classes
+    outputs = None
+    if not by_position and images.classes != names and count == IMAGENET_CLASSES:
+        ids = imagenet_ids()
+        outputs = map_labels(images.classes, count) if names in ([], ids) else None
+        names = ids if outputs is not None else names
+    if outputs is None:
+        if not names:
+            if images.num_classes != count:
+                raise _other_classes(count, images, where)
+            return images
+        if whole and manifest.trained_outputs is None and images.num_classes != count:
+            raise _other_classes(count, images, where)
+        outputs = match_classes(names, images.classes, where=images.source, by_position=by_position)
+    trained = range(count) if manifest.trained_outputs is None else manifest.trained_outputs
+    if whole and not set(trained) <= set(outputs):
+        raise _other_classes(len(trained), images, where)
+    return images.relabelled(outputs, names)
+
+
+def _other_classes(trained: int, images: DataSet, where: str) -> UserError:
+    what = f"the model has {trained} classes, {images.source} has {images.num_classes}"
+    return UserError(what, where=where, hint="give data with the classes that it was trained on")

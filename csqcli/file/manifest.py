@@ -109,9 +109,12 @@ class AccuracyRecord(Record):
 
     float_top1: Percent | None = None
     soft_top1: Percent | None = None
+    unit_steps_top1: Percent | None = None  # every gate as its unit step instead, the paper's hardening; not delivered
     hard_top1: Percent | None = None
     hard_top5: Percent | None = None
     samples: Count = 0
+    float_top1_present: Percent | None = None  # among the classes of the data, where the model has more
+    hard_top1_present: Percent | None = None
 
 
 class LayerRecord(Record):
@@ -208,7 +211,8 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     model: ModelRecord
     data_config: Annotated[dict[str, Any], AfterValidator(check_data_config)]
-    classes: list[str] = Field(default_factory=list)
+    classes: list[str] = Field(default_factory=list)  # of the outputs, in order
+    trained_outputs: list[Annotated[int, Field(ge=0, lt=MAX_CLASSES)]] | None = None  # that the data had; null: all
     budget: BudgetRecord
     sizes: SizesRecord
     compute: ComputeRecord | None = None
@@ -229,6 +233,8 @@ class Manifest(Record):
         planes = sum(layer.weights * layer.bits for layer in self.layers)
         if total != self.budget.total_weights or (total and abs(planes / total - self.budget.mean_bits) > 1e-6):
             raise ValueError("the budget is not that of the layers")
+        if self.trained_outputs is not None and max(self.trained_outputs, default=0) >= self.model.num_classes:
+            raise ValueError("trained_outputs has one that the model lacks")
         for kind in (itertools.chain.from_iterable((r.name, *r.aliases) for r in self.layers),
                      (r.name for r in self.packed_others), (r.module for r in self.activations)):  # fmt: skip
             names = list(kind)

@@ -13,7 +13,7 @@ from torch import nn
 
 from csqcli.errors import UserError
 
-_IMAGENET_CLASSES = 1000
+IMAGENET_CLASSES = 1000
 
 Head = nn.Linear | nn.Conv2d
 
@@ -27,12 +27,12 @@ def map_labels(classes: Sequence[str], outputs: int) -> list[int] | None:
     None where the head is not one of 1000 classes, or where a class is not one of ImageNet's or names two of them (``crane``
     is a bird and a machine).
     """
-    if outputs != _IMAGENET_CLASSES or not classes:
+    if outputs != IMAGENET_CLASSES or not classes:
         return None
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    by_id = {name: index for index, name in enumerate(info.label_names())}
+    by_id = {name: index for index, name in enumerate(imagenet_ids())}
     if all(name in by_id for name in classes):
         return [by_id[name] for name in classes]
     by_name: dict[str, set[int]] = {}
@@ -42,6 +42,13 @@ def map_labels(classes: Sequence[str], outputs: int) -> list[int] | None:
     found = [by_name.get(_plain(name), set()) for name in classes]
     indices = [next(iter(candidates)) for candidates in found if len(candidates) == 1]
     return indices if len(indices) == len(classes) == len(set(indices)) else None
+
+
+def imagenet_ids() -> list[str]:
+    """The WordNet ids of ImageNet's 1000 classes, in the order in which pretrained heads have them."""
+    from timm.data import ImageNetInfo
+
+    return list(ImageNetInfo().label_names())
 
 
 def head_of(model: nn.Module) -> str:

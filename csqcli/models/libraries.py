@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csqcli.errors import UserError, machine_fault
 from csqcli.models import networks
@@ -84,20 +84,36 @@ def load(
     weights: Weights = "auto",
     arguments: Mapping[str, Any] | None = None,
     num_classes_from: str = "the data",
+    own_head: bool = False,
 ) -> LoadedModel:
     """A float32 model with weights: the checkpoint's when one is given, else pretrained, else random ones.
 
-    ``num_classes`` None takes the library's own number of outputs. ``weights`` chooses between averaged and raw weights
-    where a checkpoint holds both. Raises UserError for unknown models and for weights that do not fit or cannot be had.
+    ``num_classes`` None takes the library's own number of outputs; with ``own_head`` it gives way to the number that the
+    weights have. ``weights`` chooses between averaged and raw weights where a checkpoint holds both. Raises UserError for
+    unknown models and for weights that do not fit or cannot be had.
     """
     spec = parse(source, arguments)
-    model = build(spec, num_classes=num_classes, pretrained=pretrained and checkpoint is None)
     if checkpoint is None:
-        origin = "pretrained" if pretrained else "random"
-        return LoadedModel(model.float(), spec, data_config(model, spec), origin)
+        # a factory has no number of its own that could be asked for
+        asked = None if own_head and pretrained and spec.library != "factory" else num_classes
+        model = build(spec, num_classes=asked, pretrained=pretrained)
+        return LoadedModel(model.float(), spec, data_config(model, spec), "pretrained" if pretrained else "random")
+    model = build(spec, num_classes=num_classes)
     chosen, label = choose_weights(checkpoint, model.state_dict(), weights=weights), checkpoint.label
+    own = _outputs_in(chosen.state, model.state_dict(), num_classes) if own_head else None
+    if own is not None:
+        model, num_classes = build(spec, num_classes=own), own
     fit_state_dict(model, chosen.state, where=label, num_classes=num_classes, num_classes_from=num_classes_from)
     return LoadedModel(model.float(), spec, data_config(model, spec), label, checkpoint.sha256, chosen.notes)
+
+
+def _outputs_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_classes: int | None) -> int | None:
+    """The number of outputs for which ``state`` was saved, where that alone keeps it from fitting ``wanted``; else None."""
+    odd = [name for name in state if name in wanted and state[name].shape != wanted[name].shape]
+    heads = [name for name in odd if wanted[name].shape[:1] == (num_classes,) and state[name].dim()]
+    alike = all(state[name].shape[1:] == wanted[name].shape[1:] for name in heads)
+    sizes = {int(state[name].shape[0]) for name in heads}
+    return sizes.pop() if alike and len(sizes) == 1 and heads == odd else None
 
 
 def data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:

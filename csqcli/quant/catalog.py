@@ -81,6 +81,8 @@ class GateSettings(MethodSettings):
     rounding: Literal["threshold", "nearest"] = "nearest"
     """Hardening: every gate to its unit step (the paper), or each weight to the level nearest to its soft weight, with a
     least-squares scale."""
+    measure_unit_steps: bool = False
+    """Measure what the paper's unit steps would deliver too; reported beside the accuracy of what is delivered."""
     harden_at: float = Field(0.9, gt=0, le=1)
     """Share of training after which the weights are hard and fixed, and the rest of the model adapts to them."""
 

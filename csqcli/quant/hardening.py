@@ -17,7 +17,8 @@ from csqcli.quant.budget import Budget, allocate
 from csqcli.quant.passes.rounding import levels_of, nearest_level
 
 UNSEEN = 0.05  # a plane whose f(m_B) is below this adds nothing to the soft weight, and is not switched on
-_SAMPLE = 2**12  # weights that starting points are compared on
+_SAMPLE, _LARGE_SAMPLE = 2**12, 2**16  # weights that starting points, and numbers of planes, are compared on
+_FRACTIONS = (0.1, 1.0, 49)  # of the largest magnitude, as the weight of the largest level: from, to, how many
 _MOST_ROUNDS = 50  # of the alternation, which mostly ends within ten
 
 
@@ -44,7 +45,7 @@ def fit_levels(weight: Tensor, mask: Tensor, *, starts: Sequence[float] = ()) ->
     scaled = weight / largest  # squares of tiny and of huge weights would vanish or overflow
     sample = scaled[:: max(1, len(scaled) // _SAMPLE)]
     finite = [start / largest for start in starts if 0 < start / largest < float("inf")]
-    fractions = torch.linspace(0.2, 1.0, 17).tolist()
+    fractions = torch.linspace(*_FRACTIONS).tolist()
     candidates = [
         _alternate(sample, levels, step) for step in [*finite, *(part / float(levels[-1]) for part in fractions)]
     ]
@@ -98,8 +99,10 @@ def choose_planes(
     )
     errors = torch.zeros(layers, bits + 1, dtype=torch.float64)
     for index, weight in enumerate(soft_weights):
+        sample = weight[:: max(1, len(weight) // _LARGE_SAMPLE)]
         for count in range(most[index] + 1):
-            errors[index, count:] = fit_levels(weight, first_planes(orders[index], count)).error.cpu()
+            error = fit_levels(sample, first_planes(orders[index], count)).error.cpu()
+            errors[index, count:] = error * (len(weight) / len(sample))
     errors = torch.cummin(errors, dim=1).values
     saved = (errors[:, :-1] - errors[:, 1:]) * curvature.double().cpu().unsqueeze(1)
     planes = allocate(saved, replace(budget, limits=replace(limits, max_planes=most)))

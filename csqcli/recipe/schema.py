@@ -30,6 +30,11 @@ class ModelSettings(Section):
     """Weights file: .safetensors, .pth, .pt, .th or .tar. `builtin:digits` is the embedded digits checkpoint."""
     arguments: Annotated[dict[str, Any], AfterValidator(check_arguments)] = Field(default_factory=dict)
     """Keyword arguments for the model's constructor, e.g. `{drop_path_rate: 0.1}`."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Which weights to take where a checkpoint holds both averaged (EMA) and raw ones; `auto` takes the averaged."""
+    head: Literal["auto", "keep", "subset", "new"] = "auto"
+    """What becomes of the weights' classifier: `keep` maps labels into its outputs, `subset` keeps those of the data's classes,
+    `new` makes a fresh one; `auto` leaves it where it has as many outputs as the data has classes, else `subset`."""
 
 
 class DataSettings(Section):
@@ -137,6 +142,16 @@ class OptimizerSettings(Section):
     """When the loss becomes NaN or infinite: `stop`, or go back to the last saved state at half the learning rates, thrice at most."""
 
 
+class AdaptationSettings(Section):
+    """Float training before the search: a pretrained model learns the data first. The accuracy it reaches is the float accuracy
+    of the report, and distillation follows it. The model as it came is kept where training made it worse."""
+
+    epochs: int = Field(0, ge=0, le=10**6)
+    """Epochs in float before the search; 0 for none."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; 0.2 of the search's when unset, since only the head may be new."""
+
+
 class FinetuneSettings(Section):
     """The second half of Algorithm 1: masks fixed, temperature rewound, bits trained again."""
 
@@ -165,6 +180,8 @@ class Recipe(Section):
     """Per-layer rules."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     """Training."""
+    adaptation: AdaptationSettings = Field(default_factory=AdaptationSettings)
+    """The optional float phase before the search."""
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
     """The optional second phase."""
     epochs: int = Field(10, ge=1, le=10**6)

@@ -20,7 +20,7 @@ from csqcli.file import codes, sizes
 from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, read_manifest, spans
 from csqcli.file.manifest import LayerRecord, Manifest
 
-AS_STATED = ("accuracy", "compute.macs", "classes", "left_float", "environment", "recipe", "parity")
+AS_STATED = ("accuracy", "compute.macs", "classes", "trained_outputs", "left_float", "environment", "recipe", "parity")
 _AS_STATED_IN_ONNX = ("sizes.entropy_bits_per_weight", "sizes.float_bytes")  # its integers are inside of a graph
 
 

@@ -101,8 +101,16 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         )
     if accuracy.hard_top1 is not None:
         soft = f" → soft {accuracy.soft_top1:.2f}" if accuracy.soft_top1 is not None else ""
+        if accuracy.unit_steps_top1 is not None:
+            soft += f" (unit steps {accuracy.unit_steps_top1:.2f})"
         start = f"float {accuracy.float_top1:.2f}{soft} → " if accuracy.float_top1 is not None else ""
         lines.append(f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {accuracy.samples} images{mark}")
+    if accuracy.hard_top1_present is not None:
+        before = accuracy.float_top1_present
+        start = f"float {before:.2f} → " if before is not None else ""
+        lines.append(
+            f"             {start}hard {accuracy.hard_top1_present:.2f} % among the data's classes alone{mark}"
+        )
     return lines
 
 

@@ -43,17 +43,17 @@ def deliver(
     file = _assembled(run, layers, left_float)
 
     distributed.check_equal([vars(layer) for layer in layers], what="the hard model")
-    results: tuple[float, float, float] | None = None
+    results: tuple[float, float, float | None, float] | None = None
     if run.shard.is_main:
         candidate = run.folder.path / f".{MODEL_FILE}.candidate"
         try:
             io.write(candidate, file)
             reloaded = hard_model(io.read(candidate), trust_code=True, where=str(candidate)).to(run.device)
-            measured = evaluate(reloaded, run.whole_val_loader, shared=False)
-            results = measured.top1, measured.top5, _logit_gap(run, reloaded)
+            measured = evaluate(reloaded, run.whole_val_loader, shared=False, present=run.images.present)
+            results = measured.top1, measured.top5, measured.top1_present, _logit_gap(run, reloaded)
         finally:
             candidate.unlink(missing_ok=True)
-    accuracy.hard_top1, accuracy.hard_top5, gap = distributed.from_main(results)
+    accuracy.hard_top1, accuracy.hard_top5, accuracy.hard_top1_present, gap = distributed.from_main(results)
     file.manifest.accuracy = accuracy
     if run.shard.is_main and accuracy.hard_top1 >= at_least:
         io.write(run.folder.model_file, file)
@@ -69,6 +69,7 @@ def _assembled(run: Run, layers: Sequence[HardLayer], left_float: list[dict[str,
         target_bits=run.target_bits if layers else None,
         operations=run.operations,
         classes=run.images.classes,
+        trained_outputs=run.images.present,
         accuracy=run.record.accuracy,
         activations=activation_entries(run.activations.records() if run.activations is not None else ()),
         left_float=left_float,

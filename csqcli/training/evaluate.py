@@ -26,6 +26,7 @@ class Accuracy:
     correct1: int
     correct5: int
     samples: int
+    correct1_present: int | None = None  # among the classes present in the data; None where those are all
 
     @property
     def top1(self) -> float:
@@ -34,6 +35,10 @@ class Accuracy:
     @property
     def top5(self) -> float:
         return 100 * self.correct5 / self.samples
+
+    @property
+    def top1_present(self) -> float | None:
+        return None if self.correct1_present is None else 100 * self.correct1_present / self.samples
 
 
 def logits_of(output: Any) -> Tensor:
@@ -67,15 +72,18 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accuracy:
+def evaluate(
+    model: nn.Module, loader: Loader, *, shared: bool = True, present: Sequence[int] | None = None
+) -> Accuracy:
     """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
 
     BrokenScores where scores are not finite.
-    ``shared``: the loader holds this process's share of the images, and counts are summed over processes.
+    ``shared``: the loader holds this process's share of the images, and counts are summed over processes. ``present``:
+    outputs among which a second top-1 is counted, as if the model had no others.
     """
     was_training = model.training
     model.eval()
-    correct1 = correct5 = samples = 0
+    correct1 = correct5 = samples = among = 0
     finite = torch.ones((), dtype=torch.bool)
     for images, labels in loader.epoch(0):
         scores = logits_of(model(images))
@@ -84,19 +92,23 @@ def evaluate(model: nn.Module, loader: Loader, *, shared: bool = True) -> Accura
         correct1 += int(ranked[:, 0].sum())
         correct5 += int(ranked.sum())
         samples += len(labels)
+        if present is not None:
+            index = torch.tensor(present, device=scores.device)
+            among += int((index[scores[:, index].argmax(dim=1)] == labels).sum())
     model.train(was_training)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
     if shared:
-        correct1, correct5, samples, broken = distributed.sum_counts((correct1, correct5, samples, not finite), device)
+        counts = (correct1, correct5, samples, among, int(not finite))
+        correct1, correct5, samples, among, broken = distributed.sum_counts(counts, device)
     else:
         broken = int(not finite)
     if broken:
-        raise UserError(
+        raise BrokenScores(
             "the model's scores are NaN or infinite", hint="its accuracy would mean nothing; check the weights"
         )
     if samples == 0:
         raise UserError("no validation image could be used")
-    return Accuracy(correct1, correct5, samples)
+    return Accuracy(correct1, correct5, samples, None if present is None else among)
 
 
 @torch.no_grad()

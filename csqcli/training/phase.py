@@ -23,7 +23,7 @@ from csqcli.training.run_folder import RESUME_FILE
 from csqcli.training.run_state import MAX_ROLLBACKS, RunState
 from csqcli.training.setup import make_trainer
 
-Phase = Literal["search", "finetune"]
+Phase = Literal["float", "search", "finetune"]
 _ASK_EVERY = 8  # steps after which several processes ask each other whether one was told to stop
 log = logging.getLogger(__name__)
 

@@ -71,7 +71,7 @@ class Run:
         augment = choose_augment(settings.augment, self.images, self.config)
         self.display.say(
             f"{self.source.source} on {self.images.source}: {len(train)} training and {len(val)} validation images, "
-            f"{self.images.num_classes} classes"
+            f"{len(self.images.present or self.images.classes)} classes"
         )
         shared = functools.partial(
             LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
@@ -118,14 +118,19 @@ class Run:
         check_scores(self.model, self.config["input_size"], self.images.num_classes, where=self.source.source)
 
     def measure_float(self) -> None:
-        """Accuracy of the model as it came; a resumed run has it."""
+        """Accuracy of the model as it is before the search; a resumed run has it."""
         if self.saved is None:
             self.check_scores()
-            measured = evaluate(self.model, self.val_loader)
-            self.record.accuracy = AccuracyRecord(float_top1=measured.top1, samples=measured.samples)
+            measured = evaluate(self.model, self.val_loader, present=self.images.present)
+            self.record.accuracy = AccuracyRecord(
+                float_top1=measured.top1, float_top1_present=measured.top1_present, samples=measured.samples
+            )
         accuracy = self.record.accuracy
+        present = accuracy.float_top1_present
+        among = f", {present:.2f} % among the data's classes," if present is not None else ""
         self.display.say(
-            f"float top-1 {accuracy.float_top1:.2f} % on {accuracy.samples} images ({self.source.weights_from} weights)"
+            f"float top-1 {accuracy.float_top1:.2f} %{among} on {accuracy.samples} images "
+            f"({self.source.weights_from} weights)"
         )
 
     def find_layers(self) -> tuple[list[Layer], list[FloatTensor]]:

@@ -21,8 +21,9 @@ from csqcli.system.lock import locked
 from csqcli.system.settings import RESULT_NEUTRAL, without
 from csqcli.training.run_state import HISTORY_VALUES, RunState, read_state
 
-MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
+MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
     "model.safetensors",
+    "float.safetensors",
     "report.json",
     "metrics.jsonl",
     "recipe.yaml",
@@ -51,6 +52,11 @@ class RunFolder:
     @property
     def model_file(self) -> Path:
         return self.path / MODEL_FILE
+
+    @property
+    def float_file(self) -> Path:
+        """The weights that a float phase ended with."""
+        return self.path / FLOAT_FILE
 
     def __enter__(self) -> RunFolder:
         if self.shard.is_main:
@@ -97,7 +103,8 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             for state in self.states:
                 state.unlink(missing_ok=True)
-        for name in (MODEL_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
+            self.float_file.unlink(missing_ok=True)
+        for name in (MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
             for file in files.leftovers(self.path / name):
                 file.unlink(missing_ok=True)
 

@@ -21,6 +21,17 @@ HISTORY_VALUES = 2**22
 log = logging.getLogger(__name__)
 
 
+class AdaptationRecord(BaseModel):
+    """What the float phase before a search came to."""
+
+    model_config = ConfigDict(allow_inf_nan=False, strict=True)
+
+    input_top1: float  # percent, of the model as it came
+    adapted_top1: float  # percent, after the phase
+    kept: Literal["adapted", "input"]  # the better one
+    sha256: str  # of the file that holds its weights
+
+
 class RunRecord(BaseModel):
     """What a run has found out so far. A line here is saved, checked and restored with every state."""
 
@@ -28,8 +39,10 @@ class RunRecord(BaseModel):
 
     history: list[dict[str, Any]] = Field(default_factory=list)  # the lines of metrics.jsonl
     accuracy: AccuracyRecord = Field(default_factory=AccuracyRecord)
+    adaptation: AdaptationRecord | None = None  # once the float phase is over
     rollbacks: int = Field(0, ge=0, le=MAX_ROLLBACKS)  # each halves the learning rates
     input_top1: float | None = None  # percent, of the file that a finetune started from
+    input_top1_present: float | None = None  # percent, among the data's classes, where the file's model has more
     step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
 
 
@@ -39,7 +52,7 @@ class RunState(BaseModel):
     model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, strict=True)
 
     fingerprint: str
-    phase: Literal["search", "finetune"]
+    phase: Literal["float", "search", "finetune"]
     epoch: int = Field(ge=0)
     batch: int = Field(ge=0)
     losses: list[float]  # of the epoch that has begun
@@ -52,8 +65,8 @@ class RunState(BaseModel):
 
     @model_validator(mode="after")
     def _measured(self) -> RunState:
-        if self.phase == "search" and self.record.accuracy.float_top1 is None:
-            raise ValueError("a search without the float model's accuracy")
+        if self.phase != "finetune" and self.record.accuracy.float_top1 is None:
+            raise ValueError(f"a {self.phase} phase without the float model's accuracy")
         return self
 
     def write(self, newest: Path, previous: Path) -> None:

@@ -41,7 +41,7 @@ def make_trainer(
     method = make_method(run, recipe, layers, Schedule(recipe.epochs * steps, steps), start=start)
     base = _base_optimizer(run, recipe, method)
     optimizer = QuantizedOptimizer(method, base, harden_at_step=method.harden_at_step)
-    optimizer.before_harden = lambda: _measure_soft(run)
+    optimizer.before_harden = lambda: _measured_soft(run, optimizer)
     mixup = None
     if settings.mixup or settings.cutmix:
         mixup = Mixup(
@@ -176,11 +176,23 @@ def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
     return scheduler
 
 
-def _measure_soft(run: Run) -> None:
+def _measured_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
     try:
-        run.record.accuracy.soft_top1 = evaluate(run.model, run.val_loader).top1
+        _measure_soft(run, optimizer)
     except BrokenScores as error:
         raise NonFinite("evaluation met NaN or infinite numbers before the planes were fixed") from error
+
+
+def _measure_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
+    """Accuracy of the soft model, just before it turns hard, and of the paper's unit steps where they are asked for."""
+    accuracy, method = run.record.accuracy, optimizer.method
+    accuracy.soft_top1 = evaluate(run.model, run.val_loader).top1
+    unit_steps = method.unit_steps(optimizer.step_count)
+    if unit_steps is not None:
+        for layer, hard in zip(method.layers, unit_steps, strict=True):
+            layer.parameter.data.copy_(hard.weight())
+        accuracy.unit_steps_top1 = evaluate(run.model, run.val_loader).top1
+        method.materialise(optimizer.step_count)
 
 
 def _images_per_step(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -> int:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,14 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
             and r.report()["budget"]["mean_bits"] <= 3
         ),
     ),
+    "head": (f"{SEARCH} --head new", holds("model.head", "new")),
+    "weights": (f"{SEARCH} --weights raw", holds("model.weights", "raw")),
     "recipe": (SEARCH, holds("model.source", "digits_cnn")),
     "method": (f"{SEARCH} --method lsq", holds("quantization.method", "lsq")),
     "allocator": (f"{SEARCH} --method lsq --allocator uniform", holds("quantization.allocator", "uniform")),
     "cost": (f"{SEARCH} --cost bops", holds("quantization.cost", "bops")),
     "act bits": (f"{SEARCH} --act-bits 8", lambda r: len(r.report()["activations"]) == 4),
+    "float epochs": (f"{SEARCH} --float-epochs 1", lambda r: "adaptation" in r.report()),
     "finetune epochs": (f"{SEARCH} --finetune-epochs 1", lambda r: "finetune" in r.report()),
     "distill": (f"{SEARCH} --distill 0.5", holds("optimizer.distill", 0.5)),
     "batch size": (f"{SEARCH} --batch-size 20", holds("data.batch_size", 20)),
@@ -86,6 +90,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "evaluate": (
         "evaluate RUN --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
         lambda r: json.loads(r.out)["samples"] == 20,
+    ),
+    "evaluate a float model": (
+        "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --json",
+        lambda r: json.loads(r.out)["mean_bits"] == 32,
     ),
     # report, inspect, methods, recipes
     "report": ("report RUN --json", lambda r: json.loads(r.out)["form"] == "compact"),
@@ -151,6 +159,7 @@ def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
     places = {
         "RUN": str(digits_run / "model.safetensors"),
         "OUT": str(out),
+        "CHECKPOINT": str(resources.files("csqcli") / "assets" / "digits_float.safetensors"),
         "QUANTIZED_INPUTS": str(Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"),
     }
     words = [places.get(word) or word.replace("OUT/", f"{out}/") for word in line.split()]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from csqcli.quant import equations
 from csqcli.quant.budget import Budget, PlaneLimits, make_budget
-from csqcli.quant.catalog import PAPER, CSQSettings
+from csqcli.quant.catalog import PAPER, CSQSettings, UniformGateSettings
 from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, plane_order
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Schedule, plan_for
-from csqcli.quant.methods.csq import BitLevelCSQ
+from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
 from csqcli.quant.passes.bitplanes import BitPlanes
 
 CPU = torch.device("cpu")
@@ -280,22 +280,42 @@ def test_masks_fixed_early_stay_and_are_what_is_delivered(digits: str, target: f
     assert torch.equal(method.hardened.mask, fixed)
 
 
-def test_fixing_planes_refits_each_scale_by_least_squares() -> None:
-    model, method = made(fix_masks_at=0.4)
+def fixed_at_step_8(**more: object) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each layer: the soft weight just before its planes are fixed, the weight after, and its mask."""
+    model, method = made(fix_masks_at=0.4, **more)
     train(method, model, range(7))
-    soft = []
+    before: list[Tensor] = []
     fix = method._fix_masks
 
     def watched(beta: float, new_beta: float) -> None:
-        soft.extend(method.planes.soft_weight(index, beta).double() for index in range(2))
+        before.extend(method.planes.soft_weight(index, beta) for index in range(2))
         fix(beta, new_beta)
 
     method._fix_masks = watched  # type: ignore[method-assign]
     train(method, model, range(7, 8))
-    for layer, before in zip(method.layers, soft, strict=True):
-        after = layer.parameter.detach().flatten().double()
+    assert method.planes.fixed_mask is not None
+    after = [layer.parameter.detach().flatten() for layer in method.layers]
+    return list(zip(before, after, method.planes.fixed_mask, strict=True))
+
+
+def test_fixing_planes_refits_each_scale_by_least_squares() -> None:
+    for before, after, _ in fixed_at_step_8():
         # the residual of a least-squares scale is orthogonal to what was scaled
         assert abs(float((before - after) @ after)) <= 1e-4 * float(after @ after)
+
+
+def test_bits_that_restart_keep_the_soft_weight_within_the_reach_of_their_planes() -> None:
+    for before, after, mask in fixed_at_step_8(restart_beta=2.0, gate_steps="preconditioned", beta_final=20.0):
+        assert mask[mask.int().argmax() :].all()  # no holes here
+        reach = after.abs().max()
+        torch.testing.assert_close(after, before.clamp(-reach, reach), atol=1e-5, rtol=1e-3)
+
+
+def test_beta_starts_again_when_bits_do_and_ends_when_they_harden() -> None:
+    _, method = made(fix_masks_at=0.4, restart_beta=2.0, beta_final=20.0, harden_at=0.9)
+    # 20 steps: planes fixed from step 8, hard from step 18
+    expected = [20 ** (step / 19) for step in range(8)] + [2 * 10 ** ((step - 8) / 10) for step in range(8, 19)] + [20]
+    assert [method.beta(step) for step in range(20)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("stop", [5, 8, 13])
@@ -314,6 +334,48 @@ def test_a_state_saved_before_at_or_after_the_fixing_step_goes_on_alike(stop: in
     train(resumed, again, range(stop, 20))
     for ours, theirs in zip(method.layers, resumed.layers, strict=True):
         assert torch.equal(ours.parameter, theirs.parameter)
+
+
+@pytest.mark.parametrize("digits", ["signed", "sign-magnitude"])
+def test_fixed_planes_that_restart_lose_nothing_between_their_levels(digits: str) -> None:
+    torch.manual_seed(0)
+    layers, _ = find_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(20, 30)))
+    before = [layer.parameter.detach().clone() for layer in layers]
+    plan = plan_for(layers, 2, Schedule(40, 10), planes=[2, 2])
+    UniformCSQ(layers, plan, UniformGateSettings(digits=digits, restart_beta=2.0))
+    for layer, weight in zip(layers, before, strict=True):
+        after = layer.parameter.detach()
+        reach = after.abs().max()  # 3 steps of the two planes
+        torch.testing.assert_close(after, weight.clamp(-reach, reach), atol=1e-5, rtol=1e-4)
+        assert reach > 0.5 * weight.abs().max()
+
+
+def test_a_preconditioned_step_moves_the_weights_as_sgd_on_them_does_at_any_scale() -> None:
+    """At undecided gates of one plane: two gates, each moves the weight by lr·g, whatever s and β are."""
+    layer = Layer("w", nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)).view(5, 10)))
+    for scale, beta in ((0.3, 1.0), (3.0, 2.0)):
+        plan = plan_for([layer], 1, Schedule(10, 10), planes=[1], momentum=0.0, weight_decay=0.0)
+        method = UniformCSQ([layer], plan, UniformGateSettings(gate_steps="preconditioned", beta_initial=beta))
+        method.planes.pos.zero_()
+        method.planes.neg.zero_()
+        method.planes.scale.fill_(scale)
+        method.materialise(0)
+        layer.parameter.grad = torch.linspace(-1e-3, 1e-3, 50).view(5, 10)
+        before = layer.parameter.detach().clone()
+        method.planes.update_gates(beta, lr=0.1, momentum=0.0, weight_decay=0.0, gain=method._gain(beta))
+        method.planes.materialise(beta)
+        moved = layer.parameter.detach() - before
+        torch.testing.assert_close(moved, -2 * 0.1 * layer.parameter.grad, atol=1e-6, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("from_scratch", "expected"), [(False, 1.0), (True, 4 / 20)])
+def test_auto_logits_are_1_from_a_checkpoint_and_follow_the_schedule_from_scratch(
+    from_scratch: bool, expected: float
+) -> None:
+    layers, _ = find_layers(nn.Linear(6, 5))
+    plan = plan_for(layers, 2, Schedule(40, 10), weight_decay=0.0, from_scratch=from_scratch)
+    method = BitLevelCSQ(layers, plan, CSQSettings(beta_final=20.0))
+    assert method.logit == method.mask_logit == pytest.approx(expected)
 
 
 def test_a_soft_count_steers_by_the_planes_that_are_in_the_weights() -> None:

@@ -50,7 +50,11 @@ def test_the_papers_recipes_hold_the_papers_settings(
     assert (recipe.quantization.method, recipe.quantization.max_bits) == ("csq", 8)
     assert settings.reg_strength == 0.01
     assert (settings.beta_initial, settings.beta_final, settings.beta_schedule) == (1, 200, "epoch")
-    assert (settings.rounding, settings.harden_at, settings.refit_scale) == ("threshold", 1, False)
+    assert (settings.harden_at, settings.refit_scale) == (1, False)
+    assert (settings.rounding, settings.measure_unit_steps) == (
+        "nearest",
+        True,
+    )  # the paper's, and one that keeps what is trained
     assert (settings.digits, settings.init_scale, settings.gate_steps) == ("sign-magnitude", 1, "sgd")
     assert (settings.precision_count, settings.fix_masks_at, settings.restart_beta) == ("sign", 1, None)
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.schedule) == ("momentum", 0.1, 0.9, "cosine")

@@ -76,7 +76,7 @@ def test_all_processes_learn_the_smallest_value(tmp_path: Path) -> None:
     script = tmp_path / "smallest.py"
     script.write_text(
         "import torch\nfrom csqcli.system import distributed\nshard, device = distributed.start(torch.device('cpu'))\n"
-        "assert distributed.smallest(2**40 + 7 - shard.rank, device) == 2**40 + 6\ndistributed.stop()\n"
+        "assert distributed.all_reduce_min(2**40 + 7 - shard.rank, device) == 2**40 + 6\ndistributed.stop()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
@@ -98,7 +98,7 @@ def test_fingerprints_tell_states_apart_by_a_single_bit() -> None:
 def test_a_single_process_needs_no_group() -> None:
     assert distributed.sum_counts((1, 2), torch.device("cpu")) == [1, 2]
     assert distributed.from_main("x") == "x"
-    assert distributed.smallest(3, torch.device("cpu")) == 3
+    assert distributed.all_reduce_min(3, torch.device("cpu")) == 3
     distributed.check_equal(torch.ones(1), what="nothing")
 
 

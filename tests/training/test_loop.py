@@ -187,3 +187,15 @@ def test_batchnorm_on_single_images_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one image at a time"):
         run(tmp_path / "run", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 1})
     run(tmp_path / "again", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 63})  # 32 + 32
+
+
+def test_the_paper_s_unit_steps_are_measured_beside_what_is_delivered(tmp_path: Path) -> None:
+    """Both figures are stored; where the unit steps are what is delivered, they are one figure."""
+    paper = {"quantization.method": "csq-paper", "bn_recalibration_batches": 0, "csq.measure_unit_steps": True}
+    delivered = {}
+    for rounding in ("threshold", "nearest"):
+        file = run(tmp_path / rounding, **paper, **{"csq.rounding": rounding})
+        accuracy = file.manifest.accuracy
+        delivered[rounding] = accuracy.hard_top1
+        assert accuracy.unit_steps_top1 == delivered["threshold"]
+    assert delivered["nearest"] != delivered["threshold"]

@@ -118,6 +118,10 @@ class WeightMethod(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def unit_steps(self, step: int) -> list[HardLayer] | None:
+        """The paper's hardening, every gate to its unit step, where it is not what is delivered but is to be measured too."""
+        return None
+
     def monitor(self, step: int) -> dict[str, float]:
         """Numbers for the progress display and metrics.jsonl."""
         return {}

@@ -194,7 +194,7 @@ class GateMethod(WeightMethod):
         fit = fit_levels(weight, planes.fixed_mask[index], starts=starts)
         full_scale = fit.step * (2**planes.bits - 1)
         values = self.layers[index].unflatten(weight / fit.step)
-        planes.set_integers(index, values, full_scale, logit=1.0, beta=beta)
+        planes.set_integers(index, values, full_scale, logit=1.0, beta=beta, signed=True)
         where = planes.slices[index]
         planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
 
@@ -214,11 +214,7 @@ class GateMethod(WeightMethod):
     def _harden(self, step: int) -> _Hardened:
         beta, planes = self.beta(step), self.planes
         if self.settings.rounding == "threshold":
-            mask = self._project(beta)
-            scales = planes.scale / (2**self.bits - 1)
-            signs = torch.where(scales < 0, -1, 1).to(torch.int32)  # a negative scale goes into the integers
-            integers = [part * sign for part, sign in zip(planes.threshold_integers(mask), signs, strict=True)]
-            return _Hardened(mask, integers, scales.abs())
+            return self._threshold(beta)
         mask = planes.fixed_mask if planes.fixed_mask is not None else self._choose_planes(beta)
         fits = [
             fit_levels(planes.soft_weight(index, beta), mask[index], starts=self._likely_scales(index, beta))
@@ -226,6 +222,14 @@ class GateMethod(WeightMethod):
         ]
         integers = [layer.unflatten(fit.integers.to(torch.int32)) for layer, fit in zip(self.layers, fits, strict=True)]
         return _Hardened(mask, integers, torch.stack([fit.step for fit in fits]))
+
+    def _threshold(self, beta: float) -> _Hardened:
+        """The paper's hardening: unit steps of every gate, planes dropped where the budget asks for it, scales as they are."""
+        mask = self._project(beta)
+        scales = self.planes.scale / (2**self.bits - 1)
+        signs = torch.where(scales < 0, -1, 1).to(torch.int32)  # a negative scale goes into the integers
+        integers = [part * sign for part, sign in zip(self.planes.threshold_integers(mask), signs, strict=True)]
+        return _Hardened(mask, integers, scales.abs())
 
     def _likely_scales(self, index: int, beta: float) -> list[float]:
         """Scales at which a layer's soft weight lies on levels if its gates are decided and its masks alike."""
@@ -254,7 +258,13 @@ class GateMethod(WeightMethod):
 
     def hard_layers(self) -> list[HardLayer]:
         assert self.hardened is not None, "harden() first"
-        hard = self.hardened
+        return self._deliver(self.hardened)
+
+    @torch.no_grad()
+    def unit_steps(self, step: int) -> list[HardLayer] | None:
+        return self._deliver(self._threshold(self.beta(step))) if self.settings.measure_unit_steps else None
+
+    def _deliver(self, hard: _Hardened) -> list[HardLayer]:
         columns = zip(self.layers, hard.integers, hard.scales, hard.mask, strict=True)
         return [hard_layer(layer, integers, scale, mask) for layer, integers, scale, mask in columns]
 

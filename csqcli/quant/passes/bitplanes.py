@@ -72,15 +72,19 @@ class BitPlanes:
             integers = equations.quantize_integers(layer.parameter.detach(), scale, self.bits)
             self.set_integers(index, integers, scale, logit=logit, beta=beta)
 
-    def set_integers(self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float) -> None:
+    def set_integers(
+        self, index: int, integers: Tensor, scale: Tensor, *, logit: float, beta: float, signed: bool | None = None
+    ) -> None:
         """Re-create one layer's logits from integers; its soft weight at ``beta`` equals scale/(2^n−1)·integers.
 
-        With a fixed mask, numbers between the levels that it forms are met too.
+        In signed digits (None: as the method starts) it meets numbers between integers too, within the planes' reach.
         """
         flat = self.layers[index].flat(integers)
         mask = None if self.fixed_mask is None else self.fixed_mask[index]
+        if signed is None:  # a mask's holes leave integers that only signed digits form
+            signed = self.signed or not (mask is None or bool(mask.all()))
         for chunk, of_layer in self._chunks_of(index):
-            if self.signed or (mask is not None and not mask.all()):  # only signed digits form all that a mask can
+            if signed:
                 digits = equations.signed_digits_of(flat[of_layer], self.bits, mask)
             else:
                 digits = equations.bit_planes_of(flat[of_layer], self.bits)
@@ -93,7 +97,7 @@ class BitPlanes:
     def fix_mask(self, mask: Tensor) -> None:
         """From Eq. 5 to Eq. 4: q_B for good (bool [layers, bits]). Planes below a layer's lowest are not visited again."""
         self.fixed_mask = mask.to(self.pos.device)
-        lowest = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), self.bits).tolist()
+        lowest = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), self.bits - 1).tolist()
         self.used = [slice(plane, self.bits) for plane in lowest]
 
     def mask(self, beta: float) -> Tensor:
