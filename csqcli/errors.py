@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 _MAX_LINE = 2000  # characters; names out of damaged files can be any length
+_LOADER_DIED = (
+    re.compile(  # torch's own words; an exception inside a worker says "in DataLoader worker process 0" instead
+        r"DataLoader worker (\(pid(\(s\))? [\d, ]+\)|gone\b|exited)|Pin memory thread"
+    )
+)
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # torch's allocators, CUDA and CPU
 
 
@@ -33,7 +39,7 @@ def machine_fault(error: BaseException) -> UserError | None:
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return UserError("out of memory", hint="free some, or lower data.batch_size and data.eval_batch_size")
-    if "DataLoader worker" in text or "Pin memory thread" in text:
+    if _LOADER_DIED.match(text):
         hint = "most often for lack of memory: lower data.workers, then --resume"
         return UserError(f"a loader process died ({text.split('. ')[0].rstrip('.')})", hint=hint)
     if isinstance(error, OSError) and error.strerror:

@@ -293,6 +293,7 @@ def _reach_beyond_the_mask(file: QuantizedFile) -> None:
         (_reach_beyond_the_mask, "cannot form"),
         (lambda file: file.layers[0].scale.fill_(3e38), r"integers × scale is not finite|cannot be written"),
         (lambda file: file.others["bn1.bias"].__setitem__(0, float("nan")), "bn1.bias holds NaN"),
+        (lambda file: file.others["bn1.running_var"].__setitem__(0, -1.0), "bn1.running_var holds a variance below 0"),
         (
             lambda file: file.others.update({"conv1.weight": torch.zeros(16, 1, 3, 3)}),
             "conv1.weight .* does not belong",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
@@ -51,6 +53,8 @@ def main() -> None:
         result = app(prog_name="csq", standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except UserError as error:
+        if os.environ.get("CSQ_DEBUG") == "1":
+            traceback.print_exc()
         _fail(error.line())
     except getattr(click, "NoArgsIsHelpError", ()) as error:  # click 8.2 and later
         output.block(error.format_message())
@@ -71,6 +75,8 @@ def main() -> None:
         fault = machine_fault(error)
         if fault is None:
             raise
+        if os.environ.get("CSQ_DEBUG") == "1":
+            traceback.print_exc()
         _fail(fault.line())
     else:
         if code == _INTERRUPTED:  # some releases of typer turn KeyboardInterrupt into this exit code

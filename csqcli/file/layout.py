@@ -163,6 +163,8 @@ class Reader:
                 raise ValueError(f"tensor {name} of type {value.dtype} does not belong here")
             if is_damaged(value.float()):
                 raise ValueError(f"tensor {name} holds NaN or infinite values")
+            if name.endswith("running_var") and bool((value < 0).any()):
+                raise ValueError(f"tensor {name} holds a variance below 0")
         return left
 
     def _take(self, name: str) -> Tensor:

@@ -12,6 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from csqcli.errors import UserError
+
+_LAUNCHER = "torchrun sets these; unset them to run in one process"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -28,15 +32,27 @@ class Shard:
 
 def start(device: torch.device) -> tuple[Shard, torch.device]:
     """Join torchrun's process group when there is one; this process's shard, and its own device."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _number("WORLD_SIZE", default=1)
     if world == 1:
         return Shard(), device
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and not dist.is_initialized():
+        raise UserError(f"WORLD_SIZE is {world}, and {missing[0]} is not set", hint=_LAUNCHER)
+    if _number("RANK", default=0) >= world:
+        raise UserError(f"RANK is {os.environ['RANK']} and WORLD_SIZE {world}", hint=_LAUNCHER)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _number("LOCAL_RANK", default=0))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Shard(dist.get_rank(), world), device
+
+
+def _number(name: str, *, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"`{text[:40]}` is not a number", where=f"environment variable {name}", hint=_LAUNCHER)
+    return int(text)
 
 
 def stop() -> None:

@@ -15,6 +15,10 @@ from csqcli.errors import UserError, machine_fault
 from csqcli.system import distributed
 
 
+class BrokenScores(UserError):
+    """Scores that are NaN or infinite: whichever of them is taken for the largest says nothing."""
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Correct predictions out of ``samples``; percentages are derived, so shards can be summed first."""
@@ -73,14 +77,17 @@ def evaluate(
 ) -> Accuracy:
     """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
 
+    BrokenScores where scores are not finite.
     ``shared``: the loader holds this process's share of the images, and counts are summed over processes. ``present``:
     outputs among which a second top-1 is counted, as if the model had no others.
     """
     was_training = model.training
     model.eval()
     correct1 = correct5 = samples = among = 0
+    finite = torch.ones((), dtype=torch.bool)
     for images, labels in loader.epoch(0):
         scores = logits_of(model(images))
+        finite = finite.to(scores.device) & scores.isfinite().all()
         ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
         correct1 += int(ranked[:, 0].sum())
         correct5 += int(ranked.sum())
@@ -91,7 +98,14 @@ def evaluate(
     model.train(was_training)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
     if shared:
-        correct1, correct5, samples, among = distributed.sum_counts((correct1, correct5, samples, among), device)
+        counts = (correct1, correct5, samples, among, int(not finite))
+        correct1, correct5, samples, among, broken = distributed.sum_counts(counts, device)
+    else:
+        broken = int(not finite)
+    if broken:
+        raise BrokenScores(
+            "the model's scores are NaN or infinite", hint="its accuracy would mean nothing; check the weights"
+        )
     if samples == 0:
         raise UserError("no validation image could be used")
     return Accuracy(correct1, correct5, samples, None if present is None else among)

@@ -19,7 +19,7 @@ from csqcli.data.loaders import Loader, Unavailable, stream_seed
 from csqcli.errors import UserError
 from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.system import distributed
-from csqcli.training.evaluate import evaluate, logits_of
+from csqcli.training.evaluate import BrokenScores, evaluate, logits_of
 
 
 class NonFinite(UserError):
@@ -95,7 +95,10 @@ class Trainer:
             became = "non-finite on another process" if math.isfinite(train_loss) else train_loss
             raise NonFinite(f"the loss became {became} in epoch {epoch + 1} (learning rate {lr:.3g})")
         distributed.check_equal(self.optimizer.method.state_dict(), what="the state of the quantized weights")
-        accuracy = evaluate(self.model, self.val_loader)
+        try:
+            accuracy = evaluate(self.model, self.val_loader)
+        except BrokenScores as error:
+            raise NonFinite(f"evaluation met NaN or infinite numbers by epoch {epoch + 1}") from error
         return {
             "epoch": epoch + 1,
             "step": step,

@@ -22,8 +22,8 @@ from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMetho
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed, memory
-from csqcli.training.evaluate import evaluate
-from csqcli.training.loop import Trainer
+from csqcli.training.evaluate import BrokenScores, evaluate
+from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run
 
 
@@ -41,7 +41,7 @@ def make_trainer(
     method = make_method(run, recipe, layers, Schedule(recipe.epochs * steps, steps), start=start)
     base = _base_optimizer(run, recipe, method)
     optimizer = QuantizedOptimizer(method, base, harden_at_step=method.harden_at_step)
-    optimizer.before_harden = lambda: _measure_soft(run, optimizer)
+    optimizer.before_harden = lambda: _measured_soft(run, optimizer)
     mixup = None
     if settings.mixup or settings.cutmix:
         mixup = Mixup(
@@ -174,6 +174,13 @@ def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
         updates_per_epoch=steps,
     )
     return scheduler
+
+
+def _measured_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
+    try:
+        _measure_soft(run, optimizer)
+    except BrokenScores as error:
+        raise NonFinite("evaluation met NaN or infinite numbers before the planes were fixed") from error
 
 
 def _measure_soft(run: Run, optimizer: QuantizedOptimizer) -> None:

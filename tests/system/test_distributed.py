@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.system import distributed
 
@@ -104,3 +105,30 @@ def test_a_single_process_needs_no_group() -> None:
 @pytest.mark.parametrize("value", [torch.zeros(0), torch.tensor(1.5), torch.zeros(2, 3, dtype=torch.bfloat16)])
 def test_fingerprints_take_every_tensor(value: torch.Tensor) -> None:
     assert len(distributed.fingerprint(value)) == 64
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK is not set"),
+        ({"WORLD_SIZE": "many"}, "environment variable WORLD_SIZE: `many` is not a number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "abc", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "environment variable RANK: `abc` is not a number",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK is 2 and WORLD_SIZE 2",
+        ),
+    ],
+)
+def test_a_launchers_variables_that_cannot_be_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], complaint: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        distributed.start(torch.device("cpu"))
+    assert complaint in caught.value.line()

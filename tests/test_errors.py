@@ -1,0 +1,31 @@
+"""What is one line, and how to see behind it."""
+
+from __future__ import annotations
+
+import pytest
+
+from csqcli.errors import machine_fault
+
+
+@pytest.mark.parametrize(
+    ("text", "died"),
+    [
+        ("DataLoader worker (pid 123) is killed by signal: Killed. ", True),
+        ("DataLoader worker (pid(s) 12, 34) exited unexpectedly", True),
+        ("DataLoader worker gone: Connection reset by peer", True),
+        ("Pin memory thread exited unexpectedly", True),
+        ("Caught KeyError in DataLoader worker process 0.\nTraceback: my own bug", False),
+        ("my DataLoader worker pool is odd", False),
+    ],
+)
+def test_only_torchs_own_words_mean_that_a_loader_process_died(text: str, died: bool) -> None:
+    fault = machine_fault(RuntimeError(text))
+    assert (fault is not None and "a loader process died" in fault.what) == died
+
+
+def test_debug_shows_the_traceback_before_the_line(csq, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Traceback" not in csq("report", "nothing.safetensors")[2]
+    monkeypatch.setenv("CSQ_DEBUG", "1")
+    code, _, err = csq("report", "nothing.safetensors")
+    assert (code, "Traceback" in err) == (2, True)
+    assert err.splitlines()[-1].startswith("csq: error: nothing.safetensors: no such file")
