@@ -35,7 +35,7 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 from csqcli.training import phase
 from csqcli.training.adapt import adapt
-from csqcli.training.deliver import deliver, write_report
+from csqcli.training.deliver import deliver, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
@@ -108,8 +108,10 @@ def _search(run: Run) -> dict[str, Any]:
     layers, left_float = run.find_layers()
     run.count_operations(layers)
     run.quantize_activations()
+    left = [vars(tensor) for tensor in left_float]
+    rehearse(run, layers, left)
     trainer = phase.train(run, "search", run.recipe, layers)
-    file, gap = deliver(run, trainer, [vars(tensor) for tensor in left_float])
+    file, gap = deliver(run, trainer, left)
     return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
 
 
@@ -169,6 +171,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     run.display.say(f"finetune from top-1 {input_top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
     layers = layers_named(run.model, [layer.name for layer in start.layers])
     run.count_operations(layers)
+    rehearse(run, layers, start.manifest.left_float)
     trainer = phase.train(run, "finetune", recipe, layers, start=start.layers)
     file, gap = deliver(run, trainer, start.manifest.left_float, at_least=input_top1)
     finetuned_top1 = run.record.accuracy.hard_top1 or 0.0

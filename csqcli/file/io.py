@@ -109,7 +109,11 @@ def assemble(
     Raises UserError, naming the tensor, where training left NaN or infinite values.
     """
     names = {name for layer in layers for name in (layer.name, *layer.aliases)}
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    state = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):  # what get_extra_state gives
+            raise UserError(f"holds a {type(value).__name__}; a file holds tensors only", where=name)
+        state[name] = value.detach().cpu()
     others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
     trained = [(layer.name, value) for layer in layers for value in (layer.scale, state[layer.name])]
     for name, value in [*others.items(), *trained]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import activation_entries, hard_model
+from csqcli.quant.hard_layer import HardLayer
+from csqcli.quant.layers import Layer
 from csqcli.reporting.build import build as build_report
 from csqcli.system import distributed
 from csqcli.training.evaluate import evaluate, logits_of, recalibrate_batchnorm
@@ -35,21 +40,7 @@ def deliver(
     layers = trainer.optimizer.hard_layers()
     run.model.eval()
 
-    file = io.assemble(
-        run.model,
-        layers,
-        record=run.source,
-        data_config=run.config,
-        target_bits=run.target_bits if layers else None,
-        operations=run.operations,
-        classes=run.images.classes,
-        trained_outputs=run.images.present,
-        accuracy=accuracy,
-        activations=activation_entries(run.activations.records() if run.activations is not None else ()),
-        left_float=left_float,
-        environment=environment(),
-        recipe=recipe.to_dict(),
-    )
+    file = _assembled(run, layers, left_float)
 
     distributed.check_equal([vars(layer) for layer in layers], what="the hard model")
     results: tuple[float, float, float | None, float] | None = None
@@ -67,6 +58,66 @@ def deliver(
     if run.shard.is_main and accuracy.hard_top1 >= at_least:
         io.write(run.folder.model_file, file)
     return file, gap
+
+
+def _assembled(run: Run, layers: Sequence[HardLayer], left_float: list[dict[str, Any]]) -> QuantizedFile:
+    return io.assemble(
+        run.model,
+        layers,
+        record=run.source,
+        data_config=run.config,
+        target_bits=run.target_bits if layers else None,
+        operations=run.operations,
+        classes=run.images.classes,
+        trained_outputs=run.images.present,
+        accuracy=run.record.accuracy,
+        activations=activation_entries(run.activations.records() if run.activations is not None else ()),
+        left_float=left_float,
+        environment=environment(),
+        recipe=run.recipe.to_dict(),
+    )
+
+
+def rehearse(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]]) -> None:
+    """Before the first step: assemble, write and read back the file that this run will deliver, every integer 0.
+
+    Names, types, shapes and buffers are those of the end, so that what no file can hold is found before the training and
+    not after it. UserError where that is so; nothing stays behind.
+    """
+    if not run.shard.is_main:
+        return
+    blank = [
+        HardLayer(
+            layer.name,
+            torch.zeros(layer.parameter.shape, dtype=torch.int32),
+            torch.ones(1),
+            torch.ones(run.recipe.quantization.max_bits if run.target_bits else 1, dtype=torch.bool),
+            layer.channel_dim,
+            layer.aliases,
+        )
+        for layer in layers
+    ]
+    candidate = run.folder.path / f".{MODEL_FILE}.candidate"
+    where, hint = run.source.source, "the model could be trained but not stored; nothing was trained"
+    try:
+        io.write(candidate, _assembled(run, blank, left_float))
+        file = io.read(candidate)
+        state = run.model.state_dict()
+        fit = file.state_dict()
+        odd = sorted(name for name in state.keys() ^ fit.keys() if not name.endswith("num_batches_tracked"))
+        odd += [name for name in state.keys() & fit.keys() if state[name].shape != fit[name].shape]
+        if odd:
+            raise ValueError(f"tensor {odd[0]} does not come back")
+    except UserError as error:
+        raise UserError(error.what, where=where if error.where == str(candidate) else error.where, hint=hint) from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        what = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {str(problem.get('input'))[:60]})"
+        raise UserError(f"the file cannot say this of it: {what}", where=where, hint=hint) from None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"cannot be stored ({error})", where=where, hint=hint) from error
+    finally:
+        candidate.unlink(missing_ok=True)
 
 
 @torch.no_grad()
