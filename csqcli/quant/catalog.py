@@ -259,6 +259,7 @@ def choose(epochs: int, *, from_scratch: bool) -> tuple[str, str]:
     """What `auto` takes for a schedule, and the reason in one clause."""
     if from_scratch:
         return "csq", "from scratch"
+    length = f"{epochs} epoch{'s' if epochs != 1 else ''} from a checkpoint"
     if epochs >= LONG_SCHEDULE:
-        return "csq", f"{epochs} epochs from a checkpoint, {LONG_SCHEDULE} or more"
-    return "staged", f"{epochs} epochs from a checkpoint, fewer than {LONG_SCHEDULE}"
+        return "csq", f"{length}, {LONG_SCHEDULE} or more"
+    return "staged", f"{length}, fewer than {LONG_SCHEDULE}"
