@@ -20,6 +20,14 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Amp(str, Enum):
+    """Precision of training."""
+
+    auto = "auto"
+    off = "off"
+    bf16 = "bf16"
+
+
 class Head(str, Enum):
     """What becomes of a checkpoint's classifier."""
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from csqcli.cli.options import (
+    Amp,
     BatchOption,
     DataOption,
     DeviceOption,
@@ -62,6 +63,9 @@ def search(
     distill: Annotated[
         float | None, typer.Option(help="Share of the loss that follows the float model, 0 to 1.")
     ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the search.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that load images; does not change the result.")] = None,
+    amp: Annotated[Amp | None, typer.Option(help="Train in bfloat16; auto does on a GPU.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order, augmentation and fresh weights.")] = None,
     batch_size: BatchOption = None,
     device: DeviceOption = None,
@@ -97,6 +101,9 @@ def search(
         "adaptation.epochs": float_epochs,
         "finetune.epochs": finetune_epochs,
         "optimizer.distill": distill,
+        "optimizer.lr": lr,
+        "data.workers": workers,
+        "amp": amp.value if amp else None,
         "seed": seed,
         "device": device.value if device else None,
         "model.pretrained": pretrained,

@@ -47,7 +47,7 @@ def parse(source: str, arguments: Mapping[str, Any] | None = None) -> ModelSpec:
     if colon:
         if not library or not name:
             raise UserError("not a model", where=source, hint="write package.module:factory")
-        return ModelSpec("factory", source, kwargs)
+        return ModelSpec("factory", f"{_module_of(library, name)}:{name}", kwargs)
     known_everywhere: list[str] = []
     for library in LIBRARIES:
         known = known_names(library)
@@ -55,9 +55,27 @@ def parse(source: str, arguments: Mapping[str, Any] | None = None) -> ModelSpec:
             return ModelSpec(library, source, kwargs)
         known_everywhere += known
     hint = did_you_mean(source, known_everywhere) or "give a timm or torchvision name, or package.module:factory"
+    module, _, factory = source.rpartition(".")
+    if module and Path(f"{module.replace('.', '/')}.py").is_file():
+        hint = f"did you mean `{module}:{factory}`?"
     if Path(source).exists():
         hint = "this is a path: give a model's name, and weights by --checkpoint; `csq report` describes a csq file"
     raise UserError("unknown model", where=source, hint=hint)
+
+
+def _module_of(typed: str, factory: str) -> str:
+    """The module of a factory that may have been typed as a file: ``./nets/mine.py`` is ``nets.mine``.
+
+    Raises UserError for a file that no import from the working directory reaches: a csq file could not name it.
+    """
+    path = Path(typed)
+    if path.suffix != ".py":
+        return typed
+    module = path.with_suffix("")
+    if not path.is_absolute() and all(part.isidentifier() for part in module.parts):
+        return ".".join(module.parts)
+    what = "csq imports factories by module, from the working directory or the Python path"
+    raise UserError(what, where=f"{typed}:{factory}", hint=f"run csq beside it and write {module.name}:{factory}")
 
 
 def known_names(library: str) -> list[str]:

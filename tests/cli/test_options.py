@@ -61,6 +61,9 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
             and r.report()["budget"]["mean_bits"] <= 3
         ),
     ),
+    "lr": (f"{SEARCH} --lr 0.25", holds("optimizer.lr", 0.25)),
+    "workers": (f"{SEARCH} --workers 0", holds("data.workers", 0)),
+    "amp": (f"{SEARCH} --amp bf16", holds("amp", "bf16")),
     "head": (f"{SEARCH} --head new", holds("model.head", "new")),
     "weights": (f"{SEARCH} --weights raw", holds("model.weights", "raw")),
     "recipe": (SEARCH, holds("model.source", "digits_cnn")),
