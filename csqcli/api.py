@@ -63,7 +63,7 @@ def search(
         resume: go on with an unfinished run in ``output``. The report of a finished one is returned as it is.
         force: overwrite a run in ``output``, finished or not, and files of these names that no run wrote.
         progress: show what is going on, on stderr.
-        settings: further recipe keys, dotted or short where that is unambiguous: ``epochs=5``, ``lr=0.1``,
+        settings: further recipe keys, dotted or short where that is unambiguous: ``epochs=5``, ``batch_size=64``,
             ``**{"finetune.epochs": 3}``. `csq recipes schema` lists them all. They win over the recipe.
 
     Returns:

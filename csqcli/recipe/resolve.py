@@ -247,7 +247,7 @@ def _common_key(key: str) -> str | None:
 
 
 def full_key(key: str, card: MethodCard) -> str:
-    """The dotted key for a full or unambiguous short one (``max_bits`` alone is ambiguous, ``lr`` is not).
+    """The dotted key for a full or unambiguous short one (``max_bits`` alone is ambiguous, ``batch_size`` is not).
 
     Short names of the method in use come before those of other methods, which are refused by name.
     """
