@@ -1,6 +1,7 @@
 """csq from Python: what the commands do, as functions of plain values, and an optimizer for your own training loop.
 
 Everything here is re-exported by the package: ``import csqcli; csqcli.search(…)``. The command line is a skin over it.
+It is long because it is the reference: every function says its arguments, units, errors and an example here.
 Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is what the command line prints.
 """
 
