@@ -44,6 +44,7 @@ import csqcli
 from csqcli.file import io
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import coverage, example_inputs
+from csqcli.quant.catalog import PAPER, CSQSettings
 from csqcli.quant.hard_layer import spread
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Schedule, plan_for
@@ -171,7 +172,9 @@ def check(source: str, folder: Path, progress: Progress, *, method: str = "stage
 
 def make_method(name: str, layers: list[Layer]) -> Staged | BitLevelCSQ:
     plan = plan_for(layers, TARGET_BITS, Schedule(STEPS, STEPS))
-    return Staged(layers, plan) if name == "staged" else BitLevelCSQ(layers, plan)
+    if name == "staged":
+        return Staged(layers, plan)
+    return BitLevelCSQ(layers, plan, CSQSettings(**PAPER))  # whose step 0 is the 8-bit model at the largest weight
 
 
 def masks_of(method: Staged | BitLevelCSQ) -> Tensor:
