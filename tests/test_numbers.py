@@ -150,7 +150,7 @@ def test_odd_layers_are_searched_written_read_back_and_evaluated(csq, tmp_path: 
 def test_where_plain_sgd_cannot_train_the_run_stops_in_one_line(csq, tmp_path: Path, method: str) -> None:
     code, _, err = csq(*CORNERS, "--method", method, "-o", tmp_path, *QUICK)  # dL/dW of a weight of 1e-30 is about 1e30
     assert (code, err.count("\n")) == (2, 1)
-    assert "the loss became" in err
+    assert "the loss became" in err or "reached NaN or infinite numbers" in err
     assert not (tmp_path / "model.safetensors").exists()
 
 
