@@ -57,7 +57,7 @@ def search(
             None where the recipe names one.
         target_bits: mean planes per weight element that the result must not exceed; fractions are fine. None where the
             recipe says.
-        data: image folder with ``train/`` and ``val/``, ``cifar10:DIR``, ``cifar100:DIR`` or ``digits``.
+        data: what ``--data`` takes: a folder or archive of class folders, ``csv:FILE``, ``cifar10:DIR``, ``digits``, ….
         output: folder for ``model.safetensors``, ``report.json``, ``metrics.jsonl`` and ``recipe.yaml``; None takes
             ``runs/MODEL-TARGETbit``, as ``runs/resnet18-3bit``.
         recipe: the name of one that ships with csq, or a YAML file.
@@ -158,6 +158,7 @@ def evaluate(
     input_size: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: int = 256,
+    val_split: float | Literal["test"] | None = None,
     val_limit: int | None = None,
     trust_code: bool = False,
     classes_by_position: bool = False,
@@ -173,6 +174,7 @@ def evaluate(
         input_size: with ``model``, the side of the images in pixels; None takes the model's own.
         device: ``auto`` takes a GPU when there is one.
         batch_size: images per step; does not change the result.
+        val_split: for data without a validation split, as the recipe's ``data.val_split``; None takes the file's own.
         val_limit: use only this many images, spread evenly over the set.
         trust_code: let the file import the ``package.module:factory`` that it names.
         classes_by_position: match the classes of file and data by their numbers, whatever their names.
@@ -199,6 +201,7 @@ def evaluate(
             input_size=input_size,
             device=device,
             batch_size=batch_size,
+            val_split=val_split,
             val_limit=val_limit,
         )
         return _evaluation(of_model, 32.0)
@@ -212,6 +215,7 @@ def evaluate(
         data,
         device=device,
         batch_size=batch_size,
+        val_split=val_split,
         val_limit=val_limit,
         trust_code=trust_code,
         classes_by_position=classes_by_position,
@@ -228,6 +232,7 @@ def export(
     target: Literal["ort", "openvino"] = "ort",
     calib: str | None = None,
     data: str | None = None,
+    val_split: float | Literal["test"] | None = None,
     val_limit: int | None = None,
     trust_code: bool = False,
     force: bool = False,
@@ -243,6 +248,7 @@ def export(
         target: ``onnx`` only; the engine that the file is verified with.
         calib: with ``int8``, images to measure the outputs of convolutions on; as ``data`` for :func:`search`.
         data: images to compare logits on, and to record the written file's top-1 with.
+        val_split: as for :func:`evaluate`.
         val_limit: use only this many of them, spread evenly.
         trust_code: let the file import the ``package.module:factory`` that it names.
         force: replace ``output``.
@@ -276,6 +282,7 @@ def export(
         target=target,
         calib=calib,
         data_source=data,
+        val_split=val_split,
         val_limit=val_limit,
         trust_code=trust_code,
         force=force,

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from csqcli.data.loaders import LoaderSettings, make_loader
-from csqcli.data.specs import open_data
+from csqcli.data.specs import ValSplit, open_data
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import QuantizedFile
-from csqcli.file.labels import with_labels_of
+from csqcli.file.labels import open_held_out, with_labels_of
 from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
 from csqcli.models import libraries
@@ -61,7 +61,7 @@ def search(
     """
     spec = _model_asked_for(recipe)
     images = images or _open_images(recipe)
-    with RunFolder(output, recipe, force=force, resume=resume) as folder:
+    with RunFolder(output, recipe, images, force=force, resume=resume) as folder:
         if folder.finished is not None:
             folder.finish()
             return folder.finished
@@ -138,7 +138,8 @@ def finetune(
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     _check_task(file.manifest.spec)
     images = with_labels_of(file.manifest, _open_images(recipe), where=str(path), whole=True)
-    with RunFolder(output, recipe, force=force, resume=resume, source=file.manifest.payload_sha256) as folder:
+    source = file.manifest.payload_sha256
+    with RunFolder(output, recipe, images, force=force, resume=resume, source=source) as folder:
         if folder.finished is not None:
             folder.finish()
             return folder.finished
@@ -208,13 +209,15 @@ def evaluate_file(
     *,
     device: str = "auto",
     batch_size: int = 256,
+    val_split: ValSplit = None,
     val_limit: int | None = None,
     trust_code: bool = False,
     classes_by_position: bool = False,
 ) -> tuple[Accuracy, Manifest]:
     """Accuracy of the hard model as the file holds it, with the preprocessing stored in it.
 
-    Classes are matched by their names, or by their numbers alone where ``classes_by_position``.
+    Classes are matched by their names, or by their numbers alone where ``classes_by_position``. Of data without a validation
+    split those images are held out that were in training, unless ``val_split`` says otherwise.
 
     ONNX files run in ONNX Runtime on the CPU, all others in torch on ``device``.
     """
@@ -230,7 +233,7 @@ def evaluate_file(
         manifest = file.manifest
         model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
     _check_task(manifest.spec)
-    images = open_data(data_source, train=False, val_limit=val_limit)
+    images = open_held_out(manifest, data_source, val_split=val_split, val_limit=val_limit)
     images = with_labels_of(manifest, images, where=str(path), by_position=classes_by_position)
     check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
     settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
@@ -247,6 +250,7 @@ def evaluate_checkpoint(
     input_size: int | None = None,
     device: str = "auto",
     batch_size: int = 256,
+    val_split: ValSplit = None,
     val_limit: int | None = None,
 ) -> Accuracy:
     """Accuracy of a float model: of the weights in ``checkpoint``, or of the library's own where that is None.
@@ -256,7 +260,7 @@ def evaluate_checkpoint(
     spec = parse(model)
     _check_task(spec)
     target = pick_device(device)
-    images = open_data(data_source, train=False, val_limit=val_limit)
+    images = open_data(data_source, train=False, val_split=val_split, val_limit=val_limit)
     weights_file = open_checkpoint(checkpoint) if checkpoint is not None else None
     fitted = load_for(
         model, images.classes, head="keep", checkpoint=weights_file, weights=weights, classes_from=images.source
@@ -294,4 +298,10 @@ def _open_images(recipe: Recipe) -> DataSet:
     settings = recipe.data
     check_data_given(recipe)
     assert settings.source is not None
-    return open_data(settings.source, train_limit=settings.train_limit, val_limit=settings.val_limit)
+    return open_data(
+        settings.source,
+        val_split=settings.val_split,
+        val_seed=settings.val_seed,
+        train_limit=settings.train_limit,
+        val_limit=settings.val_limit,
+    )

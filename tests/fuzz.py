@@ -461,7 +461,7 @@ def mutate_state(state: Any, rng: random.Random) -> Any:
     state = copy.deepcopy(state)
     for _ in range(rng.choice([1, 1, 2])):
         container = state["model"] if isinstance(state.get("model"), dict) and rng.random() < 0.4 else state
-        key = rng.choice([key for key in container if key != "fingerprint"])
+        key = rng.choice([key for key in container if key != "inputs"])
         value = container[key]
         if isinstance(value, torch.Tensor) and rng.random() < 0.7:
             container[key] = rng.choice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import json
 import subprocess
@@ -33,7 +34,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 def test_search_returns_the_report_that_it_wrote(run: tuple[Path, dict[str, Any]]) -> None:
     folder, report = run
     written = json.loads((folder / "report.json").read_text())
-    assert written.pop("fingerprint")
+    assert (written.pop("model_sha256"), written.pop("inputs")["train"]["images"]) == (
+        hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        1297,
+    )
     assert json.loads(json.dumps(report)) == written
     assert report["budget"]["mean_bits"] <= 2
     assert len(report["history"]) == 2

@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import DeviceOption, JsonOption, TrustOption, ValLimitOption, WeightsOption
+from csqcli.cli.options import (
+    DeviceOption,
+    JsonOption,
+    TrustOption,
+    ValLimitOption,
+    ValSplitOption,
+    WeightsOption,
+    val_split,
+)
 from csqcli.data.specs import help_text, hint
 from csqcli.errors import UserError
 
@@ -28,6 +36,7 @@ def evaluate(
     input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels, with --model.")] = None,
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
+    val_split_: ValSplitOption = None,
     val_limit: ValLimitOption = None,
     trust_code: TrustOption = False,
     classes_by_position: Annotated[
@@ -53,6 +62,7 @@ def evaluate(
         input_size=input_size,
         device=device.value if device else "auto",
         batch_size=batch_size,
+        val_split=val_split(val_split_),
         val_limit=val_limit,
         trust_code=trust_code,
         classes_by_position=classes_by_position,

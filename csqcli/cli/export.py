@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import FileArgument, TrustOption, ValLimitOption
+from csqcli.cli.options import FileArgument, TrustOption, ValLimitOption, ValSplitOption, val_split
 from csqcli.errors import UserError
 
 
@@ -54,6 +54,7 @@ def export(
     data: Annotated[
         str | None, typer.Option("--data", help="Verify on real images and record top-1 (as in csq evaluate).")
     ] = None,
+    val_split_: ValSplitOption = None,
     val_limit: ValLimitOption = None,
     trust_code: TrustOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
@@ -86,6 +87,7 @@ def export(
         target=target.value,
         calib=calib,
         data_source=data,
+        val_split=val_split(val_split_),
         val_limit=val_limit,
         trust_code=trust_code,
         force=force,

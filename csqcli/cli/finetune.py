@@ -17,8 +17,10 @@ from csqcli.cli.options import (
     ResumeOption,
     SetOption,
     TrustOption,
+    ValSplitOption,
     batch_settings,
     given,
+    val_split,
 )
 from csqcli.cli.output import is_main_process, result_of_run
 
@@ -26,6 +28,7 @@ from csqcli.cli.output import is_main_process, result_of_run
 def finetune(
     file: FileArgument,
     data: DataOption = None,
+    val_split_: ValSplitOption = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Epochs; 5 unless the file's recipe says otherwise.")
     ] = None,
@@ -52,6 +55,7 @@ def finetune(
     manifest = read_manifest(file)
     typed = {
         "data.source": data,
+        "data.val_split": val_split(val_split_),
         "finetune.epochs": epochs,
         "seed": seed,
         "device": device.value if device else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -59,6 +59,14 @@ BatchOption = Annotated[
         help="Images per step. auto: the recipe's, in as few parts as fit into memory; BatchNorm sees the parts.",
     ),
 ]
+ValSplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--val-split",
+        metavar="SHARE|test",
+        help="Without a validation split: hold out a share of the training images (0.1), or take the test split.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. optimizer.lr=0.05. Repeatable."),
@@ -74,6 +82,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def given(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that were typed: those that are not None."""
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def val_split(text: str | None) -> float | Literal["test"] | None:
+    """The value of ``--val-split``. UserError for what is neither a share nor test."""
+    if text is None or text == "test":
+        return text  # type: ignore[return-value]
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"`{text}` is neither a share above 0 and at most 1 nor test", where="--val-split")
+    return share
 
 
 def batch_settings(batch_size: str | None) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from csqcli.cli.options import (
     QuietOption,
     ResumeOption,
     SetOption,
+    ValSplitOption,
     WeightsOption,
     batch_settings,
     given,
+    val_split,
 )
 from csqcli.cli.output import is_main_process, result_of_run
 
@@ -35,6 +37,7 @@ def search(
         float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
     ] = None,
     data: DataOption = None,
+    val_split_: ValSplitOption = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
     weights: WeightsOption = None,
     head: Annotated[
@@ -90,6 +93,7 @@ def search(
         "model.source": model,
         "quantization.target_bits": target_bits,
         "data.source": data,
+        "data.val_split": val_split(val_split_),
         "model.checkpoint": checkpoint,
         "model.weights": weights.value if weights else None,
         "model.head": head.value if head else None,

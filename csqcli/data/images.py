@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -54,12 +55,12 @@ class UnsupportedPixels(ValueError):
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoding raises for a bad file
 
 
-def decode(path: str | Path, mode: str) -> Image.Image:
-    """The picture of a file in mode ``"L"`` or ``"RGB"``, upright.
+def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
+    """The picture of a file, or of its bytes, in mode ``"L"`` or ``"RGB"``, upright.
 
     Raises one of :data:`UNDECODABLE` for files that cannot be decoded; :class:`UnsupportedPixels` says why.
     """
-    with Image.open(path, formats=_available_formats()) as image:
+    with Image.open(file, formats=_available_formats()) as image:
         image.load()
         picture = _eight_bits(image, mode)
         turn = _TURNS.get(_orientation(image))

@@ -1,18 +1,21 @@
 """What ``--data`` takes: from a spec such as ``cifar10:DIR`` to a data set.
 
-A spec names a registered source (`csqcli.data.registry`), a folder, or a function from outside the package:
-``package.module:function`` or ``package.module:function:text``. Importing this module does not import torch.
+A spec names a registered source (`csqcli.data.registry`), a path that one of them recognises, a folder, or a function from
+outside the package: ``package.module:function`` or ``package.module:function:text``. Importing this module does not import
+torch.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from csqcli.data import sources
 from csqcli.data.registry import SOURCES, DataSource
@@ -23,6 +26,8 @@ from csqcli.system.plugins import import_attribute
 if TYPE_CHECKING:
     from csqcli.data.splits import DataSet
 
+ValSplit = float | Literal["test"] | None  # what stands in for a validation split that the data do not have
+log = logging.getLogger(__name__)
 _OUTSIDE = re.compile(r"(?P<name>[A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(?P<text>.*))?", re.DOTALL)
 
 
@@ -36,7 +41,7 @@ def known_sources() -> list[DataSource]:
 def help_text() -> str:
     """What ``--data`` takes, each source with its help line, for ``--help``."""
     listed = [f"{source.spelling} ({source.help})" for source in _usual_first()]
-    return f"{', '.join(listed)}, or package.module:function[:TEXT] of your own; a bare path is a folder."
+    return f"{', '.join(listed)}, or package.module:function[:TEXT] of your own. A bare path is told by what it holds."
 
 
 def hint() -> str:
@@ -50,20 +55,65 @@ def _usual_first() -> list[DataSource]:
 
 
 def open_data(
-    source: str, *, train: bool = True, train_limit: int | None = None, val_limit: int | None = None
+    source: str,
+    *,
+    train: bool = True,
+    val_split: ValSplit = None,
+    val_seed: int = 0,
+    train_limit: int | None = None,
+    val_limit: int | None = None,
 ) -> DataSet:
     """The data set of a spec, at most so many images of each split.
 
-    ``train`` False leaves the training split out. Raises UserError for an unknown source, a missing split, no images, class
-    names that cannot be stored, or classes that differ between the splits.
+    ``train`` False leaves the training split out. ``val_split`` is for data without a validation split: a share of every
+    class of the training images, chosen by ``val_seed`` and then no longer among them, or ``"test"`` for the test split.
+
+    Raises UserError for an unknown source, a missing split, no images, class names that cannot be stored, or classes that
+    differ between the splits.
     """
     if not is_safe_text(source):
         raise UserError("holds control characters or bytes that are not UTF-8", where=source, hint="rename the folder")
     opener, text = _find(source)
     data = opener(text, train=train)
+    if val_split not in (None, "test") and not train and isinstance(data, _data_set_class()) and not len(data.val):
+        data = opener(text, train=True)
     _check(data, source, train=train)
+    if val_split is not None:
+        data = _with_validation(data, source, val_split, seed=val_seed)
+    if not len(data.val):
+        also = ", or --val-split test takes its test split" if data.test is not None else ""
+        hint = f"--val-split 0.1 holds out a tenth of the training images{also}"
+        raise UserError("no validation split", where=source, hint=hint)
+    if train and data.train is not None and not len(data.train):
+        raise UserError("no image is left to train on", where=f"--val-split {val_split}", hint="hold out less")
     kept = data.train.limited(train_limit) if data.train is not None and train else None
     return replace(data, train=kept, val=data.val.limited(val_limit))
+
+
+def same_place(source: str) -> str:
+    """A spec with its path made absolute, where it names one that exists: ``data`` and ``./data`` are the same place."""
+    name, colon, text = source.partition(":")
+    if os.path.exists(source):
+        return os.path.realpath(source)
+    return f"{name}:{os.path.realpath(text)}" if colon and os.path.exists(text) else source
+
+
+def _with_validation(data: DataSet, source: str, val_split: ValSplit, *, seed: int) -> DataSet:
+    """The data set with a validation split, where it has none of its own."""
+    if len(data.val):
+        log.warning("%s: has a validation split of its own; val_split %s is for data without one", source, val_split)
+        return data
+    if val_split == "test":
+        if data.test is None:
+            hint = "--val-split 0.1 holds out a tenth of the training images"
+            raise UserError("no test split with the classes of the training images", where=source, hint=hint)
+        return replace(data, val=data.test, test=None)
+    if data.train is None or not isinstance(val_split, (int, float)):
+        raise UserError("no training split to hold images out of", where=source)
+    stays, held_out = data.train.held_out(val_split, seed=seed)
+    if not len(held_out):
+        raise UserError("no class has a second image to hold out", where=source)
+    return replace(data, train=stays, val=held_out)
 
 
 def _find(source: str) -> tuple[Callable[..., DataSet], str]:
@@ -72,8 +122,14 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
     known = {entry.name: entry for entry in known_sources()}
     if name in known and known[name].takes_text == bool(text):
         return known[name].open, text
-    if Path(source).is_dir():
-        return known["folder"].open, source
+    path = Path(source)
+    if path.exists():
+        recognised = [entry for entry in known.values() if entry.recognises is not None and entry.recognises(path)]
+        if recognised:
+            return recognised[0].open, source
+        if path.is_dir():
+            return known["folder"].open, source
+        raise UserError("not a kind of data that csq reads", where=source, hint=hint())
     likely = did_you_mean(name, known)
     if not colon and not likely:
         raise UserError("no such folder", where=source, hint=hint())
@@ -91,11 +147,15 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
         raise
 
 
-def _check(data: DataSet, source: str, *, train: bool) -> None:
-    """What every source must deliver, outside ones included."""
+def _data_set_class() -> type[DataSet]:
     from csqcli.data.splits import DataSet
 
-    if not isinstance(data, DataSet):
+    return DataSet
+
+
+def _check(data: DataSet, source: str, *, train: bool) -> None:
+    """What every source must deliver, outside ones included."""
+    if not isinstance(data, _data_set_class()):
         raise UserError(
             f"the data source returned {type(data).__name__}, not a csqcli.data.splits.DataSet", where=source
         )

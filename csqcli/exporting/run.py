@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from csqcli.data.specs import ValSplit
 from csqcli.errors import UserError
 from csqcli.exporting import images, registry, verify
 from csqcli.exporting.form import Form, Options, Subject
@@ -26,6 +27,7 @@ def export_file(
     target: Literal["ort", "openvino"] = "ort",
     calib: str | None = None,
     data_source: str | None = None,
+    val_split: ValSplit = None,
     val_limit: int | None = None,
     trust_code: bool = False,
     force: bool = False,
@@ -39,6 +41,7 @@ def export_file(
         activations, target, calib: of the ONNX form, see `forms.onnx`. ``calib`` gives the images that int8 outputs of
             convolutions are measured on, which ONNX Runtime needs for its int8 kernels; trained scales stay.
         data_source: images to compare logits on, and to measure the written file's top-1 with.
+        val_split: what takes the place of a validation split that they do not have; None takes the file's own.
         val_limit: use only so many of them, spread evenly.
         trust_code: let the file import the factory that it names.
         force: replace ``output``.
@@ -57,7 +60,9 @@ def export_file(
         check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
 
         workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
-        loader = images.loader(file, data_source, val_limit, workers=workers) if data_source is not None else None
+        loader = None
+        if data_source is not None:
+            loader = images.loader(file, data_source, val_limit, workers=workers, val_split=val_split)
         scenes = next(iter(loader.epoch(0)))[0][: verify.PROBE_IMAGES] if loader is not None else None
         size = file.manifest.data_config["input_size"]
         probe = verify.make_probe(model, size, scenes, source=data_source or "")

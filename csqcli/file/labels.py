@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import ValidationError
+
 from csqcli.data.classes import match_classes
+from csqcli.data.specs import ValSplit, open_data
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.file.manifest import Manifest
 from csqcli.models.heads import IMAGENET_CLASSES, imagenet_ids, map_labels
+from csqcli.recipe.schema import DataSettings
+
+
+def open_held_out(
+    manifest: Manifest, source: str, *, val_split: ValSplit = None, val_limit: int | None = None
+) -> DataSet:
+    """The validation images of a source. Where it has no such split: what the file's own training held out of it, or what
+    ``val_split`` says."""
+    asked = val_split if val_split is not None else _trained_with(manifest, "val_split")
+    seed = _trained_with(manifest, "val_seed")
+    try:
+        settings = DataSettings(val_split=asked, val_seed=0 if seed is None else seed)
+    except ValidationError:
+        raise UserError("its recipe holds no usable data.val_split", where=manifest.model.source) from None
+    return open_data(source, train=False, val_split=settings.val_split, val_seed=settings.val_seed, val_limit=val_limit)
+
+
+def _trained_with(manifest: Manifest, key: str) -> Any:
+    data = manifest.recipe.get("data")
+    return data.get(key) if isinstance(data, dict) else None
 
 
 def with_labels_of(

@@ -41,7 +41,12 @@ class DataSettings(Section):
     """Images, and how they become batches. What is unset follows the model's own data config."""
 
     source: Annotated[str | None, USERS_ONLY] = None
-    """Image folder with `train/` and `val/` (`valid/`, `validation/`, `test/`), `cifar10:DIR`, `cifar100:DIR` or `digits`."""
+    """Folder or archive of class folders, `cifar10:DIR`, `csv:FILE`, `digits` and whatever else `csq search --help` lists."""
+    val_split: float | Literal["test"] | None = None
+    """For data without a validation split: the share of the training images to hold out, of every class alike, or `test` to
+    take the test split. Evaluation and finetuning of the file hold out the same images."""
+    val_seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds which images `val_split` holds out; apart from `seed`, so that runs of other seeds hold out the same."""
     batch_size: int = Field(128, ge=1, le=_MAX_BATCH)
     """Training images per step."""
     micro_batch: Annotated[int, Field(ge=1, le=_MAX_BATCH)] | Literal["auto"] | None = None
@@ -67,6 +72,15 @@ class DataSettings(Section):
     """Use only this many training images, spread evenly over the set."""
     val_limit: int | None = Field(None, ge=1)
     """Use only this many validation images, spread evenly over the set."""
+
+    @field_validator("val_split", mode="before")
+    @classmethod
+    def _share_or_test(cls, value: Any) -> Any:
+        if value is None or value == "test":
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
+            return float(value)
+        raise ValueError("Input should be a share above 0 and at most 1, or test")
 
     @field_validator("micro_batch", mode="before")
     @classmethod

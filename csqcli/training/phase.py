@@ -116,7 +116,7 @@ class _Epochs:
         """Save the state after so many epochs and batches. NonFinite instead of a state that holds NaN or infinities."""
         run, cuda = self.run, self.run.device.type == "cuda"
         state = RunState.model_construct(
-            fingerprint=run.folder.fingerprint,
+            inputs=run.folder.inputs,
             phase=self.phase,
             epoch=epoch,
             batch=batch,

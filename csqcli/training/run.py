@@ -32,6 +32,7 @@ from csqcli.system import distributed
 from csqcli.system.distributed import Shard
 from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
+from csqcli.training.inputs import warn_of_last_bits, weights_hash
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.run_state import RunRecord, RunState
 from csqcli.version import __version__
@@ -61,6 +62,7 @@ class Run:
         self.device, self.shard = self.folder.device, self.folder.shard
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
+        self._know_inputs()
         self.model = self.model.to(self.device)
         auto = recipe.channels_last == "auto" and self.device.type == "cuda"
         self.channels_last = recipe.channels_last == "on" or auto
@@ -82,7 +84,17 @@ class Run:
         self.val_loader = make_loader(val, self.config, held_out)
         whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
         self.whole_val_loader = make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
-        self.take(self.folder.load_state())
+        state = self.folder.load_state()
+        if state is not None and self.shard.is_main:
+            warn_of_last_bits(state.inputs, self.folder.inputs)
+        self.take(state)
+
+    def _know_inputs(self) -> None:
+        """What the folder could not know of the run's inputs before there was a model."""
+        inputs = self.folder.inputs
+        inputs.checkpoint_sha256 = self.source.checkpoint_sha256
+        inputs.weights_sha256 = "" if self.source.weights_from == "random" else weights_hash(self.model)
+        inputs.threads, inputs.device = torch.get_num_threads(), self.device.type
 
     def __enter__(self) -> Run:
         return self

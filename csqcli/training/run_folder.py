@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.recipe.resolve import to_yaml
 from csqcli.recipe.schema import Recipe
@@ -18,7 +19,7 @@ from csqcli.system import distributed, files
 from csqcli.system.device import pick_device
 from csqcli.system.limits import read_json
 from csqcli.system.lock import locked
-from csqcli.system.settings import RESULT_NEUTRAL, without
+from csqcli.training.inputs import Inputs, check_same, inputs_of
 from csqcli.training.run_state import HISTORY_VALUES, RunState, read_state
 
 MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
@@ -39,11 +40,13 @@ class RunFolder:
     Two generations of the state are kept, each under its SHA-256, so that a damaged one costs time and not the run.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, force: bool, resume: bool, source: str = "") -> None:
+    def __init__(
+        self, path: Path, recipe: Recipe, images: DataSet, *, force: bool, resume: bool, source: str = ""
+    ) -> None:
         """``source``: hash of a model file that the run starts from."""
         self.path, self.recipe, self.force, self.resume = path, recipe, force, resume
         self.shard, self.device = distributed.start(pick_device(recipe.device))
-        self.fingerprint = fingerprint(recipe, source)
+        self.inputs = inputs_of(recipe, images, self.shard, source_sha256=source)
         self.states = [path / RESUME_FILE, path / PREVIOUS_FILE]  # newest first
         self.finished: dict[str, Any] | None = None  # the report, when --resume finds this very run complete
         self._held = contextlib.ExitStack()
@@ -109,14 +112,21 @@ class RunFolder:
                 file.unlink(missing_ok=True)
 
     def _report_of_this_run(self) -> dict[str, Any] | None:
+        """The report, where it is one. UserError where it is another run's, or the model is not the one that it is about."""
         try:
             report = read_json((self.path / REPORT_FILE).read_text(encoding="utf-8"), nodes=HISTORY_VALUES)
+            then = Inputs.model_validate(report.get("inputs"))
         except (OSError, ValueError):
             return None
-        return report if report.get("fingerprint") == self.fingerprint else None
+        check_same(then, self.inputs, where=str(self.path))
+        if report.get("model_sha256") != _sha256(self.model_file):
+            what = f"is not the model that this run wrote: its SHA-256 is not that in {REPORT_FILE}"
+            raise UserError(what, where=str(self.model_file), hint="put it back, or pass --force to run again")
+        return report
 
     def load_state(self) -> RunState | None:
-        """The last saved state, on every process; None when nothing was saved yet."""
+        """The last saved state, on every process; None when nothing was saved yet. UserError where the run's inputs, as far
+        as they are known by now, are not those of its start."""
         state = self._read_state() if self.shard.is_main else None
         return distributed.from_main(state)  # type: ignore[no-any-return]
 
@@ -127,9 +137,7 @@ class RunFolder:
             if state is None:
                 damaged.append(path)
                 continue
-            if state.fingerprint != self.fingerprint:
-                hint = "resume with the recipe and options of the first start, or pass --force to start over"
-                raise UserError("was started with other settings", where=str(self.path), hint=hint)
+            check_same(state.inputs, self.inputs, where=str(self.path))
             for other in damaged:  # or the next save would move it over this one
                 aside = other.with_name(f"{other.name}.damaged")
                 other.replace(aside)
@@ -159,7 +167,8 @@ class RunFolder:
     def write_report(self, report: dict[str, Any]) -> None:
         if self.shard.is_main:
             self._write_recipe()
-            content = report | {"fingerprint": self.fingerprint}
+            facts = {"model_sha256": _sha256(self.model_file), "inputs": self.inputs.model_dump(mode="json")}
+            content = report | facts
             files.write_text(self.path / REPORT_FILE, json.dumps(content, indent=2) + "\n")
 
     def finish(self) -> None:
@@ -185,7 +194,5 @@ def _remove_empty(folders: Iterable[Path], *, kept: set[Path]) -> None:
             return
 
 
-def fingerprint(recipe: Recipe, source: str) -> str:
-    """Hash of everything that changes the result: all settings but those marked as result-neutral."""
-    settings = without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL))
-    return hashlib.sha256(json.dumps([settings, source], sort_keys=True).encode()).hexdigest()
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -15,6 +15,7 @@ from csqcli.errors import UserError, machine_fault
 from csqcli.file.manifest import AccuracyRecord
 from csqcli.system import files
 from csqcli.system.limits import check_archive, check_tree
+from csqcli.training.inputs import Inputs
 
 MAX_ROLLBACKS = 3
 HISTORY_VALUES = 2**22
@@ -51,7 +52,7 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, strict=True)
 
-    fingerprint: str
+    inputs: Inputs
     phase: Literal["float", "search", "finetune"]
     epoch: int = Field(ge=0)
     batch: int = Field(ge=0)
@@ -75,7 +76,9 @@ class RunState(BaseModel):
         with files.replacing(newest, previous=previous) as temporary:
             with open(temporary, "wb") as file:
                 try:
-                    torch.save(content | {"record": self.record.model_dump(mode="json")}, file)
+                    torch.save(
+                        content | {name: content[name].model_dump(mode="json") for name in ("inputs", "record")}, file
+                    )
                 except RuntimeError as error:  # torch's writer hides what the operating system said
                     raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             files.seal(temporary)
@@ -91,7 +94,8 @@ def read_state(path: Path) -> RunState | None:
             return None
         check_archive(path)
         state = RunState.model_validate(torch.load(path, map_location="cpu", weights_only=True))
-        check_tree(state.record.history, nodes=HISTORY_VALUES)
+        for found in (state.record.history, state.inputs.model_dump()):
+            check_tree(found, nodes=HISTORY_VALUES)
         return state
     except (ValidationError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError) as error:
         log.debug("%s: %r", path, error)

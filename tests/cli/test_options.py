@@ -62,6 +62,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         ),
     ),
     "lr": (f"{SEARCH} --lr 0.25", holds("optimizer.lr", 0.25)),
+    "val split": (f"{SEARCH} --val-split 0.1", holds("data.val_split", 0.1)),
     "workers": (f"{SEARCH} --workers 0", holds("data.workers", 0)),
     "amp": (f"{SEARCH} --amp bf16", holds("amp", "bf16")),
     "head": (f"{SEARCH} --head new", holds("model.head", "new")),
@@ -89,13 +90,14 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "finetune": (f"{FINETUNE} --seed 3 --batch-size 20 --device cpu", holds("seed", 3)),
     "finetune output": (FINETUNE.replace("-o OUT", "--output OUT"), lambda r: "finetune" in r.report()),
     "finetune flags": (f"{FINETUNE} --force --resume --trust-code -q", lambda r: "finetune" in r.report()),
+    "finetune val split": (f"{FINETUNE} --val-split test", holds("data.val_split", "test")),
     # evaluate
     "evaluate": (
         "evaluate RUN --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
         lambda r: json.loads(r.out)["samples"] == 20,
     ),
     "evaluate a float model": (
-        "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --json",
+        "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --val-split test --json",
         lambda r: json.loads(r.out)["mean_bits"] == 32,
     ),
     # report, inspect, methods, recipes
@@ -111,7 +113,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code", lambda r: "bit-packed: " in r.out),
     "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
     "form": (
-        "export RUN --form bit-packed -o OUT/a.safetensors --data digits --val-limit 20",
+        "export RUN --form bit-packed -o OUT/a.safetensors --data digits --val-split 0.5 --val-limit 20",
         lambda r: "of 20 images" in r.out,
     ),
     "onnx": (

@@ -71,11 +71,12 @@ def test_a_cifar_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.Capt
 def test_missing_and_empty_splits_are_named(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         open_data(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no validation split; expected one of val, valid, validation, test/"):
-        open_data(str(tmp_path))
-    (tmp_path / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="no class folders; expected one folder of images per class"):
+        open_data(str(tmp_path / "bare"))
+    (tmp_path / "bare" / "val" / "cat").mkdir(parents=True)
     with pytest.raises(UserError, match="no images"):
-        open_data(str(tmp_path))
+        open_data(str(tmp_path / "bare"))
     (image_folder / "val" / "third").mkdir()
     shutil.copy(image_folder / "val" / "dark" / "0.png", image_folder / "val" / "third")
     with pytest.raises(UserError, match=r"train/ has 2 classes, val/ has 3 \(first that differs: third\)"):

@@ -41,6 +41,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "data.std": [0.4],
             "data.interpolation": "nearest",
             "data.crop_pct": 0.9,
+            "data.val_split": 0.2,
+            "data.val_seed": 3,
             "data.train_limit": 400,
             "data.val_limit": 60,
             "quantization.method": "staged",

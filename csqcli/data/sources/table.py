@@ -1,0 +1,105 @@
+"""A CSV that names images and their classes."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from csqcli.data.registry import data_source
+from csqcli.errors import UserError
+
+if TYPE_CHECKING:
+    from csqcli.data.splits import DataSet
+
+_PATH = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img")
+_LABEL = ("label", "class", "target", "category", "class_name")
+_SPLIT = ("split", "set", "fold", "subset")
+
+
+def _recognises(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".csv"
+
+
+@data_source("csv:FILE", "lines of path,label and perhaps split", recognises=_recognises)
+def table(text: str, *, train: bool) -> DataSet:
+    """The images that a CSV names, relative to its folder. Without a column ``split`` all are training images."""
+    import torch
+
+    from csqcli.data.class_folders import role_of
+    from csqcli.data.splits import NO_IMAGES, DataSet, Images
+
+    if not Path(text).is_file():
+        raise UserError("no such file", where=text, hint="give a CSV of path,label")
+    root = os.path.join(os.path.dirname(text), "")
+    rows: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
+    missing = []
+    for line, path, label, split in _rows(text):
+        role = role_of(split) if split is not None else "train"
+        if role is None:
+            raise UserError(f"line {line}: `{split}` is no split", where=text, hint="write train, val or test")
+        where = path if os.path.isabs(path) else root + path
+        rows[role].append((where, label))
+        if not os.path.isfile(where):
+            missing.append(where)
+    if missing:
+        raise UserError(f"{len(missing)} of its images are not there (first: {missing[0]})", where=text)
+    classes = _classes(
+        {label for name in ("train", "val") for _, label in rows[name]} or {label for _, label in rows["test"]}
+    )
+    lacking = {label for _, label in rows["val"]} - {label for _, label in rows["train"]}
+    if train and rows["train"] and lacking:
+        raise UserError(f"class `{min(lacking)}` has no training images", where=text)
+
+    def images(name: str) -> Images | None:
+        numbers = {label: number for number, label in enumerate(classes)}
+        if not rows[name] or any(label not in numbers for _, label in rows[name]):
+            return None
+        return Images(
+            torch.tensor([numbers[label] for _, label in rows[name]]), paths=[path for path, _ in rows[name]], root=root
+        )
+
+    return DataSet(text, classes, images("val") or NO_IMAGES, images("train") if train else None, images("test"))
+
+
+def _rows(text: str) -> Iterator[tuple[int, str, str, str | None]]:
+    """Line number, path, label and split; the columns are told by a heading, or are the first two."""
+    try:
+        with open(text, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            first = next(reader, [])
+            heading = [cell.strip().lower() for cell in first]
+            columns = [
+                next((heading.index(name) for name in names if name in heading), None)
+                for names in (_PATH, _LABEL, _SPLIT)
+            ]
+            path, label, split = columns
+            if (path is None) != (label is None):
+                hint = f"call the columns {_PATH[0]} and {_LABEL[0]}"
+                raise UserError(f"no column for the {'path' if path is None else 'label'}", where=text, hint=hint)
+            if path is None or label is None:
+                path, label, split = 0, 1, None
+                file.seek(0)
+                reader = csv.reader(file)
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) <= max(path, label, split or 0) or not row[path].strip():
+                    raise UserError(
+                        f"line {reader.line_num}: {len(row)} fields", where=text, hint="path,label is expected"
+                    )
+                yield (
+                    reader.line_num,
+                    row[path].strip(),
+                    row[label].strip(),
+                    row[split].strip() if split is not None else None,
+                )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot be read as CSV ({error})", where=text) from None
+
+
+def _classes(labels: set[str]) -> list[str]:
+    """Labels in order: by number where all are whole numbers, else by name."""
+    return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)

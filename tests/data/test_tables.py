@@ -1,0 +1,165 @@
+"""Data that tables describe: a CSV, Kaggle's ImageNet, parquet and Arrow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from csqcli.data.specs import open_data
+from csqcli.errors import UserError
+
+
+def lines(folder: Path) -> list[str]:
+    return [f"{path.relative_to(folder)},{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+
+
+def test_a_csv_names_images_and_classes(image_folder: Path) -> None:
+    rows = lines(image_folder)
+    file = image_folder / "all.csv"
+    file.write_text("\n".join(["Label,Filename", *(",".join(reversed(row.split(","))) for row in rows)]))
+    opened = open_data(str(file), val_split=0.5)
+    assert (len(opened.train), len(opened.val), opened.classes) == (
+        9 + 1,
+        9 - 1,
+        ["bright", "dark"],
+    )  # 9 of each: 4 held out
+    file.write_text("\n".join(rows))  # without a heading the first two columns
+    assert open_data(str(file), val_split=0.5).val.paths == opened.val.paths
+    file.write_text("\n".join(["path,label,split", *(f"{row},{row.split('/')[0]}" for row in rows)]))
+    assert (len(open_data(f"csv:{file}").train), len(open_data(f"csv:{file}").val)) == (12, 6)
+
+
+def test_class_numbers_of_a_csv_are_in_the_order_of_numbers(image_folder: Path) -> None:
+    rows = [row.replace(",dark", ",10").replace(",bright", ",9") for row in lines(image_folder)]
+    (image_folder / "all.csv").write_text("\n".join(rows))
+    assert open_data(str(image_folder / "all.csv"), val_split=0.2).classes == ["9", "10"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            "path,label\ntrain/dark/0.png,dark\nnowhere.png,dark\n",
+            r"1 of its images are not there \(first: .*nowhere.png",
+        ),
+        ("path,score\ntrain/dark/0.png,1\n", "no column for the label; call the columns path and label"),
+        ("path,label\ntrain/dark/0.png\n", "line 2: 1 fields; path,label is expected"),
+        ("path,label,split\ntrain/dark/0.png,dark,holdout\n", "line 2: `holdout` is no split"),
+        ("", "no training split"),
+    ],
+)
+def test_what_a_csv_lacks_is_said_by_line(image_folder: Path, text: str, complaint: str) -> None:
+    (image_folder / "all.csv").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        open_data(str(image_folder / "all.csv"))
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path, image_folder: Path) -> Path:
+    """ImageNet's layout, with two classes."""
+    root = tmp_path / "imagenet"
+    images = root / "ILSVRC" / "Data" / "CLS-LOC"
+    rows = ["ImageId,PredictionString"]
+    for label, wordnet in (("dark", "n01440764"), ("bright", "n02102040")):
+        shutil.copytree(image_folder / "train" / label, images / "train" / wordnet)
+        for path in sorted((image_folder / "val" / label).iterdir()):
+            (images / "val").mkdir(exist_ok=True)
+            name = f"ILSVRC2012_val_{len(rows):08}"
+            shutil.copy(path, images / "val" / f"{name}.JPEG")
+            rows.append(f"{name},{wordnet} 1 2 3 4 {wordnet} 5 6 7 8")
+    (root / "LOC_val_solution.csv").write_text("\n".join([rows[0], *reversed(rows[1:])]) + "\n")
+    return root
+
+
+def test_imagenet_as_kaggle_ships_it(kaggle: Path) -> None:
+    for source in (str(kaggle), str(kaggle / "ILSVRC" / "Data" / "CLS-LOC"), f"imagenet:{kaggle}"):
+        opened = open_data(source)
+        assert opened.classes == ["n01440764", "n02102040"]
+        assert opened.val.labels.tolist() == [1, 1, 1, 0, 0, 0]
+        assert opened.train.labels.tolist() == [0] * 6 + [1] * 6
+    alone = open_data(str(kaggle), train=False)
+    assert (alone.classes, alone.train) == (opened.classes, None)
+
+
+def test_images_that_kaggle_s_labels_name_must_be_there(kaggle: Path) -> None:
+    next((kaggle / "ILSVRC" / "Data" / "CLS-LOC" / "val").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"1 of the images in LOC_val_solution.csv are not there \(first: "):
+        open_data(str(kaggle))
+
+
+def test_imagenet_s_archives_say_how_they_are_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds ImageNet's archives.*torchvision.datasets.ImageNet"):
+        open_data(f"folder:{tmp_path}")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.delitem(__import__("sys").modules, "csqcli.data.tables", raising=False)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r'needs pyarrow; pip install "csq\[hf\]"'):
+        open_data(str(tmp_path))
+
+
+FEATURES = {
+    "info": {"features": {"picture": {"_type": "Image"}, "kind": {"names": ["dark", "bright"], "_type": "ClassLabel"}}}
+}
+
+
+def table(images: Path, *, described: bool = True):
+    """What `datasets` makes of class folders."""
+    pa = pytest.importorskip("pyarrow")
+    paths = sorted(images.rglob("*.png"))
+    columns = {
+        "picture": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+        "kind": [["dark", "bright"].index(path.parent.name) for path in paths],
+    }
+    metadata = {b"huggingface": json.dumps(FEATURES).encode()} if described else None
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def write(table, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=4)
+        return
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table, max_chunksize=5)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/train-00000-of-00001-ab.parquet", "data/validation-00000-of-00001-cd.parquet"),  # the Hub
+        ("train/data-00000-of-00001.arrow", "validation/data-00000-of-00001.arrow"),  # save_to_disk
+        ("beans-train.arrow", "beans-validation.arrow"),  # the cache of load_dataset
+    ],
+)
+def test_parquet_and_arrow_are_read_row_by_row(image_folder: Path, names: tuple[str, str]) -> None:
+    root = image_folder.parent / "table"
+    for split, name in zip(("train", "val"), names, strict=True):
+        write(table(image_folder / split), root / name)
+    opened = open_data(str(root))
+    assert opened.classes == ["dark", "bright"]
+    folder = open_data(str(image_folder))
+    assert opened.train.labels.tolist() == [1] * 6 + [0] * 6  # bright/ first, as the folder's walk
+    for index in (11, 0, 5):
+        assert opened.train.pil(index, 3).tobytes() == folder.train.pil(index, 3).tobytes()
+    assert (len(opened.val), open_data(f"hf:{root}", train=False).train) == (6, None)
+
+
+def test_a_label_column_that_cannot_be_told_is_asked_for(image_folder: Path) -> None:
+    file = image_folder.parent / "train.parquet"
+    write(table(image_folder / "train", described=False), file)
+    with pytest.raises(
+        UserError, match=r"which of picture, kind is the label is not clear; write .*train.parquet#COLUMN"
+    ):
+        open_data(str(file), val_split=0.5)
+    opened = open_data(f"hf:{file}#kind", val_split=0.5)
+    assert (opened.classes, len(opened.val)) == (["0", "1"], 6)
