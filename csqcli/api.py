@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
     from csqcli.recipe.schema import Recipe
+    from csqcli.system.progress import Display
 
 __all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
 
@@ -156,12 +157,13 @@ def evaluate(
     model: str | None = None,
     weights: Literal["auto", "ema", "raw"] = "auto",
     input_size: int | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
     batch_size: int = 256,
     val_split: float | Literal["test"] | None = None,
     val_limit: int | None = None,
     trust_code: bool = False,
     classes_by_position: bool = False,
+    progress: bool | Display = False,
 ) -> Evaluation:
     """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it; or of a float model.
 
@@ -172,12 +174,13 @@ def evaluate(
         model: the float model to put the checkpoint's weights into, as for :func:`search`.
         weights: with ``model``, which ones where the checkpoint holds averaged (``ema``) and ``raw`` ones.
         input_size: with ``model``, the side of the images in pixels; None takes the model's own.
-        device: ``auto`` takes a GPU when there is one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``auto`` takes a CUDA GPU when there is one.
         batch_size: images per step; does not change the result.
         val_split: for data without a validation split, as the recipe's ``data.val_split``; None takes the file's own.
         val_limit: use only this many images, spread evenly over the set.
         trust_code: let the file import the ``package.module:factory`` that it names.
         classes_by_position: match the classes of file and data by their numbers, whatever their names.
+        progress: show what is going on, on stderr.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``top1_present`` (percent, among the data's classes where the model has more),
@@ -203,6 +206,7 @@ def evaluate(
             batch_size=batch_size,
             val_split=val_split,
             val_limit=val_limit,
+            display=_display(progress),
         )
         return _evaluation(of_model, 32.0)
     if file is None:
@@ -219,6 +223,7 @@ def evaluate(
         val_limit=val_limit,
         trust_code=trust_code,
         classes_by_position=classes_by_position,
+        display=_display(progress),
     )
     return _evaluation(accuracy, manifest.budget.mean_bits)
 
@@ -236,6 +241,7 @@ def export(
     val_limit: int | None = None,
     trust_code: bool = False,
     force: bool = False,
+    progress: bool | Display = False,
 ) -> Report:
     """Write a file that is small or runs elsewhere, read it back and compare it with the hard model.
 
@@ -252,6 +258,7 @@ def export(
         val_limit: use only this many of them, spread evenly.
         trust_code: let the file import the ``package.module:factory`` that it names.
         force: replace ``output``.
+        progress: show what is going on, on stderr.
 
     Returns:
         The new file's report, as :func:`report` gives it; ``report["parity"]`` is the certificate of the comparison.
@@ -286,6 +293,7 @@ def export(
         val_limit=val_limit,
         trust_code=trust_code,
         force=force,
+        display=_display(progress),
     )
     return describe(target_path) if form in registry.CARDS else build(manifest)
 
@@ -482,9 +490,11 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _display(progress: bool) -> Any:
+def _display(progress: bool | Display) -> Display:
     from csqcli.system.progress import Display
 
+    if isinstance(progress, Display):
+        return progress
     return Display(quiet=not progress or os.environ.get("RANK", "0") != "0")  # as torchrun sets it
 
 

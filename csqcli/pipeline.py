@@ -27,7 +27,7 @@ from csqcli.models.checkpoints import Weights
 from csqcli.models.fitting import load_for
 from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant import activations
-from csqcli.quant.layers import layers_named
+from csqcli.quant.layers import Layer, layers_named
 from csqcli.recipe.complete import check_complete, check_data_given
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
@@ -60,23 +60,26 @@ def search(
     with the input; a folder with a finished run is refused without ``force``.
     """
     spec = _model_asked_for(recipe)
-    images = images or _open_images(recipe)
+    if images is None:
+        with display.step(f"listing the images of {recipe.data.source}"):
+            images = _open_images(recipe)
     with RunFolder(output, recipe, images, force=force, resume=resume) as folder:
         if folder.finished is not None:
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
-        fitted = load_for(
-            recipe.model.source or "",
-            images.classes,
-            head=recipe.model.head,
-            pretrained=recipe.model.pretrained,
-            checkpoint=open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None,
-            weights=recipe.model.weights,
-            arguments=recipe.model.arguments,
-            classes_from=images.source,
-            seed=recipe.seed,
-        )
+        with display.step(f"loading {spec.source}"):
+            fitted = load_for(
+                recipe.model.source or "",
+                images.classes,
+                head=recipe.model.head,
+                pretrained=recipe.model.pretrained,
+                checkpoint=open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None,
+                weights=recipe.model.weights,
+                arguments=recipe.model.arguments,
+                classes_from=images.source,
+                seed=recipe.seed,
+            )
         loaded, images = fitted.loaded, images.relabelled(fitted.outputs, fitted.names)
         for note in loaded.notes:
             display.say(f"{loaded.weights_from}: {note}")
@@ -93,10 +96,14 @@ def search(
         with Run(recipe, folder, display, loaded.model, images, config, source) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
             run.measure_float()
+            layers, left_float = run.find_layers()
+            left = [vars(tensor) for tensor in left_float]
+            run.count_operations(layers)
+            rehearse(run, layers, left)
             if recipe.adaptation.epochs:
                 adapt(run)
             run.keep_teacher()
-            report = {} if run.past_search else _search(run)
+            report = {} if run.past_search else _search(run, layers, left)
             if recipe.finetune.epochs and recipe.card.name != "float":
                 searched = io.read(folder.model_file) if folder.shard.is_main else None
                 report = _finetune(run, distributed.from_main(searched))
@@ -104,12 +111,10 @@ def search(
     return report
 
 
-def _search(run: Run) -> dict[str, Any]:
-    layers, left_float = run.find_layers()
-    run.count_operations(layers)
+def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[str, Any]:
     run.quantize_activations()
-    left = [vars(tensor) for tensor in left_float]
-    rehearse(run, layers, left)
+    if run.activations is not None:
+        rehearse(run, layers, left)
     trainer = phase.train(run, "search", run.recipe, layers)
     file, gap = deliver(run, trainer, left)
     return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
@@ -163,7 +168,8 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
         run.activations = activations.attach(run.model, activation_records(start.manifest), method=method)
     run.check_scores()
     if not run.past_search:
-        before = evaluate(run.model, run.val_loader, present=run.images.present)
+        with run.display.evaluation("evaluating the file's model", run.val_loader.batches) as tell:
+            before = evaluate(run.model, run.val_loader, present=run.images.present, on_batch=tell)
         run.record.input_top1, run.record.input_top1_present = before.top1, before.top1_present
         found = {"samples": before.samples, "soft_top1": None, "unit_steps_top1": None}
         run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
@@ -211,6 +217,7 @@ def evaluate_file(
     batch_size: int = 256,
     val_split: ValSplit = None,
     val_limit: int | None = None,
+    display: Display | None = None,
     trust_code: bool = False,
     classes_by_position: bool = False,
 ) -> tuple[Accuracy, Manifest]:
@@ -238,7 +245,8 @@ def evaluate_file(
     check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
     settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
     loader = make_loader(images.val, manifest.data_config, settings)
-    return evaluate(model, loader, present=images.present), manifest
+    with (display or Display(quiet=True)).evaluation("evaluating", loader.batches) as tell:
+        return evaluate(model, loader, present=images.present, on_batch=tell), manifest
 
 
 def evaluate_checkpoint(
@@ -252,6 +260,7 @@ def evaluate_checkpoint(
     batch_size: int = 256,
     val_split: ValSplit = None,
     val_limit: int | None = None,
+    display: Display | None = None,
 ) -> Accuracy:
     """Accuracy of a float model: of the weights in ``checkpoint``, or of the library's own where that is None.
 
@@ -272,7 +281,9 @@ def evaluate_checkpoint(
     network = fitted.loaded.model.to(target)
     check_scores(network, config["input_size"], images.num_classes, where=model)
     settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
-    return evaluate(network, make_loader(images.val, config, settings), present=images.present)
+    loader = make_loader(images.val, config, settings)
+    with (display or Display(quiet=True)).evaluation("evaluating", loader.batches) as tell:
+        return evaluate(network, loader, present=images.present, on_batch=tell)
 
 
 def _model_asked_for(recipe: Recipe) -> ModelSpec:

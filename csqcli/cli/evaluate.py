@@ -10,8 +10,11 @@ import typer
 
 from csqcli.cli import output
 from csqcli.cli.options import (
+    LOG_EVERY,
     DeviceOption,
     JsonOption,
+    LogOption,
+    QuietOption,
     TrustOption,
     ValLimitOption,
     ValSplitOption,
@@ -42,11 +45,14 @@ def evaluate(
     classes_by_position: Annotated[
         bool, typer.Option("--classes-by-position", help="Match classes by their numbers, whatever their names.")
     ] = False,
+    log_every: LogOption = LOG_EVERY,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Top-1 and top-5 of the hard model, as reloaded from the file; with --model of a float checkpoint."""
     from csqcli import api
     from csqcli.file.header import read_manifest
+    from csqcli.system.progress import Display
 
     if data is None:
         raise UserError("no data given", hint=hint())
@@ -54,18 +60,22 @@ def evaluate(
         raise UserError("no file given", hint="name one that csq wrote, or a float model by --model")
     if file is not None and model is None:
         read_manifest(file)  # what is wrong with the file is said before torch is imported
+    display = Display(quiet=quiet, log_every=log_every, names_steps=False)
+    with display.step("loading PyTorch"):
+        from csqcli import pipeline  # noqa: F401  # what api.evaluate imports
     result = api.evaluate(
         file,
         data,
         model=model,
         weights=weights.value if weights else "auto",
         input_size=input_size,
-        device=device.value if device else "auto",
+        device=device or "auto",
         batch_size=batch_size,
         val_split=val_split(val_split_),
         val_limit=val_limit,
         trust_code=trust_code,
         classes_by_position=classes_by_position,
+        progress=display,
     )
     if as_json:
         output.block(json.dumps(result))

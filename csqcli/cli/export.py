@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import FileArgument, TrustOption, ValLimitOption, ValSplitOption, val_split
+from csqcli.cli.options import (
+    LOG_EVERY,
+    FileArgument,
+    LogOption,
+    QuietOption,
+    TrustOption,
+    ValLimitOption,
+    ValSplitOption,
+    val_split,
+)
 from csqcli.errors import UserError
 
 
@@ -58,6 +67,8 @@ def export(
     val_limit: ValLimitOption = None,
     trust_code: TrustOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    log_every: LogOption = LOG_EVERY,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a file that is small or runs elsewhere, read it back and compare it with the hard model."""
     from csqcli.exporting import registry
@@ -75,8 +86,12 @@ def export(
     registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")
     read_manifest(file)  # what is wrong with the file is said before torch is imported
 
-    from csqcli.exporting.run import export_file, output_path
     from csqcli.reporting.terminal import export_lines
+    from csqcli.system.progress import Display
+
+    display = Display(quiet=quiet, log_every=log_every, names_steps=False)
+    with display.step("loading PyTorch"):
+        from csqcli.exporting.run import export_file, output_path
 
     target_file = output_file or output_path(file, chosen[0])
     manifest = export_file(
@@ -91,6 +106,7 @@ def export(
         val_limit=val_limit,
         trust_code=trust_code,
         force=force,
+        display=display,
     )
     for line in export_lines(manifest):
         output.line(line)

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from csqcli.cli.options import (
+    LOG_EVERY,
     BatchOption,
     DataOption,
     DeviceOption,
     FileArgument,
     ForceOption,
+    LogOption,
     QuietOption,
     ResumeOption,
     SetOption,
@@ -43,6 +45,7 @@ def finetune(
     force: ForceOption = False,
     resume: ResumeOption = False,
     trust_code: TrustOption = False,
+    log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
 ) -> None:
     """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
@@ -58,7 +61,7 @@ def finetune(
         "data.val_split": val_split(val_split_),
         "finetune.epochs": epochs,
         "seed": seed,
-        "device": device.value if device else None,
+        "device": device,
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
         **batch_settings(batch_size),
     }
@@ -67,11 +70,12 @@ def finetune(
     resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
     check_data_given(resolved)
     target = output or finetune_folder(file)
-    display = Display(quiet=quiet or not is_main_process())
+    display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     display.say(f"finetune {file}: {manifest.model.source} on {resolved.data.source}, into {target}")
 
-    from csqcli import pipeline
-    from csqcli.training.run_folder import MODEL_FILE
+    with display.step("loading PyTorch"):
+        from csqcli import pipeline
+        from csqcli.training.run_folder import MODEL_FILE
 
     pipeline.finetune(file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code)
     result_of_run(target / MODEL_FILE)

@@ -12,14 +12,6 @@ from csqcli.data.specs import help_text
 from csqcli.errors import UserError
 
 
-class Device(str, Enum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class Amp(str, Enum):
     """Precision of training."""
 
@@ -47,7 +39,14 @@ class Weights(str, Enum):
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
 DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
-DeviceOption = Annotated[Device | None, typer.Option("--device", help="auto takes a GPU when there is one.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto takes a CUDA GPU when there is one."),
+]
+LogOption = Annotated[
+    float,
+    typer.Option("--log-every", metavar="SECONDS", min=0.1, help="A line of progress, where stderr is no terminal."),
+]
 WeightsOption = Annotated[
     Weights | None, typer.Option("--weights", help="Where a checkpoint holds averaged (EMA) and raw ones: which.")
 ]
@@ -75,6 +74,7 @@ ValLimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this m
 TrustOption = Annotated[bool, typer.Option("--trust-code", help="Let the file import the factory that it names.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+LOG_EVERY = 60.0  # seconds
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

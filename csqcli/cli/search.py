@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from csqcli.cli.options import (
+    LOG_EVERY,
     Amp,
     BatchOption,
     DataOption,
     DeviceOption,
     ForceOption,
     Head,
+    LogOption,
     QuietOption,
     ResumeOption,
     SetOption,
@@ -81,6 +83,7 @@ def search(
     settings: SetOption = None,
     force: ForceOption = False,
     resume: ResumeOption = False,
+    log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
 ) -> None:
     """Search a mixed-precision model within a budget and write it."""
@@ -109,7 +112,7 @@ def search(
         "data.workers": workers,
         "amp": amp.value if amp else None,
         "seed": seed,
-        "device": device.value if device else None,
+        "device": device,
         "model.pretrained": pretrained,
         "compile": compile_,
         **batch_settings(batch_size),
@@ -117,11 +120,12 @@ def search(
     resolved = resolve(recipe, parse_assignments(settings or []) | given(typed))
     check_complete(resolved)
     target = output or search_folder(resolved)
-    display = Display(quiet=quiet or not is_main_process())
+    display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
 
-    from csqcli import pipeline
-    from csqcli.training.run_folder import MODEL_FILE
+    with display.step("loading PyTorch"):
+        from csqcli import pipeline
+        from csqcli.training.run_folder import MODEL_FILE
 
     pipeline.search(resolved, target, display=display, force=force, resume=resume)
     result_of_run(target / MODEL_FILE)

@@ -14,6 +14,7 @@ from csqcli.exporting import images, registry, verify
 from csqcli.exporting.form import Form, Options, Subject
 from csqcli.file import io, loading
 from csqcli.file.manifest import Manifest, ParityRecord
+from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.version import __version__
 
@@ -31,6 +32,7 @@ def export_file(
     val_limit: int | None = None,
     trust_code: bool = False,
     force: bool = False,
+    display: Display | None = None,
 ) -> Manifest:
     """Write ``source`` as ``output`` in ``form``, verified; the new file's manifest with its parity certificate.
 
@@ -45,9 +47,11 @@ def export_file(
         val_limit: use only so many of them, spread evenly.
         trust_code: let the file import the factory that it names.
         force: replace ``output``.
+        display: where progress is shown; None for nowhere.
 
     Raises UserError for bad input, and ParityError, a kind of it, when the written file differs from the hard model.
     """
+    display = display or Display(quiet=True)
     kind = registry.find(form) if isinstance(form, str) else form
     options = Options(activations, target, calib, trust_code)
     registry.check_taken(kind.takes, options.as_mapping(), where=f"csq export --form {kind.name}")
@@ -56,8 +60,9 @@ def export_file(
         kind.require(options)
         file = io.read(source)
         kind.accept(file, options, where=str(source))
-        model = loading.hard_model(file, trust_code=trust_code, where=str(source))
-        check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
+        with display.step("loading the hard model"):
+            model = loading.hard_model(file, trust_code=trust_code, where=str(source))
+            check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
 
         workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
         loader = None
@@ -68,8 +73,9 @@ def export_file(
         probe = verify.make_probe(model, size, scenes, source=data_source or "")
 
         exporter = kind(Subject(file, model, probe, options))
-        exporter.write(path, None)
-        exporter.check(path)
+        with display.step(f"writing {kind.name} and reading it back"):
+            exporter.write(path, None)
+            exporter.check(path)
 
         started = time.perf_counter()
         engine = exporter.open(path)
@@ -77,10 +83,14 @@ def export_file(
         with torch.no_grad():
             logits = engine(probe.images)
         error = verify.check_logits(logits, probe, tolerance_in_std=exporter.tolerance, where=str(output))
-        accuracy = evaluate(engine, loader) if loader is not None else None
-        if accuracy is not None and loader is not None:
-            verify.check_accuracy(accuracy, evaluate(model, loader), where=str(output))
-        latency_ms, latency_ratio = exporter.latency(path)
+        accuracy = None
+        if loader is not None:
+            with display.evaluation("evaluating the written file", loader.batches) as tell:
+                accuracy = evaluate(engine, loader, on_batch=tell)
+            with display.evaluation("evaluating the hard model", loader.batches) as tell:
+                verify.check_accuracy(accuracy, evaluate(model, loader, on_batch=tell), where=str(output))
+        with display.step("measuring latency"):
+            latency_ms, latency_ratio = exporter.latency(path)
 
         parity = ParityRecord(
             payload_sha256=file.manifest.payload_sha256,

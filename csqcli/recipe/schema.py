@@ -216,8 +216,8 @@ class Recipe(Section):
     """Train through torch.compile; worth its minutes of compilation in long runs. Needs a C++ compiler on the CPU."""
     save_every_minutes: Annotated[float, RESULT_NEUTRAL] = Field(10.0, gt=0)
     """Save the resume state inside long epochs too; it is always saved after each."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], RESULT_NEUTRAL] = "auto"
-    """`auto` takes a GPU when there is one."""
+    device: Annotated[str, RESULT_NEUTRAL] = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")
+    """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes a CUDA GPU when there is one."""
 
     @model_validator(mode="after")
     def _target_within_planes(self) -> Recipe:

@@ -32,12 +32,16 @@ def deliver(
     Returns what was written and the largest logit difference between the model in memory and the one read back.
     """
     recipe, accuracy = run.recipe, run.record.accuracy
-    trainer.optimizer.harden()
+    with run.display.step("hardening the weights"):
+        trainer.optimizer.harden()
     if trainer.optimizer.method.layers:
         batches = recipe.bn_recalibration_batches
-        recalibrate_batchnorm(run.model, run.train_loader, epoch=trainer.epochs, batches=batches)
+        with run.display.step("recalibrating BatchNorm", min(batches, run.train_loader.batches)) as tell:
+            recalibrate_batchnorm(run.model, run.train_loader, epoch=trainer.epochs, batches=batches, on_batch=tell)
         distributed.copy_from_main(run.model.buffers())
     layers = trainer.optimizer.hard_layers()
+    if layers:
+        run.tell_planes(trainer.optimizer.method, [layer.planes for layer in layers])
     run.model.eval()
 
     file = _assembled(run, layers, left_float)
@@ -47,9 +51,12 @@ def deliver(
     if run.shard.is_main:
         candidate = run.folder.path / f".{MODEL_FILE}.candidate"
         try:
-            io.write(candidate, file)
-            reloaded = hard_model(io.read(candidate), trust_code=True, where=str(candidate)).to(run.device)
-            measured = evaluate(reloaded, run.whole_val_loader, shared=False, present=run.images.present)
+            with run.display.step("writing the file and reading it back"):
+                io.write(candidate, file)
+                reloaded = hard_model(io.read(candidate), trust_code=True, where=str(candidate)).to(run.device)
+            loader, present = run.whole_val_loader, run.images.present
+            with run.display.evaluation("evaluating what was read back", loader.batches) as tell:
+                measured = evaluate(reloaded, loader, shared=False, present=present, on_batch=tell)
             results = measured.top1, measured.top5, measured.top1_present, _logit_gap(run, reloaded)
         finally:
             candidate.unlink(missing_ok=True)
@@ -100,8 +107,9 @@ def rehearse(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]]
     candidate = run.folder.path / f".{MODEL_FILE}.candidate"
     where, hint = run.source.source, "the model could be trained but not stored; nothing was trained"
     try:
-        io.write(candidate, _assembled(run, blank, left_float))
-        file = io.read(candidate)
+        with run.display.step("rehearsing the file"):
+            io.write(candidate, _assembled(run, blank, left_float))
+            file = io.read(candidate)
         state = run.model.state_dict()
         fit = file.state_dict()
         odd = sorted(name for name in state.keys() ^ fit.keys() if not name.endswith("num_batches_tracked"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,19 +73,24 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, *, shared: bool = True, present: Sequence[int] | None = None
+    model: nn.Module,
+    loader: Loader,
+    *,
+    shared: bool = True,
+    present: Sequence[int] | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Accuracy:
     """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
 
     BrokenScores where scores are not finite.
     ``shared``: the loader holds this process's share of the images, and counts are summed over processes. ``present``:
-    outputs among which a second top-1 is counted, as if the model had no others.
+    outputs among which a second top-1 is counted, as if the model had no others. ``on_batch`` is told the batches done.
     """
     was_training = model.training
     model.eval()
     correct1 = correct5 = samples = among = 0
     finite = torch.ones((), dtype=torch.bool)
-    for images, labels in loader.epoch(0):
+    for batch, (images, labels) in enumerate(loader.epoch(0), 1):
         scores = logits_of(model(images))
         finite = finite.to(scores.device) & scores.isfinite().all()
         ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
@@ -95,6 +100,8 @@ def evaluate(
         if present is not None:
             index = torch.tensor(present, device=scores.device)
             among += int((index[scores[:, index].argmax(dim=1)] == labels).sum())
+        if on_batch is not None:
+            on_batch(batch)
     model.train(was_training)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
     if shared:
@@ -112,7 +119,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, loader: Loader, *, epoch: int, batches: int) -> None:
+def recalibrate_batchnorm(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    epoch: int,
+    batches: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> None:
     """Re-estimate BatchNorm means and variances as plain averages over ``batches`` training batches."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms or batches == 0:
@@ -124,8 +138,10 @@ def recalibrate_batchnorm(model: nn.Module, loader: Loader, *, epoch: int, batch
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    for images, _ in itertools.islice(loader.epoch(epoch), batches):
+    for batch, (images, _) in enumerate(itertools.islice(loader.epoch(epoch), batches), 1):
         model(images)
+        if on_batch is not None:
+            on_batch(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.train(was_training)

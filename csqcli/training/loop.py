@@ -21,6 +21,8 @@ from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.system import distributed
 from csqcli.training.evaluate import BrokenScores, evaluate, logits_of
 
+Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None] | None]]
+
 
 class NonFinite(UserError):
     """The loss, or what is trained, holds NaN or infinite numbers. Nothing of it may be saved."""
@@ -59,6 +61,7 @@ class Trainer:
     seed: int = 0  # of mixup
     activation_scales: Sequence[nn.Parameter] = ()  # trained, but outside the model
     replica: Any = None  # the data-parallel or compiled wrapper that training calls in place of the model
+    watch_evaluation: Watch = lambda name, batches: contextlib.nullcontext(None)  # names it and is told of every batch
     on_step: Callable[[int, int, list[Tensor | float]], None] | None = None  # (epoch, batches done, losses so far)
 
     def run_epoch(self, epoch: int, *, start: int = 0, losses: Sequence[float] = ()) -> dict[str, Any]:
@@ -96,7 +99,8 @@ class Trainer:
             raise NonFinite(f"the loss became {became} in epoch {epoch + 1} (learning rate {lr:.3g})")
         distributed.check_equal(self.optimizer.method.state_dict(), what="the state of the quantized weights")
         try:
-            accuracy = evaluate(self.model, self.val_loader)
+            with self.watch_evaluation(f"evaluating after epoch {epoch + 1}", self.val_loader.batches) as tell:
+                accuracy = evaluate(self.model, self.val_loader, on_batch=tell)
         except BrokenScores as error:
             raise NonFinite(f"evaluation met NaN or infinite numbers by epoch {epoch + 1}") from error
         return {

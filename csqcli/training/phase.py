@@ -60,7 +60,12 @@ class _Epochs:
             run.folder.write_metrics(run.record.history)  # without what came after the state
         several = run.shard.world > 1  # whose launcher and scheduler may each send the signal
         bars = run.display.training(
-            trainer.epochs, trainer.steps_per_epoch, first_epoch=first, target_bits=run.target_bits
+            trainer.epochs,
+            trainer.steps_per_epoch,
+            first_epoch=first,
+            first_step=batch,
+            later_epochs=run.epochs_after(self.phase),
+            target_bits=run.target_bits,
         )
         with StopRequest(patient=several) as self.request, bars:
             trainer.on_step = self._after_step
@@ -92,6 +97,7 @@ class _Epochs:
     def _after_step(self, epoch: int, batch: int, losses: Sequence[Any]) -> None:
         run = self.run
         run.display.on_step(batch, losses)
+        run.tell_planes(self.trainer.optimizer.method)
         self.last, self.steps_done = (epoch, batch, losses), self.trainer.optimizer.step_count
         stop = self.request.signum
         if run.shard.world > 1:  # all stop after the same step

@@ -27,10 +27,11 @@ from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.quant.methods.base import WeightMethod
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.distributed import Shard
-from csqcli.system.progress import Display
+from csqcli.system.progress import Display, counted, planes_fixed
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.training.inputs import warn_of_last_bits, weights_hash
 from csqcli.training.run_folder import RunFolder
@@ -56,6 +57,7 @@ class Run:
     activations: ActivationQuantizers | None = None
     teacher: nn.Module | None = None
     operations: Operations | None = None
+    planes_told: bool = False
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
@@ -72,8 +74,8 @@ class Run:
         assert train is not None
         augment = choose_augment(settings.augment, self.images, self.config)
         self.display.say(
-            f"{self.source.source} on {self.images.source}: {len(train)} training and {len(val)} validation images, "
-            f"{len(self.images.present or self.images.classes)} classes"
+            f"{self.source.source} on {self.images.source}: {len(train):,} training and "
+            f"{counted(len(val), 'validation image')}, {counted(len(self.images.present or self.images.classes), 'class')}"
         )
         shared = functools.partial(
             LoaderSettings, workers=settings.workers, seed=recipe.seed, device=self.device, shard=self.shard
@@ -120,6 +122,21 @@ class Run:
     def target_bits(self) -> float | None:
         return self.recipe.quantization.target_bits
 
+    def epochs_after(self, phase: str) -> int:
+        """Epochs of the phases that follow one."""
+        quantizes = self.recipe.card.name != "float"
+        after = {"float": self.recipe.epochs, "search": 0, "finetune": 0}[phase]
+        return after + (self.recipe.finetune.epochs if phase != "finetune" and quantizes else 0)
+
+    def tell_planes(self, method: WeightMethod, delivered: Sequence[int] | None = None) -> None:
+        """Say once which planes a search found, as soon as they are fixed."""
+        if self.planes_told or not method.searches_planes:
+            return
+        planes = delivered if delivered is not None else method.fixed_planes()
+        if planes is not None:
+            self.planes_told = True
+            self.display.say(planes_fixed(planes, method.plan.budget.mean_planes(planes), self.target_bits))
+
     def keep_teacher(self) -> None:
         """Distillation follows the model as it is now."""
         if self.recipe.optimizer.distill:
@@ -133,7 +150,8 @@ class Run:
         """Accuracy of the model as it is before the search; a resumed run has it."""
         if self.saved is None:
             self.check_scores()
-            measured = evaluate(self.model, self.val_loader, present=self.images.present)
+            with self.display.evaluation("evaluating the float model", self.val_loader.batches) as tell:
+                measured = evaluate(self.model, self.val_loader, present=self.images.present, on_batch=tell)
             self.record.accuracy = AccuracyRecord(
                 float_top1=measured.top1, float_top1_present=measured.top1_present, samples=measured.samples
             )
@@ -141,7 +159,7 @@ class Run:
         present = accuracy.float_top1_present
         among = f", {present:.2f} % among the data's classes," if present is not None else ""
         self.display.say(
-            f"float top-1 {accuracy.float_top1:.2f} %{among} on {accuracy.samples} images "
+            f"float top-1 {accuracy.float_top1:.2f} %{among} on {counted(accuracy.samples, 'image')} "
             f"({self.source.weights_from} weights)"
         )
 
@@ -150,12 +168,15 @@ class Run:
         if self.recipe.quantization.method == "float":
             return [], []
         layers, left = find_layers(self.model, exclude=self.recipe.layers.exclude)
-        self.display.say(f"{len(layers)} weight tensors, {sum(layer.weights for layer in layers):,} weights")
+        self.display.say(
+            f"{counted(len(layers), 'weight tensor')}, {counted(sum(layer.weights for layer in layers), 'weight')}"
+        )
         return layers, left
 
     def count_operations(self, layers: Sequence[Layer]) -> None:
         """Multiply-accumulates of one image, layer by layer."""
-        self.operations = count_macs(self.model, layers, self.config["input_size"])
+        with self.display.step("counting multiply-accumulates"):
+            self.operations = count_macs(self.model, layers, self.config["input_size"])
         unused = [layer for layer in layers if self.operations.macs[layer.name] is None]
         if unused:
             self.display.say(
@@ -170,13 +191,16 @@ class Run:
             return
         hooked, _ = find_layers(self.model, exclude=self.recipe.layers.exclude)
         batches = (images for images, _ in self.calibration_batches())
-        self.activations = activations.calibrate(
-            self.model, hooked, batches, bits=settings.act_bits, method=settings.act_method
-        )
+        with self.display.step("calibrating activations"):
+            self.activations = activations.calibrate(
+                self.model, hooked, batches, bits=settings.act_bits, method=settings.act_method
+            )
         distributed.copy_from_main(scale.data for scale in self.activations.parameters())
         missed = self.activations.unreached
         note = f"; not reached by a hook: {', '.join(missed)}" if missed else ""
-        self.display.say(f"{len(self.activations.quantizers)} activation quantizers of {settings.act_bits} bits{note}")
+        self.display.say(
+            f"{counted(len(self.activations.quantizers), 'activation quantizer')} of {settings.act_bits} bits{note}"
+        )
 
     def calibration_batches(self) -> Any:
         """The first training batches, as the first epoch sees them."""

@@ -69,6 +69,7 @@ def make_trainer(
         channels_last=run.channels_last,
         activation_scales=run.activations.parameters() if run.activations is not None else (),
         replica=run.replica(),
+        watch_evaluation=run.display.evaluation,
     )
 
 
@@ -95,7 +96,8 @@ def make_method(
     planes = None
     allocator = recipe.quantization.allocator or (UNIFORM if card.takes == "planes" else None)
     if allocator is not None and start is None:
-        planes = planes_by(allocator, run.model, layers, run.calibration_batches(), budget)
+        with run.display.step("measuring which layers matter"):
+            planes = planes_by(allocator, run.model, layers, run.calibration_batches(), budget)
         planes = distributed.from_main(planes)
         run.display.say(f"planes by {allocator}: {' '.join(map(str, planes))}")
     plan = Plan(
@@ -186,7 +188,8 @@ def _measured_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
 def _measure_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
     """Accuracy of the soft model, just before it turns hard, and of the paper's unit steps where they are asked for."""
     accuracy, method = run.record.accuracy, optimizer.method
-    accuracy.soft_top1 = evaluate(run.model, run.val_loader).top1
+    with run.display.evaluation("evaluating the soft model", run.val_loader.batches) as tell:
+        accuracy.soft_top1 = evaluate(run.model, run.val_loader, on_batch=tell).top1
     unit_steps = method.unit_steps(optimizer.step_count)
     if unit_steps is not None:
         for layer, hard in zip(method.layers, unit_steps, strict=True):

@@ -63,6 +63,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     ),
     "lr": (f"{SEARCH} --lr 0.25", holds("optimizer.lr", 0.25)),
     "val split": (f"{SEARCH} --val-split 0.1", holds("data.val_split", 0.1)),
+    "log every": (f"{SEARCH} --log-every 5", lambda r: r.err == ""),
     "workers": (f"{SEARCH} --workers 0", holds("data.workers", 0)),
     "amp": (f"{SEARCH} --amp bf16", holds("amp", "bf16")),
     "head": (f"{SEARCH} --head new", holds("model.head", "new")),
@@ -90,14 +91,14 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "finetune": (f"{FINETUNE} --seed 3 --batch-size 20 --device cpu", holds("seed", 3)),
     "finetune output": (FINETUNE.replace("-o OUT", "--output OUT"), lambda r: "finetune" in r.report()),
     "finetune flags": (f"{FINETUNE} --force --resume --trust-code -q", lambda r: "finetune" in r.report()),
-    "finetune val split": (f"{FINETUNE} --val-split test", holds("data.val_split", "test")),
+    "finetune val split": (f"{FINETUNE} --val-split test --log-every 5", holds("data.val_split", "test")),
     # evaluate
     "evaluate": (
         "evaluate RUN --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
         lambda r: json.loads(r.out)["samples"] == 20,
     ),
     "evaluate a float model": (
-        "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --val-split test --json",
+        "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --val-split test --log-every 9 -q --json",
         lambda r: json.loads(r.out)["mean_bits"] == 32,
     ),
     # report, inspect, methods, recipes
@@ -113,7 +114,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code", lambda r: "bit-packed: " in r.out),
     "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
     "form": (
-        "export RUN --form bit-packed -o OUT/a.safetensors --data digits --val-split 0.5 --val-limit 20",
+        "export RUN --form bit-packed -o OUT/a.safetensors --quiet --log-every 5 --data digits --val-split 0.5 --val-limit 20",
         lambda r: "of 20 images" in r.out,
     ),
     "onnx": (

@@ -32,3 +32,9 @@ def test_what_cannot_be_stored_is_refused_before_the_first_step(
     code, _, err = csq("search", f"tests.rehearsed:{factory}", *COMMON, "-o", tmp_path / "run")
     assert (code, complaint in err, err.count("\n")) == (2, True, 1), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_refused_before_a_float_phase_too(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.Trainer, "run_epoch", lambda *_, **__: pytest.fail("trained"))
+    code, _, err = csq("search", "tests.rehearsed:complex_buffer", *COMMON, "--float-epochs", 1, "-o", tmp_path / "run")
+    assert (code, "phases" in err) == (2, True), err

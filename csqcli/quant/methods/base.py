@@ -88,6 +88,15 @@ class WeightMethod(ABC):
         """The step at which weights turn hard and the rest of the model adapts to them; None where that is at the end."""
         return None
 
+    @property
+    def searches_planes(self) -> bool:
+        """Whether planes are neither given nor those of a delivered model."""
+        return self.takes != "planes" and self.plan.planes is None and self.plan.start is None
+
+    def fixed_planes(self) -> list[int] | None:
+        """Planes of every layer, once they are fixed."""
+        return None
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Tensors the base optimizer steps on in place of the layers' weights."""
         return []

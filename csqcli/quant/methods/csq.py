@@ -268,6 +268,10 @@ class GateMethod(WeightMethod):
         columns = zip(self.layers, hard.integers, hard.scales, hard.mask, strict=True)
         return [hard_layer(layer, integers, scale, mask) for layer, integers, scale, mask in columns]
 
+    def fixed_planes(self) -> list[int] | None:
+        mask = self.planes.fixed_mask
+        return None if mask is None else [int(count) for count in mask.sum(dim=1)]
+
     def mean_bits(self) -> float:
         """Mean planes over elements if every gate were a unit step now."""
         mask = self.planes.hard_mask() if self.hardened is None else self.hardened.mask

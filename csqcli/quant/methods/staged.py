@@ -156,6 +156,9 @@ class Staged(WeightMethod):
             delivered.append(HardLayer(layer.name, integers, scale, mask, layer.channel_dim, layer.aliases))
         return delivered
 
+    def fixed_planes(self) -> list[int] | None:
+        return [int(mask.sum()) for mask in self.masks] if self.search is None else None
+
     def mean_bits(self) -> float:
         """Mean planes over elements: of the soft masks in stage 1, of the fixed ones after."""
         if self.search is not None:
