@@ -567,7 +567,7 @@ class Faults:
             hardens = 10  # of the second epoch: the step that evaluates, and half of a step is never saved
             assert (state["epoch"], state["batch"]) == (1, 3 if split == "train" else hardens - 1)
             self._goes_on(run, *command, wanted=wanted)
-        refused(csq(*STREAMED, "--data", images / "nothing", "-o", folder / "none"), "no such folder")
+        refused(csq(*STREAMED, "--data", images / "nothing", "-o", folder / "none"), "no such file or folder")
         return (
             "training stops at the lost batch, evaluation before its step; both saved, --resume ends in the same bytes"
         )

@@ -132,18 +132,18 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
         raise UserError("not a kind of data that csq reads", where=source, hint=hint())
     likely = did_you_mean(name, known)
     if not colon and not likely:
-        raise UserError("no such folder", where=source, hint=hint())
+        raise UserError("no such file or folder", where=source, hint=hint())
     if name in known:
         follows = "a text after" if known[name].takes_text else "no text after"
         raise UserError(f"`{name}` takes {follows} its name", where=source, hint=f"write {known[name].spelling}")
     outside = _OUTSIDE.fullmatch(source)
     if outside is None:
-        raise UserError("no such folder or data source", where=source, hint=likely or hint())
+        raise UserError("no such file, folder or data source", where=source, hint=likely or hint())
     try:
         return import_attribute(outside["name"], where=source), outside["text"] or ""
     except UserError:
         if likely:
-            raise UserError("no such folder or data source", where=source, hint=likely) from None
+            raise UserError("no such file, folder or data source", where=source, hint=likely) from None
         raise
 
 

@@ -6,6 +6,7 @@ after the method; its model stands in `quant.catalog`, or beside a method from o
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
@@ -216,8 +217,15 @@ class Recipe(Section):
     """Train through torch.compile; worth its minutes of compilation in long runs. Needs a C++ compiler on the CPU."""
     save_every_minutes: Annotated[float, RESULT_NEUTRAL] = Field(10.0, gt=0)
     """Save the resume state inside long epochs too; it is always saved after each."""
-    device: Annotated[str, RESULT_NEUTRAL] = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")
+    device: Annotated[str, RESULT_NEUTRAL] = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes a CUDA GPU when there is one."""
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value) is None:
+            raise ValueError("Input should be auto, cpu, cuda, cuda:N or mps")
+        return value
 
     @model_validator(mode="after")
     def _target_within_planes(self) -> Recipe:

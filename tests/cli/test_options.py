@@ -94,7 +94,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "finetune val split": (f"{FINETUNE} --val-split test --log-every 5", holds("data.val_split", "test")),
     # evaluate
     "evaluate": (
-        "evaluate RUN --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
+        "evaluate RUN --quiet --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
         lambda r: json.loads(r.out)["samples"] == 20,
     ),
     "evaluate a float model": (
@@ -111,7 +111,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "recipes": ("recipes show digits", lambda r: "digits_cnn" in r.out),
     # export
     "int8-packed": ("export RUN --int8-packed --output OUT/a.safetensors", lambda r: "int8-packed: " in r.out),
-    "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code", lambda r: "bit-packed: " in r.out),
+    "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code -q", lambda r: "bit-packed: " in r.out),
     "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
     "form": (
         "export RUN --form bit-packed -o OUT/a.safetensors --quiet --log-every 5 --data digits --val-split 0.5 --val-limit 20",

@@ -69,7 +69,7 @@ def test_a_cifar_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_missing_and_empty_splits_are_named(tmp_path: Path, image_folder: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         open_data(str(tmp_path / "nowhere"))
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no class folders; expected one folder of images per class"):

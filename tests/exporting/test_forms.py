@@ -281,7 +281,7 @@ def _resealed(run: Path, folder: Path) -> Path:
         (["-o", "model.safetensors", "--bit-packed", "--force"], "is the file to export"),
         (["-o", "old.safetensors", "--bit-packed"], "exists already; choose another name or pass --force"),
         (["-o", "a.safetensors", "--bit-packed", "--target", "openvino"], "belongs to --onnx"),
-        (["-o", "a.safetensors", "--bit-packed", "--data", "nowhere"], "nowhere: no such folder"),
+        (["-o", "a.safetensors", "--bit-packed", "--data", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_wrong_command_lines_are_one_line_and_exit_2(
