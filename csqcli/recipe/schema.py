@@ -227,6 +227,11 @@ class Recipe(Section):
             raise ValueError("Input should be auto, cpu, cuda, cuda:N or mps")
         return value
 
+    @field_validator("amp", "channels_last", mode="before")
+    @classmethod
+    def _on_and_off_are_words(cls, value: Any) -> Any:  # YAML 1.1 reads them as true and false
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _target_within_planes(self) -> Recipe:
         target, planes = self.quantization.target_bits, self.quantization.max_bits

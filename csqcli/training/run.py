@@ -58,6 +58,7 @@ class Run:
     teacher: nn.Module | None = None
     operations: Operations | None = None
     planes_told: bool = False
+    searched: WeightMethod | None = None  # the search's method and its state, for the finetune that follows it
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
