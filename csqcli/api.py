@@ -7,7 +7,6 @@ Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is wh
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -476,9 +475,10 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _display(progress: bool) -> Any:
+    from csqcli.system.launcher import is_main_process
     from csqcli.system.progress import Display
 
-    return Display(quiet=not progress or os.environ.get("RANK", "0") != "0")  # as torchrun sets it
+    return Display(quiet=not progress or not is_main_process())
 
 
 def __getattr__(name: str) -> Any:

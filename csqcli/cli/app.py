@@ -19,6 +19,7 @@ from csqcli.cli.report import report
 from csqcli.cli.search import search
 from csqcli.errors import UserError, machine_fault
 from csqcli.system.interrupt import Interrupted
+from csqcli.system.launcher import is_main_process
 from csqcli.version import __version__
 
 app = typer.Typer(
@@ -68,7 +69,7 @@ def main() -> None:
         code = _INTERRUPTED
         output.error_line(_RESUME_HINT)
     except Interrupted as stop:
-        if output.is_main_process():
+        if is_main_process():
             output.error_line(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on")
         code = 128 + stop.signum
     except (MemoryError, RuntimeError, OSError) as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csqcli.errors import printable
+from csqcli.system.launcher import is_main_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,11 +34,6 @@ _PLAIN = {
     "─": "-",
     "━": "-",
 }
-
-
-def is_main_process() -> bool:
-    """Whether this is the process of a group that speaks; torchrun numbers them."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def tolerate_any_encoding() -> None:
