@@ -17,7 +17,7 @@ from csqcli.cli.inspect import inspect
 from csqcli.cli.methods import methods
 from csqcli.cli.report import report
 from csqcli.cli.search import search
-from csqcli.errors import UserError, machine_fault
+from csqcli.errors import UserError, as_line
 from csqcli.system.interrupt import Interrupted
 from csqcli.system.launcher import is_main_process
 from csqcli.version import __version__
@@ -48,7 +48,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
-    output.tolerate_any_encoding()
+    output.tolerate_any_text()
     click = sys.modules[typer.BadParameter.__module__]  # the exceptions of typer's click, vendored in newer releases
     try:
         result = app(prog_name="csq", standalone_mode=False)
@@ -72,8 +72,10 @@ def main() -> None:
         if is_main_process():
             output.error_line(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on")
         code = 128 + stop.signum
-    except (MemoryError, RuntimeError, OSError) as error:
-        fault = machine_fault(error)
+    except (
+        Exception
+    ) as error:  # the machine's, or of code that the user brought; csq's own mistakes keep their traceback
+        fault = as_line(error)
         if fault is None:
             raise
         if os.environ.get("CSQ_DEBUG") == "1":

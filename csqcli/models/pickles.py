@@ -1,31 +1,39 @@
 """The tensors in a file of ``torch.save`` (.pth, .pt, .th, .tar), without running anything that the file names.
 
-Two guards stand one behind the other. The names that the pickle would call are listed before it is loaded: torch's own
-rebuilding functions are let through, other packages' classes (``argparse.Namespace`` in timm's checkpoints, a Lightning
-callback, the class of a whole pickled model) are replaced by :class:`StandIn`, which keeps their state and does nothing,
-and everything else is refused. Then torch's ``weights_only`` reader loads the file.
+Two guards stand one behind the other. The calls that the pickle would make are followed before it is loaded
+(`system.pickled`): torch's own rebuilding functions are let through, for tensors that lie within their storage and storages
+that lie within the file; other packages' classes (``argparse.Namespace`` in timm's checkpoints, a Lightning callback, the
+class of a whole pickled model) are replaced by :class:`StandIn`, which keeps their state and does nothing; and everything
+else is refused. Then torch's ``weights_only`` reader loads the file.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
-import pickletools
+import struct
 import sys
 import tarfile
 import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which protocol 2 writes
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, machine_fault
+from csqcli.system import pickled
 from csqcli.system.limits import check_archive
+from csqcli.system.pickled import Call, Container
 
-_LEGACY_PICKLES = 4  # before torch 1.6: magic number, protocol, system, then the object itself
+_LEGACY_PICKLES = 5  # before torch 1.6: magic number, protocol, system, the object itself, the names of its storages
 _FORBIDDEN_HINT = "convert it where you trust it: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+_DAMAGE = (  # what torch.load raises for bytes that are not what they say
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError, ArithmeticError),
+    *(OSError, struct.error),
+)
 # Names that rebuild what a state dict holds. torch's reader would also call torch.Tensor(10**12) or bytearray(10**12).
 _REBUILDING = {
     "collections.Counter",
@@ -44,6 +52,7 @@ _REBUILDING = {
         )
     ),
 }
+_OF_STORAGE = {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "qtensor")}
 _HARMLESS = {  # of the standard library: settings beside the weights
     "argparse.Namespace",
     "collections.defaultdict",
@@ -92,9 +101,9 @@ def load_pickled(file: Path, *, where: str) -> Any:
     try:
         check_archive(file)
         names = _names_in(file)
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: an encrypted zip
         what = "not a readable checkpoint (damaged, or not written by torch.save)"
-        raise UserError(what, where=where) from None
+        raise UserError(what, where=where) from error
     forbidden = [name for name in sorted(names) if _is_forbidden(name)]
     if forbidden:
         what = f"asks for `{forbidden[0]}`: holds pickled code, which csq never runs"
@@ -108,14 +117,14 @@ def load_pickled(file: Path, *, where: str) -> Any:
         if "unsupported" in str(error).lower():
             raise UserError("holds pickled code, which csq never runs", where=where, hint=_FORBIDDEN_HINT) from None
         raise UserError("not a readable checkpoint", where=where) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # torch.load raises many kinds for damaged files; all mean the same to the user
-        raise UserError(f"not a readable checkpoint ({type(error).__name__})", where=where) from None
+    except _DAMAGE as error:
+        if machine_fault(error) is not None:
+            raise
+        raise UserError(f"not a readable checkpoint ({type(error).__name__})", where=where) from error
 
 
 def _names_in(file: Path) -> set[str]:
-    """``module.name`` of everything that the file's pickles would import."""
+    """``module.name`` of everything that the file's pickles would import. ValueError where they ask for more than it holds."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -124,24 +133,47 @@ def _names_in(file: Path) -> set[str]:
             names: set[str] = set()
             for name in pickles:
                 with archive.open(name) as stream:
-                    names |= _names_in_pickle(stream)
+                    names |= _names_in_pickle(stream, file.stat().st_size)
             return names
     if tarfile.is_tarfile(file):
         raise ValueError("a tar archive, which torch.save has not written since 2017")
     with file.open("rb") as stream:
-        return set().union(*(_names_in_pickle(stream) for _ in range(_LEGACY_PICKLES)))
+        return set().union(*(_names_in_pickle(stream, file.stat().st_size) for _ in range(_LEGACY_PICKLES)))
 
 
-def _names_in_pickle(stream: IO[bytes]) -> set[str]:
-    """The names that the GLOBAL opcodes of one pickle hold, as of Python 3. Protocols above 2, which torch.save does not
-    write, have other opcodes for them; torch's reader refuses those."""
-    names = set()
-    for opcode, value, _ in pickletools.genops(stream):
-        if opcode.name == "GLOBAL":
-            module, _, name = str(value).partition(" ")
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            names.add(f"{module}.{name}")
-    return names
+def _names_in_pickle(stream: IO[bytes], file_bytes: int) -> set[str]:
+    """The names that one pickle would import, its calls followed."""
+
+    def on_storage(identity: Any) -> int:
+        """("storage", type, key, device, elements[, view]) → elements. A file cannot hold more of them than it has bytes."""
+        values = identity.values if isinstance(identity, Container) else ()
+        elements = values[4] if len(values) > 4 else 0
+        if not isinstance(elements, int) or not 0 <= elements <= file_bytes:
+            raise ValueError("a storage larger than the file")
+        return elements
+
+    def on_call(name: str, values: Sequence[Any]) -> Any:
+        if name == "_codecs.encode":
+            if len(values) != 2 or values[1] != "latin1":  # other codecs lengthen what they are given
+                raise ValueError("bytes in a code that pickle does not use")
+        elif name in _OF_STORAGE and len(values) > 3:
+            _check_view(values, dense=name == "torch._utils._rebuild_qtensor")  # which makes room for it first
+        return None
+
+    return pickled.trace(stream, on_call=on_call, on_storage=on_storage).names
+
+
+def _check_view(values: Sequence[Any], *, dense: bool) -> None:
+    """(storage, offset, size, stride, …): ValueError for a tensor that reaches beyond its storage, which would be enlarged."""
+    storage, offset, size, stride = values[:4]
+    sizes, strides = (part.values if isinstance(part, Container) else () for part in (size, stride))
+    numbers = (offset, *sizes, *strides)
+    if not isinstance(storage, Call) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        return  # torch's reader refuses it, or it comes out of a call of its own (torch.Size)
+    last = offset + sum((count - 1) * step for count, step in zip(sizes, strides, strict=False))
+    elements = storage.about if isinstance(storage.about, int) else 0
+    if 0 not in sizes and (last >= elements or (dense and math.prod(sizes) > elements)):
+        raise ValueError("a tensor larger than its storage")
 
 
 def _is_element_type(name: str) -> bool:

@@ -53,8 +53,11 @@ def import_attribute(name: str, *, where: str = "") -> Any:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, "")  # as `python -m` would find it
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"cannot import `{module_name}` ({error})", where=where) from error
-    except AttributeError:
-        raise UserError(f"`{module_name}` has no `{attribute}`", where=where) from None
+    except SystemExit as error:
+        raise UserError(f"importing `{module_name}` ends the program (sys.exit)", where=where) from error
+    if not hasattr(module, attribute):
+        raise UserError(f"`{module_name}` has no `{attribute}`", where=where)
+    return getattr(module, attribute)

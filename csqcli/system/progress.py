@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from csqcli.errors import printable
+
 
 class Display:
     """Progress on stderr, so that stdout carries results only."""
@@ -22,9 +24,9 @@ class Display:
         self._read_at, self._loss = 0.0, ""
 
     def say(self, text: str) -> None:
-        """One line."""
+        """One line; names of files and classes cannot steer the terminal."""
         if not self.quiet:
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
     @contextlib.contextmanager
     def training(

@@ -30,6 +30,7 @@ MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PRE
     "resume.pt",
     "resume.previous.pt",
 )
+_REPORT_BYTES = 2**28  # a scale per channel and a line per epoch
 log = logging.getLogger(__name__)
 
 
@@ -110,8 +111,8 @@ class RunFolder:
 
     def _report_of_this_run(self) -> dict[str, Any] | None:
         try:
-            report = read_json((self.path / REPORT_FILE).read_text(encoding="utf-8"), nodes=HISTORY_VALUES)
-        except (OSError, ValueError):
+            report = read_json(files.read_regular(self.path / REPORT_FILE, limit=_REPORT_BYTES), nodes=HISTORY_VALUES)
+        except (OSError, ValueError, UserError):
             return None
         return report if report.get("fingerprint") == self.fingerprint else None
 

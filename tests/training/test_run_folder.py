@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+import torch
+
+import csqcli
+from csqcli.errors import UserError
+from csqcli.training import loop
 
 SEARCH = ("search", "--recipe", "digits", "--target-bits", 2, "--epochs", 1, "--set", "max_steps=1", "--quiet")
 
@@ -41,3 +47,58 @@ def test_a_start_that_fails_leaves_nothing_behind(csq, tmp_path: Path, wrong: tu
     assert csq(*SEARCH, "-o", tmp_path / "runs" / "new", *wrong)[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert list((tmp_path / "there").iterdir()) == []
+
+
+def killed_twice_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """An unfinished run's two states, newest first."""
+    done = iter(range(9))
+    original = loop.Trainer.run_epoch
+
+    def interrupted(self, *arguments, **more):
+        if next(done) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, "run_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            csqcli.search(recipe="digits", target_bits=2, output=folder, epochs=3, max_steps=1)
+    return [folder / name for name in ("resume.pt", "resume.previous.pt")]
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes."), "out of memory"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_a_machine_that_cannot_read_a_state_is_not_taken_for_a_damaged_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, what: str
+) -> None:
+    states = killed_twice_saved(tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", fail)
+        with pytest.raises(UserError, match=rf"resume\.pt: cannot be read \({what}"):
+            csqcli.search(recipe="digits", target_bits=2, output=tmp_path, epochs=3, max_steps=1, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    states[0].write_bytes(states[0].read_bytes()[:-1])  # and what is damaged is kept under another name
+    damaged = states[0].read_bytes()
+    csqcli.search(recipe="digits", target_bits=2, output=tmp_path, epochs=3, max_steps=1, resume=True)
+    assert (tmp_path / "resume.pt.damaged").read_bytes() == damaged
+
+
+def test_a_finished_run_s_report_is_read_through_no_link(csq, tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere.json"
+    assert csq(*SEARCH, "-o", run)[0] == 0
+    assert csq(*SEARCH, "-o", run, "--resume")[0] == 0
+    (run / "report.json").rename(elsewhere)
+    (run / "report.json").symlink_to(elsewhere)
+    code, _, err = csq(*SEARCH, "-o", run, "--resume")
+    assert (code, "holds a finished run" in err) == (2, True)
