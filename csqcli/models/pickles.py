@@ -19,7 +19,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -133,15 +133,17 @@ def _names_in(file: Path) -> set[str]:
             names: set[str] = set()
             for name in pickles:
                 with archive.open(name) as stream:
-                    names |= _names_in_pickle(stream, file.stat().st_size)
+                    bounded = pickled.Bounded(stream, archive.getinfo(name).file_size)
+                    names |= _names_in_pickle(bounded, file.stat().st_size)
             return names
     if tarfile.is_tarfile(file):
         raise ValueError("a tar archive, which torch.save has not written since 2017")
     with file.open("rb") as stream:
-        return set().union(*(_names_in_pickle(stream, file.stat().st_size) for _ in range(_LEGACY_PICKLES)))
+        bounded = pickled.Bounded(stream, file.stat().st_size)
+        return set().union(*(_names_in_pickle(bounded, file.stat().st_size) for _ in range(_LEGACY_PICKLES)))
 
 
-def _names_in_pickle(stream: IO[bytes], file_bytes: int) -> set[str]:
+def _names_in_pickle(stream: pickled.Bounded, file_bytes: int) -> set[str]:
     """The names that one pickle would import, its calls followed."""
 
     def on_storage(identity: Any) -> int:

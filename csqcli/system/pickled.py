@@ -51,7 +51,21 @@ OnCall = Callable[[str, Sequence[Any]], Any]  # full name and arguments -> what 
 OnStorage = Callable[[Any], Any]  # a persistent id -> what is known of the storage that it stands for
 
 
-def trace(stream: IO[bytes], *, on_call: OnCall, on_storage: OnStorage) -> Traced:
+class Bounded:
+    """A file that is never asked for more bytes than it has left: a pickle states how long its texts are before they come."""
+
+    def __init__(self, stream: IO[bytes], size: int) -> None:
+        """``size`` bytes in all, from the stream's beginning."""
+        self._stream, self._size = stream, size
+
+    def read(self, count: int) -> bytes:
+        return self._stream.read(min(count, max(0, self._size - self._stream.tell())))
+
+    def readline(self) -> bytes:
+        return self._stream.readline()
+
+
+def trace(stream: Bounded, *, on_call: OnCall, on_storage: OnStorage) -> Traced:
     """Follow one pickle to its end. ``on_call`` and ``on_storage`` may raise ValueError for what should not be done.
 
     Opcodes that torch's ``weights_only`` reader does not know end the following, not the listing of names: it refuses them.
@@ -59,7 +73,7 @@ def trace(stream: IO[bytes], *, on_call: OnCall, on_storage: OnStorage) -> Trace
     found = Traced()
     machine: _Machine | None = _Machine(on_call, on_storage)
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # what it reads with
             found.opcodes += 1
             if found.opcodes > _MAX_OPCODES:
                 raise ValueError(f"more than {_MAX_OPCODES:,} opcodes")

@@ -18,6 +18,10 @@ from csqcli.system.limits import check_archive, check_tree
 
 MAX_ROLLBACKS = 3
 HISTORY_VALUES = 2**22
+_DAMAGE = (  # what torch's reader, and the checks after it, raise for bytes that are no state
+    *(ValidationError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError),
+    *(LookupError, AttributeError, TypeError, AssertionError, ArithmeticError),
+)
 log = logging.getLogger(__name__)
 
 
@@ -93,7 +97,7 @@ def read_state(path: Path) -> RunState | None:
         state = RunState.model_validate(torch.load(path, map_location="cpu", weights_only=True))
         check_tree(state.record.history, nodes=HISTORY_VALUES)
         return state
-    except (ValidationError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError) as error:
+    except _DAMAGE as error:
         log.debug("%s: %r", path, error)
         return None
     except (OSError, MemoryError, RuntimeError) as error:

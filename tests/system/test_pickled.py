@@ -25,7 +25,11 @@ from csqcli.system import pickled
 def traced(data: bytes) -> tuple[set[str], list[str]]:
     """Names, and the calls in order."""
     calls: list[str] = []
-    found = pickled.trace(io.BytesIO(data), on_call=lambda name, _: calls.append(name), on_storage=lambda _: None)
+    found = pickled.trace(
+        pickled.Bounded(io.BytesIO(data), len(data)),
+        on_call=lambda name, _: calls.append(name),
+        on_storage=lambda _: None,
+    )
     return found.names, calls
 
 
@@ -72,6 +76,20 @@ def test_calls_that_copy_more_than_the_file_holds_are_refused_before_they_are_ma
     with pytest.raises(UserError, match="not a readable checkpoint"):
         read_checkpoint(str(archive(tmp_path / "bomb.pth", b"\x80\x02" + content + b".")))
     assert time.process_time() - started < 5
+
+
+def test_no_text_is_asked_for_that_the_file_does_not_hold() -> None:
+    class Asked(io.BytesIO):
+        most = 0
+
+        def read(self, count: int | None = -1) -> bytes:
+            self.most = max(self.most, count or 0)
+            return super().read(count)
+
+    stream = Asked(b"\x80\x02X\xff\xff\xff\xff" + b"a" * 50)
+    with pytest.raises(ValueError, match="remain"):
+        pickled.trace(pickled.Bounded(stream, 57), on_call=lambda *_: None, on_storage=lambda _: None)
+    assert stream.most <= 57
 
 
 def test_a_tensor_beyond_its_storage_is_refused_in_both_formats_of_torch_save(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import torch
 
 import csqcli
 from csqcli.errors import UserError
+from csqcli.system import files
 from csqcli.training import loop
+from csqcli.training.run_state import read_state
 
 SEARCH = ("search", "--recipe", "digits", "--target-bits", 2, "--epochs", 1, "--set", "max_steps=1", "--quiet")
 
@@ -92,6 +94,23 @@ def test_a_machine_that_cannot_read_a_state_is_not_taken_for_a_damaged_state(
     damaged = states[0].read_bytes()
     csqcli.search(recipe="digits", target_bits=2, output=tmp_path, epochs=3, max_steps=1, resume=True)
     assert (tmp_path / "resume.pt.damaged").read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("'tuple' object has no attribute 'dtype'"), TypeError("x"), AssertionError(), KeyError(3)]
+)
+def test_a_state_that_torch_stumbles_over_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Sealed by somebody who may write the folder, with tuples in the place of storages."""
+    torch.save({}, tmp_path / "resume.pt")
+    files.seal(tmp_path / "resume.pt")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    assert read_state(tmp_path / "resume.pt") is None
 
 
 def test_a_finished_run_s_report_is_read_through_no_link(csq, tmp_path: Path) -> None:
