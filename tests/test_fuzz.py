@@ -254,12 +254,12 @@ def test_a_tensor_without_its_bytes_is_no_weight(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tensor `fc.weight` is shape \[1000000000\] on 4 bytes"):
         checkpoints.read_checkpoint(str(tmp_path / "thin.pth"))
     torch.save({"fc.weight": torch.zeros(3).to_sparse()}, tmp_path / "sparse.pth")
-    with pytest.raises(UserError, match=r"torch\.sparse_coo"):
+    with pytest.raises(UserError, match="holds a sparse tensor"):
         checkpoints.read_checkpoint(str(tmp_path / "sparse.pth"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype
         torch.save({"fc.weight": torch.nested.nested_tensor([torch.zeros(3)])}, tmp_path / "nested.pth")
-    with pytest.raises(UserError, match=r"nested tensor|pickled code"):  # newer releases do not load them
+    with pytest.raises(UserError, match=r"holds a nested tensor|pickled code"):  # newer releases do not load them
         checkpoints.read_checkpoint(str(tmp_path / "nested.pth"))
 
 

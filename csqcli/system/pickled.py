@@ -21,6 +21,7 @@ _MAX_OPCODES = 2**24
 class Container:
     """A list, dictionary, set or tuple, of which only what can matter is kept: how many values, and those of a tuple."""
 
+    kind: str
     count: int = 0
     values: Sequence[Any] = ()
 
@@ -36,6 +37,7 @@ class Name:
 class Call:
     """A value that a call would give; ``about`` is what the follower of calls wants to know of it later."""
 
+    name: str = ""
     about: Any = None
 
 
@@ -102,7 +104,8 @@ def _full_name(text: str) -> str:
     return f"{module}.{name}"
 
 
-_EMPTY = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "EMPTY_TUPLE"}
+_EMPTY = {"EMPTY_LIST": "list", "EMPTY_DICT": "dict", "EMPTY_SET": "set", "EMPTY_TUPLE": "tuple"}
+_MAPPINGS = {"collections.OrderedDict", "collections.Counter", "collections.defaultdict"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -133,29 +136,31 @@ class _Machine:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self.memo.get(argument))
         elif name in _EMPTY:
-            stack.append(Container())
+            stack.append(Container(_EMPTY[name]))
         elif name == "MARK":
             self.below.append(stack)
             self.stack = []
         elif name == "TUPLE":
             values = self._popped_to_mark()
-            self.stack.append(Container(len(values), values))
+            self.stack.append(Container("tuple", len(values), values))
         elif name in _TUPLES:
             values = stack[-_TUPLES[name] :]
             del stack[-_TUPLES[name] :]
-            stack.append(Container(len(values), values))
+            stack.append(Container("tuple", len(values), values))
         elif name in ("APPENDS", "SETITEMS"):
-            self._grow(len(self._popped_to_mark()))
+            self._grow(len(self._popped_to_mark()), name)
         elif name in ("APPEND", "SETITEM"):
             del stack[-1 if name == "APPEND" else -2 :]
-            self._grow(1)
+            self._grow(1, name)
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             stack.append(self._called(function, arguments))
         elif name == "BUILD":
             self.copied += _size(stack.pop())
+            if isinstance(stack[-1], Call) and stack[-1].name.startswith("torch._utils."):
+                raise ValueError("a tensor that is changed once it is made")
         elif name == "BINPERSID":
-            stack.append(Call(self.on_storage(stack.pop())))
+            stack.append(Call("", self.on_storage(stack.pop())))
         elif name not in ("PROTO", "STOP"):
             return False
         return True
@@ -164,14 +169,23 @@ class _Machine:
         values, self.stack = self.stack, self.below.pop()
         return values
 
-    def _grow(self, count: int) -> None:
-        if isinstance(self.stack[-1], Container):
-            self.stack[-1].count += count
+    def _grow(self, count: int, opcode: str) -> None:
+        """Only lists take values and only dictionaries take items: anything else would be written to by its numbers."""
+        target = self.stack[-1]
+        kind = target.kind if isinstance(target, Container) else ""
+        if isinstance(target, Call) and target.name in _MAPPINGS:
+            kind = "dict"
+        if kind != ("list" if opcode.startswith("APPEND") else "dict"):
+            raise ValueError(f"{opcode} on what is no {'list' if opcode.startswith('APPEND') else 'dictionary'}")
+        if isinstance(target, Container):
+            target.count += count
 
     def _called(self, function: Any, arguments: Any) -> Call:
         values = arguments.values if isinstance(arguments, Container) else ()
         self.copied += sum(map(_size, values))
-        return Call(self.on_call(function.full, values) if isinstance(function, Name) else None)
+        if not isinstance(function, Name):
+            raise ValueError("a call of what is no name")
+        return Call(function.full, self.on_call(function.full, values))
 
 
 def _size(value: Any) -> int:

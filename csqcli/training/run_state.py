@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from csqcli.errors import UserError, machine_fault
 from csqcli.file.manifest import AccuracyRecord
+from csqcli.models.pickles import check_state
 from csqcli.system import files
-from csqcli.system.limits import check_archive, check_tree
+from csqcli.system.limits import check_tree
 
 MAX_ROLLBACKS = 3
 HISTORY_VALUES = 2**22
@@ -93,7 +94,7 @@ def read_state(path: Path) -> RunState | None:
     try:
         if not files.is_intact(path):
             return None
-        check_archive(path)
+        check_state(path)
         state = RunState.model_validate(torch.load(path, map_location="cpu", weights_only=True))
         check_tree(state.record.history, nodes=HISTORY_VALUES)
         return state

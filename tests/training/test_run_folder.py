@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import csqcli
 from csqcli.errors import UserError
+from csqcli.models.pickles import check_state
 from csqcli.system import files
 from csqcli.training import loop
 from csqcli.training.run_state import read_state
@@ -111,6 +113,15 @@ def test_a_state_that_torch_stumbles_over_is_damaged(
 
     monkeypatch.setattr(torch, "load", fail)
     assert read_state(tmp_path / "resume.pt") is None
+
+
+@pytest.mark.parametrize("content", [{"x": argparse.Namespace(a=1)}, {"x": torch.zeros(3).to_sparse()}])
+def test_a_state_holds_tensors_and_plain_values_only(tmp_path: Path, content: dict[str, object]) -> None:
+    torch.save(content, tmp_path / "resume.pt")
+    files.seal(tmp_path / "resume.pt")
+    assert read_state(tmp_path / "resume.pt") is None
+    with pytest.raises(ValueError, match=r"names (argparse\.Namespace|torch\._utils\._rebuild_sparse_tensor)"):
+        check_state(tmp_path / "resume.pt")
 
 
 def test_a_finished_run_s_report_is_read_through_no_link(csq, tmp_path: Path) -> None:
