@@ -19,7 +19,7 @@ from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
 from csqcli.errors import UserError, as_line
-from csqcli.system.interrupt import Interrupted
+from csqcli.system.interrupt import Interrupted, ignored_on_the_way_out
 from csqcli.system.launcher import is_main_process
 from csqcli.version import __version__
 
@@ -67,9 +67,11 @@ def main() -> None:
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
+        ignored_on_the_way_out()
         code = _INTERRUPTED
         output.error_line(_RESUME_HINT)
     except Interrupted as stop:
+        ignored_on_the_way_out()
         if is_main_process():
             output.error_line(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on")
         code = 128 + stop.signum
@@ -84,6 +86,7 @@ def main() -> None:
         _fail(fault.line())
     else:
         if code == _INTERRUPTED:  # some releases of typer turn KeyboardInterrupt into this exit code
+            ignored_on_the_way_out()
             output.error_line(_RESUME_HINT)
     sys.exit(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 from types import FrameType
@@ -17,7 +18,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Context manager that remembers the first SIGINT or SIGTERM; a second one acts at once, unless ``patient``."""
+    """Context manager that remembers the first SIGINT or SIGTERM; a second one of either is a KeyboardInterrupt, unless ``patient``.
+
+    Handlers stay until the end: one that is taken off while the other signal waits makes Python complain of a race.
+    """
 
     def __init__(self, *, patient: bool = False) -> None:
         self.signum: int | None = None
@@ -31,14 +35,17 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _remember(self, signum: int, _: FrameType | None) -> None:
-        self.signum = signum
-        if not self.patient:
-            self._restore()
-
-    def _restore(self) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
+
+    def _remember(self, signum: int, _: FrameType | None) -> None:
+        if self.signum is not None and not self.patient:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+
+def ignored_on_the_way_out() -> None:
+    """Let no further signal interrupt the interpreter's own end, which would print a traceback after the last word was said."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        atexit.register(signal.signal, signum, signal.SIG_IGN)
