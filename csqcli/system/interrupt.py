@@ -45,7 +45,29 @@ class StopRequest:
         self.signum = signum
 
 
-def ignored_on_the_way_out() -> None:
-    """Let no further signal interrupt the interpreter's own end, which would print a traceback after the last word was said."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        atexit.register(signal.signal, signum, signal.SIG_IGN)
+class Signals:
+    """Context manager around a whole command: SIGTERM is a KeyboardInterrupt, as SIGINT is, and nothing interrupts the way out."""
+
+    def __init__(self) -> None:
+        self.signum: int = signal.SIGINT  # the last that interrupted
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+            signal.signal(signal.SIGTERM, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def ignore(self) -> None:
+        """From here on, to the end of this context and through the interpreter's own, where a traceback would be printed."""
+        for signum in self._previous:
+            signal.signal(signum, signal.SIG_IGN)
+            atexit.register(signal.signal, signum, signal.SIG_IGN)
+
+    def _interrupt(self, signum: int, _: FrameType | None) -> None:
+        self.signum = signum
+        raise KeyboardInterrupt

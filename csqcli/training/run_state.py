@@ -81,8 +81,9 @@ class RunState(BaseModel):
             with open(temporary, "wb") as file:
                 try:
                     torch.save(content | {"record": self.record.model_dump(mode="json")}, file)
-                except RuntimeError as error:  # torch's writer hides what the operating system said
-                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+                except RuntimeError as error:  # torch's writer hides what the operating system, or Ctrl-C, said
+                    hidden = error.__context__
+                    raise hidden if isinstance(hidden, (OSError, KeyboardInterrupt)) else error from None
             files.seal(temporary)
 
 

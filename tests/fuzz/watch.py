@@ -69,9 +69,10 @@ class Watch:
             "os.exec",
             "os.posix_spawn",
             "subprocess.Popen",
-            "socket.connect",
             "socket.getaddrinfo",
-        ):
+        ) or (
+            event == "socket.connect" and not isinstance(arguments[1], str)
+        ):  # a path is a loader process of csq's own
             self.seen.append(f"{event} {arguments}")
         elif event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
             path = os.path.abspath(os.fsdecode(arguments[0]))

@@ -14,7 +14,7 @@ from csqcli.errors import UserError
 from csqcli.models.pickles import check_state
 from csqcli.system import files
 from csqcli.training import loop
-from csqcli.training.run_state import read_state
+from csqcli.training.run_state import RunRecord, RunState, read_state
 
 SEARCH = ("search", "--recipe", "digits", "--target-bits", 2, "--epochs", 1, "--set", "max_steps=1", "--quiet")
 
@@ -113,6 +113,20 @@ def test_a_state_that_torch_stumbles_over_is_damaged(
 
     monkeypatch.setattr(torch, "load", fail)
     assert read_state(tmp_path / "resume.pt") is None
+
+
+def test_an_interrupt_inside_torchs_writer_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # what closing the half-written archive says
+
+    monkeypatch.setattr(torch, "save", save)
+    state = RunState.model_construct(record=RunRecord(), **dict.fromkeys(RunState.model_fields.keys() - {"record"}))
+    with pytest.raises(KeyboardInterrupt):
+        state.write(tmp_path / "resume.pt", tmp_path / "resume.previous.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [{"x": argparse.Namespace(a=1)}, {"x": torch.zeros(3).to_sparse()}])

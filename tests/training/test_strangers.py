@@ -200,3 +200,17 @@ def test_a_one_bit_signed_activation_has_no_range() -> None:
     for more in ({"bits": 1, "signed": True}, {"scale": 1e39}, {"scale": 1e-320}, {"scale": 0.0}, {"bits": 0}):
         with pytest.raises(ValidationError):
             ActivationEntry(**{"module": "fc", "bits": 4, "signed": False, "scale": 0.1} | more)
+
+
+@pytest.mark.parametrize("part", ["os:getcwd", "os:sep", "builtins:dict", "json:dumps", "collections:OrderedDict"])
+def test_a_part_that_cannot_be_called_as_csq_calls_it_is_one_line(csq: Csq, tmp_path: Path, part: str) -> None:
+    search = ("search", "--recipe", "digits", "--target-bits", 2, "-o", tmp_path / "out", "--set", "max_steps=1", "-q")
+    fixture = Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"
+    for command in (
+        (*search, "--allocator", part),
+        (*search, "--cost", part),
+        ("evaluate", fixture, "--data", f"{part}:x"),
+    ):
+        code, _, err = csq(*command)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert f"`{part}` " in err
