@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,7 @@ class Case:
 
     def name(self) -> str:
         """Names that a file system allows, in every place of a command line and as class folders."""
-        odd = odd_name(self.rng).replace("..", ".")  # what a user types may well lie outside
+        odd = re.sub(r"\.\.+", ".", odd_name(self.rng))  # what a user types may well lie outside
         file = self.corpus / "search-compact.safetensors"
         train = ("--set", "max_steps=1", "--set", "val_limit=20", "--set", "train_limit=40", "--epochs", 1, "--quiet")
         search = ("search", "--recipe", "digits", "--target-bits", 2, *train)
