@@ -7,7 +7,6 @@ Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is wh
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -324,7 +323,7 @@ def report(file: str | Path) -> Report:
 def inspect(
     model: str | nn.Module,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     exclude: Sequence[str] = (),
     num_classes: int | None = None,
     pretrained: bool = False,
@@ -333,7 +332,8 @@ def inspect(
 
     Args:
         model: as for :func:`search`, or a module.
-        input_size: channels, height and width of an image; None takes the model's own. Needed with a module.
+        input_size: channels, height and width of an image, or for a model by name its side in pixels; None takes the model's
+            own. All three are needed with a module.
         exclude: globs over weight names (``fc``, ``layer4.*``) that stay float.
         num_classes: classes of the head; None takes the library's own.
         pretrained: load the library's weights.
@@ -354,9 +354,10 @@ def inspect(
 
     if isinstance(model, str):
         loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
-        size = input_size or loaded.data_config["input_size"]
+        own = loaded.data_config["input_size"]
+        size = (*own[:-2], input_size, input_size) if isinstance(input_size, int) else input_size or own
         return coverage.coverage(loaded.model, size, exclude=exclude, task=sources.task_of(loaded.spec))
-    if input_size is None:
+    if input_size is None or isinstance(input_size, int):
         raise UserError("no input_size given", where="csqcli.inspect", hint="a module needs one, e.g. (3, 224, 224)")
     from csqcli.quant.wrappers import unwrap
 
@@ -491,11 +492,12 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _display(progress: bool | Display) -> Display:
+    from csqcli.system.launcher import is_main_process
     from csqcli.system.progress import Display
 
     if isinstance(progress, Display):
         return progress
-    return Display(quiet=not progress or os.environ.get("RANK", "0") != "0")  # as torchrun sets it
+    return Display(quiet=not progress or not is_main_process())
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +15,11 @@ _LOADER_DIED = (
         r"DataLoader worker (\(pid(\(s\))? [\d, ]+\)|gone\b|exited)|Pin memory thread"
     )
 )
+_LIBRARIES = {  # whose frames say nothing about where a mistake is
+    *sys.stdlib_module_names,
+    *("csqcli", "__main__", "torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "pydantic", "pydantic_core"),
+    *("yaml", "typer", "click", "rich", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino"),
+}
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # torch's allocators, CUDA and CPU
 
 
@@ -45,6 +52,36 @@ def machine_fault(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and error.strerror:
         return UserError(error.strerror, where=str(error.filename or ""))
     return None
+
+
+def strangers_place(error: BaseException) -> str:
+    """Where code that the user brought (a factory, a forward pass, a plug-in) was when it raised: ``nets.py, line 7 in build``.
+
+    Its last line before the libraries that it called; empty where csq itself called them.
+    """
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{error.filename}, line {error.lineno}"
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package == "csqcli":
+            return ""
+        if package not in _LIBRARIES:
+            return f"{frame.f_code.co_filename}, line {line} in {frame.f_code.co_name}"
+    return ""
+
+
+def strangers_fault(error: BaseException) -> UserError | None:
+    """An exception out of code that the user brought, as one line that says where; None for any other."""
+    place, kind = strangers_place(error), type(error).__name__
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return UserError(f"{kind}: {text}", where=place, hint="CSQ_DEBUG=1 shows the traceback") if place else None
+
+
+def as_line(error: BaseException) -> UserError | None:
+    """What the machine or somebody else's code did, as one line; None for a mistake of csq's own."""
+    if isinstance(error, OSError):  # a stranger's own says where it was raised
+        return strangers_fault(error) or machine_fault(error)
+    return machine_fault(error) or strangers_fault(error)
 
 
 def no_such_file(path: Path) -> UserError:

@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from csqcli.errors import UserError, did_you_mean, machine_fault
+from csqcli.errors import UserError, did_you_mean, machine_fault, strangers_place
 from csqcli.exporting import verify
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header, io, loading
@@ -104,9 +104,8 @@ def _save(
     measured = _accuracy(accuracy)
     _check_finite(network)
     trusted = spec.library == "factory"  # the caller has named it
-    elements = sum(value.numel() for value in network.state_dict().values())
     rebuilt = loading.architecture(
-        spec, num_classes=num_classes, elements=elements, trust_code=trusted, where=source
+        spec, num_classes=num_classes, state=network.state_dict(), trust_code=trusted, where=source
     ).to(_device(network))
     _check_architecture(rebuilt, network, where=source)
     config = sources.usable_config(data_config or sources.data_config(network, spec), where=source)
@@ -287,7 +286,9 @@ def _outputs(network: nn.Module, task: str, input_size: Sequence[int], *, where:
         if machine_fault(error) is not None:
             raise
         hint = "pass data_config with the input_size (channels, height, width) of your images"
-        raise UserError(f"cannot run on images of {size} ({error})", where=where, hint=hint) from error
+        place = strangers_place(error)
+        what = f"cannot run on images of {size} ({f'{place}: ' if place else ''}{error})"
+        raise UserError(what, where=where, hint=hint) from error
     return [tensor.float().cpu() for tensor in _tensors(output) if tensor.is_floating_point()]
 
 

@@ -1,4 +1,4 @@
-"""Each fault of tests/faults.py once, and five kill cycles, in a process of their own that forks every run."""
+"""Each fault of tests/faults once, and five kill cycles, in a process of their own that forks every run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("resource", reason="kills and limits are POSIX")
-from faults import FAULTS
+from tests.faults.promises import FAULTS
 
 ROOT = Path(__file__).parents[1]
 

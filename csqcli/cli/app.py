@@ -18,8 +18,9 @@ from csqcli.cli.methods import methods
 from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
-from csqcli.errors import UserError, machine_fault
-from csqcli.system.interrupt import Interrupted
+from csqcli.errors import UserError, as_line
+from csqcli.system.interrupt import Interrupted, Signals
+from csqcli.system.launcher import is_main_process
 from csqcli.version import __version__
 
 app = typer.Typer(
@@ -48,41 +49,48 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
-    output.tolerate_any_encoding()
+    output.tolerate_any_text()
+    with Signals() as signals:
+        code = _run(signals)
+    sys.exit(code)
+
+
+def _run(signals: Signals) -> int:
+    """The exit code of the command."""
     click = sys.modules[typer.BadParameter.__module__]  # the exceptions of typer's click, vendored in newer releases
     try:
         result = app(prog_name="csq", standalone_mode=False)
-        code = result if isinstance(result, int) else 0
+        if result != _INTERRUPTED:  # some releases of typer turn KeyboardInterrupt into this exit code
+            return result if isinstance(result, int) else 0
     except UserError as error:
         if os.environ.get("CSQ_DEBUG") == "1":
             traceback.print_exc()
         _fail(error.line())
     except getattr(click, "NoArgsIsHelpError", ()) as error:  # click 8.2 and later
         output.block(error.format_message())
-        code = 0
+        return 0
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "csq"
         _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`")
     except typer.Exit as error:
-        code = error.exit_code
+        return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        code = _INTERRUPTED
-        output.error_line(_RESUME_HINT)
+        pass
     except Interrupted as stop:
-        if output.is_main_process():
+        signals.ignore()
+        if is_main_process():
             output.error_line(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on")
-        code = 128 + stop.signum
-    except (MemoryError, RuntimeError, OSError) as error:
-        fault = machine_fault(error)
-        if fault is None:
+        return 128 + stop.signum
+    except Exception as error:
+        fault = as_line(error)  # the machine's, or of code that the user brought
+        if fault is None:  # csq's own mistakes keep their traceback
             raise
         if os.environ.get("CSQ_DEBUG") == "1":
             traceback.print_exc()
         _fail(fault.line())
-    else:
-        if code == _INTERRUPTED:  # some releases of typer turn KeyboardInterrupt into this exit code
-            output.error_line(_RESUME_HINT)
-    sys.exit(code)
+    signals.ignore()
+    output.error_line(_RESUME_HINT)
+    return 128 + signals.signum
 
 
 def _fail(text: str) -> NoReturn:

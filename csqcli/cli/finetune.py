@@ -24,7 +24,8 @@ from csqcli.cli.options import (
     given,
     val_split,
 )
-from csqcli.cli.output import is_main_process, result_of_run
+from csqcli.cli.output import result_of_run
+from csqcli.system.launcher import is_main_process
 
 
 def finetune(

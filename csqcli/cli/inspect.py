@@ -20,6 +20,9 @@ def inspect(
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Classes of the head; the library's own if unset.")
     ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Side of the images in pixels; the model's own if unset.")
+    ] = None,
     strict: Annotated[
         float | None, typer.Option(min=0, max=1, help="Fail when less than this share of parameters is covered.")
     ] = None,
@@ -28,7 +31,9 @@ def inspect(
     """What csq would quantize in a model, and what stays float and why."""
     from csqcli import api
 
-    found = api.inspect(model, exclude=exclude or (), num_classes=num_classes, pretrained=pretrained)
+    found = api.inspect(
+        model, input_size=input_size, exclude=exclude or (), num_classes=num_classes, pretrained=pretrained
+    )
     if as_json:
         output.as_json(found)
     else:

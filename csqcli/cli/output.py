@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import os
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csqcli.errors import printable
+from csqcli.system.launcher import is_main_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,13 +37,19 @@ _PLAIN = {
 }
 
 
-def is_main_process() -> bool:
-    """Whether this is the process of a group that speaks; torchrun numbers them."""
-    return os.environ.get("RANK", "0") == "0"
+class _OneLine(logging.Formatter):
+    """Warnings name files, which may be called anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
-def tolerate_any_encoding() -> None:
-    """Let stdout and stderr write ASCII in place of signs that their encoding lacks, instead of failing."""
+def tolerate_any_text() -> None:
+    """Let stdout and stderr write ASCII in place of signs that their encoding lacks, instead of failing, and let no warning
+    steer the terminal. Who set up logging of their own is left alone.
+    """
+    if logging.lastResort is not None:  # what writes warnings to stderr where nobody asked for anything else
+        logging.lastResort.setFormatter(_OneLine())
     codecs.register_error("csq-plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

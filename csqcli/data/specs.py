@@ -21,7 +21,7 @@ from csqcli.data import sources
 from csqcli.data.registry import SOURCES, DataSource
 from csqcli.errors import UserError, did_you_mean
 from csqcli.system.limits import is_safe_text
-from csqcli.system.plugins import import_attribute
+from csqcli.system.plugins import import_function
 
 if TYPE_CHECKING:
     from csqcli.data.splits import DataSet
@@ -140,7 +140,7 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
     if outside is None:
         raise UserError("no such file, folder or data source", where=source, hint=likely or hint())
     try:
-        return import_attribute(outside["name"], where=source), outside["text"] or ""
+        return import_function(outside["name"], where=source), outside["text"] or ""
     except UserError:
         if likely:
             raise UserError("no such file, folder or data source", where=source, hint=likely) from None

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, machine_fault
 from csqcli.exporting.runtime import INPUT, OUTPUT, require
 from csqcli.exporting.verify import ParityError
 from csqcli.quant.hard_layer import HardLayer, spread
@@ -152,6 +152,8 @@ def trace(model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[in
                 found[canonical] = value
             optimizer.optimize(program.model)
         except Exception as error:  # the exporter raises dozens of kinds; all mean the same to the user
+            if machine_fault(error) is not None:
+                raise
             reason = _reason(error)
             hint = "export --int8-packed or --state-dict and load the model in torch"
             raise UserError(f"torch cannot export this model to ONNX ({reason})", hint=hint) from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.file import io
@@ -20,7 +20,7 @@ from csqcli.quant.activations import ActivationRecord
 from csqcli.quant.wrappers import unwrap
 from csqcli.system.allocation import AllocationLimit
 
-_SPARE_ELEMENTS = 2**24  # that a constructor may allocate beside the file's own tensors
+_SPARE_ELEMENTS, _SPARE_TENSORS = 2**24, 2**10  # that a constructor may make beside the file's own, four times over
 
 
 def load_file(path: str | Path, *, trust_code: bool = False) -> nn.Module:
@@ -45,7 +45,7 @@ def plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Modu
     model = architecture(
         file.manifest.spec,
         num_classes=file.manifest.model.num_classes,
-        elements=sum(value.numel() for value in state.values()),
+        state=state,
         trust_code=trust_code,
         where=where,
     )
@@ -53,11 +53,13 @@ def plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Modu
     return model.eval()
 
 
-def architecture(spec: ModelSpec, *, num_classes: int, elements: int, trust_code: bool, where: str) -> nn.Module:
+def architecture(
+    spec: ModelSpec, *, num_classes: int, state: Mapping[str, Tensor], trust_code: bool, where: str
+) -> nn.Module:
     """The network of a spec that may come out of a file, with the weights that its constructor gives it.
 
-    ``elements`` is how many numbers its state should hold: without ``trust_code`` the constructor may allocate a few times
-    as many, no more, and nothing is imported. Raises UserError.
+    ``state`` is what it should hold: without ``trust_code`` the constructor may make a few times as many tensors and numbers,
+    no more, and nothing is imported. Raises UserError.
     """
     if spec.library not in (*LIBRARIES, "factory"):
         raise UserError(f"unknown model library `{spec.library}`", where=where)
@@ -66,7 +68,9 @@ def architecture(spec: ModelSpec, *, num_classes: int, elements: int, trust_code
         raise UserError(f"the file asks to import `{spec.name}`", where=where, hint=hint)
     if spec.library != "factory":
         spec = parse(spec.source, spec.arguments)
-    with contextlib.nullcontext() if trust_code else AllocationLimit(4 * elements + _SPARE_ELEMENTS):
+    elements = 4 * sum(value.numel() for value in state.values()) + _SPARE_ELEMENTS
+    limit = AllocationLimit(elements, tensors=4 * len(state) + _SPARE_TENSORS)
+    with contextlib.nullcontext() if trust_code else limit:
         return build(spec, num_classes=num_classes)
 
 

@@ -34,6 +34,8 @@ _WRAPPED_MODULES = re.compile(
 _AVERAGED = {"ema", "swa", "averaged"}
 _MAX_NESTING = 4  # of the mappings around a state dict
 _MAX_MODULES = 64  # modules within each other, of a model that was pickled whole
+_MAX_ENTRIES = 2**18  # of all mappings in a file
+_MAX_NAME = 1024  # characters of a tensor's name
 _INDEX_BYTES, _INDEX_VALUES = 2**24, 2**20  # of a sharded file's index
 
 
@@ -77,16 +79,19 @@ def read_checkpoint(path: str) -> Checkpoint:
         content = _read_safetensors(file, where=path)
     else:
         content = load_pickled(file, where=path)
-    groups = {place: tensors for place, tensors in _groups(content) if tensors}
+    try:
+        groups = {place: tensors for place, tensors in _groups(content, iter(range(_MAX_ENTRIES))) if tensors}
+    except ValueError as error:
+        raise UserError(f"not a readable checkpoint ({error})", where=path) from None
     if not groups:
         raise UserError("holds no tensors", where=path, hint="a state dict is expected")
     for tensors in groups.values():
         for name, value in tensors.items():
             try:
-                _check_tensor(value)
+                _check_tensor(name, value)
             except ValueError as error:
                 hint = "a plain state dict is expected"
-                raise UserError(f"tensor `{name}` is {error}", where=path, hint=hint) from None
+                raise UserError(f"tensor `{name[:_MAX_NAME]}` is {error}", where=path, hint=hint) from None
     return Checkpoint(groups, _sha256(files), path if path.startswith("builtin:") else file.name)
 
 
@@ -202,37 +207,54 @@ def _sha256(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _groups(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(path, tensors by name) of every mapping in the file that holds tensors, and of every model that was pickled whole."""
+def _groups(
+    content: Any, entries: Iterator[int], place: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(path, tensors by name) of every mapping in the file that holds tensors, and of every model that was pickled whole.
+
+    ``entries`` runs out before a small graph of mappings within mappings unfolds into a tree without end. ValueError then.
+    """
     if isinstance(content, StandIn) and isinstance(content.state, Mapping):
-        yield place, dict(_pickled_module(content))
+        yield place, dict(_pickled_module(content, entries))
     if not isinstance(content, Mapping):
         return
     tensors = {}
     for name, value in content.items():
+        _count(entries)
         if isinstance(value, Tensor):
             tensors[_WRAPPED_MODULES.sub("", str(name)).lstrip(".")] = value.detach()
         elif depth < _MAX_NESTING:
-            yield from _groups(value, f"{place}.{name}".lstrip("."), depth + 1)
+            yield from _groups(value, entries, f"{place}.{name}".lstrip("."), depth + 1)
     yield place, tensors
 
 
-def _pickled_module(module: StandIn, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def _pickled_module(
+    module: StandIn, entries: Iterator[int], prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the state dict of a pickled ``nn.Module``, out of the state that it was pickled with."""
     state = module.state if isinstance(module.state, Mapping) else {}
     for kind in ("_parameters", "_buffers"):
         own = state.get(kind)
         for name, value in own.items() if isinstance(own, Mapping) else ():
+            _count(entries)
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value.detach()
     children = state.get("_modules")
     for name, child in children.items() if isinstance(children, Mapping) else ():
+        _count(entries)
         if isinstance(child, StandIn) and depth < _MAX_MODULES:
-            yield from _pickled_module(child, f"{prefix}{name}.", depth + 1)
+            yield from _pickled_module(child, entries, f"{prefix}{name}.", depth + 1)
 
 
-def _check_tensor(value: Tensor) -> None:
-    """A plain dense tensor whose elements are all there."""
+def _count(entries: Iterator[int]) -> None:
+    if next(entries, None) is None:
+        raise ValueError(f"more than {_MAX_ENTRIES:,} entries")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    """A plain dense tensor whose elements are all there, under a name that a module could have."""
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"called by {len(name):,} characters")
     if value.is_nested:  # whose layout is strided, and whose shape cannot be asked for
         raise ValueError("a nested tensor")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():

@@ -7,6 +7,7 @@ that the central crop keeps) and ``crop_mode``. Importing this module does not i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from csqcli.errors import UserError
 
 DataConfig = dict[str, Any]
 MAX_SIDE = 4096  # of every entry of input_size
+MAX_NUMBERS = 3 * MAX_SIDE**2  # of one image
 IMAGENET_CONFIG: DataConfig = {  # for models that state no config of their own
     "input_size": (3, 224, 224),
     "mean": (0.485, 0.456, 0.406),
@@ -43,6 +45,8 @@ class _DataConfigRules(BaseModel):
         channels = self.input_size[0]
         if not 1 <= min(self.input_size) or max(self.input_size) > MAX_SIDE:
             raise ValueError(f"input_size {list(self.input_size)} is not within 1 to {MAX_SIDE}")
+        if math.prod(self.input_size) > MAX_NUMBERS:
+            raise ValueError(f"input_size {list(self.input_size)} is more than {MAX_NUMBERS:,} numbers")
         if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} deviations for {channels} channels")
         return self

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from csqcli.errors import UserError, machine_fault
+from csqcli.errors import UserError, machine_fault, strangers_fault
 from csqcli.models import networks
 from csqcli.models.checkpoints import Checkpoint, Weights, choose_weights, fit_state_dict
 from csqcli.models.data_config import IMAGENET_CONFIG, DataConfig, usable_config
@@ -72,7 +72,8 @@ def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False)
     except (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         if machine_fault(error) is not None:
             raise
-        raise UserError(f"the constructor refused its arguments: {error}", where=spec.source) from error
+        refused = UserError(f"the constructor refused its arguments: {error}", where=spec.source)
+        raise (strangers_fault(error) or refused) from error
 
 
 def load(
@@ -191,6 +192,12 @@ def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) ->
     model = factory(**kwargs)
     if not isinstance(model, nn.Module):
         raise UserError(f"the factory returned {type(model).__name__}, not a torch.nn.Module", where=spec.name)
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        hint = "let the factory run it on an image once"
+        raise UserError(
+            f"the factory returned lazy modules, whose shapes are open ({lazy[0]})", where=spec.name, hint=hint
+        )
     return model
 
 

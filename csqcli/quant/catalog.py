@@ -13,7 +13,7 @@ from pydantic import Field
 
 from csqcli.errors import UserError, did_you_mean
 from csqcli.system.plugins import import_attribute
-from csqcli.system.settings import Section
+from csqcli.system.settings import LARGE, Section
 
 if TYPE_CHECKING:
     from csqcli.quant.methods.base import WeightMethod
@@ -35,13 +35,13 @@ class StagedSettings(MethodSettings):
     """Share of the steps in which masks are soft; then planes are fixed and integers trained."""
     soft_share: float = Field(0.5, ge=0, le=1)
     """Share of the steps after which every weight is hard; until then integers harden gradually."""
-    beta_initial: float = Field(1.0, gt=0)
+    beta_initial: float = Field(1.0, gt=0, le=LARGE)
     """Temperature of the soft masks at the first step."""
-    beta_final: float = Field(20.0, gt=0)
+    beta_final: float = Field(20.0, gt=0, le=LARGE)
     """Temperature of the soft masks when planes are fixed."""
-    latent_lr: float = Field(0.01, gt=0)
+    latent_lr: float = Field(0.01, gt=0, le=LARGE)
     """Peak step of the latent weights (Adam), in units of the layer's one-plane step; follows optimizer.schedule."""
-    latent_lr_power: float = Field(2.0, ge=0)
+    latent_lr_power: float = Field(2.0, ge=0, le=LARGE)
     """The latents' rate is latent_lr · (share of the peak learning rate)^power."""
     fisher_decay: float = Field(0.99, gt=0, lt=1)
     """Adam's β2: the memory of the squared gradients that importance is read from."""
@@ -56,19 +56,19 @@ class StagedSettings(MethodSettings):
 class GateSettings(MethodSettings):
     """What both gate methods share; the paper's values are in its recipes (section IV-A)."""
 
-    beta_initial: float = Field(1.0, gt=0)
+    beta_initial: float = Field(1.0, gt=0, le=LARGE)
     """β0, gate temperature at the start."""
-    beta_final: float = Field(20.0, gt=0)
+    beta_final: float = Field(20.0, gt=0, le=LARGE)
     """β at the end, where gates should be close to unit steps; 200 in the paper."""
     beta_schedule: Literal["epoch", "step"] = "step"
     """Raise β once per epoch (the paper) or at every step (short schedules)."""
-    logit: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    logit: Annotated[float, Field(gt=0, le=LARGE)] | Literal["auto"] = "auto"
     """Distance of bit logits from the decision boundary at the start; on-bits at +logit, all others at −logit. `auto`: 1 from
     a checkpoint; from scratch what weight decay takes to |βm| = 4 by the end, at most 1."""
     digits: Literal["signed", "sign-magnitude"] = "signed"
     """Code that bits start from: a sign of its own for every plane's digit, so that dropping planes rounds, or the weight's
     sign for all of them (the authors' code)."""
-    init_scale: Annotated[float, Field(gt=0)] | Literal["mse"] = 0.6
+    init_scale: Annotated[float, Field(gt=0, le=LARGE)] | Literal["mse"] = 0.6
     """s at the start, as a share of the layer's largest weight; `mse`: the scale with the least squared error at
     target_bits planes."""
     gate_steps: Literal["preconditioned", "sgd"] = "preconditioned"
@@ -76,7 +76,7 @@ class GateSettings(MethodSettings):
     logits (the paper)."""
     refit_scale: bool = True
     """Refit each layer's scale in closed form when β moves, so that the weights stay where they are."""
-    restart_beta: Annotated[float, Field(gt=0)] | None = 2.0
+    restart_beta: Annotated[float, Field(gt=0, le=LARGE)] | None = 2.0
     """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
     rounding: Literal["threshold", "nearest"] = "nearest"
     """Hardening: every gate to its unit step (the paper), or each weight to the level nearest to its soft weight, with a
@@ -90,9 +90,9 @@ class GateSettings(MethodSettings):
 class CSQSettings(GateSettings):
     """Knobs of Algorithm 1."""
 
-    reg_strength: float = Field(0.01, ge=0)
+    reg_strength: float = Field(0.01, ge=0, le=LARGE)
     """λ of Eq. 7."""
-    mask_logit: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    mask_logit: Annotated[float, Field(ge=0, le=LARGE)] | Literal["auto"] = "auto"
     """m_B at the start; ≥ 0 so that every plane is in use at step 0. `auto`: as for `logit`."""
     precision_count: Literal["sign", "soft"] = "sign"
     """Planes that Δ_S of Eq. 7 counts: those with m_B ≥ 0 (the paper), or Σ f(m_B)."""

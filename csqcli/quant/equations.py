@@ -110,7 +110,7 @@ def logits_from_digits(digits: Tensor, *, logit: float, beta: float) -> tuple[Te
     f(+a) − f(−a) = tanh(βa/2) and f(−a) − f(−a) = 0, at every β. A digit in between has the bit of its sign in between, at
     f = f(−a) + tanh(βa/2)·|d|. Both results have the shape of ``digits``.
     """
-    low, spread = 1 / (1 + math.exp(beta * logit)), math.tanh(beta * logit / 2)
+    low, spread = 1 / (1 + math.exp(min(beta * logit, 700.0))), math.tanh(beta * logit / 2)
 
     def logits_of(part: Tensor) -> Tensor:
         between = torch.logit(low + spread * part) / beta

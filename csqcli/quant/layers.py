@@ -104,7 +104,8 @@ def find_layers(model: nn.Module, *, exclude: Iterable[str] = ()) -> tuple[list[
     """Weights to quantize, in the model's own order, and the tensors of two or more dimensions left float.
 
     ``exclude`` holds globs over tensor names (``fc.weight``, ``layer4.*``) that stay float and uncounted.
-    Raises UserError for a glob that matches no weight and for weights with NaN or infinite values.
+    Raises UserError for a glob that matches no weight, for weights with NaN or infinite values, and for parameters that
+    cannot be trained in place: lazy ones, and expanded ones.
     """
     found: dict[int, tuple[str, nn.Parameter, int, list[str]]] = {}
     left: dict[int, FloatTensor] = {}
@@ -113,6 +114,7 @@ def find_layers(model: nn.Module, *, exclude: Iterable[str] = ()) -> tuple[list[
             if parameter is None:
                 continue
             name = f"{module_name}.{own_name}" if module_name else own_name
+            _check_memory(name, parameter)
             if id(parameter) in found:
                 if name not in (found[id(parameter)][0], *found[id(parameter)][3]):
                     found[id(parameter)][3].append(name)
@@ -163,6 +165,14 @@ def match(pattern: str, names: Iterable[str], *, where: str) -> set[str]:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _check_memory(name: str, parameter: nn.Parameter) -> None:
+    """UserError for a parameter that has no memory yet, or several elements at one place of it."""
+    if nn.parameter.is_lazy(parameter):
+        raise UserError("has no shape yet (a lazy module)", where=name, hint="run the model on an image once before")
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise UserError("is expanded: its elements share memory", where=name, hint="make it a clone of itself")
 
 
 def _why_not_a_weight(module: nn.Module, own_name: str, parameter: nn.Parameter) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from csqcli.quant.layers import find_layers
 from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
 from csqcli.quant.passes.state import kernels_for
 from csqcli.quant.wrappers import unwrap
+from csqcli.system.settings import LARGE
 
 MAX_BITS = 8  # planes that each layer starts with
 
@@ -172,8 +172,9 @@ class CSQ(QuantizedOptimizer):
             _check_steps("steps_per_epoch", steps_per_epoch)
         if not 0 < target_bits <= MAX_BITS:  # NaN is refused too
             raise UserError(f"target_bits must be above 0 and at most {MAX_BITS}, not {target_bits!r}")
-        if not 0 < lr < math.inf:
-            raise UserError(f"lr must be a number above 0, not {lr!r}", hint="schedulers may lower it to 0 later")
+        if not 0 < lr <= LARGE:  # NaN is refused too
+            what = f"lr must be a number above 0 and at most {LARGE:g}, not {lr!r}"
+            raise UserError(what, hint="schedulers may lower it to 0 later")
         model = unwrap(model)
         layers, _ = find_layers(model, exclude=exclude)
         card = _trainable(method, target_bits)

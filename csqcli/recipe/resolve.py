@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -115,14 +116,16 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
     """As :func:`resolve`, from the recipe inside a model file.
 
     Whatever would make csq read something (model, data.source) or start processes (data.workers, compile) is
-    left out of it: only users name those. Nor is anything imported that it names, without ``trust_code``; the planes are fixed
-    by then, so who decided them, and at what cost, does not matter any more. Integers of a method that cannot go on from them
-    are trained by `staged`, which takes any.
+    left out of it, and threads are at most as many as this machine has: only users say more. Nor is anything imported that it
+    names, without ``trust_code``; the planes are fixed by then, so who decided them, and at what cost, does not matter any
+    more. Integers of a method that cannot go on from them are trained by `staged`, which takes any.
     """
     kept = legacy.modernised(without(_as_mapping(raw, where), Recipe.keys_marked(USERS_ONLY)))
     section = kept.get("quantization")
     if isinstance(section, dict):
         kept["quantization"] = {key: value for key, value in section.items() if key not in ("allocator", "cost")}
+    if isinstance(kept.get("threads"), int):
+        kept["threads"] = min(kept["threads"], os.cpu_count() or 1)
     method = _method_of(kept)
     if isinstance(method, str) and ":" in method and not trust_code and "quantization.method" not in overrides:
         hint = "pass --trust-code (trust_code=True) if you trust this file"

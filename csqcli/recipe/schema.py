@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, mod
 from csqcli.quant.catalog import AUTO, MethodCard, MethodSettings, find_card
 from csqcli.quant.costs import WEIGHTS
 from csqcli.system.limits import check_arguments
-from csqcli.system.settings import RESULT_NEUTRAL, USERS_ONLY, Section
+from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
@@ -133,11 +133,11 @@ class OptimizerSettings(Section):
 
     name: str = "momentum"
     """Any name of timm's optimizer factory; `momentum` is plain SGD with momentum, as in the paper (timm's `sgd` is Nesterov)."""
-    lr: float = Field(0.05, gt=0)
+    lr: float = Field(0.05, gt=0, le=LARGE)
     """Peak learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum, of the gates too."""
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(5e-4, ge=0, le=LARGE)
     """L2 coefficient, on everything that is trained."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate over the run, per step."""
@@ -163,7 +163,7 @@ class AdaptationSettings(Section):
 
     epochs: int = Field(0, ge=0, le=10**6)
     """Epochs in float before the search; 0 for none."""
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, le=LARGE)
     """Peak learning rate; 0.2 of the search's when unset, since only the head may be new."""
 
 
@@ -172,7 +172,7 @@ class FinetuneSettings(Section):
 
     epochs: int = Field(0, ge=0, le=10**6)
     """Epochs after a search; 0 for none."""
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, le=LARGE)
     """Peak learning rate; 0.4 of the search's when unset, since the model is already trained at its precision."""
 
 

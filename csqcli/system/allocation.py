@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class AllocationLimit(TorchDispatchMode):
-    """Inside, tensors made from nothing may have ``elements`` in all, and what operations broadcast to no more than that.
+    """Inside, ``tensors`` may be made from nothing, of ``elements`` in all, and what operations broadcast to has no more of them.
 
     A constructor whose arguments come from a file then fails before it allocates, not after.
     """
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, elements: int, *, tensors: int = 2**20) -> None:
         super().__init__()
         self.left = self.limit = elements
+        self.tensors = self.tensors_left = tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -29,6 +30,9 @@ class AllocationLimit(TorchDispatchMode):
             size = func(*args, **kwargs | {"device": torch.device("meta")}).numel()
             self._check(size, self.left)
             self.left -= size
+            self.tensors_left -= 1
+            if self.tensors_left < 0:
+                raise ValueError(f"arguments that ask for more than {self.tensors:,} tensors")
         return func(*args, **kwargs)
 
     @staticmethod

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from csqcli.errors import UserError
-
-_LAUNCHER = "torchrun sets these; unset them to run in one process"
+from csqcli.system import launcher
 
 
 @dataclass(frozen=True)
@@ -32,27 +31,24 @@ class Shard:
 
 def start(device: torch.device) -> tuple[Shard, torch.device]:
     """Join torchrun's process group when there is one; this process's shard, and its own device."""
-    world = _number("WORLD_SIZE", default=1)
+    world, rank = launcher.world_size(), launcher.number("RANK", default=0)
     if world == 1:
         return Shard(), device
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing and not dist.is_initialized():
-        raise UserError(f"WORLD_SIZE is {world}, and {missing[0]} is not set", hint=_LAUNCHER)
-    if _number("RANK", default=0) >= world:
-        raise UserError(f"RANK is {os.environ['RANK']} and WORLD_SIZE {world}", hint=_LAUNCHER)
+        raise UserError(f"WORLD_SIZE is {world}, and {missing[0]} is not set", hint=launcher.HINT)
+    if rank >= world:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world}", hint=launcher.HINT)
     if device.type == "cuda":
-        device = torch.device("cuda", _number("LOCAL_RANK", default=0))
+        device = torch.device("cuda", launcher.number("LOCAL_RANK", default=0))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:  # an address or a port that is none; nobody there
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"the processes do not find each other ({reason})", hint=launcher.HINT) from error
     return Shard(dist.get_rank(), world), device
-
-
-def _number(name: str, *, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"`{text[:40]}` is not a number", where=f"environment variable {name}", hint=_LAUNCHER)
-    return int(text)
 
 
 def stop() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
+from csqcli.system import launcher
 
 # What torch asks for is met within 12 % by most models; processes grow by 1.1 to 1.6 times as much, because glibc holds on
 # to freed blocks below 32 MiB. 1.3 is in the middle (docs/performance.md). A GPU's allocator was not measured.
@@ -116,7 +116,7 @@ def free_bytes(device: torch.device) -> int | None:
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = launcher.local_world_size()
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from csqcli.errors import printable
+
 LOG_EVERY = 60.0  # seconds between two lines of a step that goes on, where nothing can be drawn
 _REDRAWN_EVERY = 0.5  # seconds; reading a loss waits for the device
 
@@ -74,10 +76,10 @@ class Display:
         )
 
     def say(self, text: str) -> None:
-        """One line."""
+        """One line; names of files and classes cannot steer the terminal."""
         if not self.quiet:
             self._said_at = self.clock()
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
     @contextlib.contextmanager
     def step(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:

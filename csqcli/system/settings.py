@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 RESULT_NEUTRAL = "result-neutral"
 USERS_ONLY = "users-only"
+LARGE = 1e6  # beyond every rate and strength that means anything; squares of it are still numbers in float32
 
 
 class Section(BaseModel):

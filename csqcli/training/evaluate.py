@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.data.loaders import Loader
-from csqcli.errors import UserError, machine_fault
+from csqcli.errors import UserError, machine_fault, strangers_place
 from csqcli.system import distributed
 
 
@@ -62,8 +62,9 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
     except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
         if machine_fault(error) is not None:
             raise
-        hint = "check data.input_size"
-        raise UserError(f"cannot run on an image of {size} ({error})", where=where, hint=hint) from error
+        place = strangers_place(error)
+        what = f"cannot run on an image of {size} ({f'{place}: ' if place else ''}{error})"
+        raise UserError(what, where=where, hint="check data.input_size") from error
     if num_classes is not None and shape != [1, num_classes]:
         hint = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
         raise UserError(

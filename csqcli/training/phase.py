@@ -134,7 +134,12 @@ class _Epochs:
             device_rng=torch.cuda.get_rng_state(run.device) if cuda else None,
             record=run.record,
         )
-        bad = not all(is_finite(part) for part in (state.losses, state.model, state.optimizer, state.activations))
+        trained = {
+            name: value
+            for name, value in state.model.items()
+            if name not in run.unbounded or not bool(value.isinf().all())
+        }
+        bad = not all(is_finite(part) for part in (state.losses, trained, state.optimizer, state.activations))
         if batch == 0:  # all processes are here
             bad = distributed.sum_counts([bad], run.device)[0] > 0
         elif bad and run.shard.world > 1:

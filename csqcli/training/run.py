@@ -67,6 +67,10 @@ class Run:
             torch.set_num_threads(recipe.threads)
         self._know_inputs()
         self.model = self.model.to(self.device)
+        # bounds that are off, as the model came
+        self.unbounded = {
+            name for name, buffer in self.model.named_buffers(remove_duplicate=False) if bool(buffer.isinf().all())
+        }
         auto = recipe.channels_last == "auto" and self.device.type == "cuda"
         self.channels_last = recipe.channels_last == "on" or auto
         if self.channels_last:

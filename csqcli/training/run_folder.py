@@ -31,6 +31,7 @@ MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PRE
     "resume.pt",
     "resume.previous.pt",
 )
+_REPORT_BYTES = 2**28  # a scale per channel and a line per epoch
 log = logging.getLogger(__name__)
 
 
@@ -114,9 +115,9 @@ class RunFolder:
     def _report_of_this_run(self) -> dict[str, Any] | None:
         """The report, where it is one. UserError where it is another run's, or the model is not the one that it is about."""
         try:
-            report = read_json((self.path / REPORT_FILE).read_text(encoding="utf-8"), nodes=HISTORY_VALUES)
+            report = read_json(files.read_regular(self.path / REPORT_FILE, limit=_REPORT_BYTES), nodes=HISTORY_VALUES)
             then = Inputs.model_validate(report.get("inputs"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError):
             return None
         check_same(then, self.inputs, where=str(self.path))
         if report.get("model_sha256") != _sha256(self.model_file):

@@ -13,12 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from csqcli.errors import UserError, machine_fault
 from csqcli.file.manifest import AccuracyRecord
+from csqcli.models.pickles import check_state
 from csqcli.system import files
-from csqcli.system.limits import check_archive, check_tree
+from csqcli.system.limits import check_tree
 from csqcli.training.inputs import Inputs
 
 MAX_ROLLBACKS = 3
 HISTORY_VALUES = 2**22
+_DAMAGE = (  # what torch's reader, and the checks after it, raise for bytes that are no state
+    *(ValidationError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError),
+    *(LookupError, AttributeError, TypeError, AssertionError, ArithmeticError),
+)
 log = logging.getLogger(__name__)
 
 
@@ -79,8 +84,9 @@ class RunState(BaseModel):
                     torch.save(
                         content | {name: content[name].model_dump(mode="json") for name in ("inputs", "record")}, file
                     )
-                except RuntimeError as error:  # torch's writer hides what the operating system said
-                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+                except RuntimeError as error:  # torch's writer hides what the operating system, or Ctrl-C, said
+                    hidden = error.__context__
+                    raise hidden if isinstance(hidden, (OSError, KeyboardInterrupt)) else error from None
             files.seal(temporary)
 
 
@@ -92,12 +98,12 @@ def read_state(path: Path) -> RunState | None:
     try:
         if not files.is_intact(path):
             return None
-        check_archive(path)
+        check_state(path)
         state = RunState.model_validate(torch.load(path, map_location="cpu", weights_only=True))
         for found in (state.record.history, state.inputs.model_dump()):
             check_tree(found, nodes=HISTORY_VALUES)
         return state
-    except (ValidationError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError) as error:
+    except _DAMAGE as error:
         log.debug("%s: %r", path, error)
         return None
     except (OSError, MemoryError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,9 @@ def make_trainer(
     """The trainer of a phase. ``recipe`` is the run's with the phase's own epochs and rates; ``start`` are delivered layers
     to train on from. UserError for what does not fit the machine or the optimizer."""
     settings = recipe.optimizer
+    if not any(parameter.requires_grad for parameter in run.model.parameters()):
+        hint = "unfreeze in the factory what shall be trained"
+        raise UserError("every parameter is frozen (requires_grad is False)", where=run.source.source, hint=hint)
     batches = run.train_loader.batches
     steps = min(batches, recipe.max_steps or batches)
     amp = recipe.amp == "bf16" or (recipe.amp == "auto" and run.device.type == "cuda")
@@ -150,8 +154,9 @@ def _base_optimizer(run: Run, recipe: Recipe, method: WeightMethod) -> torch.opt
     groups = base_groups(run.model, method)
     if run.activations is not None:
         groups.append({"params": run.activations.parameters(), "weight_decay": 0.0})
+    where = f"optimizer.name={settings.name}"
     try:
-        return create_optimizer_v2(
+        base = create_optimizer_v2(
             groups,
             opt=settings.name,
             lr=settings.lr,
@@ -159,8 +164,18 @@ def _base_optimizer(run: Run, recipe: Recipe, method: WeightMethod) -> torch.opt
             momentum=settings.momentum,
         )
     except (ValueError, AssertionError, TypeError) as error:
-        hint = did_you_mean(settings.name, map(str, list_optimizers()))
-        raise UserError(str(error), where=f"optimizer.name={settings.name}", hint=hint) from error
+        hint = did_you_mean(settings.name, {*map(str, list_optimizers())} - {settings.name})
+        raise UserError(str(error), where=where, hint=hint) from error
+    if _needs_more_passes(base):
+        what = "needs more than one backward pass per step (second derivatives, or a closure)"
+        raise UserError(what, where=where, hint="take a first-order optimizer, such as momentum or adamw")
+    return base
+
+
+def _needs_more_passes(base: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(base.step).parameters.get("closure")
+    required = closure is not None and closure.default is inspect.Parameter.empty
+    return required or bool(getattr(base, "is_second_order", False))
 
 
 def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:

@@ -107,6 +107,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "inspect timm:resnet10t --no-pretrained --exclude fc --num-classes 7 --strict 0.5 --json",
         lambda r: "fc.weight" not in [layer["name"] for layer in json.loads(r.out)["layers"]],
     ),
+    "inspect at a size": (
+        "inspect csq:digits_cnn --input-size 12 --json",
+        lambda r: json.loads(r.out)["input_size"] == [1, 12, 12],
+    ),
     "methods": ("methods --json", lambda r: "csq" in [method["name"] for method in json.loads(r.out)["methods"]]),
     "recipes": ("recipes show digits", lambda r: "digits_cnn" in r.out),
     "reproduce": (

@@ -15,7 +15,7 @@ import torch
 
 from csqcli.errors import UserError
 from csqcli.file import io
-from csqcli.system import distributed
+from csqcli.system import distributed, launcher, memory
 
 TESTS = Path(__file__).parents[1]
 
@@ -111,6 +111,12 @@ def test_fingerprints_take_every_tensor(value: torch.Tensor) -> None:
     ("variables", "complaint"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK is not set"),
+        ({"RANK": "abc"}, "environment variable RANK: `abc` is not a number"),
+        ({"WORLD_SIZE": "0"}, "there is no group of 0 processes"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "door"},
+            "the processes do not find each other",
+        ),
         ({"WORLD_SIZE": "many"}, "environment variable WORLD_SIZE: `many` is not a number"),
         (
             {"WORLD_SIZE": "2", "RANK": "abc", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
@@ -132,3 +138,22 @@ def test_a_launchers_variables_that_cannot_be_are_one_line(
     with pytest.raises(UserError) as caught:
         distributed.start(torch.device("cpu"))
     assert complaint in caught.value.line()
+
+
+def test_a_rank_without_a_group_silences_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "5")
+    assert launcher.is_main_process()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert not launcher.is_main_process()
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "9" * 5000])
+def test_processes_on_this_machine_are_counted_or_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert memory.free_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(UserError, match=r"variable LOCAL_WORLD_SIZE: `.* is not a number"):
+        memory.free_bytes(torch.device("cpu"))

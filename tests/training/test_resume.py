@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from csqcli.system import files
+
 ARGUMENTS = [
     "search",
     "--recipe",
@@ -75,3 +77,27 @@ def test_a_polite_signal_saves_the_step_and_says_how_to_go_on(
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert (tmp_path / "model.safetensors").read_bytes() == unbroken
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "gap"),
+    [
+        (signal.SIGTERM, signal.SIGINT, 0),
+        (signal.SIGTERM, signal.SIGTERM, 0.01),
+    ],
+)
+def test_two_signals_are_one_line_and_leave_a_whole_state(
+    tmp_path: Path, first: signal.Signals, second: signal.Signals, gap: float
+) -> None:
+    process = start(tmp_path)
+    assert wait_for_training(process, tmp_path, 0)
+    process.send_signal(first)
+    time.sleep(gap)
+    process.send_signal(second)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 143), err
+    assert err.count("\n") == 1, err
+    assert err.startswith(("csq: stopped and saved (", "csq: interrupted; "))
+    assert all(files.is_intact(state) for state in tmp_path.glob("resume*.pt"))
+    assert list(tmp_path.glob("resume*.pt"))
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]

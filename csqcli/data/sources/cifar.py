@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from csqcli.data.registry import data_source
 from csqcli.errors import UserError
+from csqcli.system.pickled import check_memo
 
 if TYPE_CHECKING:
     from csqcli.data.splits import DataSet, Images
@@ -45,7 +46,10 @@ def _data_set(kind: str, root: Path, splits: tuple[Images, Images], meta: tuple[
     classes = [str(number) for number in range(count)]
     file, key = meta
     if (root / file).is_file():
-        classes = [str(name) for name in _read_pickle(root / file).get(key, classes)]
+        named = _read_pickle(root / file).get(key, classes)
+        if not isinstance(named, list) or not all(isinstance(name, (str, bytes)) for name in named):
+            raise UserError("no list of class names", where=str(root / file))
+        classes = [name.decode("latin1") if isinstance(name, bytes) else name for name in named]
         if len(classes) < count:
             raise UserError(f"{len(classes)} class names for {count} classes", where=str(root / file))
     return DataSet(f"{kind}:{root}", classes, val, train)
@@ -61,9 +65,9 @@ def _batches(root: Path, names: list[str], label_key: str, num_classes: int) -> 
     for name in names:
         batch = _read_pickle(root / name)
         try:
-            images = torch.from_numpy(np.array(batch["data"], dtype=np.uint8)).view(-1, 3, 32, 32)
-            numbers = torch.tensor(batch[label_key], dtype=torch.long)
-        except (KeyError, ValueError, RuntimeError, TypeError, OverflowError):
+            images = torch.from_numpy(_integers(batch["data"], dimensions=2).astype(np.uint8)).view(-1, 3, 32, 32)
+            numbers = torch.from_numpy(_integers(batch[label_key], dimensions=1).astype(np.int64))
+        except (KeyError, ValueError, RuntimeError, OverflowError):
             raise UserError("not a CIFAR python batch", where=str(root / name)) from None
         if numbers.shape != images.shape[:1]:
             raise UserError(f"{numbers.numel()} labels for {len(images)} images", where=str(root / name))
@@ -76,38 +80,86 @@ def _batches(root: Path, names: list[str], label_key: str, num_classes: int) -> 
     return Images(torch.cat(labels), pixels=torch.cat(pixels))
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """CIFAR's batches are pickles; this reader builds NumPy arrays and nothing else."""
+class _Type:
+    """Takes the place of a NumPy dtype: one of the kinds of integers that images and labels come in."""
 
-    allowed = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
+    def __init__(self, text: str, *_: Any) -> None:
+        if text not in ("u1", "i1", "i2", "i4", "i8"):
+            raise pickle.UnpicklingError(f"numbers of type {text[:20]}")
+        self.text = text
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if len(state) < 2 or state[1] not in ("|", "<"):
+            raise pickle.UnpicklingError("numbers in another order of bytes")
+
+
+class _Array:
+    """Takes the place of a NumPy array, which is made once its bytes are known to be there."""
+
+    shape: tuple[int, ...] = ()
+    values: Any = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        import numpy as np
+
+        _, shape, kind, by_columns, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # as Python 2 wrote bytes
+        self.values = np.frombuffer(raw, "<" + kind.text).reshape(shape, order="F" if by_columns else "C")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """CIFAR's batches are pickles; this reader builds arrays of integers and nothing else."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        self.left = len(data)  # bytes that may still be encoded out of texts
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        if name == "_reconstruct":
-            import numpy as np
+        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
+            return _Array
+        if (module, name) == ("numpy", "ndarray"):
+            return None  # an argument of _reconstruct, never called itself
+        if (module, name) == ("numpy", "dtype"):
+            return _Type
+        if (module, name) == ("_codecs", "encode"):
+            return self._encoded
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
-            return np.empty(0).__reduce__()[0]  # its module's name differs between NumPy 1 and 2
-        return super().find_class(module, name)
+    def _encoded(self, text: str, code: str) -> bytes:
+        self.left -= len(text)
+        if code != "latin1" or self.left < 0:
+            raise pickle.UnpicklingError("bytes that the file does not hold")
+        return text.encode("latin1")
+
+
+_DAMAGE = (  # what unpickling raises for bytes that are no pickle, or not of these objects
+    *(pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError),
+)
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        raw = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        data = path.read_bytes()
+        check_memo(data)
+        raw = _ArraysOnly(data).load()
     except OSError:
         raise UserError("no such file", where=str(path), hint="give the folder of the CIFAR python batches") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged pickles raise nearly anything
+    except _DAMAGE as error:
         raise UserError(f"not a CIFAR python batch ({error})", where=str(path)) from None
     if not isinstance(raw, dict):
         raise UserError("not a CIFAR python batch", where=str(path))
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in raw.items()}
+
+
+def _integers(value: Any, *, dimensions: int) -> Any:
+    """The array, or the list of whole numbers, as a NumPy array. ValueError for anything else."""
+    import numpy as np
+
+    if isinstance(value, list) and dimensions == 1 and all(type(number) is int for number in value):
+        return np.array(value, np.int64)
+    if not isinstance(value, _Array) or value.values is None or value.values.ndim != dimensions:
+        raise ValueError("no array of integers")
+    return value.values

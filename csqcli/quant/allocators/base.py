@@ -15,7 +15,7 @@ from csqcli.errors import UserError
 from csqcli.quant.budget import Budget, allocate
 from csqcli.quant.catalog import UNIFORM, find_allocator
 from csqcli.quant.layers import Layer
-from csqcli.system.plugins import import_attribute
+from csqcli.system.plugins import import_attribute, import_function
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, C, H, W] and labels [B], on the model's device
 Allocator = Callable[[nn.Module, Sequence[Layer], Batches, int], Tensor]
@@ -30,8 +30,11 @@ def planes_by(name: str, model: nn.Module, layers: Sequence[Layer], batches: Bat
     if name == UNIFORM:
         return uniform(budget)
     bits = len(budget.table[0]) - 1
-    function: Allocator = import_attribute(find_allocator(name).target, where="--allocator")
+    imported = import_function if ":" in name else import_attribute
+    function: Allocator = imported(find_allocator(name).target, where="--allocator")
     importance = function(model, layers, batches, bits)
+    if not isinstance(importance, Tensor):
+        raise UserError(f"gave a {type(importance).__name__}, not importance as a tensor", where=f"--allocator {name}")
     if tuple(importance.shape) != (len(layers), bits) or not bool((importance >= 0).all()):
         what = f"gave importance of shape {list(importance.shape)}, not {[len(layers), bits]} of numbers ≥ 0"
         raise UserError(what, where=f"--allocator {name}", hint="one row per layer, one column per plane")
