@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import FileArgument, TrustOption, ValLimitOption
+from csqcli.cli.options import FileArgument, JsonOption, TrustOption, ValLimitOption
 from csqcli.errors import UserError
 
 
@@ -57,6 +57,7 @@ def export(
     val_limit: ValLimitOption = None,
     trust_code: TrustOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a file that is small or runs elsewhere, read it back and compare it with the hard model."""
     from csqcli.exporting import registry
@@ -90,6 +91,10 @@ def export(
         trust_code=trust_code,
         force=force,
     )
-    for line in export_lines(manifest):
-        output.line(line)
+    if as_json:
+        from csqcli.reporting.build import build, describe
+
+        output.as_json(describe(target_file) if chosen[0] in registry.CARDS else build(manifest))
+        return
+    output.lines(export_lines(manifest), indent=13)
     output.line(f"wrote {target_file}")

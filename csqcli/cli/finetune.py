@@ -13,6 +13,7 @@ from csqcli.cli.options import (
     DeviceOption,
     FileArgument,
     ForceOption,
+    JsonOption,
     QuietOption,
     ResumeOption,
     SetOption,
@@ -41,6 +42,7 @@ def finetune(
     resume: ResumeOption = False,
     trust_code: TrustOption = False,
     quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
     from csqcli.api import FINETUNE_EPOCHS, finetune_folder
@@ -69,5 +71,7 @@ def finetune(
     from csqcli import pipeline
     from csqcli.training.run_folder import MODEL_FILE
 
-    pipeline.finetune(file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code)
-    result_of_run(target / MODEL_FILE)
+    report = pipeline.finetune(
+        file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code
+    )
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)

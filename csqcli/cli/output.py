@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,18 +78,29 @@ def error_line(text: str) -> None:
 
 
 def console() -> Console:
-    """Where tables go: stdout, 140 columns wide where that is no terminal."""
+    """Where tables go: stdout; of COLUMNS columns, or 140, where that is no terminal. NO_COLOR is rich's to heed."""
     from rich.console import Console
 
     found = Console()
-    return found if found.is_terminal else Console(width=140)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=140)
 
 
-def result_of_run(file: Path) -> None:
-    """What `csq search` and `csq finetune` print at the end."""
+def lines(texts: Iterable[str], *, indent: int) -> None:
+    """Lines that are broken between words where the terminal ends, what follows a break ``indent`` columns in."""
+    from csqcli.reporting.layout import print_lines
+
+    print_lines(map(printable, texts), console(), indent=indent)
+
+
+def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool) -> None:
+    """What `csq search` and `csq finetune` print at the end: the report for people, or as it is."""
     from csqcli.file.header import read_manifest
-    from csqcli.reporting.terminal import print_table
+    from csqcli.reporting.terminal import print_report
 
-    if is_main_process():
-        print_table(read_manifest(file), console())
+    if not is_main_process():
+        return
+    if json_wanted:
+        as_json(report)
+    else:
+        print_report(read_manifest(file), console(), history=report["history"])
         line(f"wrote {file}")

@@ -14,6 +14,7 @@ from csqcli.cli.options import (
     DeviceOption,
     ForceOption,
     Head,
+    JsonOption,
     QuietOption,
     ResumeOption,
     SetOption,
@@ -79,6 +80,7 @@ def search(
     force: ForceOption = False,
     resume: ResumeOption = False,
     quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Search a mixed-precision model within a budget and write it."""
     from csqcli.api import search_folder
@@ -119,5 +121,5 @@ def search(
     from csqcli import pipeline
     from csqcli.training.run_folder import MODEL_FILE
 
-    pipeline.search(resolved, target, display=display, force=force, resume=resume)
-    result_of_run(target / MODEL_FILE)
+    report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)

@@ -20,7 +20,7 @@ from csqcli.reporting import svg
 from csqcli.reporting.svg import element, escaped, text
 from csqcli.reporting.words import short
 
-WIDE, NARROW = 900, 344  # pixels, on a page: across it, and on a phone or two side by side
+WIDE, SMALL, NARROW = 1088, 520, 344  # pixels, on a page: across it, two or more side by side, on a phone
 _PAPER = 720
 STYLE = (
     "figure.chart{margin:0;min-width:0}figure.chart figcaption{font-weight:600;margin:0 0 .25rem}\n"
@@ -28,7 +28,7 @@ STYLE = (
     "figure.chart svg{max-width:100%;height:auto}figure.chart svg.narrow{display:none}\n"
     "figure.chart details{font-size:.875rem;color:var(--soft)}figure.chart summary{cursor:pointer}\n"
     "figure.chart .data{overflow:auto;max-height:24rem}\n"
-    "@media screen and (max-width:46rem){figure.chart svg.narrow{display:block}figure.chart svg.wide{display:none}}\n"
+    "@media screen and (max-width:50rem){figure.chart svg.narrow{display:block}figure.chart svg.wide{display:none}}\n"
     "@media print{figure.chart{break-inside:avoid}figure.chart details{display:none}}\n"
 )
 _LEGEND_ROW = 18.0
@@ -64,7 +64,7 @@ class Figure:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     draw: Callable[[float], tuple[float, str]]  # width → height and markup
-    small: bool = False  # drawn at one width only, to stand beside others
+    small: bool = False  # to stand beside another
 
     def svg(self, width: int = _PAPER) -> str:
         """A file of its own: for a paper, for any viewer."""
@@ -78,7 +78,7 @@ class Figure:
 
     def html(self) -> str:
         """A <figure>: caption, description, drawing for wide and narrow screens, and the numbers as a table."""
-        sizes = ((NARROW, "small"),) if self.small else ((WIDE, "wide"), (NARROW, "narrow"))
+        sizes = ((SMALL if self.small else WIDE, "wide"), (NARROW, "narrow"))
         drawings = ""
         for width, kind in sizes:
             height, body = self.draw(width)
