@@ -23,7 +23,7 @@ from csqcli.reporting.words import short
 WIDE, SMALL, NARROW = 1088, 520, 344  # pixels, on a page: across it, two or more side by side, on a phone
 _PAPER = 720
 STYLE = (
-    "figure.chart{margin:0;min-width:0}figure.chart figcaption{font-weight:600;margin:0 0 .25rem}\n"
+    "figure.chart{margin:0 0 1rem;min-width:0}figure.chart figcaption{font-weight:600;margin:0 0 .25rem}\n"
     "figure.chart p{margin:0 0 .5rem;color:var(--soft);font-size:.875rem}\n"
     "figure.chart svg{max-width:100%;height:auto}figure.chart svg.narrow{display:none}\n"
     "figure.chart details{font-size:.875rem;color:var(--soft)}figure.chart summary{cursor:pointer}\n"
@@ -194,8 +194,9 @@ class _Frame:
             self.parts.append(element("path", d=f"M{self.left:.2f} {y:.2f}H{self.end:.2f}", **halo))
         self.parts.append(svg.line(self.left, y, self.end, y, "goal", stroke_dasharray="5 4"))
         x, anchor = (self.end - 4, "end") if over_bars else (self.left + 4, "start")
+        base = y - 7 if y - self.top > 16 else y + 16  # not into the words above the plot
         for kind in ("ground", "ink"):
-            words = text(x, y - 7, label, kind=kind, anchor=anchor, font_weight="600")
+            words = text(x, base, label, kind=kind, anchor=anchor, font_weight="600")
             self.over.append(element("g", words, **halo) if kind == "ground" else words)
 
     def finished(self) -> tuple[float, str]:

@@ -11,7 +11,7 @@ from csqcli.file.sizes import FLOAT_BITS
 from csqcli.reporting import charts, history
 from csqcli.reporting.charts import Figure, Series
 from csqcli.reporting.histogram import Histogram, magnitude_name
-from csqcli.reporting.words import short
+from csqcli.reporting.words import layer_names, short
 
 _DEPTH = "layer, from input to output"
 
@@ -193,4 +193,4 @@ def bit_operations(layer: LayerRecord, input_bits: Mapping[str, int]) -> int:
 
 
 def _names(manifest: Manifest) -> list[str]:
-    return [layer.name.removesuffix(".weight") for layer in manifest.layers]
+    return layer_names([layer.name for layer in manifest.layers])

@@ -17,10 +17,12 @@ from csqcli.reporting.svg import element, escaped
 _STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;background:var(--ground);padding:.25rem .5rem}
+.skip{position:absolute;left:-99rem}
+.skip:focus{left:1rem;top:.5rem;background:var(--ground);padding:.25rem .5rem}
 header,main,footer{max-width:70rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;line-height:1.25;margin:.25rem 0;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:0 0 .5rem}
-p{margin:.25rem 0 .75rem;max-width:44rem}a{color:var(--s0)}code,pre{font-family:ui-monospace,Menlo,Consolas,monospace}
+p{margin:.25rem 0 .75rem;max-width:44rem;overflow-wrap:anywhere}
+a{color:var(--s0)}code,pre{font-family:ui-monospace,Menlo,Consolas,monospace}
 code{overflow-wrap:anywhere}pre{overflow:auto;background:var(--o0);padding:.75rem;border-radius:.375rem;font-size:.8125rem}
 header p{margin:0;color:var(--soft);overflow-wrap:anywhere}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1rem;margin:.5rem 0 0;padding:0}
@@ -43,7 +45,8 @@ th[aria-sort=descending] button::after{content:" ↓";color:var(--ink)}
 .scroll{overflow:auto}.filter{margin:0 0 .5rem}.filter input{font:inherit;color:inherit;background:var(--ground);
 border:1px solid var(--soft);border-radius:.375rem;padding:.25rem .5rem;max-width:100%}
 footer{color:var(--soft);font-size:.875rem}
-@media print{nav,.skip,.filter{display:none}body{font-size:10pt}section{break-inside:auto}.scroll{overflow:visible}
+@media print{nav,.skip,.filter{display:none}
+th button::after{content:none!important}h2{break-after:avoid}tr{break-inside:avoid}body{font-size:10pt}section{break-inside:auto}.scroll{overflow:visible}
 thead th{position:static}pre{white-space:pre-wrap}.cards div{break-inside:avoid}@page{margin:14mm}}
 """
 _SCRIPT = """

@@ -18,7 +18,7 @@ from csqcli.reporting.histogram import Histogram
 from csqcli.reporting.page import Column, Section, cards, page, table
 from csqcli.reporting.recompute import recomputed
 from csqcli.reporting.svg import element, escaped
-from csqcli.reporting.words import short, size
+from csqcli.reporting.words import layer_names, short, size
 from csqcli.system.files import write_text
 from csqcli.version import __version__
 
@@ -181,25 +181,26 @@ def _changes(shown: _Shown) -> str:
 def _layer_table(shown: _Shown) -> str:
     manifest = shown.manifest
     total = sum(layer.packed_bytes for layer in manifest.layers) or 1
+    names = layer_names([layer.name for layer in manifest.layers])
     inputs = {entry.module: entry.bits for entry in manifest.activations}
-    headings = ("shape", "weights", "MACs", "BOPs", "mask", "planes", "stored", "entropy", "bytes", "share", "integers")
+    headings = ("planes", "mask", "shape", "weights", "MACs", "BOPs", "stored", "entropy", "bytes", "share", "integers")
     columns = [Column("layer"), *(Column(name, name not in ("shape", "mask", "integers")) for name in headings)]
     rows = [
         [
-            (escaped(layer.name), None),
+            (escaped(name), None),
+            (f"{layer.bits}", layer.bits),
+            (element("code", layer.mask), None),
             (escaped("×".join(map(str, layer.shape))), None),
             (f"{layer.weights:,}", layer.weights),
             ("–" if layer.macs is None else escaped(short(layer.macs)), layer.macs or 0),
             (escaped(short(bit_operations(layer, inputs))), bit_operations(layer, inputs)),
-            (element("code", layer.mask), None),
-            (f"{layer.bits}", layer.bits),
             (f"{layer.stored_bits}", layer.stored_bits),
             (f"{layer.entropy_bits:.2f}", layer.entropy_bits),
             (f"{layer.packed_bytes:,}", layer.packed_bytes),
             (f"{100 * layer.packed_bytes / total:.1f} %", layer.packed_bytes),
             (_spark(layer, shown.histograms.get(layer.name)), None),
         ]
-        for layer in manifest.layers
+        for layer, name in zip(manifest.layers, names, strict=True)
     ]
     caption = (
         f"{len(rows)} quantized layers; mask: most significant plane first; stored and entropy in bits per weight."

@@ -15,9 +15,7 @@ from csqcli.errors import printable
 from csqcli.file.manifest import Manifest
 from csqcli.reporting import history as training
 from csqcli.reporting.layout import LABEL, Column, Glyphs, glyphs, print_columns, print_lines, shortened, spark
-from csqcli.reporting.words import short
-
-_SUFFIX = ".weight"  # of nearly every layer's name; left out where it is in all
+from csqcli.reporting.words import layer_names, short
 
 
 def print_report(manifest: Manifest, console: Console, *, history: Sequence[Any] = (), as_stated: bool = False) -> None:
@@ -36,9 +34,7 @@ def _layer_columns(manifest: Manifest, marks: Glyphs) -> list[Column]:
     total_packed = sum(layer.packed_bytes for layer in layers) or 1
     macs = ["–" if layer.macs is None else short(layer.macs) for layer in layers]
     bars = [layer.mask.replace("1", marks.full).replace("0", marks.empty) for layer in layers]
-    names = [printable(layer.name) for layer in layers]
-    if all(name.endswith(_SUFFIX) for name in names):
-        names = [name.removesuffix(_SUFFIX) for name in names]
+    names = layer_names([printable(layer.name) for layer in layers])
     return [
         Column("layer", names, shrinks=True),
         Column("shape", ["×".join(map(str, layer.shape)) for layer in layers], rank=6),

@@ -11,9 +11,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 from quantized_models import make_file
 
+import csqcli
 from csqcli.file import io
+from csqcli.models.networks import digits_cnn
 from csqcli.reporting import history
 from csqcli.reporting.report_page import report_figures, report_page
 
@@ -80,7 +83,7 @@ def test_the_page_is_well_formed_and_says_the_numbers(shown: str, run: Path) -> 
     for words in (f"{manifest.budget.mean_bits:.4f}", f"{run.stat().st_size:,} bytes", "one plane is ternary"):
         assert words in page.text
     for layer in manifest.layers:
-        assert layer.name in page.text
+        assert layer.name.removesuffix(".weight") in page.text
     assert {attributes["id"] for attributes in page.all("figure")} >= FIGURES
     identifiers = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
     assert len(identifiers) == len(set(identifiers))
@@ -181,6 +184,27 @@ def test_which_plane_was_switched_when_is_told() -> None:
         (3, "a", 0, True),
     ]
     assert history.masks(lines(2), 3) == {}
+
+
+@pytest.mark.parametrize("method", ["csq", "staged"])
+def test_what_a_run_records_of_its_masks_is_what_it_trains_with(method: str) -> None:
+    torch.manual_seed(0)
+    model = digits_cnn()
+    optimizer = csqcli.CSQ(model, target_bits=2, total_steps=10, method=method)
+    for _ in range(10):
+        model(torch.rand(4, 1, 8, 8)).square().mean().backward()
+        optimizer.step()
+    found = optimizer.method.monitor(10)
+    bits = [mask.count("1") for mask in found["masks"]]
+    weights = [layer.weights for layer in optimizer.method.layers]
+    assert {len(mask) for mask in found["masks"]} == {8}
+    mean = sum(b * w for b, w in zip(bits, weights, strict=True)) / sum(weights)
+    assert mean == pytest.approx(found["mean_bits"])
+
+
+def test_the_masks_of_a_finished_run_end_with_those_of_its_file(digits_run: Path) -> None:
+    report = json.loads((digits_run / "report.json").read_text())
+    assert report["history"][-1]["masks"] == [layer["mask"] for layer in report["layers"]]
 
 
 def test_epochs_are_counted_over_phases_and_their_starts_marked() -> None:
