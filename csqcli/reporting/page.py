@@ -46,7 +46,8 @@ th[aria-sort=descending] button::after{content:" ↓";color:var(--ink)}
 border:1px solid var(--soft);border-radius:.375rem;padding:.25rem .5rem;max-width:100%}
 footer{color:var(--soft);font-size:.875rem}
 @media print{nav,.skip,.filter{display:none}
-th button::after{content:none!important}h2{break-after:avoid}tr{break-inside:avoid}body{font-size:10pt}section{break-inside:auto}.scroll{overflow:visible}
+th button::after{content:none!important}h2{break-after:avoid}tr{break-inside:avoid}
+body{font-size:10pt}section{break-inside:auto}.scroll{overflow:visible}
 thead th{position:static}pre{white-space:pre-wrap}.cards div{break-inside:avoid}@page{margin:14mm}}
 """
 _SCRIPT = """
