@@ -37,6 +37,9 @@ _PLAIN = {
 }
 
 
+_PIPE_COLUMNS = 140
+
+
 def is_main_process() -> bool:
     """Whether this is the process of a group that speaks; torchrun numbers them."""
     return os.environ.get("RANK", "0") == "0"
@@ -78,11 +81,17 @@ def error_line(text: str) -> None:
 
 
 def console() -> Console:
-    """Where tables go: stdout; of COLUMNS columns, or 140, where that is no terminal. NO_COLOR is rich's to heed."""
+    """Where tables go: stdout, of COLUMNS columns; unset, as wide as the terminal, or 140 where there is none.
+
+    NO_COLOR is rich's to heed.
+    """
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=140)
+    found, columns = Console(), os.environ.get("COLUMNS", "")
+    asked = int(columns) if columns.isdecimal() else 0
+    if asked or not found.is_terminal:
+        return Console(width=asked or _PIPE_COLUMNS)
+    return found if found.width else Console(width=_PIPE_COLUMNS)
 
 
 def lines(texts: Iterable[str], *, indent: int) -> None:

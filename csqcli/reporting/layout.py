@@ -16,7 +16,7 @@ from csqcli.reporting.words import middle
 
 LABEL = 13  # columns before what a line says
 _GAP = 2
-_LEAST_NAME = 18  # columns; a name of fewer is not told from its neighbours
+LEAST_NAME = 18  # columns; a name of fewer is not told from its neighbours
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Column:
     cells: Sequence[str]
     rank: int = 0  # columns of the highest rank are left out first; those of 0 stay
     right: bool = False
-    shrinks: bool = False  # its cells may be shortened in the middle
+    shrinks: int | None = None  # columns to which its cells may be shortened in the middle
     style: str = ""
 
     @property
@@ -67,7 +67,7 @@ class Column:
 
     @property
     def least(self) -> int:
-        return min(self.width, _LEAST_NAME) if self.shrinks else self.width
+        return self.width if self.shrinks is None else min(self.width, self.shrinks)
 
 
 def print_columns(columns: Sequence[Column], console: Console, marks: Glyphs) -> None:

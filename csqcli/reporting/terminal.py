@@ -14,8 +14,20 @@ from rich.console import Console
 from csqcli.errors import printable
 from csqcli.file.manifest import Manifest
 from csqcli.reporting import history as training
-from csqcli.reporting.layout import LABEL, Column, Glyphs, glyphs, print_columns, print_lines, shortened, spark
+from csqcli.reporting.layout import (
+    LABEL,
+    LEAST_NAME,
+    Column,
+    Glyphs,
+    glyphs,
+    print_columns,
+    print_lines,
+    shortened,
+    spark,
+)
 from csqcli.reporting.words import layer_names, short
+
+_LEAST_REASON = 34  # columns, of why a tensor stays float
 
 
 def print_report(manifest: Manifest, console: Console, *, history: Sequence[Any] = (), as_stated: bool = False) -> None:
@@ -36,7 +48,7 @@ def _layer_columns(manifest: Manifest, marks: Glyphs) -> list[Column]:
     bars = [layer.mask.replace("1", marks.full).replace("0", marks.empty) for layer in layers]
     names = layer_names([printable(layer.name) for layer in layers])
     return [
-        Column("layer", names, shrinks=True),
+        Column("layer", names, shrinks=LEAST_NAME),
         Column("shape", ["×".join(map(str, layer.shape)) for layer in layers], rank=6),
         Column("weights", [f"{layer.weights:,}" for layer in layers], rank=1, right=True),
         Column("MACs", macs, rank=5, right=True),
@@ -156,14 +168,14 @@ def print_coverage(found: Mapping[str, Any], console: Console) -> None:
     counted = [f"{row['weights']:,}" for row in found["layers"]]
     float_ = [""] * len(found["left_float"])
     columns = [
-        Column("tensor", [printable(row["name"]) for row in rows], shrinks=True),
+        Column("tensor", [printable(row["name"]) for row in rows], shrinks=LEAST_NAME),
         Column("shape", ["×".join(map(str, row["shape"])) for row in rows], rank=2),
         Column("weights", [*counted, *float_], right=True),
         Column("MACs", [*macs, *float_], rank=1, right=True),
     ]
     if float_:
         whys = [f"float: {row['why']}" for row in found["left_float"]]
-        columns.append(Column("", [*("quantized" for _ in counted), *whys], shrinks=True))
+        columns.append(Column("", [*("quantized" for _ in counted), *whys], shrinks=_LEAST_REASON))
     print_columns(columns, console, marks)
     console.print()
     line = (

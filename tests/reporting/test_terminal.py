@@ -98,7 +98,7 @@ def test_a_sparkline_has_a_sign_per_value_up_to_its_width_and_ends_with_the_last
 
 def test_columns_of_the_highest_rank_go_first() -> None:
     out = io.StringIO()
-    columns = [Column("name", ["a" * 30], shrinks=True), Column("kept", ["1"], rank=1), Column("gone", ["1"], rank=2)]
+    columns = [Column("name", ["a" * 30], shrinks=18), Column("kept", ["1"], rank=1), Column("gone", ["1"], rank=2)]
     print_columns(columns, Console(file=out, width=26), Glyphs())
     assert out.getvalue().splitlines()[0].split() == ["name", "kept"]
 
@@ -134,3 +134,16 @@ def test_a_run_is_named_by_its_folder_or_its_file(digits_run: Path, tmp_path: Pa
     code, _, err = csq("report", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert "holds an unfinished run" in err
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("0", 140), ("abc", 140), ("60", 60), (None, 140)])
+def test_a_pipe_is_as_wide_as_columns_says(
+    digits_run: Path, csq, monkeypatch: pytest.MonkeyPatch, columns: str | None, widest: int
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = csq("report", digits_run)
+    assert code == 0
+    assert "mean bits" in out
+    assert widest - 60 < max(map(len, out.splitlines())) <= widest
