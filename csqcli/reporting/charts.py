@@ -68,11 +68,11 @@ class Figure:
 
     def svg(self, width: int = _PAPER) -> str:
         """A file of its own: for a paper, for any viewer."""
-        height, body = self.draw(width)
-        head = 28.0
+        head, margin = 28.0, 8.0
+        height, body = self.draw(width - 2 * margin)
         ground = element("rect", width=width, height=height + head, class_="ground", fill=svg.GROUND)
-        title = text(8.0, 19.0, self.title, kind="ink", font_weight="600", font_size="14")
-        inner = element("g", body, transform=f"translate(0 {head:g})")
+        title = text(margin, 19.0, self.title, kind="ink", font_weight="600", font_size="14")
+        inner = element("g", body, transform=f"translate({margin:g} {head:g})")
         namespace = {"xmlns": "http://www.w3.org/2000/svg", "font_family": "Helvetica, Arial, sans-serif"}
         return self._root(ground + title + inner, width, height + head, "", **namespace) + "\n"
 
