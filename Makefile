@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
-	$(BIN)/csq search --recipe digits --target-bits 2 --output runs/demo
-	$(BIN)/csq report runs/demo/model.safetensors
+	$(BIN)/csq search --recipe digits --method csq --target-bits 2 --output runs/demo
+	$(BIN)/csq report runs/demo --html runs/demo/report.html
 	$(BIN)/csq evaluate runs/demo/model.safetensors --data digits
 	$(BIN)/csq export runs/demo/model.safetensors --bit-packed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +77,7 @@ def evaluate(
         progress=display,
     )
     if as_json:
-        output.block(json.dumps(result))
+        output.as_json(result)
     else:
         present = result["top1_present"]
         among = f"  among the data's classes {present:.2f} %" if present is not None else ""

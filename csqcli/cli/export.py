@@ -12,6 +12,7 @@ from csqcli.cli import output
 from csqcli.cli.options import (
     LOG_EVERY,
     FileArgument,
+    JsonOption,
     LogOption,
     QuietOption,
     TrustOption,
@@ -69,6 +70,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a file that is small or runs elsewhere, read it back and compare it with the hard model."""
     from csqcli.exporting import registry
@@ -108,6 +110,10 @@ def export(
         force=force,
         display=display,
     )
-    for line in export_lines(manifest):
-        output.line(line)
+    if as_json:
+        from csqcli.reporting.build import build, describe
+
+        output.as_json(describe(target_file) if chosen[0] in registry.CARDS else build(manifest))
+        return
+    output.lines(export_lines(manifest), indent=13)
     output.line(f"wrote {target_file}")

@@ -14,6 +14,7 @@ from csqcli.cli.options import (
     DeviceOption,
     FileArgument,
     ForceOption,
+    JsonOption,
     LogOption,
     QuietOption,
     ResumeOption,
@@ -48,6 +49,7 @@ def finetune(
     trust_code: TrustOption = False,
     log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
     from csqcli.api import FINETUNE_EPOCHS, finetune_folder
@@ -78,5 +80,7 @@ def finetune(
         from csqcli import pipeline
         from csqcli.training.run_folder import MODEL_FILE
 
-    pipeline.finetune(file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code)
-    result_of_run(target / MODEL_FILE)
+    report = pipeline.finetune(
+        file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code
+    )
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)

@@ -37,10 +37,9 @@ def inspect(
     if as_json:
         output.as_json(found)
     else:
-        from csqcli.reporting.terminal import coverage_lines
+        from csqcli.reporting.terminal import print_coverage
 
-        for line in coverage_lines(found):
-            output.line(line)
+        print_coverage(found, output.console())
     if strict is not None and found["parameter_share"] < strict:
         raise UserError(
             f"only {found['parameter_share']:.4f} of the parameters are covered",

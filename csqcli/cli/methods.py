@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from csqcli.cli import output
 from csqcli.cli.options import JsonOption
 
@@ -30,20 +28,19 @@ def methods(as_json: JsonOption = False) -> None:
             "allocators": [{"name": card.name, "summary": card.summary} for card in ALLOCATORS.values()],
             "costs": [{"name": name, "summary": costs.help[name]} for name in costs.names()],
         }
-        output.block(json.dumps(found, indent=2, ensure_ascii=False))
+        output.as_json(found)
         return
-    output.line("Methods (--method NAME, or package.module:Class)")
-    output.line(f"  {AUTO:<12} staged below {LONG_SCHEDULE} epochs from a checkpoint, csq beyond and from scratch")
+    rows = ["Methods (--method NAME, or package.module:Class)"]
+    rows.append(f"  {AUTO:<12} staged below {LONG_SCHEDULE} epochs from a checkpoint, csq beyond and from scratch")
     for card in CARDS.values():
-        output.line(f"  {card.name:<12} {card.summary}")
+        rows.append(f"  {card.name:<12} {card.summary}")
         if card.name != "float":
             settings = ", ".join(card.settings.model_fields) or "none"
-            output.line(f"  {'':<12}   takes {_TAKES[card.takes]}; settings: {settings}")
+            rows.append(f"  {'':<12} takes {_TAKES[card.takes]}; settings: {settings}")
         if card.citation:
-            output.line(f"  {'':<12}   {card.citation}")
-    output.line("Allocators (--allocator NAME, or package.module:function)")
-    for allocator in ALLOCATORS.values():
-        output.line(f"  {allocator.name:<12} {allocator.summary}")
-    output.line("Costs (--cost NAME, or package.module:function)")
-    for name in costs.names():
-        output.line(f"  {name:<12} {costs.help[name]}")
+            rows.append(f"  {'':<12} {card.citation}")
+    rows.append("Allocators (--allocator NAME, or package.module:function)")
+    rows += [f"  {allocator.name:<12} {allocator.summary}" for allocator in ALLOCATORS.values()]
+    rows.append("Costs (--cost NAME, or package.module:function)")
+    rows += [f"  {name:<12} {costs.help[name]}" for name in costs.names()]
+    output.lines(rows, indent=15)

@@ -6,7 +6,9 @@ import codecs
 import io
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,9 @@ class _OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+_PIPE_COLUMNS = 140
 
 
 def tolerate_any_text() -> None:
@@ -84,18 +89,35 @@ def error_line(text: str) -> None:
 
 
 def console() -> Console:
-    """Where tables go: stdout, 140 columns wide where that is no terminal."""
+    """Where tables go: stdout, of COLUMNS columns; unset, as wide as the terminal, or 140 where there is none.
+
+    NO_COLOR is rich's to heed.
+    """
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal else Console(width=140)
+    found, columns = Console(), os.environ.get("COLUMNS", "")
+    asked = int(columns) if columns.isdecimal() else 0
+    if asked or not found.is_terminal:
+        return Console(width=asked or _PIPE_COLUMNS)
+    return found if found.width else Console(width=_PIPE_COLUMNS)
 
 
-def result_of_run(file: Path) -> None:
-    """What `csq search` and `csq finetune` print at the end."""
+def lines(texts: Iterable[str], *, indent: int) -> None:
+    """Lines that are broken between words where the terminal ends, what follows a break ``indent`` columns in."""
+    from csqcli.reporting.layout import print_lines
+
+    print_lines(map(printable, texts), console(), indent=indent)
+
+
+def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool) -> None:
+    """What `csq search` and `csq finetune` print at the end: the report for people, or as it is."""
     from csqcli.file.header import read_manifest
-    from csqcli.reporting.terminal import print_table
+    from csqcli.reporting.terminal import print_report
 
-    if is_main_process():
-        print_table(read_manifest(file), console())
+    if not is_main_process():
+        return
+    if json_wanted:
+        as_json(report)
+    else:
+        print_report(read_manifest(file), console(), history=report["history"])
         line(f"wrote {file}")

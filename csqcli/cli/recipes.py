@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from csqcli.cli import output
+from csqcli.cli.options import JsonOption
 
 app = typer.Typer(help="List, show and describe recipes.", rich_markup_mode=None)
 
@@ -18,20 +17,27 @@ def _root(context: typer.Context) -> None:
 
 
 @app.command("list")
-def list_recipes() -> None:
+def list_recipes(as_json: JsonOption = False) -> None:
     """Shipped recipes, a line each."""
     from csqcli.recipe.resolve import builtin_names, read
 
-    for name in builtin_names():
-        output.line(f"{name:<20} {read(name)[0].get('description', '')}")
+    found = [{"name": name, "description": read(name)[0].get("description", "")} for name in builtin_names()]
+    if as_json:
+        output.as_json(found)
+    else:
+        output.lines([f"{recipe['name']:<20} {recipe['description']}" for recipe in found], indent=21)
 
 
 @app.command()
-def show(name: str) -> None:
+def show(name: str, as_json: JsonOption = False) -> None:
     """A recipe, complete with defaults, as YAML."""
     from csqcli.recipe.resolve import resolve, to_yaml
 
-    output.block(to_yaml(resolve(name, {})))
+    recipe = resolve(name, {})
+    if as_json:
+        output.as_json(recipe.to_dict())
+    else:
+        output.block(to_yaml(recipe))
 
 
 @app.command()
@@ -39,4 +45,4 @@ def schema() -> None:
     """JSON schema of recipe files; every key with its meaning."""
     from csqcli.recipe.resolve import json_schema
 
-    output.block(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    output.as_json(json_schema())

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from csqcli.cli import output
-from csqcli.cli.options import FileArgument, JsonOption
+from csqcli.cli.options import JsonOption
+from csqcli.errors import UserError
 
 
-def report(file: FileArgument, as_json: JsonOption = False) -> None:
-    """Per-layer bits, sizes and accuracy of a file; needs neither model code nor data."""
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or any file that csq wrote.")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write the report as one page, OUT.html, complete offline.")
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each figure of that page into a folder, for papers.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Per-layer bits, sizes and accuracy; needs neither model code nor data."""
+    from csqcli.reporting.build import describe, history_beside, model_of
+
+    file = model_of(run)
+    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+        raise UserError("the page's name must end in .html", where=str(html))
+    written = []
+    if html is not None:
+        from csqcli.reporting.report_page import report_page
+        from csqcli.system.files import write_text
+
+        write_text(html, report_page(file))
+        written.append(str(html))
+    if svg is not None:
+        from csqcli.reporting.report_page import report_figures, write_figures
+
+        written += map(str, write_figures(report_figures(file), svg))
     if as_json:
-        from csqcli.reporting.build import describe
-
         output.as_json(describe(file))
         return
-    from csqcli.reporting.recompute import recomputed
-    from csqcli.reporting.terminal import print_table
+    if not written:
+        from csqcli.reporting.recompute import recomputed
+        from csqcli.reporting.terminal import print_report
 
-    manifest, _ = recomputed(file)
-    print_table(manifest, output.console(), as_stated=True)
+        print_report(recomputed(file).manifest, output.console(), history=history_beside(file), as_stated=True)
+    for name in written:
+        output.line(f"wrote {name}")

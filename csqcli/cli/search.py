@@ -15,6 +15,7 @@ from csqcli.cli.options import (
     DeviceOption,
     ForceOption,
     Head,
+    JsonOption,
     LogOption,
     QuietOption,
     ResumeOption,
@@ -86,6 +87,7 @@ def search(
     resume: ResumeOption = False,
     log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Search a mixed-precision model within a budget and write it."""
     from csqcli.api import search_folder
@@ -128,5 +130,5 @@ def search(
         from csqcli import pipeline
         from csqcli.training.run_folder import MODEL_FILE
 
-    pipeline.search(resolved, target, display=display, force=force, resume=resume)
-    result_of_run(target / MODEL_FILE)
+    report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)

@@ -11,9 +11,10 @@ from csqcli.reporting.recompute import recomputed
 from csqcli.system.files import read_regular
 from csqcli.system.limits import read_json
 
-HISTORY_FILE = "metrics.jsonl"
+HISTORY_FILE, MODEL_FILE = "metrics.jsonl", "model.safetensors"
+_OF_A_RUN = (HISTORY_FILE, "resume.pt", "resume.previous.pt")  # what a run leaves before it has a model
 _HISTORY_BYTES = 2**26  # a line takes a few hundred
-_LINE_VALUES = 1000
+_LINE_VALUES = 2**14  # a mask per layer among them
 
 
 def build(manifest: Manifest, history: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -26,8 +27,18 @@ def describe(path: Path) -> dict[str, Any]:
 
     Raises UserError for a file that is not csq's or is damaged.
     """
-    manifest, as_stated = recomputed(path)
-    return build(manifest, history_beside(path)) | {"as_stated": as_stated}
+    found = recomputed(path)
+    return build(found.manifest, history_beside(path)) | {"as_stated": found.as_stated}
+
+
+def model_of(run: Path) -> Path:
+    """The file to report on: that of a run's folder, or ``run`` itself. UserError for the folder of an unfinished run."""
+    inside = run / MODEL_FILE
+    if not run.is_dir() or inside.is_file():
+        return inside if run.is_dir() else run
+    unfinished = any((run / name).is_file() for name in _OF_A_RUN)
+    hint = "the same command with --resume goes on with it" if unfinished else "give a run's folder, or a file"
+    raise UserError(f"holds {'an unfinished run' if unfinished else f'no {MODEL_FILE}'}", where=str(run), hint=hint)
 
 
 def history_beside(file: Path) -> list[dict[str, Any]]:

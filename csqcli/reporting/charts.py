@@ -20,15 +20,15 @@ from csqcli.reporting import svg
 from csqcli.reporting.svg import element, escaped, text
 from csqcli.reporting.words import short
 
-WIDE, NARROW = 900, 344  # pixels, on a page: across it, and on a phone or two side by side
+WIDE, SMALL, NARROW = 1088, 520, 344  # pixels, on a page: across it, two or more side by side, on a phone
 _PAPER = 720
 STYLE = (
-    "figure.chart{margin:0;min-width:0}figure.chart figcaption{font-weight:600;margin:0 0 .25rem}\n"
+    "figure.chart{margin:0 0 1rem;min-width:0}figure.chart figcaption{font-weight:600;margin:0 0 .25rem}\n"
     "figure.chart p{margin:0 0 .5rem;color:var(--soft);font-size:.875rem}\n"
     "figure.chart svg{max-width:100%;height:auto}figure.chart svg.narrow{display:none}\n"
     "figure.chart details{font-size:.875rem;color:var(--soft)}figure.chart summary{cursor:pointer}\n"
     "figure.chart .data{overflow:auto;max-height:24rem}\n"
-    "@media screen and (max-width:46rem){figure.chart svg.narrow{display:block}figure.chart svg.wide{display:none}}\n"
+    "@media screen and (max-width:50rem){figure.chart svg.narrow{display:block}figure.chart svg.wide{display:none}}\n"
     "@media print{figure.chart{break-inside:avoid}figure.chart details{display:none}}\n"
 )
 _LEGEND_ROW = 18.0
@@ -64,21 +64,21 @@ class Figure:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     draw: Callable[[float], tuple[float, str]]  # width → height and markup
-    small: bool = False  # drawn at one width only, to stand beside others
+    small: bool = False  # to stand beside another
 
     def svg(self, width: int = _PAPER) -> str:
         """A file of its own: for a paper, for any viewer."""
-        height, body = self.draw(width)
-        head = 28.0
+        head, margin = 28.0, 8.0
+        height, body = self.draw(width - 2 * margin)
         ground = element("rect", width=width, height=height + head, class_="ground", fill=svg.GROUND)
-        title = text(8.0, 19.0, self.title, kind="ink", font_weight="600", font_size="14")
-        inner = element("g", body, transform=f"translate(0 {head:g})")
+        title = text(margin, 19.0, self.title, kind="ink", font_weight="600", font_size="14")
+        inner = element("g", body, transform=f"translate({margin:g} {head:g})")
         namespace = {"xmlns": "http://www.w3.org/2000/svg", "font_family": "Helvetica, Arial, sans-serif"}
         return self._root(ground + title + inner, width, height + head, "", **namespace) + "\n"
 
     def html(self) -> str:
         """A <figure>: caption, description, drawing for wide and narrow screens, and the numbers as a table."""
-        sizes = ((NARROW, "small"),) if self.small else ((WIDE, "wide"), (NARROW, "narrow"))
+        sizes = ((SMALL if self.small else WIDE, "wide"), (NARROW, "narrow"))
         drawings = ""
         for width, kind in sizes:
             height, body = self.draw(width)
@@ -194,8 +194,9 @@ class _Frame:
             self.parts.append(element("path", d=f"M{self.left:.2f} {y:.2f}H{self.end:.2f}", **halo))
         self.parts.append(svg.line(self.left, y, self.end, y, "goal", stroke_dasharray="5 4"))
         x, anchor = (self.end - 4, "end") if over_bars else (self.left + 4, "start")
+        base = y - 7 if y - self.top > 16 else y + 16  # not into the words above the plot
         for kind in ("ground", "ink"):
-            words = text(x, y - 7, label, kind=kind, anchor=anchor, font_weight="600")
+            words = text(x, base, label, kind=kind, anchor=anchor, font_weight="600")
             self.over.append(element("g", words, **halo) if kind == "ground" else words)
 
     def finished(self) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -19,68 +19,93 @@ from csqcli.errors import UserError
 from csqcli.file import codes, sizes
 from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, read_manifest, spans
 from csqcli.file.manifest import LayerRecord, Manifest
+from csqcli.reporting.histogram import Histogram, histogram
 
 AS_STATED = ("accuracy", "compute.macs", "classes", "trained_outputs", "left_float", "environment", "recipe", "parity")
 _AS_STATED_IN_ONNX = ("sizes.entropy_bits_per_weight", "sizes.float_bytes")  # its integers are inside of a graph
 
 
-def recomputed(path: Path) -> tuple[Manifest, list[str]]:
+class Recomputed(NamedTuple):
+    """What a file is, by its own bytes."""
+
+    manifest: Manifest
+    as_stated: list[str]  # fields that are only the file's word
+    histograms: dict[
+        str, Histogram
+    ]  # of each layer's integers; none for an ONNX file, whose integers are inside of a graph
+
+
+def recomputed(path: Path) -> Recomputed:
     """The manifest of a file with every number that can be recomputed in its place, and the fields that cannot be.
 
     Raises UserError for a file that is not csq's, and where a layer's bytes are not what the manifest says.
     """
     if path.suffix == ".onnx":
         manifest = read_manifest(path)
-        entropy, float_bytes = None, manifest.sizes.float_bytes
+        found, float_bytes = None, manifest.sizes.float_bytes
     else:
         with open_safetensors(path) as file:
             manifest = manifest_of(file, path)
-            entropy = _entropies(file, manifest, path)
+            found = _integers(file, manifest, path)
             float_bytes = 4 * _elements(file, manifest)
         manifest.sizes.file_bytes = path.stat().st_size
     for layer in manifest.layers:
         layer.stored_bits = sizes.stored_bits(layer.mask)
-        layer.entropy_bits = entropy[layer.name] if entropy is not None else layer.entropy_bits
+        layer.entropy_bits = found[layer.name].entropy_bits if found is not None else layer.entropy_bits
     counted = sizes.sizes(manifest.layers, float_bytes=float_bytes)
     manifest.sizes = counted.model_copy(update={"file_bytes": manifest.sizes.file_bytes})
     if manifest.compute is not None:
         size, macs = manifest.compute.input_size, manifest.compute.macs
         manifest.compute = sizes.compute(manifest.layers, manifest.activations, input_size=size, macs=macs)
-    return manifest, [*AS_STATED, *(_AS_STATED_IN_ONNX if entropy is None else ())]
+    return Recomputed(manifest, [*AS_STATED, *(_AS_STATED_IN_ONNX if found is None else ())], found or {})
 
 
-def _entropies(file: Any, manifest: Manifest, path: Path) -> dict[str, float]:
-    """Entropy of each layer's integers in bits per weight, a layer in memory at a time."""
+def _integers(file: Any, manifest: Manifest, path: Path) -> dict[str, Histogram]:
+    """How each layer's integers are spread, a layer in memory at a time."""
     found = {}
     try:
         bit_packed = CODES_TENSOR in file.keys()
         places = spans(manifest.layers, file.get_slice(CODES_TENSOR).get_shape()) if bit_packed else {}
         for layer in manifest.layers:
             try:
-                counts = _counts(file, layer, places)
+                low, counts = _counts(file, layer, places)
             except (ValueError, SafetensorError) as error:
                 raise ValueError(f"layer {layer.name}: {error}") from None
             if counts.sum() != layer.weights:
                 raise ValueError(f"layer {layer.name}: {counts.sum()} integers for {layer.weights} weights")
-            found[layer.name] = round(codes.entropy_bits(counts), 6)
+            found[layer.name] = histogram(counts, low=low)
     except (ValueError, SafetensorError) as error:
         raise UserError(str(error), where=str(path), hint="the file is damaged") from None
     return found
 
 
-def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]) -> np.ndarray:
-    """How often each integer of a layer occurs, whatever the form. ValueError where the bytes are not the layer's."""
+def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]) -> tuple[int, np.ndarray]:
+    """The first integer counted, and how often it and those after it occur, whatever the form.
+
+    ValueError where the bytes are not the layer's.
+    """
     if layer.name in places:
         start, end = places[layer.name]
-        return codes.count_encoded(file.get_slice(CODES_TENSOR)[start:end].tobytes(), layer.encoding, layer.weights)
+        return _of_codes(file.get_slice(CODES_TENSOR)[start:end].tobytes(), layer)
     if layer.encoding == "float32":
-        return codes.count(_integers_of(file.get_tensor(layer.name), layer))
+        return _of_integers(_integers_of(file.get_tensor(layer.name), layer))
     payload = file.get_tensor(f"{layer.name}_packed")
     if layer.encoding in ("int8", "int16"):
         if str(payload.dtype) != layer.encoding:
             raise ValueError(f"integers of type {payload.dtype}")
-        return codes.count(payload)
-    return codes.count_encoded(payload.tobytes(), layer.encoding, layer.weights)
+        return _of_integers(payload)
+    return _of_codes(payload.tobytes(), layer)
+
+
+def _of_integers(integers: np.ndarray) -> tuple[int, np.ndarray]:
+    return int(integers.min(initial=0)), codes.count(integers)
+
+
+def _of_codes(payload: bytes, layer: LayerRecord) -> tuple[int, np.ndarray]:
+    if layer.encoding.startswith("codes16"):
+        return _of_integers(codes.decode(payload, layer.encoding, (layer.weights,)))
+    counts = codes.count_encoded(payload, layer.encoding, layer.weights)
+    return 1 - len(counts) // 2, counts  # codes of w bits are −(2^(w−1) − 1) and up
 
 
 def _integers_of(weight: np.ndarray, layer: LayerRecord) -> np.ndarray:

@@ -6,56 +6,72 @@ cursor or hide text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from csqcli.errors import printable
 from csqcli.file.manifest import Manifest
+from csqcli.reporting import history as training
+from csqcli.reporting.layout import (
+    LABEL,
+    LEAST_NAME,
+    Column,
+    Glyphs,
+    glyphs,
+    print_columns,
+    print_lines,
+    shortened,
+    spark,
+)
+from csqcli.reporting.words import layer_names, short
+
+_LEAST_REASON = 34  # columns, of why a tensor stays float
 
 
-def print_table(manifest: Manifest, console: Console, *, as_stated: bool = False) -> None:
-    """Per-layer table, totals, and accuracy from float to hard; ``as_stated`` as for :func:`totals`."""
-    total_packed = sum(layer.packed_bytes for layer in manifest.layers) or 1
-    table = Table(
-        title=Text(printable(manifest.model.source)),
-        title_justify="left",
-        box=rich.box.SIMPLE,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for heading, justify in (
-        ("layer", "left"),
-        ("shape", "left"),
-        ("weights", "right"),
-        ("MACs", "right"),
-        ("mask", "left"),
-        ("bits", "right"),
-        ("stored", "right"),
-        ("entropy", "right"),
-        ("share", "right"),
-    ):
-        table.add_column(heading, justify=justify, no_wrap=heading != "layer", overflow="fold")  # type: ignore[arg-type]
-    for layer in manifest.layers:
-        table.add_row(
-            Text(printable(layer.name)),
-            "×".join(map(str, layer.shape)),
-            f"{layer.weights:,}",
-            "–" if layer.macs is None else _short(layer.macs),
-            layer.mask,
-            str(layer.bits),
-            str(layer.stored_bits),
-            f"{layer.entropy_bits:.2f}",
-            f"{100 * layer.packed_bytes / total_packed:.1f} %",
-        )
+def print_report(manifest: Manifest, console: Console, *, history: Sequence[Any] = (), as_stated: bool = False) -> None:
+    """Per-layer table, totals, accuracy from float to hard, and the course of training; ``as_stated`` as for :func:`totals`."""
+    marks = glyphs(console)
+    console.print(shortened(printable(manifest.model.source), console.width, marks), highlight=False, markup=False)
     if manifest.layers:
-        console.print(table)
-    for line in totals(manifest, as_stated=as_stated):
-        console.print(line, highlight=False, markup=False)
+        print_columns(_layer_columns(manifest, marks), console, marks)
+        console.print()
+    lines = [*totals(manifest, as_stated=as_stated), *_course(history, marks, console.width)]
+    print_lines(lines, console)
+
+
+def _layer_columns(manifest: Manifest, marks: Glyphs) -> list[Column]:
+    layers = manifest.layers
+    total_packed = sum(layer.packed_bytes for layer in layers) or 1
+    macs = ["–" if layer.macs is None else short(layer.macs) for layer in layers]
+    bars = [layer.mask.replace("1", marks.full).replace("0", marks.empty) for layer in layers]
+    names = layer_names([printable(layer.name) for layer in layers])
+    return [
+        Column("layer", names, shrinks=LEAST_NAME),
+        Column("shape", ["×".join(map(str, layer.shape)) for layer in layers], rank=6),
+        Column("weights", [f"{layer.weights:,}" for layer in layers], rank=1, right=True),
+        Column("MACs", macs, rank=5, right=True),
+        Column("planes", bars, style="cyan"),
+        Column("bits", [str(layer.bits) for layer in layers], right=True),
+        Column("stored", [str(layer.stored_bits) for layer in layers], rank=4, right=True),
+        Column("entropy", [f"{layer.entropy_bits:.2f}" for layer in layers], rank=3, right=True),
+        Column("share", [f"{100 * layer.packed_bytes / total_packed:.1f} %" for layer in layers], rank=2, right=True),
+        Column("mask", [layer.mask for layer in layers], rank=7),
+    ]
+
+
+def _course(history: Sequence[Any], marks: Glyphs, width: int) -> list[str]:
+    """Mean bits and accuracy over training as sparklines, where more than one epoch is known."""
+    found: list[str] = []
+    for label, key, unit in (("mean bits", "mean_bits", "bits"), ("top-1", "val_top1", "%")):
+        values = training.values(history, key)
+        if len(values) > 1:
+            line = spark(values, marks, most=max(8, min(60, width - LABEL - 20)))
+            found.append(
+                f"{'training' if not found else '':<{LABEL}}{line} {label} {values[0]:.3g} → {values[-1]:.4g} {unit}"
+            )
+    return found
 
 
 def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
@@ -86,8 +102,8 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         size = "×".join(map(str, compute.input_size))
         share = 100 * compute.quantized_macs / max(compute.macs, 1)
         lines.append(
-            f"compute      {_short(compute.macs)} MACs for {size}, {share:.1f} % of them quantized; "
-            f"{_short(compute.bops)} bit operations{macs_mark}"
+            f"compute      {short(compute.macs)} MACs for {size}, {share:.1f} % of them quantized; "
+            f"{short(compute.bops)} bit operations{macs_mark}"
         )
     if sizes.file_bytes:
         ratio = sizes.float_bytes / sizes.file_bytes
@@ -144,27 +160,27 @@ def export_lines(manifest: Manifest) -> list[str]:
     return lines
 
 
-def coverage_lines(found: Mapping[str, Any]) -> list[str]:
-    """What `csq inspect` prints, from ``models.coverage.coverage``: a line per tensor, then the shares."""
-    lines = []
-    for layer in found["layers"]:
-        macs = "never called" if layer["macs"] is None else f"{layer['macs']:>15,} MACs"
-        shape = "×".join(map(str, layer["shape"]))
-        lines.append(f"{printable(layer['name']):<48} {shape:<18} {layer['weights']:>12,} weights {macs}")
-    for tensor in found["left_float"]:
-        shape = "×".join(map(str, tensor["shape"]))
-        lines.append(f"{printable(tensor['name']):<48} {shape:<18} float: {tensor['why']}")
-    lines.append(
+def print_coverage(found: Mapping[str, Any], console: Console) -> None:
+    """What `csq inspect` prints, from ``models.coverage.coverage``: a row per tensor, then the shares."""
+    marks = glyphs(console)
+    rows = [*found["layers"], *found["left_float"]]
+    macs = ["never called" if row["macs"] is None else f"{row['macs']:,}" for row in found["layers"]]
+    counted = [f"{row['weights']:,}" for row in found["layers"]]
+    float_ = [""] * len(found["left_float"])
+    columns = [
+        Column("tensor", [printable(row["name"]) for row in rows], shrinks=LEAST_NAME),
+        Column("shape", ["×".join(map(str, row["shape"])) for row in rows], rank=2),
+        Column("weights", [*counted, *float_], right=True),
+        Column("MACs", [*macs, *float_], rank=1, right=True),
+    ]
+    if float_:
+        whys = [f"float: {row['why']}" for row in found["left_float"]]
+        columns.append(Column("", [*("quantized" for _ in counted), *whys], shrinks=_LEAST_REASON))
+    print_columns(columns, console, marks)
+    console.print()
+    line = (
         f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
         f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates "
         f"for {'×'.join(map(str, found['input_size']))}"
     )
-    return lines
-
-
-def _short(count: int) -> str:
-    """Three digits and a power of thousand: ``1.81 G``."""
-    for power, unit in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if count >= 10**power:
-            return f"{count / 10**power:.3g} {unit}"
-    return str(count)
+    print_lines([line], console, indent=0)

@@ -28,6 +28,7 @@ def middle(text: str, width: int, *, mark: str = "…") -> str:
     return f"{text[: kept - end]}{mark}{text[len(text) - end :]}"[: max(width, 0)]
 
 
-def listed(words: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+def layer_names(names: Sequence[str]) -> list[str]:
+    """Names of weights without the ``.weight`` that nearly every one ends in, where all do."""
+    suffix = ".weight"
+    return [name.removesuffix(suffix) for name in names] if all(n.endswith(suffix) for n in names) else list(names)

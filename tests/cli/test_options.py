@@ -86,12 +86,14 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "pretrained": (f"{SEARCH} --pretrained", holds("model.pretrained", True)),
     "set": (f"{SEARCH} --set optimizer.lr=0.25", holds("optimizer.lr", 0.25)),
     "force": (f"{SEARCH} --force", lambda r: (r.folder / "model.safetensors").is_file()),
+    "search json": (f"{SEARCH} --json", lambda r: json.loads(r.out)["payload_sha256"] == r.report()["payload_sha256"]),
     "resume": (f"{SEARCH} --resume", lambda r: (r.folder / "model.safetensors").is_file()),
     # finetune
     "finetune": (f"{FINETUNE} --seed 3 --batch-size 20 --device cpu", holds("seed", 3)),
     "finetune output": (FINETUNE.replace("-o OUT", "--output OUT"), lambda r: "finetune" in r.report()),
     "finetune flags": (f"{FINETUNE} --force --resume --trust-code -q", lambda r: "finetune" in r.report()),
     "finetune val split": (f"{FINETUNE} --val-split test --log-every 5", holds("data.val_split", "test")),
+    "finetune json": (f"{FINETUNE} --json", lambda r: json.loads(r.out)["finetune"]["kept"] in ("input", "finetuned")),
     # evaluate
     "evaluate": (
         "evaluate RUN --quiet --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
@@ -103,6 +105,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     ),
     # report, inspect, methods, recipes
     "report": ("report RUN --json", lambda r: json.loads(r.out)["form"] == "compact"),
+    "report page": (
+        "report RUN --html OUT/page.html --svg OUT/figures",
+        lambda r: (r.folder / "page.html").is_file() and (r.folder / "figures" / "planes.svg").is_file(),
+    ),
     "inspect": (
         "inspect timm:resnet10t --no-pretrained --exclude fc --num-classes 7 --strict 0.5 --json",
         lambda r: "fc.weight" not in [layer["name"] for layer in json.loads(r.out)["layers"]],
@@ -113,6 +119,8 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     ),
     "methods": ("methods --json", lambda r: "csq" in [method["name"] for method in json.loads(r.out)["methods"]]),
     "recipes": ("recipes show digits", lambda r: "digits_cnn" in r.out),
+    "recipes list json": ("recipes list --json", lambda r: "digits" in [found["name"] for found in json.loads(r.out)]),
+    "recipes show json": ("recipes show digits --json", lambda r: json.loads(r.out)["threads"] == 1),
     "reproduce": (
         "reproduce fig2 --data digits --model digits_cnn --scale 0.002 --seeds 1 --plan --quiet -o OUT --set max_steps=1",
         lambda r: "# 6 runs, 6 epochs in all" in r.out,
@@ -124,6 +132,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     # export
     "int8-packed": ("export RUN --int8-packed --output OUT/a.safetensors", lambda r: "int8-packed: " in r.out),
     "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code -q", lambda r: "bit-packed: " in r.out),
+    "export json": (
+        "export RUN --state-dict -o OUT/a.safetensors --json",
+        lambda r: json.loads(r.out)["parity"]["layers_matched"] == 4,
+    ),
     "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
     "form": (
         "export RUN --form bit-packed -o OUT/a.safetensors --quiet --log-every 5 --data digits --val-split 0.5 --val-limit 20",

@@ -162,7 +162,13 @@ ROWS = [
         f"{command} {file}{options}"
         for command, options in (("report", ""), ("evaluate", " --data digits"), ("finetune", " --data digits -o new"))
         for file in ("run", "nowhere.safetensors", "text.txt", "float.safetensors", "noise.safetensors", "cut.safetensors")
+        if (command, file) != ("report", "run")  # a report takes a run's folder
     ),
+    "report empty",
+    "report unfinished",
+    "report run --html run/model.safetensors",
+    "report run --html nowhere/page.html",
+    "report run --svg text.txt",
     "finetune run/model.safetensors --data nowhere --quiet -o new",
     "finetune run/model.safetensors --data images --quiet -o new",
     "finetune run/model.safetensors --data digits --quiet -o run",

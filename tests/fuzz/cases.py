@@ -79,14 +79,16 @@ class Case:
     def _manifest(self, path: Path) -> str:
         from rich.console import Console
 
-        from csqcli.reporting.build import describe
+        from csqcli.reporting.build import describe, history_beside
         from csqcli.reporting.recompute import recomputed
-        from csqcli.reporting.terminal import print_table
+        from csqcli.reporting.report_page import report_page
+        from csqcli.reporting.terminal import print_report
 
         def read() -> None:
-            manifest, _ = recomputed(path)
+            manifest = recomputed(path).manifest
             out = io.StringIO()
-            print_table(manifest, Console(file=out, width=140), as_stated=True)
+            print_report(manifest, Console(file=out, width=80), history=history_beside(path), as_stated=True)
+            report_page(path).encode()
             out.getvalue().encode()
             json.dumps(describe(path)).encode()
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from quantized_models import make_file
@@ -17,6 +18,7 @@ from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.reporting.build import describe, history_beside
+from csqcli.reporting.histogram import histogram, magnitude_name
 from csqcli.reporting.recompute import recomputed
 
 FORMS = ("compact", "int8-packed", "bit-packed", "state-dict")
@@ -31,9 +33,26 @@ def file() -> QuantizedFile:
 @pytest.mark.parametrize("form", FORMS)
 def test_what_the_writer_counted_is_what_is_counted_again(file: QuantizedFile, tmp_path: Path, form: str) -> None:
     io.write(tmp_path / "a.safetensors", file, form=form)  # type: ignore[arg-type]
-    counted, _ = recomputed(tmp_path / "a.safetensors")
+    counted, _, histograms = recomputed(tmp_path / "a.safetensors")
     assert counted.sizes.model_copy(update={"file_bytes": None}) == file.manifest.sizes
     assert [layer.entropy_bits for layer in counted.layers] == [r.entropy_bits for r in file.manifest.layers]
+    for layer in file.layers:
+        found, integers = histograms[layer.name], layer.integers
+        assert (found.low, found.high) == (int(integers.min()), int(integers.max()))
+        zeros, ones = int((integers == 0).sum()), int((integers.abs() == 1).sum())
+        assert (found.magnitudes[0], sum(found.magnitudes[1:2])) == (zeros, ones)
+        assert sum(found.magnitudes) == sum(found.bins) == integers.numel()
+
+
+def test_integers_are_grouped_by_magnitude_and_into_bins_of_one_width() -> None:
+    found = histogram(np.array([5, 0, 7, 1, 0, 0, 0, 0, 2]), low=-2)  # -2: 5, 0: 7, 1: 1, 6: 2
+    assert (found.low, found.high) == (-2, 6)
+    assert found.magnitudes == (7, 1, 5, 2)  # 0, ±1, ±2…3, ±4…7
+    assert found.bins == (0, 0, 0, 0, 5, 0, 7, 1, 0, 0, 0, 0, 2)  # -6 … 6
+    wide = histogram(np.ones(255, dtype=np.int64), low=-127)
+    assert (len(wide.bins), sum(wide.bins)) == (33, 255)
+    assert max(wide.bins) - min(wide.bins) <= 1
+    assert [magnitude_name(bits) for bits in range(4)] == ["0", "±1", "±2…3", "±4…7"]
 
 
 @pytest.mark.parametrize("form", FORMS)

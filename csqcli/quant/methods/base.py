@@ -132,8 +132,8 @@ class WeightMethod(ABC):
         """The paper's hardening, every gate to its unit step, where it is not what is delivered but is to be measured too."""
         return None
 
-    def monitor(self, step: int) -> dict[str, float]:
-        """Numbers for the progress display and metrics.jsonl."""
+    def monitor(self, step: int) -> dict[str, Any]:
+        """Numbers for the progress display and metrics.jsonl; ``masks``, a string per layer, once planes are on or off."""
         return {}
 
 

@@ -289,19 +289,28 @@ class GateMethod(WeightMethod):
 
     def mean_bits(self) -> float:
         """Mean planes over elements if every gate were a unit step now."""
-        mask = self.planes.hard_mask() if self.hardened is None else self.hardened.mask
-        return self.budget.mean_planes(mask.sum(dim=1).tolist())
+        return self.budget.mean_planes(self._mask_now().sum(dim=1).tolist())
+
+    def _mask_now(self) -> Tensor:
+        """bool [layers, bits]: planes in use if every gate were a unit step now."""
+        return self.planes.hard_mask() if self.hardened is None else self.hardened.mask
 
     def budget_gap(self) -> float:
         """Mean planes over weight elements minus the target; 0 where nothing is searched."""
         return self.mean_bits() - self.budget.target if self.searches else 0.0
 
-    def monitor(self, step: int) -> dict[str, float]:
+    def monitor(self, step: int) -> dict[str, Any]:
         beta, penalty = self.beta(step), 0.0
         if self.planes.fixed_mask is None:
             regulariser = float(equations.mask_regulariser(self.planes.mask_logits, beta))
             penalty = self.reg_strength * float(self._gap(beta)) * regulariser
-        return {"beta": beta, "mean_bits": self.mean_bits(), "budget_gap": self.budget_gap(), "reg_loss": penalty}
+        return {
+            "beta": beta,
+            "mean_bits": self.mean_bits(),
+            "budget_gap": self.budget_gap(),
+            "reg_loss": penalty,
+            "masks": [equations.mask_string(mask) for mask in self._mask_now().cpu()],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"planes": self.planes.state_dict(), "fisher": self.fisher}

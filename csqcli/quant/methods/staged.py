@@ -169,10 +169,12 @@ class Staged(WeightMethod):
             return self.search.mean_planes()
         return self.budget.mean_planes([int(mask.sum()) for mask in self.masks])
 
-    def monitor(self, step: int) -> dict[str, float]:
+    def monitor(self, step: int) -> dict[str, Any]:
         mean = self.mean_bits()
         gap = mean - self.budget.target
-        return {"beta": self.beta(step), "mean_bits": mean, "budget_gap": gap, "reg_loss": 0.0}
+        numbers = {"beta": self.beta(step), "mean_bits": mean, "budget_gap": gap, "reg_loss": 0.0}
+        fixed = [] if self.search is not None else [equations.mask_string(mask) for mask in self.masks]
+        return numbers | {"masks": fixed} if fixed else numbers
 
     def state_dict(self) -> dict[str, Any]:
         return {
