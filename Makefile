@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/csq export runs/demo/model.safetensors --bit-packed
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check csqcli tests benchmarks

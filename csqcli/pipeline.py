@@ -112,6 +112,7 @@ def _search(run: Run) -> dict[str, Any]:
     rehearse(run, layers, left)
     trainer = phase.train(run, "search", run.recipe, layers)
     file, gap = deliver(run, trainer, left)
+    run.searched = trainer.optimizer.method
     return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
 
 
@@ -173,6 +174,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     run.count_operations(layers)
     rehearse(run, layers, start.manifest.left_float)
     trainer = phase.train(run, "finetune", recipe, layers, start=start.layers)
+    run.searched = None
     file, gap = deliver(run, trainer, start.manifest.left_float, at_least=input_top1)
     finetuned_top1 = run.record.accuracy.hard_top1 or 0.0
     kept = "finetuned" if finetuned_top1 >= input_top1 else "input"

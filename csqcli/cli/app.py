@@ -16,6 +16,7 @@ from csqcli.cli.finetune import finetune
 from csqcli.cli.inspect import inspect
 from csqcli.cli.methods import methods
 from csqcli.cli.report import report
+from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
 from csqcli.errors import UserError, machine_fault
 from csqcli.system.interrupt import Interrupted
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (search, finetune, methods, evaluate, report, inspect, export):
+for command in (search, finetune, methods, evaluate, report, inspect, export, reproduce):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

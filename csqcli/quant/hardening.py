@@ -19,7 +19,7 @@ from csqcli.quant.passes.rounding import levels_of, nearest_level
 UNSEEN = 0.05  # a plane whose f(m_B) is below this adds nothing to the soft weight, and is not switched on
 _SAMPLE, _LARGE_SAMPLE = 2**12, 2**16  # weights that starting points, and numbers of planes, are compared on
 _FRACTIONS = (0.1, 1.0, 49)  # of the largest magnitude, as the weight of the largest level: from, to, how many
-_MOST_ROUNDS = 50  # of the alternation, which mostly ends within ten
+_FEW_ROUNDS, _MOST_ROUNDS = 5, 50  # of the alternation: for starts that are compared, and for the best of them
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,41 @@ def fit_levels(weight: Tensor, mask: Tensor, *, starts: Sequence[float] = ()) ->
         return Fit(torch.zeros_like(weight), weight.new_ones(()), weight.double().square().sum())
     scaled = weight / largest  # squares of tiny and of huge weights would vanish or overflow
     sample = scaled[:: max(1, len(scaled) // _SAMPLE)]
-    finite = [start / largest for start in starts if 0 < start / largest < float("inf")]
-    fractions = torch.linspace(*_FRACTIONS).tolist()
-    candidates = [
-        _alternate(sample, levels, step) for step in [*finite, *(part / float(levels[-1]) for part in fractions)]
-    ]
-    _, best, _ = min(candidates, key=lambda candidate: float(candidate[2]))
-    integers, step, error = _alternate(scaled, levels, best)
-    return Fit(integers, (step * largest).to(weight.dtype), error * largest**2)
+    steps = [start / largest for start in starts if 0 < start / largest < float("inf")]
+    steps += [part / float(levels[-1]) for part in torch.linspace(*_FRACTIONS).tolist()]
+    tried = torch.tensor(steps, dtype=torch.float64, device=weight.device)
+    _, tried, errors = _alternate(sample, levels, tried, rounds=_FEW_ROUNDS)
+    integers, step, error = _alternate(scaled, levels, tried[errors.argmin()].reshape(1), rounds=_MOST_ROUNDS)
+    return Fit(integers[0], (step[0] * largest).to(weight.dtype), error[0] * largest**2)
 
 
-def _alternate(weight: Tensor, levels: Tensor, start: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers, step and squared error where nearest level and least-squares step agree; step and error in float64."""
-    step = torch.as_tensor(start, dtype=torch.float64, device=weight.device)
+def _alternate(weight: Tensor, levels: Tensor, steps: Tensor, *, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Nearest levels and least-squares steps in turns, from each of ``steps`` (float64 [starts]), until nothing moves.
+
+    Integers [starts, weights], steps and squared errors [starts]; the latter two in float64.
+    """
     exact = weight.double()
-    integers = nearest_level((exact / step).to(weight.dtype), levels)
-    for _ in range(_MOST_ROUNDS):
-        square = integers.double().square().sum()
-        if square == 0:  # the start was too coarse for any weight to leave zero
-            break
-        step = (exact @ integers.double()) / square
-        moved = nearest_level((exact / step).to(weight.dtype), levels)
+    spacing = levels[1] - levels[0]
+    even = bool((levels.diff() == spacing).all())
+
+    def nearest(steps: Tensor) -> Tensor:
+        ratio = (exact / steps.unsqueeze(1)).to(weight.dtype)
+        if even:
+            return ratio.div_(spacing).round_().mul_(spacing).clamp_(levels[0], levels[-1])
+        return nearest_level(ratio, levels)
+
+    integers = nearest(steps)
+    for _ in range(rounds):
+        wide = integers.double()
+        square = wide.square().sum(dim=1)
+        # a start that is too coarse for any weight to leave zero stays where it is
+        steps = torch.where(square > 0, (wide @ exact) / square.clamp_min(1), steps)
+        moved = nearest(steps)
         if torch.equal(moved, integers):
             break
         integers = moved
-    return integers, step, (exact - step * integers.double()).square().sum()
+    errors = (exact - steps.unsqueeze(1) * integers.double()).square().sum(dim=1)
+    return integers, steps, errors
 
 
 def plane_order(energy: Tensor) -> Tensor:

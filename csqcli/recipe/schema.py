@@ -214,6 +214,11 @@ class Recipe(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], RESULT_NEUTRAL] = "auto"
     """`auto` takes a GPU when there is one."""
 
+    @field_validator("amp", "channels_last", mode="before")
+    @classmethod
+    def _on_and_off_are_words(cls, value: Any) -> Any:  # YAML 1.1 reads them as true and false
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _target_within_planes(self) -> Recipe:
         target, planes = self.quantization.target_bits, self.quantization.max_bits

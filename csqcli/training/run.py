@@ -27,6 +27,7 @@ from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.quant.methods.base import WeightMethod
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.distributed import Shard
@@ -55,6 +56,7 @@ class Run:
     activations: ActivationQuantizers | None = None
     teacher: nn.Module | None = None
     operations: Operations | None = None
+    searched: WeightMethod | None = None  # the search's method and its state, for the finetune that follows it
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data

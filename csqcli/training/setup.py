@@ -105,6 +105,7 @@ def make_method(
         budget=budget,
         planes=planes,
         start=start,
+        searched=run.searched if start is not None else None,
         lr=recipe.optimizer.lr,
         momentum=recipe.optimizer.momentum,
         weight_decay=recipe.optimizer.weight_decay,

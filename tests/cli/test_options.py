@@ -106,6 +106,14 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     ),
     "methods": ("methods --json", lambda r: "csq" in [method["name"] for method in json.loads(r.out)["methods"]]),
     "recipes": ("recipes show digits", lambda r: "digits_cnn" in r.out),
+    "reproduce": (
+        "reproduce fig2 --data digits --model digits_cnn --scale 0.002 --seeds 1 --plan --quiet -o OUT --set max_steps=1",
+        lambda r: "# 6 runs, 6 epochs in all" in r.out,
+    ),
+    "reproduce a figure": (
+        "reproduce fig2 --data digits --model digits_cnn --scale 0.002 --output OUT --set max_steps=1 --json -q",
+        lambda r: json.loads(r.out)["name"] == "fig2",
+    ),
     # export
     "int8-packed": ("export RUN --int8-packed --output OUT/a.safetensors", lambda r: "int8-packed: " in r.out),
     "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code", lambda r: "bit-packed: " in r.out),

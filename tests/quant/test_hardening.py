@@ -17,7 +17,7 @@ from csqcli.quant.budget import Budget, PlaneLimits, make_budget
 from csqcli.quant.catalog import PAPER, CSQSettings, UniformGateSettings
 from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, plane_order
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.base import Plan, Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
 from csqcli.quant.passes.bitplanes import BitPlanes
 
@@ -396,3 +396,23 @@ def test_delivered_layers_with_holes_in_their_masks_are_recreated_exactly() -> N
     planes.set_integers(0, integers, torch.tensor(7.0), logit=1.0, beta=2.0)
     planes.materialise(2.0)
     torch.testing.assert_close(layer.parameter.detach(), integers.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_finetune_of_a_search_keeps_its_bit_logits_at_the_weights_that_were_delivered() -> None:
+    model, search = made()
+    train(search, model, range(20))
+    search.harden(20)
+    delivered = search.hard_layers()
+    budget = search.plan.budget
+    plan = Plan(Schedule(20, 10), budget, start=delivered, searched=search)
+    on = BitLevelCSQ(search.layers, plan, search.settings)
+    assert torch.equal(on.planes.pos, search.planes.pos)  # Algorithm 1; integers alone give ±logit
+    assert torch.equal(on.planes.neg, search.planes.neg)
+    assert on.planes.pos_momentum.count_nonzero() == 0
+    for layer, hard in zip(search.layers, delivered, strict=True):
+        soft, wanted = layer.parameter.detach().double(), hard.weight().double()
+        # the scale is the least-squares one at the temperature that starts again
+        assert float((soft * (wanted - soft)).sum() / (soft * soft).sum()) == pytest.approx(0, abs=1e-5)
+    train(on, model, range(20))
+    on.harden(20)
+    assert [layer.mask.tolist() for layer in on.hard_layers()] == [layer.mask.tolist() for layer in delivered]

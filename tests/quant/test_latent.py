@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from csqcli.quant import budget
 from csqcli.quant.catalog import CARDS, PAPER, CSQSettings, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.methods.base import Plan, Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
 from csqcli.quant.methods.staged import Staged
 from csqcli.quant.methods.uniform import LearnedStep, StraightThrough
@@ -423,3 +423,20 @@ def test_a_state_saved_in_one_memory_format_goes_on_in_another(kind: str, stop: 
     train(other, resumed, range(stop, stop + 2))
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_the_finetune_of_a_search_keeps_where_latents_stand_between_levels() -> None:
+    model, optimizer = start("staged")
+    train(model, optimizer, range(SCHEDULE.total_steps))
+    optimizer.harden()
+    search = optimizer.method
+    assert isinstance(search, Staged)
+    delivered = search.hard_layers()
+    on = Staged(search.layers, Plan(SCHEDULE, search.plan.budget, start=delivered, searched=search))
+    anew = Staged(search.layers, Plan(SCHEDULE, search.plan.budget, start=delivered))
+    for index, latent in enumerate(search.latents):
+        assert torch.equal(on.latents[index], latent)
+        assert not torch.equal(anew.latents[index], latent)  # from integers alone
+    on.harden(0)
+    for before, after in zip(delivered, on.hard_layers(), strict=True):
+        assert torch.equal(before.integers, after.integers)

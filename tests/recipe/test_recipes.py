@@ -138,6 +138,11 @@ def test_wrong_recipes_are_one_line(raw: dict, complaint: str) -> None:
     assert caught.value.line().startswith(f"r.yaml: {complaint}")
 
 
+def test_on_and_off_need_no_quotes() -> None:
+    recipe = resolve("short", parse_assignments(["amp=off", "channels_last=on"]))
+    assert (recipe.amp, recipe.channels_last) == ("off", "on")
+
+
 def test_an_ambiguous_short_key_lists_its_full_names() -> None:
     with pytest.raises(UserError, match=r"`max_bits` is ambiguous; write `quantization.max_bits` or `layers.max_bits`"):
         full_key("max_bits", CARDS["staged"])

@@ -19,9 +19,9 @@ ARGUMENTS = [
     "--target-bits",
     "1.5",
     "--epochs",
-    "8",
+    "4",
     "--finetune-epochs",
-    "3",
+    "2",
     "--quiet",
 ]
 SAVES = ["--set", "save_every_minutes=0.003"]  # every 180 ms, so that signals fall into saves too

@@ -44,6 +44,7 @@ class Plan:
     budget: Budget
     planes: Sequence[int] | None = None  # of every layer, where they were decided before training
     start: Sequence[HardLayer] | None = None  # delivered layers to train on from, masks fixed
+    searched: WeightMethod | None = None  # the method that found them, where its state is still at hand
     lr: float = 0.05  # peak rate of the base optimizer, and what follows it: momentum and weight decay
     momentum: float = 0.9
     weight_decay: float = 5e-4

@@ -70,7 +70,9 @@ class GateMethod(WeightMethod):
         elif plan.planes is not None:
             self.planes.fix_mask(torch.stack([top_planes(k, self.bits) for k in plan.planes]))
         beta = self.beta(0)
-        if plan.start is not None:
+        if plan.start is not None and isinstance(plan.searched, GateMethod) and plan.searched.bits == self.bits:
+            self._go_on_with(plan.searched, plan.start, beta)
+        elif plan.start is not None:
             for index, delivered in enumerate(plan.start):
                 self._start_from(index, delivered, beta)
         elif self.fixing_step == 0 and settings.restart_beta is not None:
@@ -103,6 +105,19 @@ class GateMethod(WeightMethod):
     def harden_at_step(self) -> int | None:
         share = self.settings.harden_at
         return max(1, round(share * self.schedule.total_steps)) if share < 1 else None
+
+    @torch.no_grad()
+    def _go_on_with(self, searched: GateMethod, start: Sequence[HardLayer], beta: float) -> None:
+        """Algorithm 1's finetune: m_p and m_n of the search as they are, at a temperature that starts again.
+
+        Gates are softer there, so each scale is refitted to the weights that were delivered.
+        """
+        planes, found = self.planes, searched.planes
+        planes.pos.copy_(found.pos)
+        planes.neg.copy_(found.neg)
+        planes.scale.copy_(found.scale)
+        for index, (layer, delivered) in enumerate(zip(self.layers, start, strict=True)):
+            planes.fit_scale(index, layer.flat(delivered.weight()).to(planes.scale), beta)
 
     def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
         if layer.scale.numel() > 1:

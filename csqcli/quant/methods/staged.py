@@ -61,6 +61,10 @@ class Staged(WeightMethod):
         # A latent's unit is its one-plane scale: about the same number of standard deviations in every layer.
         self.units = [self._mse_scale(value, layer, 1) for value, layer in zip(values, layers, strict=True)]
         self.latents = [value / unit for value, unit in zip(values, self.units, strict=True)]
+        if plan.start is not None and isinstance(plan.searched, Staged):
+            # as the search left them: where they stand between two levels is in no file
+            self.units = list(plan.searched.units)
+            self.latents = [latent.clone() for latent in plan.searched.latents]
         self.adam = LatentAdam(
             self.latents, beta1=_EXP_AVG_DECAY, beta2=settings.fisher_decay, state_dtype=plan.state_dtype
         )

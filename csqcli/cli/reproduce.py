@@ -1,0 +1,72 @@
+"""``csq reproduce``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from csqcli.cli import output
+from csqcli.cli.options import DataOption, JsonOption, QuietOption, SetOption, given
+
+
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="table1, table4, fig2, …; without one, a list of them.")
+    ] = None,
+    data: DataOption = None,
+    model: Annotated[str | None, typer.Option(help="Another network than the paper's, for a trial.")] = None,
+    scale: Annotated[float, typer.Option(min=1e-6, help="Share of the paper's epochs, e.g. 0.1.")] = 1.0,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs per row, from seed 0.")] = 1,
+    folder: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of runs and tables; runs/reproduce-SCALE if unset.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the runs as commands, and start none.")] = False,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Rerun a table or figure of the paper: train what is missing, resume what was stopped, write the table."""
+    from csqcli.recipe.resolve import parse_assignments
+    from csqcli.reproducing.experiments import EXPERIMENTS, find_experiment
+
+    if name is None:
+        for experiment in EXPERIMENTS.values():
+            runs = sum(row.trained for row in experiment.rows)
+            output.line(f"{experiment.name:<16} {experiment.title} ({runs} runs a seed)")
+        return
+    experiment = find_experiment(name)
+    more: dict[str, Any] = parse_assignments(settings or []) | given({"data.source": data, "model.source": model})
+    target, chosen = folder or Path("runs") / f"reproduce-{scale:g}", range(seeds)
+    from csqcli.reproducing import runs as reproducing
+
+    if plan:
+        planned = reproducing.plan(experiment, scale=scale, seeds=chosen, more=more)
+        for row, seed, recipe in planned:
+            output.line(
+                reproducing.command(experiment, row, seed, recipe, more, reproducing.folder_of(target, row, seed))
+            )
+        epochs = sum(recipe.epochs + recipe.finetune.epochs for _, _, recipe in planned)
+        output.line(f"# {len(planned)} runs, {epochs:,} epochs in all")
+        return
+    from csqcli.reproducing import page
+    from csqcli.system.files import write_text
+    from csqcli.system.progress import Display
+
+    display = Display(quiet=quiet or not output.is_main_process())
+    found = reproducing.run_all(experiment, target, scale=scale, seeds=chosen, more=more, display=display)
+    summary = reproducing.summary(experiment, found, scale=scale, seeds=chosen)
+    if not output.is_main_process():
+        return
+    text, figure = page.markdown(experiment, summary), page.figure(experiment, summary)
+    write_text(target / f"{name}.json", json.dumps(summary, indent=2) + "\n")
+    write_text(target / f"{name}.md", text)
+    if figure is not None:
+        write_text(target / f"{name}.svg", figure.svg())
+    if as_json:
+        output.as_json(summary)
+    else:
+        output.block(text)
+        output.line(f"wrote {target / name}.md, .json{' and .svg' if figure is not None else ''}")
