@@ -100,10 +100,11 @@ def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work:
     from csqcli import pipeline
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
+    from csqcli.training.run_folder import RESUME_FILE
 
     torch.set_num_threads(1)
     folder = Path(work) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-    if not (folder / "report.json").exists() or (folder / pipeline.RESUME_FILE).exists():
+    if not (folder / "report.json").exists() or (folder / RESUME_FILE).exists():
         settings = PROXY | {"data.source": data_source, "seed": seed, "amp": amp} | overrides
         recipe = resolve("short", {key: value for key, value in settings.items() if value is not None})
         pipeline.search(recipe, folder, display=Display(quiet=True), force=True, images=proxy_images(data_source))

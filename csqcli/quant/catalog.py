@@ -137,8 +137,8 @@ class DoReFaSettings(MethodSettings):
 class PACTSettings(DoReFaSettings):
     """Knobs of the weights beside PACT's activations."""
 
-    weights: Literal["dorefa", "sawb"] = "dorefa"
-    """DoReFa's (the paper of 2018), or statistics-aware weight binning (2019), which has 2, 3, 4, 5 or 8 planes."""
+    quantizer: Literal["dorefa", "sawb"] = "dorefa"
+    """Of the weights: DoReFa's (the paper of 2018), or statistics-aware weight binning (2019), which has 2, 3, 4, 5 or 8 planes."""
 
 
 class TWNSettings(MethodSettings):
@@ -312,7 +312,7 @@ CARDS = {
         MethodCard(
             "msq",
             f"{_METHODS}.msq:MSQ",
-            "L1 norm on the lowest bits of a latent, which are dropped where they are sparse; 2^k levels",
+            "L1 norm on the lowest bits of a latent, which are dropped where they are sparse; 2^(k+1) − 1 levels",
             "target",
             MSQSettings,
             "Han et al., MSQ: Memory-Efficient Bit Sparsification Quantization, ICCV 2025",

@@ -129,7 +129,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
                 },
             ),
             ("dorefa", {"rescale": False}),
-            ("pact", {"rescale": False, "weights": "sawb"}),
+            ("pact", {"rescale": False, "quantizer": "sawb"}),
             ("bsq", {"strength": 0.1, "requantize_share": 0.3, "search_share": 0.6}),
             (
                 "msq",

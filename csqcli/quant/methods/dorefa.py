@@ -37,7 +37,7 @@ class DoReFa(LatentMethod):
         """s of a layer: the least-squares factor from its levels to ``weight``."""
         k = self.planes[index]
         levels = self.levels(index) / (2**k - 1)
-        fitted = (weight * levels).sum() / levels.square().sum()
+        fitted = (weight * levels).sum() / levels.square().sum().clamp_min(SMALLEST)
         self.scales[index] = fitted.abs().clamp_min(SMALLEST * 2**k).reshape(1)
 
     def unit(self, latent: Tensor) -> Tensor:

@@ -22,15 +22,19 @@ _FAST, _SLOW = 2, 1  # bits that a layer drops at a time, as its sensitivity is 
 
 
 class MSQ(DoReFa):
-    """n bits of u = (tanh(V)/max|tanh V| + 1)/2 by RoundClamp: q_n = min(Round[2^n·u], 2^n − 1), W = s·(2q_n/(2^n − 1) − 1).
+    """n bits of u = |tanh V|/max|tanh V| by RoundClamp: q_n = min(Round[2^n·u], 2^n − 1), W = s·sign(V)·q_n/(2^n − 1).
 
     The scaling by 2^n puts the bounds of n − k bits on midpoints of n bits, so that a weight's lowest k bits are the
     distance B = u − q_(n−k)/2^(n−k), which can be lowered from either side: the loss gains λ·Σ|B|. Every so often a layer
     gives up its k lowest bits when the share of weights that have one of them is below a threshold. k is 2 where the
     sensitivity Ω = Tr(H)·‖W − W_n‖² is below the mean of the layers, else 1. That ends with the budget met.
 
+    Bits are those of magnitudes, with a sign beside them as in BSQ and CSQ. Signed weights mapped onto [0, 1] as DoReFa
+    does would nearly all reach the upper level of one bit, where RoundClamp puts the bound at a quarter.
+
     Where the paper estimates Tr(H) by Hutchinson's method, csq takes the mean squared gradient per weight, which it has.
-    Planes that are still too many when they are fixed are those that lose least, by a knapsack. 2^k levels at k planes.
+    Planes that are still too many when they are fixed are those that lose least, by a knapsack. 2^(k+1) − 1 levels at
+    k planes.
     """
 
     name = "msq"
@@ -60,8 +64,8 @@ class MSQ(DoReFa):
         return not self.fixed and self.budget.spent(self.planes) > self.budget.allowed
 
     def levels(self, index: int) -> Tensor:
-        n = self.planes[index]
-        return round_clamp(self._share(index), n).mul_(2).sub_(2**n - 1)
+        unit = self.unit(self.latents[index].detach())
+        return round_clamp(unit.abs(), self.planes[index]) * torch.sign(unit)
 
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
         return self.levels(index), self.scales[index] / (2 ** self.planes[index] - 1)
@@ -70,7 +74,8 @@ class MSQ(DoReFa):
         self.fisher[index].lerp_(gradient.float().square().mean(), 1 - _FISHER_DECAY)
         scaled = gradient * self.scales[index]
         if self.searching:
-            scaled = scaled + self.settings.strength * torch.sign(self.lowest_bits(index)) / 2  # du/d(unit) = ½
+            side = torch.sign(self.latents[index].detach())  # du/d(unit)
+            scaled = scaled + self.settings.strength * torch.sign(self.lowest_bits(index)) * side
         return self.through_unit(index, scaled)
 
     def lowest_bits(self, index: int) -> Tensor:
@@ -106,7 +111,7 @@ class MSQ(DoReFa):
 
     def _share(self, index: int) -> Tensor:
         """u of a layer, within [0, 1]."""
-        return (self.unit(self.latents[index].detach()) + 1) / 2
+        return self.unit(self.latents[index].detach()).abs()
 
     def _kept(self, index: int) -> int:
         """n − k: bits that are left when a layer gives up its k lowest, never fewer than its rules allow."""

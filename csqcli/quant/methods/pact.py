@@ -24,7 +24,7 @@ SAWB = {  # (c1, c2) of the clip c1·√E[W²] + c2·E|W|, fitted by the authors
 
 
 class PACT(DoReFa):
-    """DoReFa's weights (2018), or with ``weights: sawb`` 2^k even steps between ±α, α = c1·√E[W²] + c2·E|W| (2019).
+    """DoReFa's weights (2018), or with ``quantizer: sawb`` 2^k even steps between ±α, α = c1·√E[W²] + c2·E|W| (2019).
 
     2^k levels at k planes either way. Under SAWB gradients pass where |V| ≤ α, and α is taken anew at every step.
     """
@@ -34,22 +34,22 @@ class PACT(DoReFa):
     settings: PACTSettings  # type: ignore[assignment]
 
     def begin(self) -> None:
-        if self.settings.weights == "sawb":
+        if self.settings.quantizer == "sawb":
             for layer, k in zip(self.layers, self.planes, strict=True):
                 if k not in SAWB:
-                    hint = "take pact.weights=dorefa, or one of these targets"
+                    hint = "take pact.quantizer=dorefa, or one of these targets"
                     what = f"SAWB has coefficients for {', '.join(map(str, SAWB))} planes, not for {k}"
                     raise UserError(what, where=layer.name, hint=hint)
         super().begin()
 
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
-        if self.settings.weights == "dorefa":
+        if self.settings.quantizer == "dorefa":
             return super().rounded(index)
         alpha, k = self._clip(index), self.planes[index]
         return odd_integers((self.latents[index].detach() / alpha).clamp_(-1, 1), k), alpha / (2**k - 1)
 
     def latent_gradient(self, index: int, gradient: Tensor) -> Tensor:
-        if self.settings.weights == "dorefa":
+        if self.settings.quantizer == "dorefa":
             return super().latent_gradient(index, gradient)
         return gradient * (self.latents[index].abs() <= self._clip(index))
 
