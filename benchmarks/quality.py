@@ -100,39 +100,44 @@ def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work:
     from csqcli import pipeline
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
+    from csqcli.training.run_folder import RESUME_FILE
 
     torch.set_num_threads(1)
     folder = Path(work) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-    if not (folder / "report.json").exists() or (folder / pipeline.RESUME_FILE).exists():
+    if not (folder / "report.json").exists() or (folder / RESUME_FILE).exists():
         settings = PROXY | {"data.source": data_source, "seed": seed, "amp": amp} | overrides
         recipe = resolve("short", {key: value for key, value in settings.items() if value is not None})
         pipeline.search(recipe, folder, display=Display(quiet=True), force=True, images=proxy_images(data_source))
     return json.loads((folder / "report.json").read_text())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(doc: str | None, work: str) -> argparse.ArgumentParser:
+    """Options of the tables of accuracy."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="image folder or cifar10:DIR")
-    parser.add_argument("--work", default="runs/quality", help="folder of the runs")
+    parser.add_argument("--work", default=work, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--amp", default="bf16", choices=["off", "bf16"], help="training precision")
     parser.add_argument("--only", nargs="*", help="rows to run (default: all)")
     parser.add_argument("--json", help="write the table here")
-    arguments = parser.parse_args()
+    return parser
 
+
+def run_all(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
+    """{row: {seed: report}} of every row and seed asked for, from one float checkpoint; finished runs are read."""
     os.environ["OMP_NUM_THREADS"] = "1"
     checkpoint = Path(arguments.work) / "float15-0" / "model.safetensors"
     start = {"quantization.method": "float", "model.pretrained": False, "epochs": 15, "optimizer.lr": 0.1}
     run("float15", 0, start, arguments.data, arguments.work, arguments.amp)
-    names = arguments.only or list(ROWS)
+    names = arguments.only or list(rows)
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         pending = {}
         for seed in range(1, arguments.seeds + 1):
             for name in names:
-                overrides = {"model.checkpoint": str(checkpoint), "epochs": 6} | ROWS[name]
+                overrides = {"model.checkpoint": str(checkpoint), "epochs": 6} | rows[name]
                 future = pool.submit(run, name, seed, overrides, arguments.data, arguments.work, arguments.amp)
                 pending[future] = (name, seed)
         for future in concurrent.futures.as_completed(pending):
@@ -142,6 +147,12 @@ def main() -> None:
                 f"{name} seed {seed}: {report['budget']['mean_bits']:.3f} bits, {report['accuracy']['hard_top1']:.2f} %",
                 flush=True,
             )
+    return results
+
+
+def main() -> None:
+    arguments = parser(__doc__, "runs/quality").parse_args()
+    results = run_all(ROWS, arguments)
     print_table(results)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(table(results), indent=2) + "\n")

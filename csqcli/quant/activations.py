@@ -1,9 +1,9 @@
 """Activation quantizers: static learned scales on the inputs of quantized layers, attached as hooks.
 
 The model's code, module tree and state dict stay as they are. A quantizer rounds what a layer receives to A bits at one
-scale per layer that training learns (LSQ, or PACT for the paper's setting) and that evaluation only reads: a prediction
-never depends on its batch. Inputs that were never negative in calibration are unsigned; the network's own input has 8
-bits. Layers whose module is never called (weights used functionally, the output projection inside
+scale per layer that training learns (LSQ, or PACT for the paper's setting; DoReFa's is fixed) and that evaluation only
+reads: a prediction never depends on its batch. Inputs that were never negative in calibration are unsigned; the network's
+own input has 8 bits. Layers whose module is never called (weights used functionally, the output projection inside
 ``nn.MultiheadAttention``) have no input to hook and are listed as such.
 """
 
@@ -37,13 +37,14 @@ class ActivationQuantizer(nn.Module):
     """round(x/s) within the A-bit range, times s; s is learned.
 
     ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top). ``pact``: Choi et al. 2018, the clipping level
-    α = s·top is what learns, from clipped values only.
+    α = s·top is what learns, from clipped values only. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and
+    gradients pass inside it.
     """
 
     def __init__(self, bits: int, *, signed: bool, scale: float, method: str = "lsq") -> None:
         super().__init__()
         self.bits, self.signed, self.method = bits, signed, method
-        self.scale = nn.Parameter(torch.tensor([scale], dtype=torch.float32))
+        self.scale = nn.Parameter(torch.tensor([scale], dtype=torch.float32), requires_grad=method != "dorefa")
 
     @property
     def range(self) -> tuple[int, int]:
@@ -146,6 +147,8 @@ def calibrate(
 ) -> ActivationQuantizers:
     """Quantizers for the inputs of ``layers``, with signs and MSE-optimal scales measured on a few batches of images.
 
+    ``dorefa`` clips unsigned inputs to [0, 1]; signed ones, and the network's own, have a range of their own there too.
+
     The model runs in eval mode and comes back in the mode it was in.
     """
     modules = dict(model.named_modules())
@@ -180,7 +183,11 @@ def calibrate(
     for position, (name, values) in enumerate(samples.items()):  # in the order in which the layers ran
         width = max(bits, INPUT_BITS) if position == 0 else bits
         quantizer = ActivationQuantizer(width, signed=negative[name], scale=1.0, method=method)
-        quantizer.scale.data.fill_(_mse_scale(torch.cat(values), *quantizer.range))
+        low, high = quantizer.range
+        if method == "dorefa" and position and not quantizer.signed:
+            quantizer.scale.data.fill_(1 / high)  # clipped to [0, 1], whatever the values
+        else:
+            quantizer.scale.data.fill_(_mse_scale(torch.cat(values), low, high))
         quantizers[name] = quantizer
     return ActivationQuantizers(model, quantizers, [name for name in owners if name not in samples])
 

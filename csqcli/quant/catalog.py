@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from csqcli.errors import UserError, did_you_mean
 from csqcli.system.plugins import import_attribute
@@ -105,6 +105,87 @@ class UniformGateSettings(GateSettings):
     """Knobs of Eq. 3, where no mask is trained."""
 
 
+class PARQSettings(MethodSettings):
+    """Knobs of PARQ; the defaults are the authors' for ResNets."""
+
+    anneal_start: float = Field(0.0, ge=0, lt=1)
+    """Share of the run up to which weights are not rounded at all."""
+    anneal_end: float = Field(0.75, gt=0, le=1)
+    """Share of the run after which every weight is hard."""
+    steepness: float = Field(10.0, gt=0, le=500)
+    """Of the sigmoid along which the inverse slope 1/ρ falls from 1 to 0; below 1 nearly a line."""
+    refit_every: int = Field(10, ge=1)
+    """Steps between two fits of the levels to the latents."""
+    per_channel: bool = True
+    """One scale per output channel instead of one per layer."""
+
+    @model_validator(mode="after")
+    def _start_before_end(self) -> PARQSettings:
+        if self.anneal_start >= self.anneal_end:
+            raise ValueError(f"anneal_start {self.anneal_start:g} is not below anneal_end {self.anneal_end:g}")
+        return self
+
+
+class DoReFaSettings(MethodSettings):
+    """Knobs of DoReFa-Net's weights."""
+
+    rescale: bool = True
+    """Multiply a layer's levels by the constant that starts them nearest to the checkpoint; off leaves them in [−1, 1] (the
+    paper, from scratch and with BatchNorm)."""
+
+
+class PACTSettings(DoReFaSettings):
+    """Knobs of the weights beside PACT's activations."""
+
+    quantizer: Literal["dorefa", "sawb"] = "dorefa"
+    """Of the weights: DoReFa's (the paper of 2018), or statistics-aware weight binning (2019), which has 2, 3, 4, 5 or 8 planes."""
+
+
+class TWNSettings(MethodSettings):
+    """Knobs of ternary weight networks."""
+
+    threshold: float = Field(0.7, ge=0)
+    """Weights below this share of the layer's mean magnitude become 0."""
+
+
+class XNORSettings(MethodSettings):
+    """Knobs of XNOR-Net's weights."""
+
+    gradient: Literal["paper", "straight-through"] = "paper"
+    """What reaches a latent: dL/dW·(1/n + α·1[|V| ≤ 1]) (the paper, for Adam), or dL/dW·1[|V| ≤ 1], without the factor α."""
+
+
+class ScaledSettings(MethodSettings):
+    """Knobs of uniform quantization after a scaling function."""
+
+    bucket: Literal["layer", "channel"] = "channel"
+    """Weights that share a scale."""
+
+
+class BSQSettings(MethodSettings):
+    """Knobs of bit-level sparsity quantization; the defaults are the authors' for CIFAR-10."""
+
+    strength: float = Field(0.01, ge=0)
+    """α: weight of the group lasso on bit planes."""
+    requantize_share: float = Field(0.077, gt=0, le=1)
+    """Share of the run between two re-quantizations (50 of 350 + 300 epochs), each of which drops planes that are all zero."""
+    search_share: float = Field(0.54, gt=0, le=1)
+    """Share of the run after which planes are fixed within the budget and train on without the lasso (350 of 350 + 300)."""
+
+
+class MSQSettings(DoReFaSettings):
+    """Knobs of memory-efficient bit sparsification."""
+
+    strength: float = Field(5e-5, ge=0)
+    """λ: weight of the L1 norm of the lowest bits."""
+    prune_share: float = Field(0.1, gt=0, le=1)
+    """Share of the run between two looks at the lowest bits."""
+    threshold: float = Field(0.3, ge=0, le=1)
+    """A layer's lowest bits are dropped when less than this share of its weights has one that is not zero."""
+    search_share: float = Field(0.6, gt=0, le=1)
+    """Share of the run after which planes are fixed, within the budget."""
+
+
 PAPER = {  # what section IV-A says of the method itself; the old name csq-paper stands for it
     "beta_initial": 1.0,
     "beta_final": 200.0,
@@ -133,6 +214,7 @@ class MethodCard:
     settings: type[MethodSettings] = MethodSettings
     citation: str = ""
     finetunes: bool = False  # trains delivered integers on by itself; else `staged` does
+    activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
 
     @property
     def section(self) -> str:
@@ -192,6 +274,72 @@ CARDS = {
             "straight-through gradients at a learned step, the same planes in every layer unless an allocator decides",
             "planes",
             citation="Esser et al., Learned Step Size Quantization, ICLR 2020",
+        ),
+        MethodCard(
+            "parq",
+            f"{_METHODS}.parq:PARQ",
+            "proximal map of a piecewise-affine regulariser, annealed from no rounding to hard; 2^(k+1) − 1 levels",
+            "planes",
+            PARQSettings,
+            "Jin et al., PARQ: Piecewise-Affine Regularized Quantization, ICML 2025",
+        ),
+        MethodCard(
+            "dorefa",
+            f"{_METHODS}.dorefa:DoReFa",
+            "tanh-normalised weights on 2^k even steps, and activations in [0, 1]",
+            "planes",
+            DoReFaSettings,
+            "Zhou et al., DoReFa-Net: Training Low Bitwidth CNNs with Low Bitwidth Gradients, 2016",
+            activations="dorefa",
+        ),
+        MethodCard(
+            "pact",
+            f"{_METHODS}.pact:PACT",
+            "DoReFa's weights, or SAWB's, beside activations with a learned clip; 2^k levels",
+            "planes",
+            PACTSettings,
+            "Choi et al., PACT, 2018; Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019",
+            activations="pact",
+        ),
+        MethodCard(
+            "bsq",
+            f"{_METHODS}.bsq:BSQ",
+            "continuous bit planes under a group lasso, re-quantized and pruned; 2^(k+1) − 1 levels",
+            "target",
+            BSQSettings,
+            "Yang et al., BSQ: Exploring Bit-Level Sparsity for Mixed-Precision Neural Network Quantization, ICLR 2021",
+        ),
+        MethodCard(
+            "msq",
+            f"{_METHODS}.msq:MSQ",
+            "L1 norm on the lowest bits of a latent, which are dropped where they are sparse; 2^(k+1) − 1 levels",
+            "target",
+            MSQSettings,
+            "Han et al., MSQ: Memory-Efficient Bit Sparsification Quantization, ICCV 2025",
+        ),
+        MethodCard(
+            "twn",
+            f"{_METHODS}.twn:TernaryWeights",
+            "−α, 0, α by a threshold at 0.7 of the mean magnitude; one plane",
+            "planes",
+            TWNSettings,
+            "Li et al., Ternary Weight Networks, 2016",
+        ),
+        MethodCard(
+            "xnor",
+            f"{_METHODS}.xnor:BinaryWeights",
+            "signs times the mean magnitude of each filter; one plane, two levels",
+            "planes",
+            XNORSettings,
+            "Rastegari et al., XNOR-Net, ECCV 2016",
+        ),
+        MethodCard(
+            "scaled-uniform",
+            f"{_METHODS}.scaled:ScaledUniform",
+            "2^k even steps between ± the largest weight of each bucket, straight-through gradients",
+            "planes",
+            ScaledSettings,
+            "Polino et al., Model Compression via Distillation and Quantization, ICLR 2018",
         ),
         MethodCard("float", f"{_METHODS}.base:FloatTraining", "no quantization: float baselines by the same loop", "target"),
     )

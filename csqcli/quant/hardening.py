@@ -113,10 +113,16 @@ def choose_planes(
         for count in range(most[index] + 1):
             error = fit_levels(sample, first_planes(orders[index], count)).error.cpu()
             errors[index, count:] = error * (len(weight) / len(sample))
+    planes = fewest_losses(errors, curvature, replace(budget, limits=replace(limits, max_planes=most)))
+    return torch.stack([first_planes(order, count) for order, count in zip(orders, planes, strict=True)]).to(device)
+
+
+def fewest_losses(errors: Tensor, curvature: Tensor, budget: Budget) -> list[int]:
+    """Planes of every layer within the budget that lose least, from the squared error at 0 … n planes [layers, n + 1] and
+    what an error in a layer costs [layers]."""
     errors = torch.cummin(errors, dim=1).values
     saved = (errors[:, :-1] - errors[:, 1:]) * curvature.double().cpu().unsqueeze(1)
-    planes = allocate(saved, replace(budget, limits=replace(limits, max_planes=most)))
-    return torch.stack([first_planes(order, count) for order, count in zip(orders, planes, strict=True)]).to(device)
+    return allocate(saved, budget)
 
 
 def first_planes(order: Tensor, count: int) -> Tensor:

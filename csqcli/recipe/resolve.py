@@ -149,7 +149,8 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     rest = {key: value for key, value in raw.items() if key != card.section}
     settings = _checked(card.settings, raw.get(card.section) or {}, where=where, inside=f"{card.section}.", card=card)
     quantization = _as_mapping(rest.get("quantization") or {}, where)
-    rest["quantization"] = quantization | {"method": card.target if ":" in _method_of(raw) else card.name}
+    rest["quantization"] = {"act_method": card.activations} | quantization
+    rest["quantization"]["method"] = card.target if ":" in _method_of(raw) else card.name
     recipe: Recipe = _checked(Recipe, rest | {"method_settings": settings, "method_why": why}, where=where, card=card)
     if ":" not in recipe.quantization.cost:
         costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")

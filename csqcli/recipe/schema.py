@@ -107,8 +107,9 @@ class QuantizationSettings(Section):
     """n: planes that each layer starts with."""
     act_bits: Literal[2, 3, 4, 8, 32] = 32
     """Bits of the inputs of quantized layers; 32 leaves them float. The network's own input has 8."""
-    act_method: Literal["lsq", "pact"] = "lsq"
-    """How activation scales learn: `lsq` (learned step), `pact` (learned clipping level, the paper's at 3 bits and below)."""
+    act_method: Literal["lsq", "pact", "dorefa"] = "lsq"
+    """How activation scales learn: `lsq` (learned step), `pact` (learned clipping level, the paper's at 3 bits and below), or
+    not at all: `dorefa` ([0, 1]). Unset: as the method's paper has it where that is one of these, else `lsq`."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Format of what training keeps per weight (moments, bit logits, momenta); bfloat16 takes half the memory."""
 
@@ -139,8 +140,10 @@ class OptimizerSettings(Section):
     """Momentum, of the gates too."""
     weight_decay: float = Field(5e-4, ge=0, le=LARGE)
     """L2 coefficient, on everything that is trained."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the run, per step."""
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    """Learning rate over the run, per step; `steps` takes a tenth of it after each of `milestones`."""
+    milestones: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Epochs of a phase after which `steps` lowers the rate, e.g. `[60, 120]`."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Linear warm-up from 0."""
     clip_grad_norm: float | None = Field(None, gt=0)
@@ -155,6 +158,12 @@ class OptimizerSettings(Section):
     """CutMix α (timm); 0 is off. Needs an even batch size."""
     on_nonfinite: Annotated[Literal["stop", "rollback"], RESULT_NEUTRAL] = "stop"
     """When the loss becomes NaN or infinite: `stop`, or go back to the last saved state at half the learning rates, thrice at most."""
+
+    @model_validator(mode="after")
+    def _steps_have_milestones(self) -> OptimizerSettings:
+        if (self.schedule == "steps") != bool(self.milestones):
+            raise ValueError("schedule steps and milestones go together")
+        return self
 
 
 class AdaptationSettings(Section):

@@ -21,7 +21,7 @@ def markdown(experiment: Experiment, summary: dict[str, Any]) -> str:
         f"Ours: {printable(str(summary['model']))} on {printable(str(summary['data']))}, {_count(summary['epochs'], 'epoch')} "
         f"(scale {summary['scale']:g} of the paper's), {_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}); "
         "top-1 in % of the hard model as reloaded from disk, mean ± standard deviation. Compare gaps, not accuracies, where data "
-        "or schedule differ from the paper's. A uniform method of k planes has 2^(k+1) − 1 levels.",
+        "or schedule differ from the paper's. A method of k planes has 2^(k+1) − 1 levels; PACT and DoReFa have 2^k.",
         "",
         _HEAD,
         "|" + " --- |" * 9,

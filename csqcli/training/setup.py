@@ -27,6 +27,8 @@ from csqcli.training.evaluate import BrokenScores, evaluate
 from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run
 
+_DECAY = 0.1  # of the learning rate at a milestone
+
 
 def make_trainer(
     run: Run, recipe: Recipe, layers: Sequence[Layer], *, start: Sequence[HardLayer] | None = None
@@ -113,7 +115,7 @@ def make_method(
         lr=recipe.optimizer.lr,
         momentum=recipe.optimizer.momentum,
         weight_decay=recipe.optimizer.weight_decay,
-        mean_lr_share=0.5 if recipe.optimizer.schedule == "cosine" else 1.0,
+        mean_lr_share=_mean_lr_share(recipe),
         from_scratch=not recipe.model.pretrained and recipe.model.checkpoint is None,
         rate_share=0.5**run.record.rollbacks,
         state_dtype=state_dtype(recipe),
@@ -182,9 +184,10 @@ def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
     settings = recipe.optimizer
     scheduler, _ = create_scheduler_v2(
         base,
-        sched="cosine" if settings.schedule == "cosine" else "step",
+        sched="cosine" if settings.schedule == "cosine" else "multistep",
         num_epochs=recipe.epochs,
-        decay_epochs=recipe.epochs + 1,  # used by the constant schedule only: never decays
+        decay_milestones=sorted(settings.milestones),  # none: constant
+        decay_rate=_DECAY,
         warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it by the steps
         warmup_lr=0.0,
         min_lr=0.0,
@@ -192,6 +195,14 @@ def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
         updates_per_epoch=steps,
     )
     return scheduler
+
+
+def _mean_lr_share(recipe: Recipe) -> float:
+    """Mean of the learning rate over the schedule, as a share of its peak."""
+    if recipe.optimizer.schedule == "cosine":
+        return 0.5
+    passed = [sum(epoch >= at for at in recipe.optimizer.milestones) for epoch in range(recipe.epochs)]
+    return sum(_DECAY**count for count in passed) / recipe.epochs
 
 
 def _measured_soft(run: Run, optimizer: QuantizedOptimizer) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from csqcli.quant import budget
-from csqcli.quant.catalog import PAPER, CSQSettings, StagedSettings
+from csqcli.quant.catalog import CARDS, PAPER, CSQSettings, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
@@ -24,7 +24,14 @@ from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import mse_step, plane_shares, quantize, soft_planes
 
 SCHEDULE = Schedule(total_steps=40, steps_per_epoch=10)
-METHODS = {"ste": StraightThrough, "lsq": LearnedStep, "staged": Staged, "csq": BitLevelCSQ}
+PUBLISHED = ("parq", "dorefa", "pact", "bsq", "msq", "scaled-uniform")
+METHODS = {
+    "ste": StraightThrough,
+    "lsq": LearnedStep,
+    "staged": Staged,
+    "csq": BitLevelCSQ,
+    **{name: CARDS[name].load() for name in PUBLISHED},
+}
 BY_STEP = CSQSettings(**PAPER | {"beta_schedule": "step", "logit": 1.0, "mask_logit": 1.0})
 
 
@@ -42,7 +49,7 @@ def small_model(seed: int = 0) -> nn.Sequential:
 
 def make(kind: str, model: nn.Module, target: float = 2.0, state_dtype: torch.dtype = torch.float32) -> WeightMethod:
     layers, _ = find_layers(model)
-    planes = [int(target)] * len(layers) if kind in ("ste", "lsq") else None
+    planes = [int(target)] * len(layers) if METHODS[kind].takes == "planes" else None
     plan = plan_for(layers, target, SCHEDULE, planes=planes, state_dtype=state_dtype)
     return METHODS[kind](layers, plan, BY_STEP if kind == "csq" else None)
 
@@ -249,14 +256,14 @@ def test_the_staircase_goes_from_the_identity_to_rounding() -> None:
     assert ((soft(0.6) - ratio).abs() <= (hard - ratio).abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("kind", ["staged", "csq", "ste", "lsq"])
+@pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("target", [1.0, 3.0])
 def test_after_training_soft_weights_are_hard_weights_within_the_budget(kind: str, target: float) -> None:
     model, optimizer = start(kind, target)
     train(model, optimizer, range(40))
     if kind == "csq":
         optimizer.harden()
-    elif kind == "staged":
+    else:
         before = [layer.parameter.clone() for layer in optimizer.method.layers]
         optimizer.harden()
         assert all(torch.equal(a, layer.parameter) for a, layer in zip(before, optimizer.method.layers, strict=True))
@@ -272,7 +279,7 @@ def test_after_training_soft_weights_are_hard_weights_within_the_budget(kind: st
 @pytest.mark.parametrize(
     ("kind", "state_dtype"),
     [
-        *((kind, torch.float32) for kind in ("staged", "csq", "ste", "lsq")),
+        *((kind, torch.float32) for kind in METHODS),
         *((kind, torch.bfloat16) for kind in ("staged", "csq")),
     ],
 )

@@ -85,7 +85,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "optimizer.lr": 0.02,
             "optimizer.momentum": 0.8,
             "optimizer.weight_decay": 0.001,
-            "optimizer.schedule": "constant",
+            "optimizer.schedule": "steps",
+            "optimizer.milestones": [1],
             "optimizer.warmup_epochs": 0.5,
             "optimizer.clip_grad_norm": 1.0,
             "optimizer.label_smoothing": 0.1,
@@ -108,6 +109,39 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "quantization.method": "staged",
         },
     ),
+    **{
+        name: (
+            f"{DIGITS} --epochs 2",
+            {
+                "max_steps": 3,
+                "quantization.method": name,
+                "quantization.target_bits": 1 if name in ("twn", "xnor") else 2,
+                **{f"{name}.{key}": value for key, value in settings.items()},
+            },
+        )
+        for name, settings in (
+            (
+                "parq",
+                {
+                    "anneal_start": 0.1,
+                    "anneal_end": 0.6,
+                    "steepness": 50.0,
+                    "refit_every": 2,
+                    "per_channel": False,
+                },
+            ),
+            ("dorefa", {"rescale": False}),
+            ("pact", {"rescale": False, "quantizer": "sawb"}),
+            ("bsq", {"strength": 0.1, "requantize_share": 0.3, "search_share": 0.6}),
+            (
+                "msq",
+                {"rescale": False, "strength": 0.1, "prune_share": 0.2, "threshold": 0.9, "search_share": 0.7},
+            ),
+            ("twn", {"threshold": 0.5}),
+            ("xnor", {"gradient": "straight-through"}),
+            ("scaled-uniform", {"bucket": "layer"}),
+        )
+    },
     **{
         name: (
             f"{DIGITS} --epochs 2 --target-bits 2",

@@ -28,7 +28,51 @@ def test_shipped_recipe_is_valid_described_and_survives_a_round_trip(name: str) 
 
 def test_the_expected_recipes_ship() -> None:
     papers = {"cifar10-resnet20", "cifar10-vgg19bn", "imagenet-resnet18", "imagenet-resnet50"}
-    assert {"digits", "short", *papers} <= set(builtin_names())
+    assert {"digits", "short", *papers, *(f"cifar10-resnet20-{name}" for name in ("bsq", "pact", "parq"))} <= set(
+        builtin_names()
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "decay", "milestones", "act_bits"),
+    [  # the authors' own, for CIFAR-10; BSQ's 350 epochs of search and 300 of finetune are one run
+        ("bsq", 650, 1e-4, [250], 4),
+        ("pact", 200, 2e-4, [60, 120], 4),
+        ("parq", 200, 2e-4, [80, 120, 150], 32),
+    ],
+)
+def test_the_recipes_of_published_methods_hold_their_authors_settings(
+    method: str, epochs: int, decay: float, milestones: list[int], act_bits: int
+) -> None:
+    recipe = resolve(f"cifar10-resnet20-{method}", {})
+    optimizer = recipe.optimizer
+    assert (recipe.quantization.method, recipe.epochs, recipe.data.batch_size) == (method, epochs, 128)
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, decay)
+    assert (optimizer.schedule, optimizer.milestones) == ("steps", milestones)
+    assert recipe.quantization.act_bits == act_bits
+    if method == "bsq":
+        shares = recipe.method_settings
+        assert (round(shares.search_share * 650), round(shares.requantize_share * 650)) == (350, 50)
+
+
+def test_milestones_belong_to_steps() -> None:
+    for given in ({"optimizer.milestones": [3]}, {"optimizer.schedule": "steps"}):
+        with pytest.raises(UserError, match="optimizer: schedule steps and milestones go together"):
+            resolve("digits", given)
+
+
+@pytest.mark.parametrize(
+    ("given", "activations"),
+    [
+        ({"method": "dorefa"}, "dorefa"),
+        ({"method": "pact"}, "pact"),
+        ({"method": "dorefa", "act_method": "lsq"}, "lsq"),
+        ({"method": "lsq"}, "lsq"),
+        ({}, "lsq"),
+    ],
+)
+def test_activations_follow_the_method_s_paper_unless_named(given: dict, activations: str) -> None:
+    assert resolve("digits", given).quantization.act_method == activations
 
 
 @pytest.mark.parametrize(
