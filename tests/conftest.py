@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from csqcli.cli import app as cli
 
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # the terminal of whoever runs the tests, as pytest-xdist hands it on
 
 
 @pytest.fixture

@@ -13,7 +13,15 @@ from csqcli.training.run_state import AdaptationRecord
 
 TEXT = (Path(__file__).parents[2] / "docs" / "report-json.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`([a-z0-9_]+)`", TEXT))
-FREE = {"arguments", "environment", "recipe", "versions", "data_config", "parts"}  # whose keys are not csq's
+FREE = {
+    "settings",
+    "arguments",
+    "environment",
+    "recipe",
+    "versions",
+    "data_config",
+    "parts",
+}  # whose keys are not csq's
 
 
 def fields_of(value: object) -> Iterator[str]:

@@ -14,6 +14,7 @@ from csqcli.errors import UserError
 from csqcli.models.pickles import check_state
 from csqcli.system import files
 from csqcli.training import loop
+from csqcli.training.inputs import Inputs
 from csqcli.training.run_state import RunRecord, RunState, read_state
 
 SEARCH = ("search", "--recipe", "digits", "--target-bits", 2, "--epochs", 1, "--set", "max_steps=1", "--quiet")
@@ -123,7 +124,8 @@ def test_an_interrupt_inside_torchs_writer_is_an_interrupt(tmp_path: Path, monke
             raise RuntimeError("unexpected pos 64 vs 0")  # what closing the half-written archive says
 
     monkeypatch.setattr(torch, "save", save)
-    state = RunState.model_construct(record=RunRecord(), **dict.fromkeys(RunState.model_fields.keys() - {"record"}))
+    empty = dict.fromkeys(RunState.model_fields.keys() - {"record", "inputs"})
+    state = RunState.model_construct(record=RunRecord(), inputs=Inputs.model_construct(), **empty)
     with pytest.raises(KeyboardInterrupt):
         state.write(tmp_path / "resume.pt", tmp_path / "resume.previous.pt")
     assert list(tmp_path.iterdir()) == []
