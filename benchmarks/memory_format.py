@@ -41,7 +41,12 @@ def step(name: str, memory_format: torch.memory_format, arguments: Any) -> Calla
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    usual = ["timm:tf_efficientnet_lite0", "torchvision:mobilenet_v3_small", "torchvision:resnet18", "timm:convnext_atto"]
+    usual = [
+        "timm:tf_efficientnet_lite0",
+        "torchvision:mobilenet_v3_small",
+        "torchvision:resnet18",
+        "timm:convnext_atto",
+    ]
     parser.add_argument("--models", nargs="+", default=usual)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=128)

@@ -221,7 +221,8 @@ class Recipe(Section):
     amp: Literal["auto", "off", "bf16"] = "auto"
     """Training in bfloat16 autocast: `auto` on a GPU, off on the CPU. Gates, latents and evaluation stay float32."""
     channels_last: Literal["auto", "on", "off"] = "auto"
-    """Memory format of weights and images: `auto` is channels_last on a GPU, contiguous on the CPU."""
+    """Memory format of weights and images: `auto` is channels_last on a GPU and for networks with depthwise convolutions,
+    else contiguous (docs/performance.md)."""
     compile: Annotated[bool, USERS_ONLY] = False
     """Train through torch.compile; worth its minutes of compilation in long runs. Needs a C++ compiler on the CPU."""
     save_every_minutes: Annotated[float, RESULT_NEUTRAL] = Field(10.0, gt=0)

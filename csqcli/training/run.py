@@ -71,7 +71,7 @@ class Run:
         self.unbounded = {
             name for name, buffer in self.model.named_buffers(remove_duplicate=False) if bool(buffer.isinf().all())
         }
-        auto = recipe.channels_last == "auto" and self.device.type == "cuda"
+        auto = recipe.channels_last == "auto" and (self.device.type == "cuda" or _is_depthwise(self.model))
         self.channels_last = recipe.channels_last == "on" or auto
         if self.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -226,6 +226,11 @@ class Run:
                 raise UserError("no C++ compiler", where="compile", hint="install one, or leave compile off")
             replica = torch.compile(self.model if replica is None else replica)
         return replica
+
+
+def _is_depthwise(model: nn.Module) -> bool:
+    """Whether it has convolutions of one input channel per filter, which run faster in channels_last on a CPU too."""
+    return any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
 
 
 def data_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import plain_models
 import pytest
 import torch
+from torch import nn
 
 from csqcli import pipeline
 from csqcli.data.loaders import Unavailable
@@ -199,3 +200,10 @@ def test_the_paper_s_unit_steps_are_measured_beside_what_is_delivered(tmp_path: 
         delivered[rounding] = accuracy.hard_top1
         assert accuracy.unit_steps_top1 == delivered["threshold"]
     assert delivered["nearest"] != delivered["threshold"]
+
+
+def test_networks_with_depthwise_convolutions_train_in_channels_last_by_themselves() -> None:
+    from csqcli.training.run import _is_depthwise
+
+    assert _is_depthwise(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)))
+    assert not _is_depthwise(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 2)))
