@@ -201,6 +201,7 @@ PAPER = {  # what section IV-A says of the method itself; the old name csq-paper
     "rounding": "threshold",
     "harden_at": 1.0,
 }
+FROM_SCRATCH = PAPER | {"rounding": "nearest"}  # what `csq` takes where nothing is to be kept (docs/results.md)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,13 @@ def test_shipped_recipe_is_valid_described_and_survives_a_round_trip(name: str) 
 
 def test_the_expected_recipes_ship() -> None:
     papers = {"cifar10-resnet20", "cifar10-vgg19bn", "imagenet-resnet18", "imagenet-resnet50"}
-    assert {"digits", "short", *papers, *(f"cifar10-resnet20-{name}" for name in ("bsq", "pact", "parq"))} <= set(
-        builtin_names()
-    )
+    assert {
+        "digits",
+        "short",
+        "photographs",
+        *papers,
+        *(f"cifar10-resnet20-{name}" for name in ("bsq", "pact", "parq")),
+    } <= set(builtin_names())
 
 
 @pytest.mark.parametrize(
