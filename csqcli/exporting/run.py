@@ -72,9 +72,10 @@ def export_file(
         with torch.no_grad():
             logits = engine(probe.images)
         error = verify.check_logits(logits, probe, tolerance_in_std=exporter.tolerance, where=str(output))
-        accuracy = evaluate(engine, loader) if loader is not None else None
-        if accuracy is not None and loader is not None:
-            verify.check_accuracy(accuracy, evaluate(model, loader), where=str(output))
+        accuracy = hard_accuracy = None
+        if loader is not None:
+            accuracy, hard_accuracy = evaluate(engine, loader), evaluate(model, loader)
+            verify.check_accuracy(accuracy, hard_accuracy, where=str(output))
         latency_ms, latency_ratio = exporter.latency(path)
 
         parity = ParityRecord(
@@ -88,7 +89,9 @@ def export_file(
             logit_std=probe.spread,
             tolerance_in_std=exporter.tolerance,
             top1=accuracy.top1 if accuracy else None,
+            hard_top1=hard_accuracy.top1 if hard_accuracy else None,
             samples=accuracy.samples if accuracy else 0,
+            notes=exporter.notes,
             engine=exporter.engine,
             versions={"csq": __version__, "torch": torch.__version__},
             load_seconds=load_seconds,

@@ -109,6 +109,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     # export
     "int8-packed": ("export RUN --int8-packed --output OUT/a.safetensors", lambda r: "int8-packed: " in r.out),
     "bit-packed": ("export RUN --bit-packed -o OUT/a.safetensors --trust-code", lambda r: "bit-packed: " in r.out),
+    "bit-packed-small": (
+        "export RUN --bit-packed-small -o OUT/a.safetensors --data digits --val-limit 20",
+        lambda r: "BatchNorms folded" in r.out and "the hard model's" in r.out,
+    ),
     "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
     "form": (
         "export RUN --form bit-packed -o OUT/a.safetensors --data digits --val-limit 20",
