@@ -247,8 +247,9 @@ def export(
     Args:
         file: any safetensors file that csq wrote.
         output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
-        form: ``bit-packed`` (the smallest), ``int8-packed`` (read with safetensors and NumPy alone), ``state-dict`` (plain
-            float weights), ``onnx``, or ``package.module:Class`` of your own.
+        form: ``bit-packed`` (the smallest that is the searched model bit for bit), ``bit-packed-small`` (BatchNorms folded,
+            numbers beside the integers in 16 bits; for inference), ``int8-packed`` (read with safetensors and NumPy
+            alone), ``state-dict`` (plain float weights), ``onnx``, or ``package.module:Class`` of your own.
         activations: ``onnx`` only; ``int8`` needs activation scales in the file.
         target: ``onnx`` only; the engine that the file is verified with.
         calib: with ``int8``, images to measure the outputs of convolutions on; as ``data`` for :func:`search`.

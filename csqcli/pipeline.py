@@ -139,6 +139,11 @@ def finetune(
     file = io.read(path)
     if not file.layers:
         raise UserError("holds no quantized layer", where=str(path), hint="`csq search` writes one that does")
+    if file.manifest.folded:
+        hint = "finetune the file that it was exported from"
+        raise UserError(
+            "its BatchNorms are folded for inference; they cannot be trained on", where=str(path), hint=hint
+        )
     if recipe.optimizer.distill:
         hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import Tensor, nn
 
 from csqcli.file import io
@@ -19,15 +21,22 @@ from csqcli.quant.layers import find_layers
 MASKS = ("11000000", "10010000", "11110000", "00000001", "11111111")  # contiguous, with a hole, one plane, 9-bit span
 
 
-def harden(model: nn.Module, masks: Sequence[str] = MASKS) -> list[HardLayer]:
-    """Round every weight to the planes of its mask (taken in turn), in place, and return the layers."""
+def harden(model: nn.Module, masks: Sequence[str] = MASKS, *, per_channel: bool = False) -> list[HardLayer]:
+    """Round every weight to the planes of its mask (taken in turn), in place, and return the layers.
+
+    ``per_channel`` gives every channel a step of its own, whatever it was.
+    """
     hard = []
     for number, layer in enumerate(find_layers(model)[0]):
         mask = equations.mask_from_string(masks[number % len(masks)])
         scale = layer.parameter.detach().abs().max().clamp_min(1e-3).reshape(1)
         integers = equations.quantize_integers(layer.parameter.detach(), scale, 8)
         kept = int(sum(2**b for b, on in enumerate(mask.tolist()) if on))
-        hard.append(hard_layer(layer, integers.sign() * (integers.abs() & kept), scale / 255, mask))
+        delivered = hard_layer(layer, integers.sign() * (integers.abs() & kept), scale / 255, mask)
+        if per_channel:
+            steps = delivered.scale * torch.linspace(0.5, 1.5, layer.parameter.shape[layer.channel_dim])
+            delivered = replace(delivered, scale=steps)
+        hard.append(delivered)
         layer.parameter.data.copy_(hard[-1].weight())
     return hard
 
@@ -38,6 +47,8 @@ def shake(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+            if not module.affine:
+                continue
             nn.init.uniform_(module.weight, -1.0, 1.0)
             nn.init.normal_(module.bias, 0, 0.1)
             with torch.no_grad():
@@ -45,7 +56,9 @@ def shake(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_file(source: str, masks: Sequence[str] = MASKS, *, num_classes: int = 10, **details: Any) -> QuantizedFile:
+def make_file(
+    source: str, masks: Sequence[str] = MASKS, *, num_classes: int = 10, per_channel: bool = False, **details: Any
+) -> QuantizedFile:
     """A quantized file of a random network."""
     torch.manual_seed(0)
     spec = sources.parse(source)
@@ -54,7 +67,8 @@ def make_file(source: str, masks: Sequence[str] = MASKS, *, num_classes: int = 1
         source=spec.source, library=spec.library, name=spec.name, num_classes=num_classes, weights_from="random"
     )
     config = sources.data_config(model, spec)
-    return io.assemble(model, harden(model, masks), record=record, data_config=config, target_bits=None, **details)
+    layers = harden(model, masks, per_channel=per_channel)
+    return io.assemble(model, layers, record=record, data_config=config, target_bits=None, **details)
 
 
 class Traps(nn.Module):
@@ -88,6 +102,30 @@ class Traps(nn.Module):
         x = x + self.attention(x, x, x)[0]
         x = torch.relu(self.tied_too(torch.relu(self.tied(x))))
         return {"out": self.head(x.mean(1)), "aux": x}
+
+
+class Norms(nn.Module):
+    """BatchNorms that fold with the convolution before them, and those that must not."""
+
+    data_config: ClassVar = Traps.data_config
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.plain, self.plain_norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.read_twice, self.read_twice_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.used_twice, self.used_twice_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.standard, self.standard_norm = ScaledStdConv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.bare = nn.BatchNorm2d(8, affine=False)
+        self.linear, self.linear_norm = nn.Linear(8, 12, bias=False), nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.plain_norm(self.plain(x)))
+        y = self.read_twice(x)
+        x = self.read_twice_norm(y) + y
+        x = self.used_twice(x) + self.used_twice_norm(self.used_twice(x))
+        x = torch.relu(self.bare(self.standard_norm(self.standard(x)))).mean((2, 3))
+        return self.head(torch.relu(self.linear_norm(self.linear(x))))
 
 
 class Branching(nn.Module):

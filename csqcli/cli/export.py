@@ -47,7 +47,13 @@ def export(
         bool,
         typer.Option("--int8-packed", help="safetensors, int8 integers; read it with safetensors and NumPy alone."),
     ] = False,
-    bit_packed: Annotated[bool, typer.Option("--bit-packed", help="safetensors, the smallest form.")] = False,
+    bit_packed: Annotated[
+        bool, typer.Option("--bit-packed", help="safetensors, the smallest that is bit for bit the searched model.")
+    ] = False,
+    bit_packed_small: Annotated[
+        bool,
+        typer.Option("--bit-packed-small", help="The smallest: BatchNorms folded, 16-bit numbers beside the integers."),
+    ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="ONNX whose packed weights the engine unpacks at load.")] = False,
     state_dict: Annotated[bool, typer.Option("--state-dict", help="safetensors, plain float state dict.")] = False,
     form: Annotated[
@@ -76,7 +82,13 @@ def export(
     from csqcli.exporting import registry
     from csqcli.file.header import read_manifest
 
-    flags = {"int8-packed": int8_packed, "bit-packed": bit_packed, "onnx": onnx, "state-dict": state_dict}
+    flags = {
+        "int8-packed": int8_packed,
+        "bit-packed": bit_packed,
+        "bit-packed-small": bit_packed_small,
+        "onnx": onnx,
+        "state-dict": state_dict,
+    }
     chosen = [name for name, wanted in flags.items() if wanted] + ([form] if form is not None else [])
     if len(chosen) != 1:
         names = ", ".join(f"--{name}" for name in flags)

@@ -58,6 +58,7 @@ class Form(ABC):
         self.absent: list[str] = []  # layers that the file does not hold because nothing reads them
         self.int8: list[str] = []  # layers whose inputs and weights the engine has as int8
         self.calibrated: list[str] = []  # layers whose outputs are rounded at a scale that was not trained
+        self.notes: list[str] = []  # what else a reader of the certificate should know, a clause each
 
     @classmethod  # noqa: B027  # most forms need nothing
     def require(cls, options: Options) -> None:

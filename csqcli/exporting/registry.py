@@ -30,6 +30,7 @@ _FORMS = "csqcli.exporting.forms"
 CARDS = {
     "int8-packed": FormCard(f"{_FORMS}.safetensors:Int8Packed"),
     "bit-packed": FormCard(f"{_FORMS}.safetensors:BitPacked"),
+    "bit-packed-small": FormCard(f"{_FORMS}.safetensors:BitPackedSmall"),
     "state-dict": FormCard(f"{_FORMS}.safetensors:StateDict"),
     "onnx": FormCard(f"{_FORMS}.onnx:Onnx", frozenset(OPTIONS)),
 }

@@ -83,12 +83,13 @@ def export_file(
         with torch.no_grad():
             logits = engine(probe.images)
         error = verify.check_logits(logits, probe, tolerance_in_std=exporter.tolerance, where=str(output))
-        accuracy = None
+        accuracy = hard_accuracy = None
         if loader is not None:
             with display.evaluation("evaluating the written file", loader.batches) as tell:
                 accuracy = evaluate(engine, loader, on_batch=tell)
             with display.evaluation("evaluating the hard model", loader.batches) as tell:
-                verify.check_accuracy(accuracy, evaluate(model, loader, on_batch=tell), where=str(output))
+                hard_accuracy = evaluate(model, loader, on_batch=tell)
+            verify.check_accuracy(accuracy, hard_accuracy, where=str(output))
         with display.step("measuring latency"):
             latency_ms, latency_ratio = exporter.latency(path)
 
@@ -103,7 +104,9 @@ def export_file(
             logit_std=probe.spread,
             tolerance_in_std=exporter.tolerance,
             top1=accuracy.top1 if accuracy else None,
+            hard_top1=hard_accuracy.top1 if hard_accuracy else None,
             samples=accuracy.samples if accuracy else 0,
+            notes=exporter.notes,
             engine=exporter.engine,
             versions={"csq": __version__, "torch": torch.__version__},
             load_seconds=load_seconds,

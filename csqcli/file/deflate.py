@@ -5,10 +5,16 @@ from __future__ import annotations
 import zlib
 
 
-def deflate(data: bytes, *, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
-    """Deflated at the highest level. ``strategy``: zlib's, e.g. ``Z_HUFFMAN_ONLY``."""
-    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=strategy)
+def deflate(data: bytes, *, strategy: int = zlib.Z_DEFAULT_STRATEGY, memory_level: int = 9) -> bytes:
+    """Deflated at the highest level. ``strategy``: zlib's, e.g. ``Z_HUFFMAN_ONLY``; a block has 2^(6 + memory_level) symbols."""
+    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=memory_level, strategy=strategy)
     return coder.compress(data) + coder.flush()
+
+
+def deflate_mixed(data: bytes) -> bytes:
+    """As :func:`deflate`, for data whose statistics change on the way: the smallest of several block lengths and matchings."""
+    options = ((strategy, level) for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED) for level in range(5, 10))
+    return min((deflate(data, strategy=strategy, memory_level=level) for strategy, level in options), key=len)
 
 
 def inflate(data: bytes, expected: int, *, exact: bool = True) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,13 +19,25 @@ from safetensors import SafetensorError, safe_open
 
 from csqcli.errors import UserError, no_such_file
 from csqcli.file.deflate import inflate
-from csqcli.file.manifest import METADATA_KEY, SCHEMA_VERSION, LayerRecord, Manifest, from_json_object
+from csqcli.file.manifest import ITEM_BYTES, METADATA_KEY, SCHEMA_VERSION, LayerRecord, Manifest, from_json_object
 from csqcli.system import limits
 
 MANIFEST_TENSOR = "csq_manifest"  # of a bit-packed file: most of its manifest, deflated
 CODES_TENSOR = "csq_codes"  # of a bit-packed file: all payloads, beside one csq_TYPE per type of its other tensors
 MANIFEST_LIMIT = 2**23  # bytes of that tensor once inflated; a layer takes a few hundred
 _JSON_BYTES, _JSON_VALUES = 2**26, 2**22  # of a manifest's JSON; a channel's scale takes 20 bytes
+_TYPES = {  # as safetensors names them
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 _METADATA_PROPS = 14  # field of ONNX's ModelProto: repeated StringStringEntryProto {1: key, 2: value}
 _ENTRY_BYTES = _JSON_BYTES + 2**10
 
@@ -37,8 +50,24 @@ def read_manifest(path: str | Path) -> Manifest:
     else:
         with open_safetensors(path) as file:
             manifest = manifest_of(file, path)
+            manifest.sizes.parts = parts(file, path)
     manifest.sizes.file_bytes = path.stat().st_size
     return manifest
+
+
+def parts(file: Any, path: Path) -> dict[str, int]:
+    """Bytes of an open safetensors file: its integers, its other tensors by type, and what describes them."""
+    found = {"integers": 0}
+    for name in file.keys():
+        tensor = file.get_slice(name)
+        dtype = _TYPES.get(tensor.get_dtype())
+        if name == MANIFEST_TENSOR or dtype is None:
+            continue
+        part = name.removeprefix("csq_") if name.startswith("csq_") else dtype
+        if name == CODES_TENSOR or name.endswith("_packed"):
+            part = "integers"
+        found[part] = found.get(part, 0) + math.prod(tensor.get_shape()) * ITEM_BYTES[dtype]
+    return found | {"description": path.stat().st_size - sum(found.values())}
 
 
 def is_quantized(path: Path) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from csqcli.errors import UserError, did_you_mean
 from csqcli.file import codes, layout, sizes
 from csqcli.file.codes import Encoded
-from csqcli.file.deflate import deflate
+from csqcli.file.deflate import deflate_mixed
 from csqcli.file.header import MANIFEST_TENSOR, manifest_of, open_safetensors
 from csqcli.file.manifest import (
     METADATA_KEY,
@@ -214,7 +214,7 @@ def _with_manifest(tensors: dict[str, Tensor], manifest: Manifest) -> tuple[dict
         if isinstance(record.scale, list):
             record.scale = []  # stands among the tensors
     text = manifest.model_dump_json(exclude={"parity"}, exclude_defaults=True)
-    packed = layout.as_tensor(deflate(text.encode()))
+    packed = layout.as_tensor(deflate_mixed(text.encode()))
     return tensors | {MANIFEST_TENSOR: packed}, {METADATA_KEY: json.dumps(head)}
 
 

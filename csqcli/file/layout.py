@@ -21,7 +21,7 @@ from torch import Tensor
 
 from csqcli.file import codes
 from csqcli.file.codes import Encoded
-from csqcli.file.deflate import deflate, inflate
+from csqcli.file.deflate import deflate_mixed, inflate
 from csqcli.file.header import CODES_TENSOR, raw_bytes, spans
 from csqcli.file.manifest import ITEM_BYTES, Form, LayerRecord, TensorRecord
 from csqcli.models.checkpoints import is_damaged
@@ -98,16 +98,40 @@ def _store_bit_packed(layers: Sequence[HardLayer], others: Mapping[str, Tensor],
         if layer.scale.numel() > 1:  # a single scale stands in the manifest, to the last bit
             floats[f"{layer.name}_scale"] = layer.scale
     groups: dict[str, list[Tensor]] = {}
-    for name, value in floats.items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        stored.others.append(TensorRecord(name=name, dtype=dtype, shape=list(value.shape)))
-        groups.setdefault(dtype, []).append(value.flatten())
+    for name, value in sorted(
+        floats.items(), key=lambda item: item[0].rpartition(".")[::-1]
+    ):  # all biases, all means, …
+        record = TensorRecord(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=list(value.shape))
+        halved = _as_float16(value)
+        if halved is not None:
+            record.stored, (value, record.exponent) = "float16", halved
+        stored.others.append(record)
+        groups.setdefault(record.file_dtype, []).append(value.flatten())
     stored.tensors[CODES_TENSOR] = as_tensor(b"".join(data for data, _ in encoded))
     for dtype, values in groups.items():  # exponents next to exponents, and so on: DEFLATE finds more
         joined = torch.cat(values)
         planes = joined.view(torch.uint8).view(joined.numel(), joined.element_size()).t().contiguous()
-        stored.tensors[f"csq_{dtype}"] = as_tensor(deflate(planes.numpy().tobytes()))
+        stored.tensors[f"csq_{dtype}"] = as_tensor(deflate_mixed(planes.numpy().tobytes()))
     return stored
+
+
+def _as_float16(value: Tensor) -> tuple[Tensor, int] | None:
+    """A float32 tensor times a power of two as float16, and the exponent, where that loses nothing; else None."""
+    if value.dtype != torch.float32 or value.numel() == 0:
+        return None
+    exponent = half_exponent(value)
+    halved = (value.double() * 2.0**exponent).half()
+    return (halved, exponent) if torch.equal(_widened(halved, exponent), value) else None
+
+
+def half_exponent(value: Tensor) -> int:
+    """k such that the largest magnitude of ``value`` times 2^k lies in [2^14, 2^15), at the upper end of float16; 0 for zeros."""
+    largest = float(value.abs().max())
+    return 15 - math.frexp(largest)[1] if largest else 0
+
+
+def _widened(halved: Tensor, exponent: int) -> Tensor:
+    return (halved.double() * 2.0**-exponent).float()
 
 
 class Reader:
@@ -205,7 +229,7 @@ def _unpack_tensors(file: Any, records: Sequence[TensorRecord]) -> dict[str, Ten
     """The other tensors of a bit-packed file; ValueError when the bytes are not what the records say."""
     groups: dict[str, list[TensorRecord]] = {}
     for record in records:
-        groups.setdefault(record.dtype, []).append(record)
+        groups.setdefault(record.file_dtype, []).append(record)
     tensors: dict[str, Tensor] = {}
     for dtype, members in groups.items():
         counts = [math.prod(record.shape) for record in members]
@@ -213,5 +237,7 @@ def _unpack_tensors(file: Any, records: Sequence[TensorRecord]) -> dict[str, Ten
         raw = inflate(raw_bytes(file, f"csq_{dtype}"), sum(counts) * width)
         flat = np.frombuffer(raw, dtype=np.uint8).reshape(width, sum(counts)).T.reshape(-1).copy()
         values = torch.from_numpy(flat).view(_DTYPES[dtype]).split(counts)
-        tensors |= {record.name: part.view(record.shape).clone() for record, part in zip(members, values, strict=True)}
+        for record, part in zip(members, values, strict=True):
+            part = part.view(record.shape).clone()
+            tensors[record.name] = part if record.stored is None else _widened(part, record.exponent)
     return {record.name: tensors[record.name] for record in records}

@@ -102,6 +102,7 @@ class SizesRecord(Record):
     stored_bits_per_weight: Amount  # dense sign-magnitude layout
     entropy_bits_per_weight: Amount  # ideal order-0 coder, per layer
     file_bytes: Count | None = None  # measured; absent inside the file itself
+    parts: dict[str, Count] = Field(default_factory=dict)  # of file_bytes: integers, other tensors by type, description
 
 
 class AccuracyRecord(Record):
@@ -174,11 +175,13 @@ class ActivationEntry(Record):
 
 
 class TensorRecord(Record):
-    """A float parameter or buffer inside a bit-packed file; those of one type follow each other in ``csq_TYPE``."""
+    """A float parameter or buffer inside a bit-packed file; those stored in one type follow each other in ``csq_TYPE``."""
 
     name: Name
-    dtype: str
+    dtype: str  # in the model
     shape: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(max_length=8)
+    stored: Literal["float16"] | None = None  # in the file, where that holds every value of a float32 tensor exactly
+    exponent: int = Field(0, ge=-256, le=256)  # stored values are those of the model times 2^exponent
 
     @field_validator("dtype")
     @classmethod
@@ -186,6 +189,11 @@ class TensorRecord(Record):
         if dtype not in ITEM_BYTES:
             raise ValueError(f"unknown type {dtype}")
         return dtype
+
+    @property
+    def file_dtype(self) -> str:
+        """The type that the values have in the file."""
+        return self.stored or self.dtype
 
 
 class ParityRecord(Record):
@@ -201,7 +209,9 @@ class ParityRecord(Record):
     logit_std: Amount
     tolerance_in_std: Amount
     top1: Percent | None = None  # of this file through its engine
+    hard_top1: Percent | None = None  # of the hard model in torch, on the same images
     samples: Count = 0
+    notes: list[str] = Field(default_factory=list)  # what the form did that a reader should know
     engine: str  # "onnxruntime 1.32.0"
     versions: dict[str, str] = Field(default_factory=dict)
     file_bytes: Count = 0  # this file, certificate included
@@ -229,6 +239,7 @@ class Manifest(Record):
     payload_sha256: str
     environment: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
+    folded: bool = False  # BatchNorm's statistics are in its scale and shift: for inference alone
     form: str = Field("compact", max_length=64)  # a `Form`, "onnx", or the name of an export form from outside
     packed_others: list[TensorRecord] = Field(default_factory=list)  # bit-packed files only
     parity: ParityRecord | None = None  # exported files only

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from csqcli.errors import UserError
 from csqcli.file import codes, sizes
-from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, read_manifest, spans
+from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, parts, read_manifest, spans
 from csqcli.file.manifest import LayerRecord, Manifest
 from csqcli.reporting.histogram import Histogram, histogram
 
@@ -48,12 +48,14 @@ def recomputed(path: Path) -> Recomputed:
             manifest = manifest_of(file, path)
             found = _integers(file, manifest, path)
             float_bytes = 4 * _elements(file, manifest)
+            manifest.sizes.parts = parts(file, path)
         manifest.sizes.file_bytes = path.stat().st_size
     for layer in manifest.layers:
         layer.stored_bits = sizes.stored_bits(layer.mask)
         layer.entropy_bits = found[layer.name].entropy_bits if found is not None else layer.entropy_bits
     counted = sizes.sizes(manifest.layers, float_bytes=float_bytes)
-    manifest.sizes = counted.model_copy(update={"file_bytes": manifest.sizes.file_bytes})
+    measured = {"file_bytes": manifest.sizes.file_bytes, "parts": manifest.sizes.parts}
+    manifest.sizes = counted.model_copy(update=measured)
     if manifest.compute is not None:
         size, macs = manifest.compute.input_size, manifest.compute.macs
         manifest.compute = sizes.compute(manifest.layers, manifest.activations, input_size=size, macs=macs)

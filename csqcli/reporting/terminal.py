@@ -110,6 +110,7 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         lines.append(
             f"file         {sizes.file_bytes:,} bytes, float {sizes.float_bytes:,}: {ratio:.2f}× smaller ({printable(manifest.form)})"
         )
+        lines += _parts_line(manifest)
     if parity := manifest.parity:
         lines.append(
             f"verified     {parity.layers_matched} layers bit-exact, logits within {parity.max_logit_error:.1e} "
@@ -138,7 +139,8 @@ def export_lines(manifest: Manifest) -> list[str]:
     absent = [printable(name) for name in parity.layers_absent]
     size = manifest.sizes.file_bytes or 0
     ratio = manifest.sizes.float_bytes / size if size else 0.0
-    lines = [f"{printable(manifest.form)}: {size:,} bytes, {ratio:.2f}× smaller than float"]
+    lines = [f"{printable(manifest.form)}: {size:,} bytes, {ratio:.2f}× smaller than float", *_parts_line(manifest)]
+    lines += [f"note         {printable(note)}" for note in parity.notes]
     if wide:
         lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")
     if parity.layers_int8:
@@ -152,12 +154,18 @@ def export_lines(manifest: Manifest) -> list[str]:
         f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {parity.engine}, loads in {parity.load_seconds:.2f} s"
     )
     if parity.top1 is not None:
-        lines.append(f"top-1        {parity.top1:.2f} % of {parity.samples} images")
+        before = f", the hard model's {parity.hard_top1:.2f}" if parity.hard_top1 is not None else ""
+        lines.append(f"top-1        {parity.top1:.2f} % of {parity.samples} images{before}")
     if parity.latency_ms is not None:
         lines.append(
             f"latency      {parity.latency_ms:.2f} ms, fp32 / this {parity.latency_ratio:.2f}× (batch 1, one thread)"
         )
     return lines
+
+
+def _parts_line(manifest: Manifest) -> list[str]:
+    parts = ", ".join(f"{printable(name)} {size:,}" for name, size in manifest.sizes.parts.items())
+    return [f"of it        {parts}"] if parts else []
 
 
 def print_coverage(found: Mapping[str, Any], console: Console) -> None:

@@ -136,6 +136,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "export RUN --state-dict -o OUT/a.safetensors --json",
         lambda r: json.loads(r.out)["parity"]["layers_matched"] == 4,
     ),
+    "bit-packed-small": (
+        "export RUN --bit-packed-small -o OUT/a.safetensors --data digits --val-limit 20",
+        lambda r: "BatchNorms folded" in r.out and "the hard model's" in r.out,
+    ),
     "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
     "form": (
         "export RUN --form bit-packed -o OUT/a.safetensors --quiet --log-every 5 --data digits --val-split 0.5 --val-limit 20",

@@ -10,11 +10,18 @@ from torch import nn
 
 from csqcli.errors import UserError
 from csqcli.exporting import verify
+from csqcli.exporting.folding import fold as folding_of
+from csqcli.exporting.folding import in_16_bits
 from csqcli.exporting.form import Form, Subject
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header, io, loading
 from csqcli.file.manifest import Form as Layout
 from csqcli.file.manifest import Manifest, ParityRecord
+from csqcli.training.evaluate import logits_of
+
+ROUNDING_TOLERANCE = (
+    0.1  # of the logits' standard deviation; trained EfficientNet-lite0 at two planes moves by 0.03 at most
+)
 
 
 class _Safetensors(Form):
@@ -56,6 +63,28 @@ class BitPacked(_Safetensors):
     """The smallest form."""
 
     name = layout = "bit-packed"
+
+
+class BitPackedSmall(_Safetensors):
+    """The smallest: BatchNorms folded, and all numbers but the integers in 16 bits. For inference."""
+
+    name, layout = "bit-packed-small", "bit-packed"
+    tolerance = ROUNDING_TOLERANCE
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        source, trust = subject.file, subject.options.trust_code
+        where, size = source.manifest.model.source, source.manifest.data_config["input_size"]
+        folding = folding_of(source, loading.hard_model(source, trust_code=trust, where=where), size)
+        with torch.no_grad():
+            logits = logits_of(loading.hard_model(folding.file, trust_code=trust, where=where)(subject.probe.images))
+        verify.check_logits(logits, subject.probe, tolerance_in_std=verify.FLOAT_TOLERANCE, where="folded BatchNorms")
+        self.file = in_16_bits(folding.file)  # the model that is written, and whose accuracy is measured
+        if folding.norms:
+            self.notes.append(
+                f"{folding.norms} BatchNorms folded, with the per-channel steps of {folding.steps} of {len(source.layers)} layers"
+            )
+        self.notes += [f"{name} kept as it is: {why}" for name, why in folding.kept.items()]
 
 
 class StateDict(_Safetensors):
