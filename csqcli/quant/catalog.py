@@ -88,7 +88,8 @@ class GateSettings(MethodSettings):
 
 
 class CSQSettings(GateSettings):
-    """Knobs of Algorithm 1."""
+    """Knobs of Algorithm 1. Their defaults are for training on from a checkpoint; from scratch they are the paper's, but for
+    the hardening (`FROM_SCRATCH`)."""
 
     reg_strength: float = Field(0.01, ge=0, le=LARGE)
     """λ of Eq. 7."""

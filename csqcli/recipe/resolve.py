@@ -13,7 +13,16 @@ import yaml
 from pydantic import ValidationError
 
 from csqcli.errors import UserError, did_you_mean
-from csqcli.quant.catalog import AUTO, CARDS, MethodCard, MethodSettings, choose, find_allocator, find_card
+from csqcli.quant.catalog import (
+    AUTO,
+    CARDS,
+    FROM_SCRATCH,
+    MethodCard,
+    MethodSettings,
+    choose,
+    find_allocator,
+    find_card,
+)
 from csqcli.quant.costs import costs
 from csqcli.recipe import legacy
 from csqcli.recipe.schema import Recipe
@@ -147,7 +156,10 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
             key = next(iter(raw[name]), None) if isinstance(raw[name], dict) else None
             raise _foreign(f"{name}.{key}" if key else name, other, card, where=where)
     rest = {key: value for key, value in raw.items() if key != card.section}
-    settings = _checked(card.settings, raw.get(card.section) or {}, where=where, inside=f"{card.section}.", card=card)
+    section = raw.get(card.section) or {}
+    if card.name == "csq" and isinstance(section, dict) and _from_scratch(raw):
+        section = FROM_SCRATCH | section
+    settings = _checked(card.settings, section, where=where, inside=f"{card.section}.", card=card)
     quantization = _as_mapping(rest.get("quantization") or {}, where)
     rest["quantization"] = {"act_method": card.activations} | quantization
     rest["quantization"]["method"] = card.target if ":" in _method_of(raw) else card.name
@@ -187,11 +199,14 @@ def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
         raise UserError(f"quantization.method: a name is wanted, not {method!r}", where=where)
     if method != AUTO:
         return find_card(method, where=f"{where}: quantization.method" if where else "quantization.method"), ""
-    model = _plain(raw.get("model"))
     epochs = raw.get("epochs", Recipe.model_fields["epochs"].default)
-    scratch = not model.get("pretrained", True) and model.get("checkpoint") is None
-    name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=scratch)
+    name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=_from_scratch(raw))
     return CARDS[name], why
+
+
+def _from_scratch(raw: Mapping[str, Any]) -> bool:
+    model = _plain(raw.get("model"))
+    return not model.get("pretrained", True) and model.get("checkpoint") is None
 
 
 def _plain(value: Any) -> dict[str, Any]:
