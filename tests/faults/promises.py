@@ -195,7 +195,7 @@ class Faults:
 
     def vanished_images(self, folder: Path) -> str:
         images, run = self._images(folder), folder / "run"
-        command = (*STREAMED, "--data", images, "--set", "workers=0")
+        command = (*STREAMED, "--data", images, "--set", "workers=0", "--set", "csq.harden_at=0.9")
         wanted = self._unbroken(f"{folder.name}/whole", *command)
         for number, (split, words) in enumerate((("train", "training images cannot be read"), ("val", "cannot be"))):
             away = images / f"{split}.away"
