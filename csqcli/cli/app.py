@@ -10,9 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from csqcli.cli import output, recipes
+from csqcli.cli.doctor import doctor
 from csqcli.cli.evaluate import evaluate
 from csqcli.cli.export import export
 from csqcli.cli.finetune import finetune
+from csqcli.cli.init import init
 from csqcli.cli.inspect import inspect
 from csqcli.cli.methods import methods
 from csqcli.cli.report import report
@@ -27,12 +29,11 @@ app = typer.Typer(
     name="csq",
     help="Quantize pretrained vision checkpoints to the mean bits you type, by bi-level continuous sparsification.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (search, finetune, methods, evaluate, report, inspect, export, reproduce):
+for command in (search, finetune, methods, evaluate, report, inspect, export, reproduce, init, doctor):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

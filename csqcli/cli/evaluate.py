@@ -48,7 +48,10 @@ def evaluate(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1 and top-5 of the hard model, as reloaded from the file; with --model of a float checkpoint."""
+    """Top-1 and top-5 of the hard model, as reloaded from the file; with --model of a float checkpoint.
+
+    Example: csq evaluate runs/resnet18/model.safetensors --data /imagenet
+    """
     from csqcli import api
     from csqcli.file.header import read_manifest
     from csqcli.system.progress import Display

@@ -78,7 +78,10 @@ def export(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a file that is small or runs elsewhere, read it back and compare it with the hard model."""
+    """Write a file that is small or runs elsewhere, read it back and compare it with the hard model.
+
+    Example: csq export runs/resnet18/model.safetensors --bit-packed
+    """
     from csqcli.exporting import registry
     from csqcli.file.header import read_manifest
 

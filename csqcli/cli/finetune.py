@@ -51,7 +51,10 @@ def finetune(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a quantized file's integers on, planes fixed; keeps the better of the two models."""
+    """Train a quantized file's integers on, planes fixed; keeps the better of the two models.
+
+    Example: csq finetune runs/resnet18/model.safetensors --data /imagenet --epochs 5
+    """
     from csqcli.api import FINETUNE_EPOCHS, finetune_folder
     from csqcli.file.header import read_manifest
     from csqcli.recipe.complete import check_data_given

@@ -28,7 +28,10 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What csq would quantize in a model, and what stays float and why."""
+    """What csq would quantize in a model, and what stays float and why.
+
+    Example: csq inspect resnet18 --exclude "fc*"
+    """
     from csqcli import api
 
     found = api.inspect(

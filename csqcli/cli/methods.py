@@ -9,7 +9,10 @@ _TAKES = {"target": "a target", "planes": "planes of an allocator", "either": "a
 
 
 def methods(as_json: JsonOption = False) -> None:
-    """Weight methods, allocators and costs: what each does, what it takes, where it is from."""
+    """Weight methods, allocators and costs: what each does, what it takes, where it is from.
+
+    Example: csq methods --json
+    """
     from csqcli.quant.catalog import ALLOCATORS, AUTO, CARDS, LONG_SCHEDULE
     from csqcli.quant.costs import costs
 

@@ -22,7 +22,10 @@ def report(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Per-layer bits, sizes and accuracy; needs neither model code nor data."""
+    """Per-layer bits, sizes and accuracy; needs neither model code nor data.
+
+    Example: csq report runs/resnet18 --html report.html
+    """
     from csqcli.reporting.build import describe, history_beside, model_of
 
     file = model_of(run)

@@ -28,7 +28,10 @@ def reproduce(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Rerun a table or figure of the paper: train what is missing, resume what was stopped, write the table."""
+    """Rerun a table or figure of the paper: train what is missing, resume what was stopped, write the table.
+
+    Example: csq reproduce table4 --data cifar10:/cifar --model cifar_resnet20 --scale 0.1
+    """
     from csqcli.recipe.resolve import parse_assignments
     from csqcli.reproducing.experiments import EXPERIMENTS, find_experiment
 

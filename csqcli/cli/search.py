@@ -44,6 +44,9 @@ def search(
     val_split_: ValSplitOption = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
     weights: WeightsOption = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; the model's own if unset.")
+    ] = None,
     head: Annotated[
         Head | None,
         typer.Option(help="The weights' classifier: keep it, keep a subset of its outputs, or start a new one."),
@@ -89,7 +92,10 @@ def search(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search a mixed-precision model within a budget and write it."""
+    """Search a mixed-precision model within a budget and write it.
+
+    Example: csq search resnet18 --target-bits 3 --data /imagenet --output runs/resnet18
+    """
     from csqcli.api import search_folder
     from csqcli.recipe.complete import check_complete
     from csqcli.recipe.resolve import parse_assignments, resolve
@@ -101,6 +107,7 @@ def search(
         "data.source": data,
         "data.val_split": val_split(val_split_),
         "model.checkpoint": checkpoint,
+        "data.input_size": input_size,
         "model.weights": weights.value if weights else None,
         "model.head": head.value if head else None,
         "quantization.method": method,

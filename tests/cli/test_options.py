@@ -67,6 +67,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "workers": (f"{SEARCH} --workers 0", holds("data.workers", 0)),
     "amp": (f"{SEARCH} --amp bf16", holds("amp", "bf16")),
     "head": (f"{SEARCH} --head new", holds("model.head", "new")),
+    "input size": (f"{SEARCH} --input-size 12", holds("data.input_size", 12)),
     "weights": (f"{SEARCH} --weights raw", holds("model.weights", "raw")),
     "recipe": (SEARCH, holds("model.source", "digits_cnn")),
     "method": (f"{SEARCH} --method lsq", holds("quantization.method", "lsq")),
@@ -150,7 +151,21 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         lambda r: "calibrated" in r.out,
     ),
 }
+INVOCATIONS |= {  # around the runs: a recipe to edit, the machine, the shell
+    "init": (
+        "init resnet18 --recipe photographs --target-bits 3 --method csq --data /images --set optimizer.lr=0.5 -o OUT/mine.yaml",
+        lambda r: (
+            yaml.safe_load((r.folder / "mine.yaml").read_text())["quantization"]
+            == {"method": "csq", "target_bits": 3.0}
+        ),
+    ),
+    "init over nothing": ("init --output OUT/mine.yaml --force", lambda r: r.out.startswith("wrote ")),
+    "doctor": ("doctor", lambda r: "passed on cpu" in r.out),
+    "doctor --json": ("doctor --json", lambda r: json.loads(r.out)["self_test"][0]["passed"]),
+    "completion": ("--show-completion bash", lambda r: "_CSQ_COMPLETE" in r.out),
+}
 BY_ITSELF = {  # exercised in a test of their own, below or elsewhere
+    ("", "--install-completion"): "typer's own; it would write into the home folder",
     ("search", "--compile"): "test_compile_trains",
     ("inspect", "--pretrained"): "test_pretrained_weights_that_cannot_be_had_are_one_line",
 }
@@ -217,3 +232,21 @@ def test_pretrained_weights_that_cannot_be_had_are_one_line(csq, monkeypatch: py
     code, _, err = csq("inspect", "torchvision:squeezenet1_1", "--pretrained")
     assert (code, err.count("\n")) == (2, 1)
     assert "pretrained weights" in err
+
+
+def test_init_replaces_nothing_by_itself(csq, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    code, _, err = csq("init", "-o", str(tmp_path / "mine.yaml"))
+    assert (code, err.strip()) == (
+        2,
+        f"csq: error: {tmp_path / 'mine.yaml'}: exists already; pass --force to replace it, or -o another",
+    )
+    assert (tmp_path / "mine.yaml").read_text() == "epochs: 3\n"
+
+
+def test_every_command_shows_an_example_of_itself() -> None:
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    missing = [
+        name for name, command in commands.items() if name != "recipes" and f"Example: csq {name}" not in command.help
+    ]
+    assert missing == []

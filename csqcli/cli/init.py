@@ -1,0 +1,44 @@
+"""``csq init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csqcli.cli import output as out
+from csqcli.cli.options import DataOption, SetOption, given
+from csqcli.errors import UserError
+
+
+def init(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for search.")] = None,
+    recipe: Annotated[str, typer.Option(help="The recipe to start from: a shipped name, or a YAML file.")] = "short",
+    target_bits: Annotated[float | None, typer.Option(help="Mean planes per weight not to exceed.")] = None,
+    data: DataOption = None,
+    method: Annotated[str | None, typer.Option(help="As for search; its settings are written too.")] = None,
+    settings: SetOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write a recipe to edit, every setting with its meaning and default.
+
+    Example: csq init resnet18 --target-bits 3 --data /imagenet -o mine.yaml
+    """
+    from csqcli.recipe.commented import commented
+    from csqcli.recipe.resolve import parse_assignments, resolve
+    from csqcli.system.files import write_text
+
+    typed = {
+        "model.source": model,
+        "quantization.target_bits": target_bits,
+        "data.source": data,
+        "quantization.method": method,
+    }
+    overrides = parse_assignments(settings or []) | given(typed)
+    text = commented(resolve(recipe, overrides), keep=set(overrides))
+    if output.exists() and not force:
+        raise UserError("exists already", where=str(output), hint="pass --force to replace it, or -o another")
+    write_text(output, text)
+    out.line(f"wrote {output}; csq search --recipe {output}")

@@ -1,0 +1,71 @@
+"""A recipe to edit: every setting with its meaning; what is set stands as it is, what has its default stands behind a ``#``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Set
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from csqcli.recipe.schema import Recipe
+
+_WIDTH = 110
+
+
+def commented(recipe: Recipe, *, keep: Set[str] = frozenset()) -> str:
+    """YAML that resolves to ``recipe``, as it does when a ``#`` before a key is removed.
+
+    Args:
+        keep: dotted keys that stand without a ``#`` even at their default.
+    """
+    lines = [
+        "# A recipe of csq. A key behind a # has its default: remove the # to set it.",
+        "# csq search --recipe THIS_FILE; what is typed on the command line wins.",
+    ]
+    for name, field in Recipe.model_fields.items():
+        if field.exclude:
+            continue
+        value = getattr(recipe, name)
+        lines.append("")
+        if isinstance(value, BaseModel):
+            lines += _section(name, value, keep)
+        else:
+            lines += _entry(name, value, field.description, default=field.default, live=name in keep)
+    settings = recipe.method_settings
+    if type(settings).model_fields:
+        lines += ["", *_section(recipe.card.section, settings, keep)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(name: str, section: BaseModel, keep: Set[str]) -> list[str]:
+    body: list[tuple[bool, list[str]]] = []
+    for key, field in type(section).model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        live = getattr(section, key) != default or f"{name}.{key}" in keep
+        entry = _entry(key, getattr(section, key), field.description, default=default, live=live)
+        body.append((live, entry))
+    any_live = any(live for live, _ in body)
+    lines = [*_help((type(section).__doc__ or "").split("\n\n")[0]), f"{'' if any_live else '#'}{name}:"]
+    for live, entry in body:
+        for line in entry:
+            is_key = not line.startswith("# ")
+            bare = line.removeprefix("#") if is_key else line
+            if is_key and not live:
+                lines.append(f"  #{bare}" if any_live else f"#  {bare}")
+            else:
+                lines.append(f"  {bare}")
+    return lines
+
+
+def _entry(name: str, value: Any, description: str | None, *, default: Any, live: bool) -> list[str]:
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    shown = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**6)
+    mark = "" if live or value != default else "#"
+    return [*_help(description or ""), f"{mark}{name}: {shown.removesuffix('...' + chr(10)).strip()}"]
+
+
+def _help(text: str) -> Iterator[str]:
+    for line in textwrap.wrap(" ".join(text.split()), _WIDTH):
+        yield f"# {line}"
