@@ -1,9 +1,9 @@
-# Five targets: demo, test, lint, bench, clean. Everything runs in .venv, made on first use.
+# Six targets: demo, check (the quick part of test), test, lint, bench, clean. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo check test lint bench clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -11,6 +11,9 @@ demo: $(VENV)/.installed
 	$(BIN)/csq report runs/demo --html runs/demo/report.html
 	$(BIN)/csq evaluate runs/demo/model.safetensors --data digits
 	$(BIN)/csq export runs/demo/model.safetensors --bit-packed
+
+check: lint
+	$(BIN)/pytest -n auto --dist loadfile tests/quant tests/recipe tests/file tests/reporting tests/cli/test_startup.py
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile

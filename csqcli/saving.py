@@ -26,7 +26,8 @@ from csqcli.file.manifest import AccuracyRecord, Manifest, ModelRecord
 from csqcli.models import libraries as sources
 from csqcli.models.checkpoints import is_damaged
 from csqcli.models.coverage import count_macs, example_inputs
-from csqcli.models.libraries import ModelSpec
+from csqcli.models.data_config import usable_config
+from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant import activations
 from csqcli.quant.hard_layer import HardLayer, spread
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
@@ -108,7 +109,7 @@ def _save(
         spec, num_classes=num_classes, state=network.state_dict(), trust_code=trusted, where=source
     ).to(_device(network))
     _check_architecture(rebuilt, network, where=source)
-    config = sources.usable_config(data_config or sources.data_config(network, spec), where=source)
+    config = usable_config(data_config or sources.data_config(network, spec), where=source)
     found, left = find_layers(network)
     pairs = _delivered(found, optimizer)
     names = {layer.name for layer, _ in pairs}
@@ -157,7 +158,7 @@ def _recipe(optimizer: QuantizedOptimizer) -> dict[str, Any]:
 
 
 def _importable(source: str, arguments: Mapping[str, Any] | None) -> ModelSpec:
-    spec = sources.parse(source, arguments)
+    spec = parse(source, arguments)
     if spec.library == "factory" and spec.name.startswith("__main__:"):
         hint = "put the factory into a module, and name it module:factory"
         raise UserError("another program cannot import from `__main__`", where=source, hint=hint)

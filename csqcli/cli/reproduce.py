@@ -10,6 +10,7 @@ import typer
 
 from csqcli.cli import output
 from csqcli.cli.options import DataOption, JsonOption, QuietOption, SetOption, given
+from csqcli.system.launcher import is_main_process
 
 
 def reproduce(
@@ -58,10 +59,10 @@ def reproduce(
     from csqcli.system.files import write_text
     from csqcli.system.progress import Display
 
-    display = Display(quiet=quiet or not output.is_main_process())
+    display = Display(quiet=quiet or not is_main_process())
     found = reproducing.run_all(experiment, target, scale=scale, seeds=chosen, more=more, display=display)
     summary = reproducing.summary(experiment, found, scale=scale, seeds=chosen)
-    if not output.is_main_process():
+    if not is_main_process():
         return
     text, figure = page.markdown(experiment, summary), page.figure(experiment, summary)
     write_text(target / f"{name}.json", json.dumps(summary, indent=2) + "\n")

@@ -177,7 +177,7 @@ class _ImageLoader:
         transform = transforms.image_transform(config, settings.augment if settings.training else None)
         self.dataset = _Transformed(images, transform, config["input_size"][0])
         self.sampler = _Replaceable()
-        self.loader: torch.utils.data.DataLoader | None = None  # from the first epoch on
+        self.loader: torch.utils.data.DataLoader[Any] | None = None  # from the first epoch on
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         seed, device = self.settings.seed, self.settings.device
@@ -217,7 +217,7 @@ class _ImageLoader:
             self.close()
             raise Unavailable(fault.what, hint=fault.hint) from error
 
-    def _start(self) -> torch.utils.data.DataLoader:
+    def _start(self) -> torch.utils.data.DataLoader[Any]:
         """Workers are started once, at the first epoch, not for each."""
         return torch.utils.data.DataLoader(
             self.dataset,
@@ -233,7 +233,7 @@ class _ImageLoader:
         self.loader = None  # the processes end with it
 
 
-def _begun(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[_Undecodable]]]:
+def _begun(loader: torch.utils.data.DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[_Undecodable]]]:
     """The loader's next epoch, without torch's signal handler, which raises the news of a dead worker wherever this process
     happens to be, in the middle of a save too. Waiting for a batch tells as well, within 5 seconds and between two steps."""
     handled = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
@@ -254,7 +254,7 @@ class _Replaceable:
         return iter(self.plan)
 
 
-class _Transformed(torch.utils.data.Dataset):
+class _Transformed(torch.utils.data.Dataset[Any]):
     """Decode and transform images, each with the random streams set to its own seed."""
 
     def __init__(self, images: Images, transform: Any, channels: int) -> None:

@@ -17,6 +17,7 @@ from csqcli.quant.catalog import (
     AUTO,
     CARDS,
     FROM_SCRATCH,
+    PAPER,
     MethodCard,
     MethodSettings,
     choose,
@@ -222,7 +223,7 @@ def _renamed(overrides: dict[str, Any]) -> dict[str, Any]:
     key = next((key for key in ("quantization.method", "method") if overrides.get(key) == "csq-paper"), None)
     if key is None:
         return overrides
-    paper = {f"csq.{name}": value for name, value in legacy.PAPER.items()}
+    paper = {f"csq.{name}": value for name, value in PAPER.items()}
     return paper | overrides | {key: "csq"}
 
 

@@ -133,8 +133,8 @@ def test_activation_bits_reach_the_file_and_the_reloaded_model(csq, tmp_path: Pa
     scale = next(
         e.scale for e in header.read_manifest(tmp_path / "model.safetensors").activations if e.module == "conv2"
     )
-    levels = seen["conv2"] / scale
-    assert torch.equal(levels.round(), levels)
+    levels = (seen["conv2"] / scale).round()
+    assert torch.equal(levels * scale, seen["conv2"])  # the quotient itself may miss a whole number by its last bit
     assert int(levels.max()) <= 7
 
 
