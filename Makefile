@@ -1,9 +1,9 @@
-# Six targets: demo, check (the quick part of test), test, lint, bench, clean. Everything runs in .venv, made on first use.
+# demo, test; check (the quick part of test), lint, docs (a site in build/site), bench, clean. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test lint bench clean
+.PHONY: demo check test lint docs bench clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -19,10 +19,14 @@ test: lint
 	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff format --check csqcli tests benchmarks
-	$(BIN)/ruff check csqcli tests benchmarks
+	$(BIN)/ruff format --check csqcli tests benchmarks docs
+	$(BIN)/ruff check csqcli tests benchmarks docs
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 bench: $(VENV)/.installed-dev
 	@echo "each file in benchmarks/ is a command of its own; see its header"; ls benchmarks
@@ -40,3 +44,7 @@ $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/bin/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(VENV)/.installed pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@

@@ -64,9 +64,10 @@ def test_readme_python_runs_the_commands_as_functions(tmp_path: Path, monkeypatc
     assert Path("runs/python/model-bit-packed.safetensors").is_file()
 
 
-@pytest.mark.parametrize("document", sorted(p.name for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
-def test_links_between_documents_lead_somewhere(document: str) -> None:
-    path = next(p for p in (ROOT / document, ROOT / "docs" / document) if p.exists())
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda path: path.name
+)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), target
