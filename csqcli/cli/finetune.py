@@ -19,6 +19,7 @@ from csqcli.cli.options import (
     QuietOption,
     ResumeOption,
     SetOption,
+    TrackOption,
     TrustOption,
     ValSplitOption,
     batch_settings,
@@ -47,6 +48,7 @@ def finetune(
     force: ForceOption = False,
     resume: ResumeOption = False,
     trust_code: TrustOption = False,
+    log: TrackOption = None,
     log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -68,6 +70,7 @@ def finetune(
         "finetune.epochs": epochs,
         "seed": seed,
         "device": device,
+        "log": log,
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
         **batch_settings(batch_size),
     }

@@ -74,6 +74,14 @@ ValLimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this m
 TrustOption = Annotated[bool, typer.Option("--trust-code", help="Let the file import the factory that it names.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="NAME",
+        help="Send metrics to tensorboard (in the run's folder), trackio or mlflow too. Repeatable.",
+    ),
+]
 LOG_EVERY = 60.0  # seconds
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -227,6 +227,10 @@ class Recipe(Section):
     """Train through torch.compile; worth its minutes of compilation in long runs. Needs a C++ compiler on the CPU."""
     save_every_minutes: Annotated[float, RESULT_NEUTRAL] = Field(10.0, gt=0)
     """Save the resume state inside long epochs too; it is always saved after each."""
+    log: Annotated[list[Literal["tensorboard", "trackio", "mlflow"]], RESULT_NEUTRAL, USERS_ONLY] = Field(
+        default_factory=list
+    )
+    """Experiment trackers that get the lines of metrics.jsonl too; each is a package of its own: `pip install 'csq[mlflow]'`."""
     device: Annotated[str, RESULT_NEUTRAL] = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes a CUDA GPU when there is one."""
 

@@ -21,6 +21,7 @@ from csqcli.system.limits import read_json
 from csqcli.system.lock import locked
 from csqcli.training.inputs import Inputs, check_same, inputs_of
 from csqcli.training.run_state import HISTORY_VALUES, RunState, read_state
+from csqcli.training.trackers import Trackers
 
 MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
     "model.safetensors",
@@ -52,6 +53,7 @@ class RunFolder:
         self.finished: dict[str, Any] | None = None  # the report, when --resume finds this very run complete
         self._held = contextlib.ExitStack()
         self._recipe_written = False
+        self._trackers: Trackers | None = None
 
     @property
     def model_file(self) -> Path:
@@ -73,6 +75,9 @@ class RunFolder:
                     raise UserError(what, where=str(self.path), hint="choose another --output") from None
                 held.enter_context(locked(self.path))
                 self._open()
+                if self.recipe.log and self.finished is None:
+                    self._trackers = Trackers(list(self.recipe.log), self.path, self.recipe.to_dict())
+                    held.callback(self._trackers.close)
                 self._held = held.pop_all()
         self.finished = distributed.from_main(self.finished)
         return self
@@ -164,6 +169,8 @@ class RunFolder:
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         if self.shard.is_main:
             files.write_text(self.path / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in history))
+            if self._trackers is not None:
+                self._trackers.send(history)
 
     def write_report(self, report: dict[str, Any]) -> None:
         if self.shard.is_main:

@@ -63,6 +63,11 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     ),
     "lr": (f"{SEARCH} --lr 0.25", holds("optimizer.lr", 0.25)),
     "val split": (f"{SEARCH} --val-split 0.1", holds("data.val_split", 0.1)),
+    "log": (f"{SEARCH} --log tensorboard", lambda r: list((r.folder / "tensorboard").glob("events.*")) != []),
+    "finetune --log": (
+        f"{FINETUNE} --log tensorboard",
+        lambda r: list((r.folder / "tensorboard").glob("events.*")) != [],
+    ),
     "log every": (f"{SEARCH} --log-every 5", lambda r: r.err == ""),
     "workers": (f"{SEARCH} --workers 0", holds("data.workers", 0)),
     "amp": (f"{SEARCH} --amp bf16", holds("amp", "bf16")),
@@ -202,6 +207,8 @@ def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
     if "--onnx" in line:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
+    if "tensorboard" in line:
+        pytest.importorskip("tensorboard")
     out = tmp_path / "out"
     if "OUT/" in line:
         out.mkdir()

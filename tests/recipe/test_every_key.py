@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "seed": 5,
             "threads": 1,
             "device": "cpu",
+            "log": ["tensorboard"],
             "channels_last": "on",
             "save_every_minutes": 0.001,
             "bn_recalibration_batches": 2,
