@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
+from csqcli.recipe.resolve import resolve_from
 from csqcli.recipe.schema import Recipe
 
 _WIDTH = 110
@@ -20,6 +21,21 @@ def commented(recipe: Recipe, *, keep: Set[str] = frozenset()) -> str:
     Args:
         keep: dotted keys that stand without a ``#`` even at their default.
     """
+    wanted = recipe.to_dict()
+    without = resolve_from(yaml.safe_load(_written(recipe, keep)), {}, where="recipe").to_dict()
+    # a default may follow from another key, as max_bits does from act_bits: what was set against it stands too
+    return _written(recipe, keep | set(_differing(wanted, without)))
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in one.items():
+        if isinstance(value, Mapping) and isinstance(other.get(key), Mapping) and not path:
+            yield from _differing(value, other[key], f"{key}.")
+        elif other.get(key) != value:
+            yield f"{path}{key}"
+
+
+def _written(recipe: Recipe, keep: Set[str]) -> str:
     lines = [
         "# A recipe of csq. A key behind a # has its default: remove the # to set it.",
         "# csq search --recipe THIS_FILE; what is typed on the command line wins.",

@@ -26,7 +26,7 @@ from csqcli.quant.catalog import (
 )
 from csqcli.quant.costs import costs
 from csqcli.recipe import legacy
-from csqcli.recipe.schema import Recipe
+from csqcli.recipe.schema import INT8_PLANES, Recipe
 from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 
@@ -162,7 +162,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
         section = FROM_SCRATCH | section
     settings = _checked(card.settings, section, where=where, inside=f"{card.section}.", card=card)
     quantization = _as_mapping(rest.get("quantization") or {}, where)
-    rest["quantization"] = {"act_method": card.activations} | quantization
+    rest["quantization"] = {"act_method": card.activations, **_planes_for(quantization)} | quantization
     rest["quantization"]["method"] = card.target if ":" in _method_of(raw) else card.name
     recipe: Recipe = _checked(Recipe, rest | {"method_settings": settings, "method_why": why}, where=where, card=card)
     if ":" not in recipe.quantization.cost:
@@ -203,6 +203,13 @@ def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
     epochs = raw.get("epochs", Recipe.model_fields["epochs"].default)
     name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=_from_scratch(raw))
     return CARDS[name], why
+
+
+def _planes_for(quantization: Mapping[str, Any]) -> dict[str, int]:
+    """`max_bits` where it is unset: 7 beside rounded activations, whose aim is an int8 engine (docs/export.md)."""
+    act_bits, target = (quantization.get(key) for key in ("act_bits", "target_bits"))
+    fits = target is None or (isinstance(target, int | float) and target <= INT8_PLANES)
+    return {"max_bits": INT8_PLANES} if isinstance(act_bits, int) and act_bits <= 8 and fits else {}
 
 
 def _from_scratch(raw: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
+INT8_PLANES = 7  # integers up to ±127
 
 
 class ModelSettings(Section):
@@ -104,7 +105,7 @@ class QuantizationSettings(Section):
     allocator: str | None = None
     """Who decides the planes before training: `uniform`, `importance`, or `package.module:function`. Unset: the method itself."""
     max_bits: int = Field(8, ge=1, le=8)
-    """n: planes that each layer starts with."""
+    """n: planes that each layer starts with. Unset, with `act_bits` 8 or fewer: 7, since int8 engines hold no integers of 8 planes."""
     act_bits: Literal[2, 3, 4, 8, 32] = 32
     """Bits of the inputs of quantized layers; 32 leaves them float. The network's own input has 8."""
     act_method: Literal["lsq", "pact", "dorefa"] = "lsq"

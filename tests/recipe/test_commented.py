@@ -37,3 +37,16 @@ def test_what_was_asked_for_stands_without_a_sign_at_its_default_too() -> None:
     recipe = resolve("short", {"quantization.max_bits": 8})
     assert re.search(r"^ *#  *max_bits: 8$|^  #max_bits: 8$", commented(recipe), re.MULTILINE)
     assert "\n  max_bits: 8\n" in commented(recipe, keep={"quantization.max_bits"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization.act_bits": 8, "quantization.max_bits": 8},
+        {"model.pretrained": False, "quantization.method": "csq", "csq.fix_masks_at": 0.4},  # from scratch it is 1
+    ],
+)
+def test_what_was_set_against_a_default_that_follows_from_another_key_stands(settings: dict, tmp_path: Path) -> None:
+    wanted = resolve("short", settings)
+    (tmp_path / "recipe.yaml").write_text(commented(wanted))
+    assert resolve(str(tmp_path / "recipe.yaml"), {}).to_dict() == wanted.to_dict()

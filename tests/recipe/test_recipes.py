@@ -270,3 +270,19 @@ def test_a_recipe_inside_a_file_names_nothing_that_is_read_imported_or_started()
     assert (recipe.quantization.cost, recipe.quantization.allocator, recipe.data.batch_size) == ("weights", None, 7)
     with pytest.raises(UserError, match="asks to import the method `evil:F`; pass --trust-code"):
         resolve_stored({"quantization": {"method": "evil:F"}}, {}, where="file")
+
+
+@pytest.mark.parametrize(
+    ("settings", "planes"),
+    [
+        ({}, 8),
+        ({"act_bits": 8}, 7),
+        ({"act_bits": 4}, 7),
+        ({"act_bits": 32}, 8),
+        ({"act_bits": 8, "max_bits": 8}, 8),  # who asks for 8 gets 8
+        ({"act_bits": 8, "target_bits": 7.5}, 8),
+    ],
+)
+def test_beside_rounded_activations_integers_fit_int8(settings: dict[str, float], planes: int) -> None:
+    recipe = resolve("short", {f"quantization.{key}": value for key, value in settings.items()})
+    assert recipe.quantization.max_bits == planes
