@@ -10,10 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from csqcli.version import __version__ as __version__
 
-__all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
+__all__ = [
+    "CSQ",
+    "UserError",
+    "allocate",
+    "evaluate",
+    "export",
+    "finetune",
+    "inspect",
+    "load",
+    "report",
+    "save",
+    "search",
+]
 
 if TYPE_CHECKING:
-    from csqcli.api import CSQ, UserError, evaluate, export, finetune, inspect, load, report, save, search
+    from csqcli.api import CSQ, UserError, allocate, evaluate, export, finetune, inspect, load, report, save, search
 
 
 def __getattr__(name: str) -> Any:

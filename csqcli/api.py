@@ -7,6 +7,7 @@ Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is wh
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,19 @@ if TYPE_CHECKING:
     from csqcli.recipe.schema import Recipe
     from csqcli.system.progress import Display
 
-__all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
+__all__ = [
+    "CSQ",
+    "UserError",
+    "allocate",
+    "evaluate",
+    "export",
+    "finetune",
+    "inspect",
+    "load",
+    "report",
+    "save",
+    "search",
+]
 
 Report = dict[str, Any]
 _RUNS = Path("runs")  # whose folders are the runs that were told no output
@@ -363,6 +376,71 @@ def inspect(
     from csqcli.quant.wrappers import unwrap
 
     return coverage.coverage(unwrap(model), input_size, exclude=exclude)
+
+
+def allocate(
+    model: str | None = None,
+    *,
+    target_bits: float | None = None,
+    data: str | None = None,
+    allocator: str | None = None,
+    recipe: str = "short",
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: bool | Display = False,
+    **settings: Any,
+) -> Report:
+    """The planes that an allocator gives every layer, without training: what :func:`search` with it would fix.
+
+    Args:
+        model, target_bits, data, recipe, settings: as for :func:`search`.
+        allocator: a name that `csq methods` lists, or ``package.module:function``; None takes the recipe's, or importance.
+        output: a file to write the planes to, for ``csq search --planes``; None writes none.
+        force: replace ``output``.
+        progress: show what is going on, on stderr.
+
+    Returns:
+        ``mean_bits`` (planes per weight element), ``spent`` and ``allowed`` in the unit of ``cost``, and ``layers``: name,
+        shape, weights, macs, planes, share of what is spent (0 to 1), importance of each plane (or null).
+
+    Raises:
+        UserError: as :func:`search`, for allocators that cannot be had, and for an ``output`` that exists.
+
+    Example::
+
+        found = csqcli.allocate("resnet18", target_bits=3, data="/imagenet", allocator="hawq-v2")
+        print({layer["name"]: layer["planes"] for layer in found["layers"]})
+    """
+    from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.planes import planes_text
+    from csqcli.recipe.resolve import resolve
+
+    named = {
+        "model.source": model,
+        "quantization.target_bits": target_bits,
+        "data.source": data,
+        "quantization.allocator": allocator,
+    }
+    resolved = resolve(recipe, settings | _given(named))
+    if resolved.quantization.allocator is None:
+        resolved.quantization.allocator = "importance"
+    check_complete(resolved)
+    target = Path(output) if output is not None else None
+    if target is not None and os.path.lexists(target) and not force:
+        raise UserError("exists already", where=str(target), hint="choose another name or pass --force")
+    if target is not None and not target.parent.is_dir():
+        raise UserError("no such folder", where=str(target.parent))
+
+    from csqcli.analysis.allocating import allocate as allocated
+
+    found = allocated(resolved, display=_display(progress))
+    if target is not None:
+        from csqcli.system.files import write_text
+
+        comment = f"{found['model']} at {found['target_bits']:g} planes by {found['allocator']}"
+        planes = {layer["name"]: layer["planes"] for layer in found["layers"]}
+        write_text(target, planes_text(planes, target_bits=found["target_bits"], comment=comment))
+    return found
 
 
 def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = False) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from csqcli.cli import output, recipes
+from csqcli.cli.allocate import allocate
 from csqcli.cli.evaluate import evaluate
 from csqcli.cli.export import export
 from csqcli.cli.finetune import finetune
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (search, finetune, methods, evaluate, report, inspect, export, reproduce):
+for command in (search, finetune, methods, allocate, evaluate, report, inspect, export, reproduce):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 
