@@ -15,6 +15,7 @@ __all__ = [
     "UserError",
     "allocate",
     "evaluate",
+    "explain",
     "export",
     "finetune",
     "inspect",
@@ -22,10 +23,25 @@ __all__ = [
     "report",
     "save",
     "search",
+    "sensitivity",
 ]
 
 if TYPE_CHECKING:
-    from csqcli.api import CSQ, UserError, allocate, evaluate, export, finetune, inspect, load, report, save, search
+    from csqcli.api import (
+        CSQ,
+        UserError,
+        allocate,
+        evaluate,
+        explain,
+        export,
+        finetune,
+        inspect,
+        load,
+        report,
+        save,
+        search,
+        sensitivity,
+    )
 
 
 def __getattr__(name: str) -> Any:

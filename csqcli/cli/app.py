@@ -12,6 +12,7 @@ import typer
 from csqcli.cli import output, recipes
 from csqcli.cli.allocate import allocate
 from csqcli.cli.evaluate import evaluate
+from csqcli.cli.explain import explain
 from csqcli.cli.export import export
 from csqcli.cli.finetune import finetune
 from csqcli.cli.inspect import inspect
@@ -19,6 +20,7 @@ from csqcli.cli.methods import methods
 from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
+from csqcli.cli.sensitivity import sensitivity
 from csqcli.errors import UserError, as_line
 from csqcli.system.interrupt import Interrupted, Signals
 from csqcli.system.launcher import is_main_process
@@ -33,7 +35,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (search, finetune, methods, allocate, evaluate, report, inspect, export, reproduce):
+for command in (
+    search,
+    finetune,
+    methods,
+    allocate,
+    sensitivity,
+    evaluate,
+    report,
+    explain,
+    inspect,
+    export,
+    reproduce,
+):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

@@ -87,6 +87,9 @@ PlanesOption = Annotated[
     typer.Option("--planes", metavar="FILE", help="Planes by weight, as `csq allocate --output FILE` writes them."),
 ]
 TrialsOption = Annotated[int | None, typer.Option("--trials", help="Networks that the allocator haq measures.")]
+LookLimitOption = Annotated[
+    int, typer.Option("--val-limit", min=1, help="Use only this many validation images, spread evenly.")
+]
 ValLimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")]
 TrustOption = Annotated[bool, typer.Option("--trust-code", help="Let the file import the factory that it names.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")]

@@ -8,8 +8,7 @@ from csqcli.recipe.schema import Recipe
 
 def check_complete(recipe: Recipe) -> None:
     """UserError for a search without a model or data, and for a target that is missing or that the method cannot meet."""
-    if recipe.model.source is None:
-        raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
+    check_model_given(recipe)
     target, card = recipe.quantization.target_bits, recipe.card
     if target is None and card.name != "float":
         inside = ", or write target_bits into the file of planes" if recipe.quantization.planes else ""
@@ -19,6 +18,12 @@ def check_complete(recipe: Recipe) -> None:
         hint = "take a whole number from 1 to 8, or method auto for a mixed one"
         raise UserError(f"{card.name} gives every layer the same planes; {target:g} is not possible", hint=hint)
     check_data_given(recipe)
+
+
+def check_model_given(recipe: Recipe) -> None:
+    """UserError for a recipe that names no model."""
+    if recipe.model.source is None:
+        raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
 
 
 def check_data_given(recipe: Recipe) -> None:

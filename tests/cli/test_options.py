@@ -128,6 +128,23 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "allocate digits_cnn --data digits --no-pretrained --target-bits 2 --allocator random --trials 3 --log-every 5 --json -q",
         lambda r: json.loads(r.out)["mean_bits"] <= 2,
     ),
+    "sensitivity": (
+        "sensitivity digits_cnn --data digits --checkpoint builtin:digits_float --head keep --weights raw --pretrained "
+        "--val-split test --val-limit 40 --widths 4,1 --device cpu --svg OUT/s.svg --quiet --set seed=1",
+        lambda r: "<svg" in (r.folder / "s.svg").read_text() and "worst" in r.out,
+    ),
+    "sensitivity of a recipe": (
+        "sensitivity --recipe digits --no-pretrained --log-every 5 -q --widths 2 --json",
+        lambda r: [len(layer["loss"]) for layer in json.loads(r.out)["layers"]] == [1, 1, 1, 1],
+    ),
+    "explain": (
+        "explain RUN --data digits --val-limit 60 --swaps 2 --device cpu --batch-size 16 --trust-code --quiet --log-every 5",
+        lambda r: "one less" in r.out and "conv3" in r.out,
+    ),
+    "explain json": (
+        "explain RUN --data digits --val-split test --swaps 0 -q --json",
+        lambda r: json.loads(r.out)["swaps"] == [] and len(json.loads(r.out)["layers"]) == 4,
+    ),
     # report, inspect, methods, recipes
     "report": ("report RUN --json", lambda r: json.loads(r.out)["form"] == "compact"),
     "report page": (
