@@ -10,10 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 from csqcli.version import __version__ as __version__
 
-__all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
+__all__ = [
+    "CSQ",
+    "UserError",
+    "allocate",
+    "evaluate",
+    "explain",
+    "export",
+    "finetune",
+    "inspect",
+    "load",
+    "report",
+    "save",
+    "search",
+    "sensitivity",
+]
 
 if TYPE_CHECKING:
-    from csqcli.api import CSQ, UserError, evaluate, export, finetune, inspect, load, report, save, search
+    from csqcli.api import (
+        CSQ,
+        UserError,
+        allocate,
+        evaluate,
+        explain,
+        export,
+        finetune,
+        inspect,
+        load,
+        report,
+        save,
+        search,
+        sensitivity,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is wh
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,21 @@ if TYPE_CHECKING:
     from csqcli.recipe.schema import Recipe
     from csqcli.system.progress import Display
 
-__all__ = ["CSQ", "UserError", "evaluate", "export", "finetune", "inspect", "load", "report", "save", "search"]
+__all__ = [
+    "CSQ",
+    "UserError",
+    "allocate",
+    "evaluate",
+    "explain",
+    "export",
+    "finetune",
+    "inspect",
+    "load",
+    "report",
+    "save",
+    "search",
+    "sensitivity",
+]
 
 Report = dict[str, Any]
 _RUNS = Path("runs")  # whose folders are the runs that were told no output
@@ -363,6 +378,167 @@ def inspect(
     from csqcli.quant.wrappers import unwrap
 
     return coverage.coverage(unwrap(model), input_size, exclude=exclude)
+
+
+def allocate(
+    model: str | None = None,
+    *,
+    target_bits: float | None = None,
+    data: str | None = None,
+    allocator: str | None = None,
+    recipe: str = "short",
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: bool | Display = False,
+    **settings: Any,
+) -> Report:
+    """The planes that an allocator gives every layer, without training: what :func:`search` with it would fix.
+
+    Args:
+        model, target_bits, data, recipe, settings: as for :func:`search`.
+        allocator: a name that `csq methods` lists, or ``package.module:function``; None takes the recipe's, or importance.
+        output: a file to write the planes to, for ``csq search --planes``; None writes none.
+        force: replace ``output``.
+        progress: show what is going on, on stderr.
+
+    Returns:
+        ``mean_bits`` (planes per weight element), ``spent`` and ``allowed`` in the unit of ``cost``, and ``layers``: name,
+        shape, weights, macs, planes, share of what is spent (0 to 1), importance of each plane (or null).
+
+    Raises:
+        UserError: as :func:`search`, for allocators that cannot be had, and for an ``output`` that exists.
+
+    Example::
+
+        found = csqcli.allocate("resnet18", target_bits=3, data="/imagenet", allocator="hawq-v2")
+        print({layer["name"]: layer["planes"] for layer in found["layers"]})
+    """
+    from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.planes import planes_text
+    from csqcli.recipe.resolve import resolve
+
+    named = {
+        "model.source": model,
+        "quantization.target_bits": target_bits,
+        "data.source": data,
+        "quantization.allocator": allocator,
+    }
+    resolved = resolve(recipe, settings | _given(named))
+    if resolved.quantization.allocator is None:
+        resolved.quantization.allocator = "importance"
+    check_complete(resolved)
+    target = Path(output) if output is not None else None
+    if target is not None and os.path.lexists(target) and not force:
+        raise UserError("exists already", where=str(target), hint="choose another name or pass --force")
+    if target is not None and not target.parent.is_dir():
+        raise UserError("no such folder", where=str(target.parent))
+
+    from csqcli.analysis.allocating import allocate as allocated
+
+    found = allocated(resolved, display=_display(progress))
+    if target is not None:
+        from csqcli.system.files import write_text
+
+        comment = f"{found['model']} at {found['target_bits']:g} planes by {found['allocator']}"
+        planes = {layer["name"]: layer["planes"] for layer in found["layers"]}
+        write_text(target, planes_text(planes, target_bits=found["target_bits"], comment=comment))
+    return found
+
+
+def sensitivity(
+    model: str | None = None,
+    *,
+    data: str | None = None,
+    widths: Sequence[int] = (1, 2, 3, 4),
+    val_limit: int = 256,
+    recipe: str = "short",
+    progress: bool | Display = False,
+    **settings: Any,
+) -> Report:
+    """Loss and top-1 of the float model with one layer at a time rounded, before any training.
+
+    Args:
+        model, data, recipe, settings: as for :func:`search`; of the images only the validation split is read.
+        widths: planes to round to, 1 to 8 each.
+        val_limit: use only this many images, spread evenly over the set.
+        progress: show what is going on, on stderr.
+
+    Returns:
+        ``loss`` (nats) and ``top1`` (percent) of the float model on ``images``, and ``layers``: name, shape, weights, macs,
+        ``loss`` and ``top1`` by ``widths``.
+
+    Raises:
+        UserError: as :func:`search`, and for widths that are none.
+
+    Example::
+
+        found = csqcli.sensitivity("resnet18", data="/imagenet", widths=(2, 4))
+        print(max(found["layers"], key=lambda layer: layer["loss"][0])["name"])
+    """
+    from csqcli.recipe.complete import check_data_given, check_model_given
+    from csqcli.recipe.resolve import resolve
+
+    wanted = sorted(set(widths))
+    if not wanted or not all(type(width) is int and 1 <= width <= 8 for width in wanted):
+        listed = ", ".join(map(str, widths))
+        raise UserError(f"`{listed}` are not widths", where="widths", hint="whole numbers from 1 to 8, as 1,2,4")
+    resolved = resolve(recipe, settings | _given({"model.source": model, "data.source": data}))
+    check_model_given(resolved)
+    check_data_given(resolved)
+
+    from csqcli.analysis.sensitivity import sensitivity as measured
+
+    return measured(resolved, widths=wanted, images=val_limit, display=_display(progress))
+
+
+def explain(
+    run: str | Path,
+    data: str,
+    *,
+    val_limit: int = 512,
+    swaps: int = 12,
+    device: str = "auto",
+    batch_size: int = 256,
+    val_split: float | Literal["test"] | None = None,
+    trust_code: bool = False,
+    progress: bool | Display = False,
+) -> Report:
+    """Why each layer of a quantized model has its planes, and what one more or one less would do.
+
+    Args:
+        run: a run's folder, or any safetensors file that csq wrote.
+        data: as for :func:`evaluate`.
+        val_limit: use only this many images; every other one is for gradients, the rest measure.
+        swaps: how many swaps of one plane, of those that promise most, are measured.
+        device, batch_size, val_split, trust_code, progress: as for :func:`evaluate`.
+
+    Returns:
+        ``loss`` (nats) and ``top1`` (percent) as delivered; ``layers``: name, planes, share of the budget, importance of each
+        plane, ``take`` (its cheapest plane away: rise of the loss) and ``give`` (a plane more: gain), both measured, null
+        where the layer's rules do not allow it; ``swaps``: the three best within the budget, expected and measured.
+
+    Raises:
+        UserError: for a damaged file, and for data that is not what the model was trained on.
+
+    Example::
+
+        for swap in csqcli.explain("runs/digits", "digits")["swaps"]:
+            print(swap["give"], swap["take"], swap["measured"])
+    """
+    from csqcli.analysis.explaining import explain as explained
+    from csqcli.reporting.build import model_of
+
+    return explained(
+        model_of(Path(run)),
+        data,
+        images=val_limit,
+        measured_swaps=swaps,
+        device=device,
+        batch_size=batch_size,
+        val_split=val_split,
+        trust_code=trust_code,
+        display=_display(progress),
+    )
 
 
 def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = False) -> nn.Module:

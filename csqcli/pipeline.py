@@ -22,13 +22,12 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.labels import open_held_out, with_labels_of
 from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
-from csqcli.models import libraries
 from csqcli.models.checkpoints import Weights
 from csqcli.models.fitting import load_for
 from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant import activations
 from csqcli.quant.layers import Layer, layers_named
-from csqcli.recipe.complete import check_complete, check_data_given
+from csqcli.recipe.complete import check_complete
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.device import pick_device
@@ -37,10 +36,11 @@ from csqcli.training import phase
 from csqcli.training.adapt import adapt
 from csqcli.training.deliver import deliver, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
+from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
+from csqcli.training.setup import check_written_planes
 
-_CLASSIFIERS_ONLY = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
 _FINETUNE_RATE = 0.4  # of the search's peak learning rate, where the recipe says nothing
 
 
@@ -62,24 +62,14 @@ def search(
     spec = _model_asked_for(recipe)
     if images is None:
         with display.step(f"listing the images of {recipe.data.source}"):
-            images = _open_images(recipe)
+            images = open_images(recipe)
     with RunFolder(output, recipe, images, force=force, resume=resume) as folder:
         if folder.finished is not None:
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
         with display.step(f"loading {spec.source}"):
-            fitted = load_for(
-                recipe.model.source or "",
-                images.classes,
-                head=recipe.model.head,
-                pretrained=recipe.model.pretrained,
-                checkpoint=open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None,
-                weights=recipe.model.weights,
-                arguments=recipe.model.arguments,
-                classes_from=images.source,
-                seed=recipe.seed,
-            )
+            fitted = open_model(recipe, images)
         loaded, images = fitted.loaded, images.relabelled(fitted.outputs, fitted.names)
         for note in loaded.notes:
             display.say(f"{loaded.weights_from}: {note}")
@@ -99,6 +89,7 @@ def search(
             layers, left_float = run.find_layers()
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
+            check_written_planes(run, recipe, layers)
             rehearse(run, layers, left)
             if recipe.adaptation.epochs:
                 adapt(run)
@@ -147,8 +138,8 @@ def finetune(
     if recipe.optimizer.distill:
         hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
-    _check_task(file.manifest.spec)
-    images = with_labels_of(file.manifest, _open_images(recipe), where=str(path), whole=True)
+    check_task(file.manifest.spec)
+    images = with_labels_of(file.manifest, open_images(recipe), where=str(path), whole=True)
     source = file.manifest.payload_sha256
     with RunFolder(output, recipe, images, force=force, resume=resume, source=source) as folder:
         if folder.finished is not None:
@@ -246,7 +237,7 @@ def evaluate_file(
         file = io.read(path)
         manifest = file.manifest
         model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
-    _check_task(manifest.spec)
+    check_task(manifest.spec)
     images = open_held_out(manifest, data_source, val_split=val_split, val_limit=val_limit)
     images = with_labels_of(manifest, images, where=str(path), by_position=classes_by_position)
     check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
@@ -274,7 +265,7 @@ def evaluate_checkpoint(
     Images are prepared as the model's data config says, at a side of ``input_size`` where one is given.
     """
     spec = parse(model)
-    _check_task(spec)
+    check_task(spec)
     target = pick_device(device)
     images = open_data(data_source, train=False, val_split=val_split, val_limit=val_limit)
     weights_file = open_checkpoint(checkpoint) if checkpoint is not None else None
@@ -298,28 +289,9 @@ def _model_asked_for(recipe: Recipe) -> ModelSpec:
     check_complete(recipe)
     assert recipe.model.source is not None
     spec = parse(recipe.model.source, recipe.model.arguments)
-    _check_task(spec)
+    check_task(spec)
     return spec
 
 
 def _why(recipe: Recipe) -> str:
     return f" (chosen by auto: {recipe.method_why})" if recipe.method_why else ""
-
-
-def _check_task(spec: ModelSpec) -> None:
-    task = libraries.task_of(spec)
-    if task != "classification":
-        raise UserError(f"is made for {task}", where=spec.source, hint=_CLASSIFIERS_ONLY)
-
-
-def _open_images(recipe: Recipe) -> DataSet:
-    settings = recipe.data
-    check_data_given(recipe)
-    assert settings.source is not None
-    return open_data(
-        settings.source,
-        val_split=settings.val_split,
-        val_seed=settings.val_seed,
-        train_limit=settings.train_limit,
-        val_limit=settings.val_limit,
-    )

@@ -10,8 +10,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from csqcli.cli import output, recipes
+from csqcli.cli.allocate import allocate
 from csqcli.cli.doctor import doctor
 from csqcli.cli.evaluate import evaluate
+from csqcli.cli.explain import explain
 from csqcli.cli.export import export
 from csqcli.cli.finetune import finetune
 from csqcli.cli.init import init
@@ -20,6 +22,7 @@ from csqcli.cli.methods import methods
 from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
+from csqcli.cli.sensitivity import sensitivity
 from csqcli.errors import UserError, as_line
 from csqcli.system.interrupt import Interrupted, Signals
 from csqcli.system.launcher import is_main_process
@@ -33,7 +36,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (search, finetune, methods, evaluate, report, inspect, export, reproduce, init, doctor):
+for command in (
+    search,
+    finetune,
+    methods,
+    allocate,
+    sensitivity,
+    evaluate,
+    report,
+    explain,
+    inspect,
+    export,
+    reproduce,
+    init,
+    doctor,
+):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

@@ -28,7 +28,9 @@ def methods(as_json: JsonOption = False) -> None:
                 }
                 for card in CARDS.values()
             ],
-            "allocators": [{"name": card.name, "summary": card.summary} for card in ALLOCATORS.values()],
+            "allocators": [
+                {"name": card.name, "summary": card.summary, "citation": card.citation} for card in ALLOCATORS.values()
+            ],
             "costs": [{"name": name, "summary": costs.help[name]} for name in costs.names()],
         }
         output.as_json(found)
@@ -43,7 +45,10 @@ def methods(as_json: JsonOption = False) -> None:
         if card.citation:
             rows.append(f"  {'':<12} {card.citation}")
     rows.append("Allocators (--allocator NAME, or package.module:function)")
-    rows += [f"  {allocator.name:<12} {allocator.summary}" for allocator in ALLOCATORS.values()]
+    for allocator in ALLOCATORS.values():
+        rows.append(f"  {allocator.name:<12} {allocator.summary}")
+        if allocator.citation:
+            rows.append(f"  {'':<12} {allocator.citation}")
     rows.append("Costs (--cost NAME, or package.module:function)")
     rows += [f"  {name:<12} {costs.help[name]}" for name in costs.names()]
     output.lines(rows, indent=15)

@@ -50,6 +50,18 @@ LogOption = Annotated[
 WeightsOption = Annotated[
     Weights | None, typer.Option("--weights", help="Where a checkpoint holds averaged (EMA) and raw ones: which.")
 ]
+CheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", help="Weights: .safetensors, .pth, .pt, .th or .tar.")
+]
+HeadOption = Annotated[
+    Head | None,
+    typer.Option("--head", help="The weights' classifier: keep it, keep a subset of its outputs, or start a new one."),
+]
+PretrainedOption = Annotated[
+    bool | None,
+    typer.Option("--pretrained/--no-pretrained", help="Library weights when no checkpoint is given."),
+]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="Shipped recipe name, or a YAML file.")]
 BatchOption = Annotated[
     str | None,
     typer.Option(
@@ -69,6 +81,14 @@ ValSplitOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. optimizer.lr=0.05. Repeatable."),
+]
+PlanesOption = Annotated[
+    Path | None,
+    typer.Option("--planes", metavar="FILE", help="Planes by weight, as `csq allocate --output FILE` writes them."),
+]
+TrialsOption = Annotated[int | None, typer.Option("--trials", help="Networks that the allocator haq measures.")]
+LookLimitOption = Annotated[
+    int, typer.Option("--val-limit", min=1, help="Use only this many validation images, spread evenly.")
 ]
 ValLimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")]
 TrustOption = Annotated[bool, typer.Option("--trust-code", help="Let the file import the factory that it names.")]
@@ -103,6 +123,29 @@ def val_split(text: str | None) -> float | Literal["test"] | None:
     if not 0 < share <= 1:
         raise UserError(f"`{text}` is neither a share above 0 and at most 1 nor test", where="--val-split")
     return share
+
+
+def model_settings(
+    model: str | None,
+    data: str | None,
+    checkpoint: str | None,
+    weights: Weights | None,
+    head: Head | None,
+    pretrained: bool | None,
+    device: str | None,
+    held_out: float | Literal["test"] | None,
+) -> dict[str, Any]:
+    """Recipe keys of the options that say which model, which weights and which images."""
+    return {
+        "model.source": model,
+        "data.source": data,
+        "model.checkpoint": checkpoint,
+        "model.weights": weights.value if weights else None,
+        "model.head": head.value if head else None,
+        "model.pretrained": pretrained,
+        "device": device,
+        "data.val_split": held_out,
+    }
 
 
 def batch_settings(batch_size: str | None) -> dict[str, Any]:

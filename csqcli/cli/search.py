@@ -11,20 +11,26 @@ from csqcli.cli.options import (
     LOG_EVERY,
     Amp,
     BatchOption,
+    CheckpointOption,
     DataOption,
     DeviceOption,
     ForceOption,
-    Head,
+    HeadOption,
     JsonOption,
     LogOption,
+    PlanesOption,
+    PretrainedOption,
     QuietOption,
+    RecipeOption,
     ResumeOption,
     SetOption,
     TrackOption,
+    TrialsOption,
     ValSplitOption,
     WeightsOption,
     batch_settings,
     given,
+    model_settings,
     val_split,
 )
 from csqcli.cli.output import result_of_run
@@ -43,16 +49,13 @@ def search(
     ] = None,
     data: DataOption = None,
     val_split_: ValSplitOption = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
+    checkpoint: CheckpointOption = None,
     weights: WeightsOption = None,
     input_size: Annotated[
         int | None, typer.Option(help="Side of the images in pixels; the model's own if unset.")
     ] = None,
-    head: Annotated[
-        Head | None,
-        typer.Option(help="The weights' classifier: keep it, keep a subset of its outputs, or start a new one."),
-    ] = None,
-    recipe: Annotated[str, typer.Option(help="Shipped recipe name, or a YAML file.")] = "short",
+    head: HeadOption = None,
+    recipe: RecipeOption = "short",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for the model and its report; runs/MODEL-TARGETbit if unset."),
@@ -62,8 +65,10 @@ def search(
     ] = None,
     allocator: Annotated[
         str | None,
-        typer.Option(help="Who decides the planes before training: uniform, importance or package.module:function."),
+        typer.Option(help="Who decides the planes before training: a name that `csq methods` lists, or your own."),
     ] = None,
+    planes: PlanesOption = None,
+    trials: TrialsOption = None,
     cost: Annotated[
         str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
     ] = None,
@@ -83,9 +88,7 @@ def search(
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Train through torch.compile.")
     ] = None,
-    pretrained: Annotated[
-        bool | None, typer.Option("--pretrained/--no-pretrained", help="Library weights when no checkpoint is given.")
-    ] = None,
+    pretrained: PretrainedOption = None,
     settings: SetOption = None,
     force: ForceOption = False,
     resume: ResumeOption = False,
@@ -100,20 +103,17 @@ def search(
     """
     from csqcli.api import search_folder
     from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.planes import read_planes
     from csqcli.recipe.resolve import parse_assignments, resolve
     from csqcli.system.progress import Display
 
     typed = {
-        "model.source": model,
+        **model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_)),
         "quantization.target_bits": target_bits,
-        "data.source": data,
-        "data.val_split": val_split(val_split_),
-        "model.checkpoint": checkpoint,
         "data.input_size": input_size,
-        "model.weights": weights.value if weights else None,
-        "model.head": head.value if head else None,
         "quantization.method": method,
         "quantization.allocator": allocator,
+        "quantization.trials": trials,
         "quantization.cost": cost,
         "quantization.act_bits": act_bits,
         "epochs": epochs,
@@ -124,13 +124,12 @@ def search(
         "data.workers": workers,
         "amp": amp.value if amp else None,
         "seed": seed,
-        "device": device,
         "log": log,
-        "model.pretrained": pretrained,
         "compile": compile_,
         **batch_settings(batch_size),
     }
-    resolved = resolve(recipe, parse_assignments(settings or []) | given(typed))
+    written = read_planes(planes) if planes is not None else {}
+    resolved = resolve(recipe, parse_assignments(settings or []) | written | given(typed))
     check_complete(resolved)
     target = output or search_folder(resolved)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)

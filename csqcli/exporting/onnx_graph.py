@@ -24,7 +24,7 @@ from csqcli.errors import UserError, machine_fault
 from csqcli.exporting.runtime import INPUT, OUTPUT, require
 from csqcli.exporting.verify import ParityError
 from csqcli.quant.hard_layer import HardLayer, spread
-from csqcli.training.evaluate import logits_of
+from csqcli.quant.measuring import logits_of
 
 if TYPE_CHECKING:
     from csqcli.exporting.int8_graph import Int8Graph

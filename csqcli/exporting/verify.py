@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.quant.hard_layer import HardLayer
+from csqcli.quant.measuring import logits_of
 from csqcli.system import files
 from csqcli.system.lock import locked_file
-from csqcli.training.evaluate import Accuracy, logits_of
+from csqcli.training.evaluate import Accuracy
 
 PROBE_IMAGES = 4
 FLOAT_TOLERANCE = 5e-4  # of the logits' standard deviation; float engines differ by the order of their sums

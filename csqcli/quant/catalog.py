@@ -6,6 +6,7 @@ method is a file in `methods/` and a card here; a method from outside is a class
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -355,9 +356,14 @@ class AllocatorCard:
     name: str
     target: str  # package.module:function
     summary: str
+    citation: str = ""
+    asks: tuple[str, ...] = ()  # keyword arguments beside model, layers, batches and bits: seed, trials, watch
+    gives: Literal["importance", "planes"] = "importance"  # planes: it is given the budget in the place of bits
+    package: str = ""  # that it needs beyond csq's own; the extra has the allocator's name
 
 
-UNIFORM = "uniform"
+UNIFORM, MANUAL = "uniform", "manual"
+TRIALS = 200  # networks that `haq` measures
 _ALLOCATORS = "csqcli.quant.allocators"
 ALLOCATORS = {
     card.name: card
@@ -368,18 +374,59 @@ ALLOCATORS = {
             f"{_ALLOCATORS}.importance:fisher_importance",
             "diagonal Fisher x squared rounding error at each width, by a knapsack (csq's own)",
         ),
+        AllocatorCard(
+            "hawq-v2",
+            f"{_ALLOCATORS}.hawq_v2:trace_importance",
+            "mean Hessian trace (Hutchinson) x squared rounding error, by the same knapsack",
+            "Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization, NeurIPS 2020",
+            ("seed", "watch"),
+        ),
+        AllocatorCard(
+            "hawq-v1",
+            f"{_ALLOCATORS}.hawq_v1:eigenvalue_importance",
+            "top Hessian eigenvalue (power iteration) x squared rounding error, by the same knapsack",
+            "Dong et al., HAWQ: Hessian AWare Quantization, ICCV 2019",
+            ("seed", "watch"),
+        ),
+        AllocatorCard(
+            "quanos",
+            f"{_ALLOCATORS}.quanos:noise_importance",
+            "adversarial noise sensitivity x relative rounding error, by the same knapsack",
+            "Panda, QUANOS: Adversarial Noise Sensitivity Driven Hybrid Quantization, ISLPED 2020",
+        ),
+        AllocatorCard(
+            "haq",
+            f"{_ALLOCATORS}.haq:searched_planes",
+            "black-box search (CMA-ES, for HAQ's reinforcement learning) rewarded by measured accuracy, inside the budget",
+            "Wang et al., HAQ: Hardware-Aware Automated Quantization, CVPR 2019",
+            ("seed", "trials", "watch"),
+            "planes",
+            "cmaes",
+        ),
+        AllocatorCard(
+            "random",
+            f"{_ALLOCATORS}.at_random:random_importance",
+            "at random within the budget, by the seed: what the others have to beat",
+            asks=("seed",),
+        ),
+        AllocatorCard(MANUAL, "", "as quantization.planes or --planes FILE says"),
     )
 }
 
 
 def find_allocator(name: str, *, where: str = "--allocator") -> AllocatorCard:
-    """The card of an allocator, by its name or as ``package.module:function``. UserError for anything else."""
+    """The card of an allocator, by its name or as ``package.module:function``. UserError for anything else, and for one whose
+    package is not installed: before a run spends time on what comes first."""
     if ":" in name:
         return AllocatorCard(name, name, "")
     if name not in ALLOCATORS:
         hint = did_you_mean(name, ALLOCATORS) or f"one of {', '.join(ALLOCATORS)}, or package.module:function"
         raise UserError(f"no allocator `{name}`", where=where, hint=hint)
-    return ALLOCATORS[name]
+    card = ALLOCATORS[name]
+    if card.package and importlib.util.find_spec(card.package) is None:
+        what = f"`{name}` needs the package {card.package}"
+        raise UserError(what, where=where, hint=f"pip install 'csq[{name}]'")
+    return card
 
 
 def find_card(method: str, *, where: str = "") -> MethodCard:

@@ -8,16 +8,22 @@ from csqcli.recipe.schema import Recipe
 
 def check_complete(recipe: Recipe) -> None:
     """UserError for a search without a model or data, and for a target that is missing or that the method cannot meet."""
-    if recipe.model.source is None:
-        raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
+    check_model_given(recipe)
     target, card = recipe.quantization.target_bits, recipe.card
     if target is None and card.name != "float":
-        raise UserError("no target given", hint="pass --target-bits, e.g. --target-bits 3")
+        inside = ", or write target_bits into the file of planes" if recipe.quantization.planes else ""
+        raise UserError("no target given", hint=f"pass --target-bits, e.g. --target-bits 3{inside}")
     uniform = card.takes == "planes" and recipe.quantization.allocator in (None, "uniform")
     if uniform and target is not None and (target != int(target) or not 1 <= target <= 8):
         hint = "take a whole number from 1 to 8, or method auto for a mixed one"
         raise UserError(f"{card.name} gives every layer the same planes; {target:g} is not possible", hint=hint)
     check_data_given(recipe)
+
+
+def check_model_given(recipe: Recipe) -> None:
+    """UserError for a recipe that names no model."""
+    if recipe.model.source is None:
+        raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
 
 
 def check_data_given(recipe: Recipe) -> None:

@@ -31,7 +31,12 @@ from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 
 _MAX_BYTES, _MAX_VALUES = 2**18, 10_000  # of a recipe file; a rule per layer of the largest model takes less
-_FREE_MAPPINGS = ("model.arguments", "layers.min_bits", "layers.max_bits")  # whose keys are not settings
+_FREE_MAPPINGS = (
+    "model.arguments",
+    "layers.min_bits",
+    "layers.max_bits",
+    "quantization.planes",
+)  # whose keys are not settings
 
 
 def _folder() -> Path:
@@ -54,19 +59,32 @@ def read(name_or_file: str) -> tuple[dict[str, Any], str]:
         if not path.is_file():
             hint = did_you_mean(name_or_file, builtin_names()) or f"shipped recipes: {', '.join(builtin_names())}"
             raise UserError("no such recipe or file", where=name_or_file, hint=hint)
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise UserError(f"is larger than {_MAX_BYTES:,} bytes", where=name_or_file, hint="give a recipe")
-            text, where = path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot be read ({error})", where=name_or_file) from None
-    try:
-        raw = _load_yaml(text) or {}
-    except ValueError as error:
-        raise UserError(f"not valid YAML: {error}", where=where) from None
+        text, where = _text_of(path), str(path)
+    raw = _values(text, where) or {}
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of settings", where=where)
     return raw, where
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file, under the limits of a recipe. UserError for what cannot be read."""
+    return _values(_text_of(path), str(path))
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"is larger than {_MAX_BYTES:,} bytes", where=str(path), hint="give a recipe")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read ({error})", where=str(path)) from None
+
+
+def _values(text: str, where: str) -> Any:
+    try:
+        return _load_yaml(text)
+    except ValueError as error:
+        raise UserError(f"not valid YAML: {error}", where=where) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -133,7 +151,8 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
     kept = legacy.modernised(without(_as_mapping(raw, where), Recipe.keys_marked(USERS_ONLY)))
     section = kept.get("quantization")
     if isinstance(section, dict):
-        kept["quantization"] = {key: value for key, value in section.items() if key not in ("allocator", "cost")}
+        decided = ("allocator", "cost", "planes")
+        kept["quantization"] = {key: value for key, value in section.items() if key not in decided}
     if isinstance(kept.get("threads"), int):
         kept["threads"] = min(kept["threads"], os.cpu_count() or 1)
     method = _method_of(kept)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from csqcli.quant.catalog import AUTO, MethodCard, MethodSettings, find_card
+from csqcli.quant.catalog import AUTO, MANUAL, TRIALS, MethodCard, MethodSettings, find_card
 from csqcli.quant.costs import WEIGHTS
 from csqcli.system.limits import check_arguments
 from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
@@ -103,7 +103,12 @@ class QuantizationSettings(Section):
     """What planes cost: `weights` (elements), `bops`, or `package.module:function`.
     The budget is what `target_bits` planes in every layer would cost."""
     allocator: str | None = None
-    """Who decides the planes before training: `uniform`, `importance`, or `package.module:function`. Unset: the method itself."""
+    """Who decides the planes before training: a name that `csq methods` lists, or `package.module:function`. Unset: the method
+    itself."""
+    trials: int = Field(TRIALS, ge=1, le=10**6)
+    """Networks that the allocator `haq` measures."""
+    planes: dict[str, Annotated[int, Field(ge=0, le=8)]] = Field(default_factory=dict)
+    """For the allocator `manual`: planes by names or globs of weights, later ones before earlier ones."""
     max_bits: int = Field(8, ge=1, le=8)
     """n: planes that each layer starts with. Unset, with `act_bits` 8 or fewer: 7, since int8 engines hold no integers of 8 planes."""
     act_bits: Literal[2, 3, 4, 8, 32] = 32
@@ -252,6 +257,12 @@ class Recipe(Section):
         target, planes = self.quantization.target_bits, self.quantization.max_bits
         if target is not None and target > planes and self.card.takes != "planes":
             raise ValueError(f"target_bits {target:g} is more than max_bits {planes}")
+        return self
+
+    @model_validator(mode="after")
+    def _planes_are_manual(self) -> Recipe:
+        if bool(self.quantization.planes) != (self.quantization.allocator == MANUAL):
+            raise ValueError("quantization.planes and the allocator manual go together; --planes FILE sets both")
         return self
 
     @model_validator(mode="after")

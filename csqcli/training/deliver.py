@@ -15,9 +15,10 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import activation_entries, hard_model
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
+from csqcli.quant.measuring import logits_of
 from csqcli.reporting.build import build as build_report
 from csqcli.system import distributed
-from csqcli.training.evaluate import evaluate, logits_of, recalibrate_batchnorm
+from csqcli.training.evaluate import evaluate, recalibrate_batchnorm
 from csqcli.training.loop import Trainer
 from csqcli.training.run import Run, environment
 from csqcli.training.run_folder import MODEL_FILE

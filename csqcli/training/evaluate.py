@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from csqcli.data.loaders import Loader
 from csqcli.errors import UserError, machine_fault, strangers_place
+from csqcli.quant.measuring import logits_of
 from csqcli.system import distributed
 
 
@@ -39,16 +39,6 @@ class Accuracy:
     @property
     def top1_present(self) -> float | None:
         return None if self.correct1_present is None else 100 * self.correct1_present / self.samples
-
-
-def logits_of(output: Any) -> Tensor:
-    """The class scores of a model's output: a tensor, or the first entry of the tuple or dict that it returns."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, dict):
-            output = output["out"] if "out" in output else next(iter(output.values()))
-        else:
-            output = output[0]
-    return output
 
 
 @torch.no_grad()

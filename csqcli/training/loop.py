@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from csqcli.data.loaders import Loader, Unavailable, stream_seed
 from csqcli.errors import UserError
+from csqcli.quant.measuring import logits_of
 from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.system import distributed
-from csqcli.training.evaluate import BrokenScores, evaluate, logits_of
+from csqcli.training.evaluate import BrokenScores, evaluate
 
 Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None] | None]]
 

@@ -38,7 +38,7 @@ from csqcli.training.run_folder import RunFolder
 from csqcli.training.run_state import RunRecord, RunState
 from csqcli.version import __version__
 
-_CALIBRATION_BATCHES = 4
+CALIBRATION_BATCHES = 4
 
 
 @dataclass
@@ -209,7 +209,7 @@ class Run:
 
     def calibration_batches(self) -> Any:
         """The first training batches, as the first epoch sees them."""
-        return itertools.islice(self.train_loader.epoch(0), _CALIBRATION_BATCHES)
+        return itertools.islice(self.train_loader.epoch(0), CALIBRATION_BATCHES)
 
     def untracked(self) -> dict[str, torch.Tensor]:
         """Buffers that a file may lack (old checkpoints have no num_batches_tracked)."""

@@ -49,6 +49,7 @@ class RunRecord(BaseModel):
     rollbacks: int = Field(0, ge=0, le=MAX_ROLLBACKS)  # each halves the learning rates
     input_top1: float | None = None  # percent, of the file that a finetune started from
     input_top1_present: float | None = None  # percent, among the data's classes, where the file's model has more
+    planes: list[int] | None = None  # of every layer, once an allocator decided them
     step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.data.mixup import Mixup
@@ -13,12 +13,16 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from csqcli.errors import UserError, did_you_mean
-from csqcli.quant.allocators.base import planes_by
+from csqcli.models.coverage import Operations
+from csqcli.quant.activations import ActivationQuantizers
+from csqcli.quant.allocators.base import Allocation, allocation_by
+from csqcli.quant.allocators.manual import written_planes
 from csqcli.quant.budget import Budget, make_budget, plane_limits
 from csqcli.quant.catalog import CARDS, UNIFORM, MethodCard
 from csqcli.quant.costs import costs
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
+from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import Recipe
@@ -102,10 +106,14 @@ def make_method(
     planes = None
     allocator = recipe.quantization.allocator or (UNIFORM if card.takes == "planes" else None)
     if allocator is not None and start is None:
-        with run.display.step("measuring which layers matter"):
-            planes = planes_by(allocator, run.model, layers, run.calibration_batches(), budget)
-        planes = distributed.from_main(planes)
-        run.display.say(f"planes by {allocator}: {' '.join(map(str, planes))}")
+        if run.record.planes is None:  # a resumed run has them, and so has one that went back to a state
+            with run.display.step("measuring which layers matter"):
+                found = allocation(
+                    recipe, allocator, run.model, layers, run.calibration_batches(), budget, watch=run.display.step
+                )
+            run.record.planes = distributed.from_main(found.planes)
+            run.display.say(f"planes by {allocator}: {' '.join(map(str, run.record.planes))}")
+        planes = run.record.planes
     plan = Plan(
         schedule=schedule,
         budget=budget,
@@ -124,7 +132,45 @@ def make_method(
     return card.load()(layers, plan, settings)
 
 
-def budget_of(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
+def allocation(
+    recipe: Recipe,
+    allocator: str,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Batches,
+    budget: Budget,
+    *,
+    watch: Watch,
+) -> Allocation:
+    """What an allocator decides, with the settings that a recipe has for it."""
+    settings = recipe.quantization
+    return allocation_by(
+        allocator,
+        model,
+        layers,
+        batches,
+        budget,
+        planes=settings.planes,
+        trials=settings.trials,
+        seed=recipe.seed,
+        watch=watch,
+    )
+
+
+def check_written_planes(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """UserError for planes that do not fit the model or the budget: before a float phase spends time on it."""
+    if recipe.quantization.planes:
+        written_planes(layers, budget_of(run, recipe, layers), recipe.quantization.planes)
+
+
+class Counted(Protocol):
+    """What a budget may ask of a model: its multiply-accumulates, and the widths of its layers' inputs."""
+
+    operations: Operations | None
+    activations: ActivationQuantizers | None
+
+
+def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
     """Target, rules and cost of a run's layers."""
     settings, rules = recipe.quantization, recipe.layers
     limits = plane_limits(

@@ -77,6 +77,14 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "recipe": (SEARCH, holds("model.source", "digits_cnn")),
     "method": (f"{SEARCH} --method lsq", holds("quantization.method", "lsq")),
     "allocator": (f"{SEARCH} --method lsq --allocator uniform", holds("quantization.allocator", "uniform")),
+    "trials": (f"{SEARCH} --trials 7", holds("quantization.trials", 7)),
+    "planes": (
+        f"{SEARCH} --method lsq --planes PLANES --target-bits 2.5",
+        lambda r: (
+            [layer["bits"] for layer in r.report()["layers"]] == [7, 2, 2, 3]
+            and r.recipe("quantization.planes") == {"*": 2, "conv1": 7, "fc.weight": 3}
+        ),
+    ),
     "cost": (f"{SEARCH} --cost bops", holds("quantization.cost", "bops")),
     "act bits": (f"{SEARCH} --act-bits 8", lambda r: len(r.report()["activations"]) == 4),
     "float epochs": (f"{SEARCH} --float-epochs 1", lambda r: "adaptation" in r.report()),
@@ -108,6 +116,40 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "evaluate a float model": (
         "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --val-split test --log-every 9 -q --json",
         lambda r: json.loads(r.out)["mean_bits"] == 32,
+    ),
+    # allocate
+    "allocate": (
+        "allocate digits_cnn --data digits --checkpoint builtin:digits_float --target-bits 2.5 --allocator quanos --quiet "
+        "--head auto --weights auto --pretrained --cost weights --device cpu --val-split test --seed 3 -o OUT/planes.yaml "
+        "--set batch_size=64",
+        lambda r: (
+            "target_bits: 2.5" in (r.folder / "planes.yaml").read_text() and "by quanos" in r.out and "fc" in r.out
+        ),
+    ),
+    "allocate written planes": (
+        "allocate --recipe digits --planes PLANES --target-bits 3 --output OUT/planes.yaml --force --json -q",
+        lambda r: [layer["planes"] for layer in json.loads(r.out)["layers"]] == [7, 2, 2, 3],
+    ),
+    "allocate a fresh model": (
+        "allocate digits_cnn --data digits --no-pretrained --target-bits 2 --allocator random --trials 3 --log-every 5 --json -q",
+        lambda r: json.loads(r.out)["mean_bits"] <= 2,
+    ),
+    "sensitivity": (
+        "sensitivity digits_cnn --data digits --checkpoint builtin:digits_float --head keep --weights raw --pretrained "
+        "--val-split test --val-limit 40 --widths 4,1 --device cpu --svg OUT/s.svg --quiet --set seed=1",
+        lambda r: "<svg" in (r.folder / "s.svg").read_text() and "worst" in r.out,
+    ),
+    "sensitivity of a recipe": (
+        "sensitivity --recipe digits --no-pretrained --log-every 5 -q --widths 2 --json",
+        lambda r: [len(layer["loss"]) for layer in json.loads(r.out)["layers"]] == [1, 1, 1, 1],
+    ),
+    "explain": (
+        "explain RUN --data digits --val-limit 60 --swaps 2 --device cpu --batch-size 16 --trust-code --quiet --log-every 5",
+        lambda r: "one less" in r.out and "conv3" in r.out,
+    ),
+    "explain json": (
+        "explain RUN --data digits --val-split test --swaps 0 -q --json",
+        lambda r: json.loads(r.out)["swaps"] == [] and len(json.loads(r.out)["layers"]) == 4,
     ),
     # report, inspect, methods, recipes
     "report": ("report RUN --json", lambda r: json.loads(r.out)["form"] == "compact"),
@@ -212,7 +254,10 @@ def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if "OUT/" in line:
         out.mkdir()
+    if "PLANES" in line:
+        (tmp_path / "written.yaml").write_text('planes: {"*": 2, conv1: 7, fc.weight: 3}\n')
     places = {
+        "PLANES": str(tmp_path / "written.yaml"),
         "RUN": str(digits_run / "model.safetensors"),
         "OUT": str(out),
         "CHECKPOINT": str(resources.files("csqcli") / "assets" / "digits_float.safetensors"),

@@ -112,6 +112,42 @@ ROWS = [
     f"{DIGITS} --distill 2",
     f"{DIGITS} --finetune-epochs -1",
     f"{DIGITS} --set mixup=0.2 --set batch_size=33",
+    f"{DIGITS} --allocator manual",
+    f"{DIGITS} --set 'planes={{fc: 2}}'",
+    f"{DIGITS} --trials 0",
+    f"{DIGITS} --planes nowhere.yaml",
+    f"{DIGITS} --planes recipes",
+    f"{DIGITS} --planes recipes/list.yaml",
+    f"{DIGITS} --planes recipes/broken.yaml",
+    f"{DIGITS} --planes planes/misspelt.yaml",
+    f"{DIGITS} --planes planes/nine.yaml",
+    f"{DIGITS} --planes planes/some.yaml",
+    f"{DIGITS} --planes planes/dear.yaml --target-bits 2",
+    f"{DIGITS} --planes planes/stranger.yaml",
+    f"{DIGITS} --method twn --planes planes/dear.yaml --target-bits 3",
+    "search digits_cnn --data digits -o new --quiet --planes planes/dear.yaml",
+    "allocate",
+    "allocate digits_cnn --data digits",
+    "allocate digits_cnn --target-bits 2",
+    "allocate --recipe digits --target-bits 2.5 --allocator uniform -q",
+    "allocate --recipe digits --allocator hawq",
+    "allocate --recipe digits --allocator haq",
+    "allocate --recipe digits -o text.txt",
+    "allocate --recipe digits -o nowhere/planes.yaml -q",
+    "sensitivity",
+    "sensitivity digits_cnn",
+    "sensitivity --recipe digits --widths 0",
+    "sensitivity --recipe digits --widths 1,,2",
+    "sensitivity --recipe digits --widths nine",
+    "sensitivity --recipe digits --svg out.png",
+    "sensitivity --recipe digits --svg nowhere/out.svg",
+    "explain run",
+    "explain nowhere --data digits",
+    "explain float.safetensors --data digits",
+    "explain text.onnx --data digits",
+    "explain factory.safetensors --data digits -q",
+    "explain run --data digits --val-limit 1 -q",
+    "explain run --data images -q",
     "search --recipe digit",
     "search --recipe recipes/unknown_key.yaml",
     "search --recipe recipes/unknown_section.yaml",
@@ -231,6 +267,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (recipes / "unknown_section.yaml").write_text("optimiser: {lr: 3}\n")
     (recipes / "broken.yaml").write_text("epochs: [1\nmodel: {\n")
     (recipes / "list.yaml").write_text("- epochs\n")
+    planes = root / "planes"
+    planes.mkdir()
+    (planes / "misspelt.yaml").write_text("target: 3\nplanes: {'*': 2}\n")
+    (planes / "nine.yaml").write_text("planes: {conv1: 9}\n")
+    (planes / "some.yaml").write_text("planes: {conv1: 2, conv2: 2}\n")
+    (planes / "dear.yaml").write_text("planes: {'*': 3}\n")
+    (planes / "stranger.yaml").write_text("planes: {'*': 3, layer4: 2}\n")
     _images(root / "images", train=("a", "b"), val=("a", "b"))
     _images(root / "no_images", train=(), val=("a", "b"))
     (root / "no_images" / "train" / "a").mkdir(parents=True)
@@ -292,6 +335,8 @@ def test_one_line_that_says_what_where_and_what_to_do(
 ) -> None:
     if row.endswith("without.onnx"):
         monkeypatch.setitem(sys.modules, "onnx", None)
+    if row.endswith("haq"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     before = {path: path.stat().st_mtime_ns for path in bench.rglob("*") if path.is_file()}
     code, out, err = csq(*shlex.split(row))
     shutil.rmtree("new", ignore_errors=True)

@@ -81,6 +81,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "quantization.act_bits": 4,
             "quantization.act_method": "pact",
             "quantization.allocator": "importance",
+            "quantization.trials": 5,
             "layers.keep": ["fc"],
             "optimizer.name": "sgd",
             "optimizer.lr": 0.02,
@@ -96,6 +97,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "optimizer.cutmix": 0.2,
             "optimizer.on_nonfinite": "rollback",
         },
+    ),
+    "planes written by hand": (
+        f"{DIGITS} --target-bits 3 --method ste",
+        {"max_steps": 1, "epochs": 1, "quantization.allocator": "manual", "quantization.planes": {"*": 2, "fc": 5}},
     ),
     "model": (
         "search --quiet --epochs 1 --target-bits 2 --data digits",

@@ -17,7 +17,7 @@ from csqcli.exporting.verify import ParityError
 from csqcli.file import header, io, loading
 from csqcli.file.manifest import Form as Layout
 from csqcli.file.manifest import Manifest, ParityRecord
-from csqcli.training.evaluate import logits_of
+from csqcli.quant.measuring import logits_of
 
 ROUNDING_TOLERANCE = (
     0.1  # of the logits' standard deviation; trained EfficientNet-lite0 at two planes moves by 0.03 at most

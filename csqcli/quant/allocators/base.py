@@ -3,42 +3,76 @@
 An allocator is one function: the model, its layers and a few batches → the importance of every plane [layers, bits], that is
 the loss that the plane saves, planes taken from the most significant one down. One knapsack turns it into planes within the
 budget. Name one of your own by ``--allocator package.module:function``.
+
+Those that ship with csq may ask for more by name (`catalog.AllocatorCard.asks`), and `haq` and `manual` say the planes
+themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
+from csqcli.quant.allocators.manual import written_planes
 from csqcli.quant.budget import Budget, allocate
-from csqcli.quant.catalog import UNIFORM, find_allocator
+from csqcli.quant.catalog import MANUAL, TRIALS, UNIFORM, find_allocator
 from csqcli.quant.layers import Layer
+from csqcli.quant.measuring import Batches, Watch, unwatched
 from csqcli.system.plugins import import_attribute, import_function
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, C, H, W] and labels [B], on the model's device
 Allocator = Callable[[nn.Module, Sequence[Layer], Batches, int], Tensor]
 
 
-def planes_by(name: str, model: nn.Module, layers: Sequence[Layer], batches: Batches, budget: Budget) -> list[int]:
+@dataclass(frozen=True)
+class Allocation:
+    """Planes of every layer, and the importance [layers, bits] that they were chosen by, where that was how."""
+
+    planes: list[int]
+    importance: Tensor | None = None
+
+
+def allocation_by(
+    name: str,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Batches,
+    budget: Budget,
+    *,
+    planes: Mapping[str, int] | None = None,
+    trials: int = TRIALS,
+    seed: int = 0,
+    watch: Watch = unwatched,
+) -> Allocation:
     """Planes of every layer by the allocator ``name``, within the budget and the rules.
 
-    ``uniform`` gives every layer the target, which must then be whole; all others go through the knapsack. UserError for
-    unknown names and for importance that is not [layers, bits] of numbers ≥ 0.
+    ``uniform`` gives every layer the target, which must then be whole; ``manual`` takes ``planes`` (name or glob → planes);
+    ``haq`` measures ``trials`` networks; what is random is so by ``seed``. ``watch`` shows how far a slow one is. UserError
+    for unknown names and for importance that is not [layers, bits] of numbers ≥ 0.
     """
     if name == UNIFORM:
-        return uniform(budget)
-    bits = len(budget.table[0]) - 1
+        return Allocation(uniform(budget))
+    if name == MANUAL:
+        return Allocation(written_planes(layers, budget, planes or {}))
+    budget.check_feasible()  # before anything is measured
+    card = find_allocator(name)
+    known: dict[str, Any] = {"seed": seed, "trials": trials, "watch": watch}
+    asked = {key: known[key] for key in card.asks}
     imported = import_function if ":" in name else import_attribute
-    function: Allocator = imported(find_allocator(name).target, where="--allocator")
-    importance = function(model, layers, batches, bits)
+    function: Any = imported(card.target, where="--allocator")
+    if card.gives == "planes":
+        return Allocation(function(model, layers, batches, budget, **asked))
+    bits = len(budget.table[0]) - 1
+    importance = function(model, layers, batches, bits, **asked)
     if not isinstance(importance, Tensor):
         raise UserError(f"gave a {type(importance).__name__}, not importance as a tensor", where=f"--allocator {name}")
     if tuple(importance.shape) != (len(layers), bits) or not bool((importance >= 0).all()):
         what = f"gave importance of shape {list(importance.shape)}, not {[len(layers), bits]} of numbers ≥ 0"
         raise UserError(what, where=f"--allocator {name}", hint="one row per layer, one column per plane")
-    return allocate(importance, budget)
+    return Allocation(allocate(importance, budget), importance)
 
 
 def uniform(budget: Budget) -> list[int]:

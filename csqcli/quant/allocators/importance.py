@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from csqcli.quant.allocators.base import Batches
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import savings
-from csqcli.quant.passes.rounding import mse_step, plane_errors
+from csqcli.quant.measuring import Batches, evaluating, logits_of, squared_errors, unfrozen
 
 _RECOVERY = 0.25  # as `staged` discounts finer planes
 
@@ -22,23 +21,13 @@ def fisher_importance(model: nn.Module, layers: Sequence[Layer], batches: Batche
     The model runs in eval mode, with the labels' cross entropy, and comes back as it was.
     """
     squares = [torch.zeros_like(layer.parameter, dtype=torch.float32) for layer in layers]
-    was_training, count = model.training, 0
-    model.eval()
-    parameters = [layer.parameter for layer in layers]
-    for images, labels in batches:
-        scores = model(images)
-        gradients = torch.autograd.grad(F.cross_entropy(scores, labels), parameters, allow_unused=True)
-        for square, gradient in zip(squares, gradients, strict=True):
-            if gradient is not None:
-                square.add_(gradient.float().square())
-        count += 1
-    model.train(was_training)
-    errors = torch.zeros(len(layers), bits + 1, dtype=torch.float64)
-    for index, (layer, square) in enumerate(zip(layers, squares, strict=True)):
-        weight = layer.by_channel(layer.flat(layer.parameter.detach())).float()
-        fisher = layer.by_channel(layer.flat(square)) / max(count, 1)
-        shared = layer.weights == weight.shape[1]  # never a scale per weight
-        widths = [mse_step(weight, k, channel_dim=None if shared else 1).view(-1, 1) for k in range(1, bits + 1)]
-        unit = torch.ones_like(widths[0])
-        errors[index] = plane_errors(weight, unit=unit, steps=torch.stack(widths), fisher=fisher).cpu()
-    return savings(errors, _RECOVERY)
+    count = 0
+    with evaluating(model), unfrozen(layers) as parameters:
+        for images, labels in batches:
+            loss = F.cross_entropy(logits_of(model(images)), labels)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for square, gradient in zip(squares, gradients, strict=True):
+                if gradient is not None:
+                    square.add_(gradient.float().square())
+            count += 1
+    return savings(squared_errors(layers, bits, [square / max(count, 1) for square in squares]), _RECOVERY)

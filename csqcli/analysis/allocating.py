@@ -1,0 +1,53 @@
+"""``csq allocate``: the planes that an allocator gives, without training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from csqcli.analysis.opening import open_for_search, shares_of
+from csqcli.quant.catalog import find_allocator
+from csqcli.recipe.schema import Recipe
+from csqcli.system.progress import Display
+from csqcli.training.setup import allocation, budget_of
+
+
+def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:
+    """What `csq search` with this recipe and its allocator would fix, from the same model, images and budget.
+
+    Returns ``model``, ``allocator``, ``target_bits``, ``cost``, ``mean_bits`` (planes per weight element), ``spent`` and
+    ``allowed`` (in the cost's unit), and per layer ``name``, ``shape``, ``weights``, ``macs``, ``planes``, ``share`` (of what is
+    spent, 0 to 1) and ``importance`` (a list: what each plane saves by the allocator's measure; null where it gives planes).
+    """
+    settings = recipe.quantization
+    assert settings.allocator is not None
+    find_allocator(settings.allocator)
+    opened = open_for_search(recipe, display)
+    budget = budget_of(opened, recipe, opened.layers)
+    with display.step("measuring which layers matter"):
+        found = allocation(
+            recipe, settings.allocator, opened.model, opened.layers, opened.batches, budget, watch=display.step
+        )
+    macs = opened.operations.macs if opened.operations is not None else {}
+    spent = [row[k] for row, k in zip(budget.table, found.planes, strict=True)]
+    rows = zip(opened.layers, found.planes, shares_of(spent), strict=True)
+    return {
+        "model": opened.source,
+        "allocator": settings.allocator,
+        "target_bits": budget.target,
+        "cost": settings.cost,
+        "mean_bits": budget.mean_planes(found.planes),
+        "spent": sum(spent),
+        "allowed": budget.allowed,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.parameter.shape),
+                "weights": layer.weights,
+                "macs": macs.get(layer.name),
+                "planes": planes,
+                "share": share,
+                "importance": found.importance[index].tolist() if found.importance is not None else None,
+            }
+            for index, (layer, planes, share) in enumerate(rows)
+        ],
+    }

@@ -1,0 +1,95 @@
+"""``csq allocate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csqcli.cli import output
+from csqcli.cli.options import (
+    LOG_EVERY,
+    CheckpointOption,
+    DataOption,
+    DeviceOption,
+    HeadOption,
+    JsonOption,
+    LogOption,
+    PlanesOption,
+    PretrainedOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    TrialsOption,
+    ValSplitOption,
+    WeightsOption,
+    given,
+    model_settings,
+    val_split,
+)
+
+
+def allocate(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for search.")] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(help="A name that `csq methods` lists, or package.module:function; importance if unset."),
+    ] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Mean planes per weight not to exceed.")] = None,
+    data: DataOption = None,
+    val_split_: ValSplitOption = None,
+    checkpoint: CheckpointOption = None,
+    weights: WeightsOption = None,
+    head: HeadOption = None,
+    pretrained: PretrainedOption = None,
+    recipe: RecipeOption = "short",
+    cost: Annotated[
+        str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
+    ] = None,
+    planes: PlanesOption = None,
+    trials: TrialsOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the images and of what an allocator draws.")] = None,
+    device: DeviceOption = None,
+    settings: SetOption = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the planes, for csq search --planes.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    log_every: LogOption = LOG_EVERY,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the planes that an allocator gives every layer, without training.
+
+    Example: csq allocate resnet18 --allocator hawq-v2 --target-bits 3 --data /imagenet
+    """
+    from csqcli import api
+    from csqcli.recipe.planes import read_planes
+    from csqcli.recipe.resolve import parse_assignments
+    from csqcli.system.progress import Display
+
+    written = read_planes(planes) if planes is not None else {}
+    typed = {
+        **model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_)),
+        "quantization.target_bits": target_bits,
+        "quantization.allocator": allocator,
+        "quantization.cost": cost,
+        "quantization.trials": trials,
+        "seed": seed,
+    }
+    found = api.allocate(
+        recipe=recipe,
+        output=output_file,
+        force=force,
+        progress=Display(quiet=quiet, log_every=log_every),
+        **(parse_assignments(settings or []) | written | given(typed)),
+    )
+    if as_json:
+        output.as_json(found)
+        return
+    from csqcli.reporting.analyses import print_allocation
+
+    print_allocation(found, output.console())
+    if output_file is not None:
+        output.line(f"wrote {output_file}")

@@ -1,0 +1,71 @@
+"""``csq explain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csqcli.cli import output
+from csqcli.cli.options import (
+    LOG_EVERY,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    LogOption,
+    LookLimitOption,
+    QuietOption,
+    TrustOption,
+    ValSplitOption,
+    val_split,
+)
+from csqcli.data.specs import hint
+from csqcli.errors import UserError
+
+
+def explain(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a safetensors file that csq wrote.")],
+    data: DataOption = None,
+    val_split_: ValSplitOption = None,
+    val_limit: LookLimitOption = 512,
+    swaps: Annotated[int, typer.Option(min=0, max=10_000, help="Swaps of one plane that are measured.")] = 12,
+    device: DeviceOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
+    trust_code: TrustOption = False,
+    log_every: LogOption = LOG_EVERY,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Why each layer has its planes: what each saves, what one less and one more would do, and the best swaps.
+
+    Example: csq explain runs/resnet18 --data /imagenet
+    """
+    from csqcli.file.header import read_manifest
+    from csqcli.reporting.build import model_of
+    from csqcli.system.progress import Display
+
+    if data is None:
+        raise UserError("no data given", hint=hint())
+    if (file := model_of(run)).suffix == ".onnx":
+        raise UserError("its weights are inside of a graph", where=str(file), hint="explain the file it was made from")
+    read_manifest(file)  # what is wrong with the file is said before torch is imported
+    from csqcli import api
+
+    found = api.explain(
+        file,
+        data,
+        val_limit=val_limit,
+        swaps=swaps,
+        device=device or "auto",
+        batch_size=batch_size,
+        val_split=val_split(val_split_),
+        trust_code=trust_code,
+        progress=Display(quiet=quiet, log_every=log_every),
+    )
+    if as_json:
+        output.as_json(found)
+        return
+    from csqcli.reporting.analyses import print_explanation
+
+    print_explanation(found, output.console())

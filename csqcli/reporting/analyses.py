@@ -1,0 +1,153 @@
+"""What the commands that look at a model print: tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from csqcli.errors import printable
+from csqcli.reporting import charts
+from csqcli.reporting.charts import Figure, Series
+from csqcli.reporting.layout import LEAST_NAME, Column, glyphs, print_columns, print_lines
+from csqcli.reporting.words import layer_names, short
+
+
+def names_of(rows: Any) -> list[str]:
+    """The layers' names as a table shows them."""
+    return layer_names([printable(row["name"]) for row in rows])
+
+
+def print_allocation(found: Mapping[str, Any], console: Console) -> None:
+    """What `csq allocate` prints."""
+    marks, rows = glyphs(console), found["layers"]
+    most = max((row["planes"] for row in rows), default=0)
+    columns = [
+        Column("layer", names_of(rows), shrinks=LEAST_NAME),
+        Column("shape", ["×".join(map(str, row["shape"])) for row in rows], rank=3),
+        Column("weights", [f"{row['weights']:,}" for row in rows], rank=1, right=True),
+        Column("MACs", ["–" if row["macs"] is None else short(row["macs"]) for row in rows], rank=2, right=True),
+        Column(
+            "planes", [marks.full * row["planes"] + marks.empty * (most - row["planes"]) for row in rows], style="cyan"
+        ),
+        Column("bits", [str(row["planes"]) for row in rows], right=True),
+        Column("share", [f"{100 * row['share']:.1f} %" for row in rows], right=True),
+    ]
+    print_columns(columns, console, marks)
+    console.print()
+    weights = sum(row["weights"] for row in rows)
+    used = 100 * found["spent"] / max(found["allowed"], 1)
+    lines = [
+        f"mean bits    {found['mean_bits']:.4f} (target {found['target_bits']:g}) over {weights:,} weights, "
+        f"by {printable(found['allocator'])}",
+        f"budget       {used:.2f} % used, counted in {printable(found['cost'])}",
+    ]
+    print_lines(lines, console)
+
+
+def print_sensitivity(found: Mapping[str, Any], console: Console) -> None:
+    """What `csq sensitivity` prints: the rise of the loss, a column per width, and top-1 at the narrowest."""
+    marks, rows, widths = glyphs(console), found["layers"], found["widths"]
+    rises = [[value - found["loss"] for value in row["loss"]] for row in rows]
+    last = len(widths) - 1
+    columns = [
+        Column("layer", names_of(rows), shrinks=LEAST_NAME),
+        Column("weights", [f"{row['weights']:,}" for row in rows], rank=2, right=True),
+        *(
+            Column(f"{width} pl", [f"{rise[at]:+.4f}" for rise in rises], rank=0 if at in (0, last) else 1, right=True)
+            for at, width in enumerate(widths)
+        ),
+        Column(f"top-1 at {widths[0]}", [f"{row['top1'][0]:.2f}" for row in rows], rank=1, right=True),
+    ]
+    print_columns(columns, console, marks)
+    console.print()
+    worst = max(range(len(rows)), key=lambda index: rises[index][0])
+    lines = [
+        f"float        loss {found['loss']:.4f}, top-1 {found['top1']:.2f} % of {found['images']} images",
+        f"columns      rise of the loss with that layer alone at so many planes ({', '.join(map(str, widths))})",
+        f"worst        {names_of(rows)[worst]} at {widths[0]}: {rises[worst][0]:+.4f}",
+    ]
+    print_lines(lines, console)
+
+
+def sensitivity_figure(found: Mapping[str, Any]) -> Figure:
+    """The rise of the loss over depth, a line per width."""
+    rows, widths = found["layers"], found["widths"]
+    series = [
+        Series(
+            f"{width} plane{'s' if width != 1 else ''}",
+            [(number, row["loss"][at] - found["loss"]) for number, row in enumerate(rows, 1)],
+        )
+        for at, width in enumerate(widths)
+    ]
+    worst = max(rows, key=lambda row: row["loss"][0])
+    return charts.lines(
+        "sensitivity",
+        "Loss with one layer rounded",
+        series,
+        description=(
+            f"Rise of the loss over the float model's {found['loss']:.4g} on {found['images']} images, one layer at a time; "
+            f"most at {widths[0]}: {names_of([worst])[0]}, {worst['loss'][0] - found['loss']:+.4g}."
+        ),
+        x_label="layer, from input to output",
+        y_label="rise of the loss",
+        from_zero=True,
+        whole_x=True,
+    )
+
+
+def print_explanation(found: Mapping[str, Any], console: Console) -> None:
+    """What `csq explain` prints: a row per layer, then the swaps."""
+    marks, rows = glyphs(console), found["layers"]
+    names = names_of(rows)
+
+    def millions(part: str) -> list[str]:
+        return ["–" if row[part] is None else f"{1e6 * row[part]['per_bit']:.3g}" for row in rows]
+
+    columns = [
+        Column("layer", names, shrinks=LEAST_NAME),
+        Column("weights", [f"{row['weights']:,}" for row in rows], rank=4, right=True),
+        Column("bits", [str(row["planes"]) for row in rows], right=True),
+        Column("share", [f"{100 * row['share']:.1f} %" for row in rows], rank=3, right=True),
+        Column("planes save", [_falling(row["importance"]) for row in rows], rank=5),
+        Column("one less", ["–" if row["take"] is None else f"{row['take']['rise']:+.4f}" for row in rows], right=True),
+        Column("per M bits", millions("take"), rank=2, right=True),
+        Column(
+            "one more", ["–" if row["give"] is None else f"{-row['give']['gain']:+.4f}" for row in rows], right=True
+        ),
+        Column("per M bits", millions("give"), rank=2, right=True),
+    ]
+    print_columns(columns, console, marks)
+    console.print()
+    target = f" (target {found['target_bits']:g})" if found["target_bits"] is not None else ""
+    lines = [
+        f"as it is     loss {found['loss']:.4f}, top-1 {found['top1']:.2f} % of {found['images']} images, "
+        f"{found['mean_bits']:.4f} mean bits{target}",
+        "one less     the loss with the layer's cheapest plane taken away; one more: with a plane given back; and that per "
+        "million bits of the budget: a layer keeps a plane while it is worth more there than elsewhere",
+    ]
+    lines += [
+        f"swap         {words}"
+        for words in _swap_words(found, dict(zip([row["name"] for row in rows], names, strict=True)))
+    ]
+    print_lines(lines, console)
+
+
+def _falling(values: Sequence[float]) -> str:
+    """What each plane saves, most significant first: ``2.1 0.3 0.04``."""
+    return " ".join(f"{value:.2g}" for value in values)
+
+
+def _swap_words(found: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    if not found["swaps"]:
+        return ["none fits into the budget"]
+    words = []
+    for swap in found["swaps"]:
+        source = f"from {names[swap['take']]}" if swap["take"] is not None else "from what the budget has left"
+        verdict = "helps" if swap["measured"] < 0 else "does not help"
+        words.append(
+            f"a plane to {names[swap['give']]} {source}: loss {swap['measured']:+.4f} (expected {swap['expected']:+.4f}), "
+            f"top-1 {swap['top1']:.2f} %; {verdict}"
+        )
+    return words
