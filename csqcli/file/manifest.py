@@ -173,13 +173,8 @@ class ActivationEntry(Record):
     module: str = Field(max_length=512)  # whose input is rounded
     bits: int = Field(ge=1, le=16)
     signed: bool
-    scale: float = Field(ge=1e-9, le=1e30)  # value of integer 1; times the largest integer still a float32
-
-    @model_validator(mode="after")
-    def _has_a_range(self) -> Self:
-        if self.signed and self.bits < 2:
-            raise ValueError(f"{self.module}: one bit leaves no integer above 0 beside a sign")
-        return self
+    # value of integer 1; times the largest integer still a float32. One signed bit is the sign: −scale or scale.
+    scale: float = Field(ge=1e-9, le=1e30)
 
 
 class TensorRecord(Record):

@@ -67,6 +67,31 @@ def test_a_method_s_file_is_reported_evaluated_exported_finetuned_and_resumed(
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == model.read_bytes()
 
 
+def test_binary_activations_are_the_sign_and_survive_every_command(csq, tmp_path: Path) -> None:
+    run = ("search", "tests.plain_models:tanhs", "--no-pretrained", "--data", "digits", "--method", "xnor")
+    run += ("--target-bits", 1, "--act-bits", 1, *SHORT)
+    code, _, err = csq(*run, "-o", tmp_path / "run")
+    assert code == 0, err
+    model = tmp_path / "run" / "model.safetensors"
+    report = json.loads(csq("report", model, "--json")[1])
+    assert report["recipe"]["quantization"]["act_method"] == "xnor"
+    assert [(entry["bits"], entry["signed"]) for entry in report["activations"]] == [(8, True), (1, True), (1, True)]
+    top1 = report["accuracy"]["hard_top1"]
+    trust = ("--trust-code",)
+    assert json.loads(csq("evaluate", model, "--data", "digits", "--json", *trust)[1])["top1"] == top1
+    for form in ("--bit-packed", "--onnx"):
+        out = tmp_path / ("a.onnx" if form == "--onnx" else "a.safetensors")
+        code, _, err = csq("export", model, form, "--data", "digits", "-o", out, *trust)
+        assert code == 0, err
+        assert json.loads(csq("report", out, "--json")[1])["parity"]["top1"] == pytest.approx(top1, abs=0.5)
+    code, _, err = csq(
+        "finetune", model, "--data", "digits", "--epochs", 1, *SHORT[2:], *trust, "-o", tmp_path / "tuned"
+    )
+    assert code == 0, err
+    code, _, err = csq(*run, "--act-bits", 1, "--set", "quantization.act_method=pact", "-o", tmp_path / "no")
+    assert (code, "act_bits 1 has act_method xnor, not pact" in err) == (2, True)
+
+
 def check_forms_of_a_basis(csq, model: Path, tmp_path: Path) -> None:
     """Forms of integers × scale refuse in one line, and leave no file; all others hold the same levels."""
     for form in ("--int8-packed", "--onnx"):
