@@ -72,7 +72,7 @@ def row_name(name: str, planes: int, act_bits: int) -> str:
 def main() -> None:
     parser = quality.parser(__doc__, "runs/methods")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--act-bits", type=int, nargs="+", default=[32], choices=[2, 3, 4, 8, 32])
+    parser.add_argument("--act-bits", type=int, nargs="+", default=[32], choices=[1, 2, 3, 4, 8, 32])
     arguments = parser.parse_args()
     results = quality.run_all(rows_of(arguments.epochs, arguments.act_bits), arguments)
     table = []

@@ -28,7 +28,7 @@ from csqcli.models.checkpoints import is_damaged
 from csqcli.models.coverage import count_macs, example_inputs
 from csqcli.models.data_config import usable_config
 from csqcli.models.spec import ModelSpec, parse
-from csqcli.quant import activations
+from csqcli.quant import activations, basis
 from csqcli.quant.hard_layer import HardLayer, spread
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
@@ -227,6 +227,9 @@ def _delivered(found: Sequence[Layer], optimizer: QuantizedOptimizer) -> list[tu
 
 def _rounded(hard: HardLayer, layer: Layer) -> HardLayer:
     """The layer's own weight at the nearest integers that the hard layer's planes can form."""
+    if hard.basis is not None:
+        weight = layer.parameter.detach().float().cpu()
+        return replace(hard, integers=basis.nearest(weight, hard.basis, hard.channel_dim))
     on = torch.nonzero(hard.mask).flatten()
     levels = levels_of(hard.mask[int(on[0]) if len(on) else 0 :])
     weight = layer.parameter.detach().float().cpu()

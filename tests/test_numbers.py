@@ -23,7 +23,20 @@ from csqcli.quant.passes.rounding import mse_step, quantize
 from csqcli.training.loop import evaluate, logits_of
 from tests.plain_models import Corners
 
-METHODS = ["staged", "csq", "csq-uniform", "ste", "lsq", "parq", "dorefa", "pact", "bsq", "msq", "scaled-uniform"]
+METHODS = [
+    "staged",
+    "csq",
+    "csq-uniform",
+    "ste",
+    "lsq",
+    "parq",
+    "dorefa",
+    "pact",
+    "lq-nets",
+    "bsq",
+    "msq",
+    "scaled-uniform",
+]
 QUICK = ("--epochs", 1, "--set", "max_steps=4", "--set", "bn_recalibration_batches=2", "--quiet")
 CORNERS = ("search", "tests.plain_models:Corners", "--no-pretrained", "--data", "digits", "--target-bits", 2)
 

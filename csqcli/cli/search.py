@@ -72,7 +72,7 @@ def search(
     cost: Annotated[
         str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
     ] = None,
-    act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3, 2 or 1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
     float_epochs: Annotated[int | None, typer.Option(help="Epochs in float first, before the search.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,

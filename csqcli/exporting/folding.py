@@ -76,7 +76,10 @@ def fold(file: QuantizedFile, model: nn.Module, input_size: Sequence[int]) -> Fo
 
 def in_16_bits(file: QuantizedFile) -> QuantizedFile:
     """Every float32 number beside the integers rounded to a float16 times a power of two of its tensor's."""
-    layers = [replace(layer, scale=_rounded(layer.scale)) for layer in file.layers]
+    layers = [
+        replace(layer, scale=_rounded(layer.scale), basis=None if layer.basis is None else _rounded(layer.basis))
+        for layer in file.layers
+    ]
     return _with_numbers(file, layers, {name: _rounded(value) for name, value in file.others.items()})
 
 
@@ -84,6 +87,7 @@ def _with_numbers(file: QuantizedFile, layers: list[HardLayer], others: dict[str
     manifest = file.manifest.model_copy(deep=True)
     for record, layer in zip(manifest.layers, layers, strict=True):
         record.scale = layer.scale.tolist() if layer.scale.numel() > 1 else float(layer.scale)
+        record.basis = layer.basis.tolist() if layer.basis is not None else None
     return QuantizedFile(manifest, layers, {name: value.clone().contiguous() for name, value in others.items()})
 
 

@@ -48,6 +48,7 @@ class Form(ABC):
     name: ClassVar[str]  # as in `csq export --form`, and in the file's manifest
     suffix: ClassVar[str]  # with which its files' names must end
     takes: ClassVar[frozenset[str]] = frozenset()  # of `registry.OPTIONS`
+    takes_basis: ClassVar[bool] = False  # whether it can hold layers whose levels a learned basis gives
 
     engine: str = ""  # name and version of what runs the file; set when it is opened
     tolerance: float = FLOAT_TOLERANCE  # largest logit error, in the logits' standard deviation

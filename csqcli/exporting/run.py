@@ -12,7 +12,8 @@ from csqcli.data.specs import ValSplit
 from csqcli.errors import UserError
 from csqcli.exporting import images, registry, verify
 from csqcli.exporting.form import Form, Options, Subject
-from csqcli.file import io, loading
+from csqcli.file import io, layout, loading
+from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
 from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
@@ -59,6 +60,7 @@ def export_file(
     with verify.candidate(output, force=force) as path:
         kind.require(options)
         file = io.read(source)
+        _check_basis(kind, file, where=str(source))
         kind.accept(file, options, where=str(source))
         with display.step("loading the hard model"):
             model = loading.hard_model(file, trust_code=trust_code, where=str(source))
@@ -122,6 +124,14 @@ def output_path(file: Path, form: str | type[Form]) -> Path:
     """Where an export goes that is told nothing: ``net.v2.safetensors`` → ``net.v2-onnx.onnx``."""
     kind = registry.find(form) if isinstance(form, str) else form
     return file.with_name(f"{file.stem}-{kind.name}{kind.suffix}")
+
+
+def _check_basis(kind: type[Form], file: QuantizedFile, *, where: str) -> None:
+    """UserError where a layer has a learned basis and the form holds integers × scale alone."""
+    learned = [layer.name for layer in file.layers if layer.basis is not None]
+    if learned and not kind.takes_basis:
+        what = f"{learned[0]} {layout.BASIS_IN_INTEGERS}, and {kind.name} holds nothing else"
+        raise UserError(what, where=where, hint=layout.BASIS_HINT)
 
 
 def _check_output(source: Path, output: Path, *, suffix: str) -> None:

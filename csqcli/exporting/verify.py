@@ -59,6 +59,10 @@ def check_layer(written: HardLayer, wanted: HardLayer) -> None:
         raise ParityError("integers differ from the source file's", where=wanted.name)
     if not same_bits(written.scale, wanted.scale) or not same_bits(written.weight(), wanted.weight()):
         raise ParityError("integers × scale is not the hard weight", where=wanted.name)
+    if (written.basis is None) != (wanted.basis is None):
+        raise ParityError("only one of the two has a learned basis", where=wanted.name)
+    if written.basis is not None and wanted.basis is not None and not same_bits(written.basis, wanted.basis):
+        raise ParityError("basis differs from the source file's", where=wanted.name)
     if not torch.equal(written.mask, wanted.mask) or set(written.aliases) != set(wanted.aliases):
         raise ParityError("mask or tied names differ from the source file's", where=wanted.name)
 

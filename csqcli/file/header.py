@@ -19,7 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from csqcli.errors import UserError, no_such_file
 from csqcli.file.deflate import inflate
-from csqcli.file.manifest import ITEM_BYTES, METADATA_KEY, SCHEMA_VERSION, LayerRecord, Manifest, from_json_object
+from csqcli.file.manifest import (
+    BASIS_SCHEMA_VERSION,
+    ITEM_BYTES,
+    METADATA_KEY,
+    SCHEMA_VERSION,
+    LayerRecord,
+    Manifest,
+    from_json_object,
+)
 from csqcli.system import limits
 
 MANIFEST_TENSOR = "csq_manifest"  # of a bit-packed file: most of its manifest, deflated
@@ -110,8 +118,8 @@ def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = Non
         raise UserError("not a csq file (no manifest)", where=where, hint="`csq search` writes one")
     try:
         raw = _read_json(text)
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            hint = f"this csq reads version {SCHEMA_VERSION}; upgrade csq"
+        if raw.get("schema_version") not in (SCHEMA_VERSION, BASIS_SCHEMA_VERSION):
+            hint = f"this csq reads versions {SCHEMA_VERSION} and {BASIS_SCHEMA_VERSION}; upgrade csq"
             raise UserError(f"schema version {raw.get('schema_version')!r}", where=where, hint=hint)
         if deflated is not None:
             raw |= _read_json(inflate(deflated, MANIFEST_LIMIT, exact=False))

@@ -4,7 +4,8 @@ A safetensors file. For a quantized weight ``X`` it holds ``X_packed`` (uint8, s
 [channels]); every other parameter and buffer stands under its own name. `layout` has the other forms that `csq export`
 writes, and all of them are read here. One metadata key, ``csq``, holds the `manifest` as JSON: where the model comes from,
 its data config, the recipe as resolved, the budget asked and reached, accuracy, and per layer the mask, planes, encoding and
-entropy. Integers × scale is the weight, bit for bit.
+entropy. Integers × scale is the weight, bit for bit; where a method learns a basis instead (`quant.basis`), the file has
+``X_basis`` (float32, [planes, channels or 1]) beside them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from csqcli.file.codes import Encoded
 from csqcli.file.deflate import deflate_mixed
 from csqcli.file.header import MANIFEST_TENSOR, manifest_of, open_safetensors
 from csqcli.file.manifest import (
+    BASIS_SCHEMA_VERSION,
     METADATA_KEY,
+    SCHEMA_VERSION,
     AccuracyRecord,
     ActivationEntry,
     BudgetRecord,
@@ -40,6 +43,7 @@ from csqcli.file.manifest import (
 from csqcli.models.checkpoints import is_damaged
 from csqcli.models.coverage import Operations
 from csqcli.quant import equations
+from csqcli.quant.basis import level_values
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.system.files import replacing
 
@@ -116,13 +120,16 @@ def assemble(
         state[name] = value.detach().cpu()
     others = {name: value.clone().contiguous() for name, value in state.items() if name not in names}
     trained = [(layer.name, value) for layer in layers for value in (layer.scale, state[layer.name])]
+    trained += [(layer.name, layer.basis) for layer in layers if layer.basis is not None]
     for name, value in [*others.items(), *trained]:
         if is_damaged(value):
             raise UserError("training left NaN or infinite values; nothing was written", where=name)
     encoded = layout.encode_layers(layers)
     macs = operations.macs if operations is not None else {}
     records = [_layer_record(*pair, macs=macs.get(pair[0].name)) for pair in zip(layers, encoded, strict=True)]
+    learned = any(layer.basis is not None for layer in layers)
     manifest = Manifest(
+        schema_version=BASIS_SCHEMA_VERSION if learned else SCHEMA_VERSION,
         model=record,
         data_config=dict(data_config),
         classes=list(classes),
@@ -156,10 +163,11 @@ def _layer_record(layer: HardLayer, encoded: Encoded, *, macs: int | None) -> La
         weights=layer.integers.numel(),
         mask=mask,
         bits=layer.planes,
-        stored_bits=sizes.stored_bits(mask),
+        stored_bits=sizes.stored_bits(mask, basis=layer.basis is not None),
         entropy_bits=round(codes.entropy_bits(codes.count(layer.integers.cpu().numpy())), 6),
         scale=scale[0] if len(scale) == 1 else scale,
         channel_dim=layer.channel_dim,
+        basis=layer.basis.tolist() if layer.basis is not None else None,
         encoding=encoded.encoding,
         packed_bytes=len(encoded.data),
         aliases=list(layer.aliases),
@@ -213,6 +221,8 @@ def _with_manifest(tensors: dict[str, Tensor], manifest: Manifest) -> tuple[dict
     for record in manifest.layers:
         if isinstance(record.scale, list):
             record.scale = []  # stands among the tensors
+        if record.basis is not None:
+            record.basis = []
     text = manifest.model_dump_json(exclude={"parity"}, exclude_defaults=True)
     packed = layout.as_tensor(deflate_mixed(text.encode()))
     return tensors | {MANIFEST_TENSOR: packed}, {METADATA_KEY: json.dumps(head)}
@@ -234,11 +244,12 @@ def read(path: str | Path) -> QuantizedFile:
             raise UserError(f"float tensors: {error}", where=where, hint=_HINT) from None
         for record in manifest.layers:
             try:
-                integers, scale = reader.layer(record)
-                layers.append(_checked_layer(record, integers, scale))
+                layers.append(_checked_layer(record, *reader.layer(record)))
             except _DAMAGE as error:
                 raise UserError(f"layer {record.name}: {error}", where=where, hint=_HINT) from None
+            scale, basis = layers[-1].scale, layers[-1].basis
             record.scale = scale.tolist() if scale.numel() > 1 else float(scale)
+            record.basis = basis.tolist() if basis is not None else None
         try:
             others = reader.others()
         except _DAMAGE as error:
@@ -265,7 +276,7 @@ def read_layer(path: str | Path, name: str) -> HardLayer:
             raise UserError(f"layer {name}: {error}", where=str(path), hint=_HINT) from None
 
 
-def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> HardLayer:
+def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor, basis: Tensor | None) -> HardLayer:
     """The layer, when its integers are ones that the mask can form and its weights are finite. Else ValueError."""
     mask = equations.mask_from_string(record.mask)
     if not scale.isfinite().all():
@@ -278,4 +289,11 @@ def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor) -> Hard
         raise ValueError(f"integers that mask {record.mask} cannot form")
     if not bool((scale.abs() * largest).isfinite().all()):
         raise ValueError("integers × scale is not finite")
-    return HardLayer(record.name, integers, scale, mask, record.channel_dim, tuple(record.aliases))
+    if basis is not None:
+        if not bool((integers % 2 != 0).all()):
+            raise ValueError("even integers, which no digits ±1 form")
+        if not bool(level_values(basis).isfinite().all()):
+            raise ValueError("levels that are not finite")
+        if record.basis and not torch.equal(torch.tensor(record.basis, dtype=torch.float32), basis):
+            raise ValueError("basis disagrees with the manifest")
+    return HardLayer(record.name, integers, scale, mask, record.channel_dim, tuple(record.aliases), basis)

@@ -19,14 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csqcli.errors import UserError
 from csqcli.file import codes
 from csqcli.file.codes import Encoded
 from csqcli.file.deflate import deflate_mixed, inflate
 from csqcli.file.header import CODES_TENSOR, raw_bytes, spans
 from csqcli.file.manifest import ITEM_BYTES, Form, LayerRecord, TensorRecord
 from csqcli.models.checkpoints import is_damaged
+from csqcli.quant.basis import nearest, values_of
 from csqcli.quant.hard_layer import HardLayer, spread
 
+BASIS_IN_INTEGERS = "has a learned basis, whose levels are not integers × scale"
+BASIS_HINT = "take --bit-packed, --bit-packed-small or --state-dict"
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 
@@ -56,6 +60,8 @@ def store(
             stored.tensors |= {name: weight.clone() for name in (layer.name, *layer.aliases)}
             stored.encodings.append(("float32", 4 * weight.numel()))
             continue
+        if layer.basis is not None:
+            raise UserError(BASIS_IN_INTEGERS, where=layer.name, hint=BASIS_HINT)
         payload, encoding = plain_integers(layer.integers)
         stored.tensors[f"{layer.name}_packed"] = payload
         stored.tensors[f"{layer.name}_scale"] = layer.scale
@@ -87,6 +93,8 @@ def _store_compact(layers: Sequence[HardLayer], others: Mapping[str, Tensor], en
     for layer, (data, encoding) in zip(layers, encoded, strict=True):
         stored.tensors[f"{layer.name}_packed"] = as_tensor(data)
         stored.tensors[f"{layer.name}_scale"] = layer.scale
+        if layer.basis is not None:
+            stored.tensors[f"{layer.name}_basis"] = layer.basis
         stored.encodings.append((encoding, len(data)))
     return stored
 
@@ -97,6 +105,8 @@ def _store_bit_packed(layers: Sequence[HardLayer], others: Mapping[str, Tensor],
     for layer in layers:
         if layer.scale.numel() > 1:  # a single scale stands in the manifest, to the last bit
             floats[f"{layer.name}_scale"] = layer.scale
+        if layer.basis is not None:
+            floats[f"{layer.name}_basis"] = layer.basis
     groups: dict[str, list[Tensor]] = {}
     for name, value in sorted(
         floats.items(), key=lambda item: item[0].rpartition(".")[::-1]
@@ -148,18 +158,37 @@ class Reader:
             self.floats = _unpack_tensors(file, others)
             self.spans = spans(layers, file.get_slice(CODES_TENSOR).get_shape())
 
-    def layer(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
-        """Integers (int32, the weight's shape) and scale (float32, [1] or [channels])."""
-        integers, scale = self._layer(record)
+    def layer(self, record: LayerRecord) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Integers (int32, the weight's shape), scale (float32, [1] or [channels]), and basis (float32,
+        [planes, channels or 1]) where the layer has one."""
+        basis = self._basis(record)
+        integers, scale = self._layer(record, basis)
         if (
             scale.dtype != torch.float32
             or scale.dim() != 1
             or scale.numel() not in (1, record.shape[record.channel_dim])
         ):
             raise ValueError(f"scale of shape {list(scale.shape)} and dtype {scale.dtype}")
-        return integers, scale
+        return integers, scale, basis
 
-    def _layer(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
+    def _basis(self, record: LayerRecord) -> Tensor | None:
+        if record.basis is None:
+            return None
+        name = f"{record.name}_basis"
+        if self.bit_packed:
+            found = self.floats.pop(name, None)
+        elif record.encoding == "float32":
+            found = torch.tensor(record.basis, dtype=torch.float32)
+        else:
+            found = self._take(name)
+        widths = (1, record.shape[record.channel_dim])
+        if found is None or found.dtype != torch.float32 or found.dim() != 2:
+            raise ValueError(f"tensor {name} is missing or no float32 matrix")
+        if found.shape[0] != record.bits or found.shape[1] not in widths:
+            raise ValueError(f"basis of shape {list(found.shape)}")
+        return found
+
+    def _layer(self, record: LayerRecord, basis: Tensor | None) -> tuple[Tensor, Tensor]:
         name = record.name
         if self.bit_packed:
             start, end = self.spans[name]
@@ -169,7 +198,7 @@ class Reader:
                 scale = _recorded_scale(record)
             return _decoded(payload, record), scale
         if record.encoding == "float32":
-            return self._from_weight(record)
+            return self._from_weight(record, basis)
         payload, scale = self._take(f"{name}_packed"), self._take(f"{name}_scale")
         if record.encoding in ("int8", "int16"):
             if payload.dtype != _DTYPES[record.encoding] or list(payload.shape) != record.shape:
@@ -197,17 +226,22 @@ class Reader:
         self.unread.discard(name)
         return self.file.get_tensor(name)
 
-    def _from_weight(self, record: LayerRecord) -> tuple[Tensor, Tensor]:
+    def _from_weight(self, record: LayerRecord, basis: Tensor | None) -> tuple[Tensor, Tensor]:
         """Integers back from float weights: |Q| < 2^15 and one rounding of 2^-24, so W / scale rounds to Q exactly."""
         weight, scale = self._take(record.name), _recorded_scale(record)
         if scale.numel() not in (1, record.shape[record.channel_dim]):
             raise ValueError(f"{scale.numel()} scales")
         if list(weight.shape) != record.shape or weight.dtype != torch.float32:
             raise ValueError(f"weight of shape {list(weight.shape)} and dtype {weight.dtype}")
-        unit = spread(scale, weight, record.channel_dim)
-        integers = torch.where(unit != 0, weight.double() / unit.double(), 0.0).round()
-        if not bool((integers.abs() <= codes.WIDTHS[16]).all()) or not torch.equal(integers.float() * unit, weight):
-            raise ValueError("the weights are no longer integers × scale; they were changed after the export")
+        if basis is not None:
+            integers = nearest(weight, basis, record.channel_dim)
+            if not torch.equal(values_of(integers, basis, record.channel_dim), weight):
+                raise ValueError("the weights are no longer levels of the basis; they were changed after the export")
+        else:
+            unit = spread(scale, weight, record.channel_dim)
+            integers = torch.where(unit != 0, weight.double() / unit.double(), 0.0).round()
+            if not bool((integers.abs() <= codes.WIDTHS[16]).all()) or not torch.equal(integers.float() * unit, weight):
+                raise ValueError("the weights are no longer integers × scale; they were changed after the export")
         for alias in record.aliases:
             if not torch.equal(self._take(alias), weight):
                 raise ValueError(f"the tied tensor {alias} differs")

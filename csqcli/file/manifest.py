@@ -29,6 +29,7 @@ from csqcli.models.spec import MAX_CLASSES, ModelSpec
 from csqcli.system.limits import check_arguments
 
 SCHEMA_VERSION = 1
+BASIS_SCHEMA_VERSION = 2  # of files with a learned basis, which readers of version 1 would take for integers × scale
 METADATA_KEY = "csq"  # under which a safetensors or ONNX file's metadata holds the manifest
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 ITEM_BYTES = {  # of the types that a parameter or buffer may have
@@ -132,6 +133,7 @@ class LayerRecord(Record):
         Scale | list[Scale]
     )  # value of integer 1; one, or one per channel; [] where a bit-packed file has tensors for it
     channel_dim: int = 0
+    basis: list[list[Scale]] | None = None  # [planes][channels or 1]: levels are Σ ± these; [] as for `scale`
     encoding: str = Field(max_length=32)
     packed_bytes: Count
     aliases: list[Name] = Field(default_factory=list)  # further names of the same tensor (tied weights)
@@ -143,6 +145,12 @@ class LayerRecord(Record):
             raise ValueError(f"{self.name}: mask, bits, shape and weights disagree")
         if not -len(self.shape) <= self.channel_dim < len(self.shape):
             raise ValueError(f"{self.name}: no dimension {self.channel_dim} in shape {self.shape}")
+        if self.basis is not None and "0" in self.mask.strip("0"):
+            raise ValueError(f"{self.name}: a basis on planes that have a gap")
+        if self.basis:
+            widths = {len(row) for row in self.basis}
+            if len(self.basis) != self.bits or widths not in ({1}, {self.shape[self.channel_dim]}):
+                raise ValueError(f"{self.name}: a basis of {len(self.basis)} rows of {sorted(widths)} values")
         return self
 
 
@@ -165,13 +173,8 @@ class ActivationEntry(Record):
     module: str = Field(max_length=512)  # whose input is rounded
     bits: int = Field(ge=1, le=16)
     signed: bool
-    scale: float = Field(ge=1e-9, le=1e30)  # value of integer 1; times the largest integer still a float32
-
-    @model_validator(mode="after")
-    def _has_a_range(self) -> Self:
-        if self.signed and self.bits < 2:
-            raise ValueError(f"{self.module}: one bit leaves no integer above 0 beside a sign")
-        return self
+    # value of integer 1; times the largest integer still a float32. One signed bit is the sign: −scale or scale.
+    scale: float = Field(ge=1e-9, le=1e30)
 
 
 class TensorRecord(Record):
@@ -252,6 +255,8 @@ class Manifest(Record):
             raise ValueError("the budget is not that of the layers")
         if self.trained_outputs is not None and max(self.trained_outputs, default=0) >= self.model.num_classes:
             raise ValueError("trained_outputs has one that the model lacks")
+        if self.schema_version < BASIS_SCHEMA_VERSION and any(layer.basis is not None for layer in self.layers):
+            raise ValueError(f"a learned basis in schema version {self.schema_version}")
         for kind in (itertools.chain.from_iterable((r.name, *r.aliases) for r in self.layers),
                      (r.name for r in self.packed_others), (r.module for r in self.activations)):  # fmt: skip
             names = list(kind)

@@ -12,8 +12,11 @@ from csqcli.file.manifest import ActivationEntry, ComputeRecord, LayerRecord, Si
 FLOAT_BITS = 32
 
 
-def stored_bits(mask: str) -> int:
-    """Bits per weight of a dense sign-magnitude layout: the span of the mask's planes plus a sign; 0 for an empty mask."""
+def stored_bits(mask: str, *, basis: bool = False) -> int:
+    """Bits per weight of a dense layout: the span of the mask's planes plus a sign, 0 for an empty mask; with a learned
+    ``basis`` a bit per plane, whose digits are ±1."""
+    if basis:
+        return mask.count("1")
     span = len(mask.strip("0"))
     return span + 1 if span else 0
 

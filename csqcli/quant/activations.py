@@ -3,8 +3,9 @@
 The model's code, module tree and state dict stay as they are. A quantizer rounds what a layer receives to A bits at one
 scale per layer that training learns (LSQ, or PACT for the paper's setting; DoReFa's is fixed) and that evaluation only
 reads: a prediction never depends on its batch. Inputs that were never negative in calibration are unsigned; the network's
-own input has 8 bits. Layers whose module is never called (weights used functionally, the output projection inside
-``nn.MultiheadAttention``) have no input to hook and are listed as such.
+own input has 8 bits. One bit is the sign, or 0 and 1 where inputs are never negative. Layers whose module is never called
+(weights used functionally, the output projection inside ``nn.MultiheadAttention``) have no input to hook and are listed
+as such.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ActivationRecord:
     module: str
     bits: int
     signed: bool
-    scale: float  # value of integer 1
+    scale: float  # value of integer 1; one signed bit is ± it
 
 
 class ActivationQuantizer(nn.Module):
@@ -38,7 +39,9 @@ class ActivationQuantizer(nn.Module):
 
     ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top). ``pact``: Choi et al. 2018, the clipping level
     α = s·top is what learns, from clipped values only. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and
-    gradients pass inside it.
+    gradients pass inside it. ``xnor``: Rastegari et al. 2016, one bit: sign(x)·s, gradients pass where |x| ≤ 1 (section 3.1);
+    s stands in the place of their K, which changes with every image and position, and is learned as LSQ's is. Inputs that
+    are never negative, whose signs say nothing, are rounded to 0 or s as by LSQ.
     """
 
     def __init__(self, bits: int, *, signed: bool, scale: float, method: str = "lsq") -> None:
@@ -48,12 +51,22 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def range(self) -> tuple[int, int]:
-        """Smallest and largest integer."""
+        """Smallest and largest integer; there is no 0 between those of one signed bit."""
+        if self.is_sign:
+            return (-1, 1)
         return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether its two values are −s and s."""
+        return self.signed and self.bits == 1
 
     def forward(self, x: Tensor) -> Tensor:
         low, high = self.range
         scale = self.scale.clamp_min(1e-8)
+        if self.is_sign:
+            binary: Tensor = _Sign.apply(x.float(), scale)
+            return binary.to(x.dtype)
         rounded: Tensor = _Quantize.apply(x.float(), scale, low, high, self.method == "pact")
         return rounded.to(x.dtype)
 
@@ -75,6 +88,19 @@ class _Quantize(torch.autograd.Function):
         slope = clipped if ctx.pact else clipped + (ratio.round() - ratio) * inside
         damping = 1.0 if ctx.pact else (x.numel() * ctx.high) ** -0.5
         return gradient * inside, ((gradient * slope).sum() * damping).reshape(1), None, None, None
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x < 0, -scale, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        damped = (gradient * torch.where(x < 0, -1.0, 1.0)).sum() * x.numel() ** -0.5
+        return gradient * (x.abs() <= 1), damped.reshape(1)
 
 
 class ActivationQuantizers:
@@ -184,7 +210,9 @@ def calibrate(
         width = max(bits, INPUT_BITS) if position == 0 else bits
         quantizer = ActivationQuantizer(width, signed=negative[name], scale=1.0, method=method)
         low, high = quantizer.range
-        if method == "dorefa" and position and not quantizer.signed:
+        if quantizer.is_sign:
+            quantizer.scale.data.fill_(float(torch.cat(values).abs().mean()) or 1.0)  # the least-squares one
+        elif method == "dorefa" and position and not quantizer.signed:
             quantizer.scale.data.fill_(1 / high)  # clipped to [0, 1], whatever the values
         else:
             quantizer.scale.data.fill_(_mse_scale(torch.cat(values), low, high))

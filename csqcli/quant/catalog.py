@@ -164,6 +164,17 @@ class ScaledSettings(MethodSettings):
     """Weights that share a scale."""
 
 
+class LQNetsSettings(MethodSettings):
+    """Knobs of LQ-Nets; the defaults are the authors'."""
+
+    iterations: int = Field(1, ge=1, le=100)
+    """Alternations of digits and least-squares basis per training step (T of Algorithm 1)."""
+    decay: float = Field(0.9, ge=0, lt=1)
+    """Of the moving average that the basis is over steps."""
+    per_channel: bool = True
+    """A basis per filter (the paper), or one per layer."""
+
+
 class BSQSettings(MethodSettings):
     """Knobs of bit-level sparsity quantization; the defaults are the authors' for CIFAR-10."""
 
@@ -217,6 +228,7 @@ class MethodCard:
     settings: type[MethodSettings] = MethodSettings
     citation: str = ""
     finetunes: bool = False  # trains delivered integers on by itself; else `staged` does
+    learns_basis: bool = False  # its levels are sums of a learned basis, and not integers × scale
     activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
 
     @property
@@ -319,6 +331,16 @@ CARDS = {
             "target",
             MSQSettings,
             "Han et al., MSQ: Memory-Efficient Bit Sparsification Quantization, ICCV 2025",
+        ),
+        MethodCard(
+            "lq-nets",
+            f"{_METHODS}.lq_nets:LQNets",
+            "a basis learned per filter by alternating least squares (QEM); 2^k levels, which the file keeps as that basis",
+            "planes",
+            LQNetsSettings,
+            "Zhang et al., LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks, ECCV 2018",
+            finetunes=True,
+            learns_basis=True,
         ),
         MethodCard(
             "twn",

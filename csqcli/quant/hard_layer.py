@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csqcli.quant import basis as bases
 from csqcli.quant.layers import Layer
 
 
@@ -16,6 +17,9 @@ class HardLayer:
 
     Trailing zero planes are shifted out of the integers and into the scale, which is exact. ``scale`` has shape [1], or
     [channels] along ``channel_dim`` of the weight.
+
+    With a ``basis`` the levels are no multiples of a scale: the integers are the odd ones up to ±(2^k − 1) whose digits ±1
+    the basis values are summed with (see :mod:`csqcli.quant.basis`), and ``scale`` is 1 and means nothing.
     """
 
     name: str
@@ -24,6 +28,7 @@ class HardLayer:
     mask: Tensor  # bool [bits], index 0 the least significant plane
     channel_dim: int = 0
     aliases: tuple[str, ...] = ()
+    basis: Tensor | None = None  # float32 [planes, channels or 1]
 
     @property
     def planes(self) -> int:
@@ -32,12 +37,17 @@ class HardLayer:
 
     @property
     def stored_bits(self) -> int:
-        """Bits per weight of a dense sign-magnitude layout: the span of the mask's planes plus a sign; 0 if empty."""
+        """Bits per weight of a dense layout: the span of the mask's planes plus a sign, 0 if empty; with a basis a bit per
+        plane, whose digits are ±1."""
+        if self.basis is not None:
+            return self.planes
         on = torch.nonzero(self.mask).flatten()
         return int(on[-1] - on[0]) + 2 if len(on) else 0
 
     def weight(self) -> Tensor:
         """Hard weight, float32."""
+        if self.basis is not None:
+            return bases.values_of(self.integers, self.basis, self.channel_dim)
         return self.integers.to(torch.float32) * spread(self.scale, self.integers, self.channel_dim)
 
 

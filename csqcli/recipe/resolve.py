@@ -181,7 +181,8 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
         section = FROM_SCRATCH | section
     settings = _checked(card.settings, section, where=where, inside=f"{card.section}.", card=card)
     quantization = _as_mapping(rest.get("quantization") or {}, where)
-    rest["quantization"] = {"act_method": card.activations, **_planes_for(quantization)} | quantization
+    usual = "xnor" if quantization.get("act_bits") == 1 else card.activations
+    rest["quantization"] = {"act_method": usual, **_planes_for(quantization)} | quantization
     rest["quantization"]["method"] = card.target if ":" in _method_of(raw) else card.name
     recipe: Recipe = _checked(Recipe, rest | {"method_settings": settings, "method_why": why}, where=where, card=card)
     if ":" not in recipe.quantization.cost:

@@ -51,7 +51,7 @@ def recomputed(path: Path) -> Recomputed:
             manifest.sizes.parts = parts(file, path)
         manifest.sizes.file_bytes = path.stat().st_size
     for layer in manifest.layers:
-        layer.stored_bits = sizes.stored_bits(layer.mask)
+        layer.stored_bits = sizes.stored_bits(layer.mask, basis=layer.basis is not None)
         layer.entropy_bits = found[layer.name].entropy_bits if found is not None else layer.entropy_bits
     counted = sizes.sizes(manifest.layers, float_bytes=float_bytes)
     measured = {"file_bytes": manifest.sizes.file_bytes, "parts": manifest.sizes.parts}
@@ -117,6 +117,8 @@ def _integers_of(weight: np.ndarray, layer: LayerRecord) -> np.ndarray:
     shape[layer.channel_dim] = scale.size
     if list(weight.shape) != layer.shape or scale.size not in (1, layer.shape[layer.channel_dim]):
         raise ValueError(f"weight of shape {list(weight.shape)} with {scale.size} scales")
+    if layer.basis:
+        return _integers_on_basis(weight, np.asarray(layer.basis, dtype=np.float32), layer.channel_dim)
     unit = scale.reshape(shape)
     with np.errstate(all="ignore"):
         integers = weight / unit  # of float32 and below 2^15, so within 0.01 of an integer
@@ -127,12 +129,27 @@ def _integers_of(weight: np.ndarray, layer: LayerRecord) -> np.ndarray:
     return integers.astype(np.int16)
 
 
+def _integers_on_basis(weight: np.ndarray, basis: np.ndarray, channel_dim: int) -> np.ndarray:
+    """Odd integers of weights that are levels of a basis (`quant.basis`). ValueError for weights that are none."""
+    rows = np.moveaxis(weight, channel_dim, 0).reshape(weight.shape[channel_dim], -1)
+    integers = np.zeros(rows.shape, dtype=np.int16)
+    for number in range(2 ** len(basis)):
+        level = np.zeros((), dtype=np.float32)
+        for plane, values in enumerate(basis):
+            level = level + (values if number >> plane & 1 else -values)
+        here = (integers == 0) & (rows == level[:, None])
+        integers[here] = 2 * number - (2 ** len(basis) - 1)
+    if not integers.all():
+        raise ValueError("the weights are no longer levels of the basis; they were changed after the export")
+    return integers
+
+
 def _elements(file: Any, manifest: Manifest) -> int:
     """Elements of all parameters and buffers of the model, from the shapes in the header."""
     names = [name for layer in manifest.layers for name in (layer.name, *layer.aliases)]
-    helpers = {f"{layer.name}_{part}" for layer in manifest.layers for part in ("packed", "scale", "shape")} | set(
-        names
-    )
+    helpers = {
+        f"{layer.name}_{part}" for layer in manifest.layers for part in ("packed", "scale", "shape", "basis")
+    } | set(names)
     if manifest.packed_others:
         others = {record.name: record.shape for record in manifest.packed_others}
     elif CODES_TENSOR in file.keys():

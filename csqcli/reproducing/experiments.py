@@ -78,21 +78,21 @@ def _experiments() -> list[Experiment]:
     return [
         Experiment("table1", "Table I: ResNet-20 on CIFAR-10", RESNET20, [
             _float(92.62),
-            _rival("LQ-Nets", "lq-nets", 2, 32, 92.00, "3"), _bsq(19.24, 32, 91.87),
+            _rival("LQ-Nets", "lq-nets", 3, 32, 92.00, "3"), _bsq(19.24, 32, 91.87),
             _csq(1, 32, 91.70), _csq(2, 32, 92.68),
-            _rival("LQ-Nets", "lq-nets", 2, 3, 91.60, "3"), _rival("PACT", "pact", 3, 3, 91.10, "3"),
+            _rival("LQ-Nets", "lq-nets", 3, 3, 91.60, "3"), _rival("PACT", "pact", 3, 3, 91.10, "3"),
             _rival("DoReFa", "dorefa", 3, 3, 89.90, "3"), _bsq(11.04, 3, 92.16),
             _csq(2, 3, 92.14), _csq(3, 3, 92.42),
-            _rival("LQ-Nets", "lq-nets", 1, 2, 90.20, "2"), _rival("PACT", "pact", 2, 2, 89.70, "2"),
+            _rival("LQ-Nets", "lq-nets", 2, 2, 90.20, "2"), _rival("PACT", "pact", 2, 2, 89.70, "2"),
             _rival("DoReFa", "dorefa", 2, 2, 88.20, "2"), _bsq(18.85, 2, 90.19),
             _csq(1, 2, 90.08), _csq(2, 2, 90.33),
         ]),
         Experiment("table2", "Table II: VGG19BN on CIFAR-10", VGG19BN, [
             _float(94.22),
-            _rival("LQ-Nets", "lq-nets", 2, 32, 93.80, "3"), _csq(2, 32, 94.10),
+            _rival("LQ-Nets", "lq-nets", 3, 32, 93.80, "3"), _csq(2, 32, 94.10),
             Row("ZeroQ", None, 8, {}, 92.69, "4"), Row("ZAQ", None, 8, {}, 93.06, "4"), _csq(3, 8, 93.90),
             Row("QUANOS", None, 4, {}, 90.70, "MP"), _csq(3, 4, 93.62),
-            _rival("LQ-Nets", "lq-nets", 2, 3, 93.80, "3"), Row("Non-Linear", None, 3, {}, 93.40, "3"),
+            _rival("LQ-Nets", "lq-nets", 3, 3, 93.80, "3"), Row("Non-Linear", None, 3, {}, 93.40, "3"),
             _csq(2, 3, 93.58),
         ]),
         Experiment("table3-resnet18", "Table III: ResNet-18 on ImageNet", "imagenet-resnet18", [

@@ -102,6 +102,10 @@ def make_method(
     card = method_card(recipe, layers, start)
     if not layers:
         return FloatTraining((), Plan(schedule, make_budget((), 0.0)))
+    for hard in start or ():
+        if hard.basis is not None and not card.learns_basis:
+            hint = "finetune it by the method that learned it: --set quantization.method=lq-nets"
+            raise UserError(f"has a learned basis, and {card.name} trains integers × scale", where=hard.name, hint=hint)
     budget = budget_of(run, recipe, layers)
     planes = None
     allocator = recipe.quantization.allocator or (UNIFORM if card.takes == "planes" else None)

@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import csqcli
+import csqcli.models.networks
+from csqcli.file import io
 from csqcli.quant.catalog import CARDS
 from csqcli.training.loop import Trainer
 
@@ -31,6 +36,9 @@ def test_a_method_s_file_is_reported_evaluated_exported_finetuned_and_resumed(
     top1 = report["accuracy"]["hard_top1"]
     assert json.loads(csq("evaluate", model, "--data", "digits", "--json")[1])["top1"] == top1
 
+    if CARDS[method].learns_basis:
+        assert [layer["stored_bits"] for layer in report["layers"]] == [2] * 4
+        check_forms_of_a_basis(csq, model, tmp_path)
     packed = tmp_path / "packed.safetensors"
     code, _, err = csq("export", model, "--bit-packed", "-o", packed)
     assert code == 0, err
@@ -57,6 +65,63 @@ def test_a_method_s_file_is_reported_evaluated_exported_finetuned_and_resumed(
     code, _, err = csq(*run, "-o", tmp_path / "broken", "--resume")
     assert code == 0, err
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_binary_activations_are_the_sign_and_survive_every_command(csq, tmp_path: Path) -> None:
+    run = ("search", "tests.plain_models:tanhs", "--no-pretrained", "--data", "digits", "--method", "xnor")
+    run += ("--target-bits", 1, "--act-bits", 1, *SHORT)
+    code, _, err = csq(*run, "-o", tmp_path / "run")
+    assert code == 0, err
+    model = tmp_path / "run" / "model.safetensors"
+    report = json.loads(csq("report", model, "--json")[1])
+    assert report["recipe"]["quantization"]["act_method"] == "xnor"
+    assert [(entry["bits"], entry["signed"]) for entry in report["activations"]] == [(8, True), (1, True), (1, True)]
+    top1 = report["accuracy"]["hard_top1"]
+    trust = ("--trust-code",)
+    assert json.loads(csq("evaluate", model, "--data", "digits", "--json", *trust)[1])["top1"] == top1
+    for form in ("--bit-packed", "--onnx"):
+        out = tmp_path / ("a.onnx" if form == "--onnx" else "a.safetensors")
+        code, _, err = csq("export", model, form, "--data", "digits", "-o", out, *trust)
+        assert code == 0, err
+        assert json.loads(csq("report", out, "--json")[1])["parity"]["top1"] == pytest.approx(top1, abs=0.5)
+    code, _, err = csq(
+        "finetune", model, "--data", "digits", "--epochs", 1, *SHORT[2:], *trust, "-o", tmp_path / "tuned"
+    )
+    assert code == 0, err
+    code, _, err = csq(*run, "--act-bits", 1, "--set", "quantization.act_method=pact", "-o", tmp_path / "no")
+    assert (code, "act_bits 1 has act_method xnor, not pact" in err) == (2, True)
+
+
+def check_forms_of_a_basis(csq, model: Path, tmp_path: Path) -> None:
+    """Forms of integers × scale refuse in one line, and leave no file; all others hold the same levels."""
+    for form in ("--int8-packed", "--onnx"):
+        out = tmp_path / ("no.onnx" if form == "--onnx" else "no.safetensors")
+        code, _, err = csq("export", model, form, "-o", out)
+        line = (
+            f"csq: error: {model}: conv1.weight has a learned basis, whose levels are not integers × scale, and {form[2:]} "
+            "holds nothing else; take --bit-packed, --bit-packed-small or --state-dict\n"
+        )
+        assert (code, err.endswith(line), out.exists()) == (2, True, False)
+    weights = csqcli.load(model).state_dict()
+    integers = [layer.integers for layer in io.read(model).layers]
+    for form in ("--bit-packed", "--bit-packed-small", "--state-dict"):
+        out = tmp_path / f"basis{form}.safetensors"
+        code, _, err = csq("export", model, form, "--data", "digits", "-o", out)
+        assert code == 0, err
+        written = json.loads(csq("report", out, "--json")[1])
+        stated = json.loads(csq("report", model, "--json")[1])
+        assert written["schema_version"] == stated["schema_version"] == 2
+        for key in ("stored_bits_per_weight", "entropy_bits_per_weight"):
+            assert written["sizes"][key] == pytest.approx(stated["sizes"][key], abs=1e-5)
+        back = io.read(out)
+        assert all(torch.equal(a.integers, b) for a, b in zip(back.layers, integers, strict=True))
+        if form != "--bit-packed-small":
+            assert all(torch.equal(value, weights[name]) for name, value in back.state_dict().items())
+    plain = load_file(tmp_path / "basis--state-dict.safetensors")
+    csqcli.models.networks.digits_cnn().load_state_dict(plain)  # strictly
+    code, _, err = csq("finetune", model, "--data", "digits", "--set", "quantization.method=staged", "--quiet")
+    assert code == 2
+    assert "conv1.weight: has a learned basis, and staged trains integers × scale; finetune it by the method" in err
 
 
 def test_dorefas_activations_stay_within_their_fixed_range(csq, tmp_path: Path) -> None:

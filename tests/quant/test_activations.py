@@ -53,6 +53,34 @@ def test_pact_moves_the_clipping_level_by_clipped_values_only() -> None:
     assert quantizer.scale.grad.item() == 6  # d(α)/ds = 3 for each of the two
 
 
+def test_one_signed_bit_is_the_sign_and_passes_gradients_where_the_papers_does() -> None:
+    quantizer = ActivationQuantizer(1, signed=True, scale=0.3, method="xnor")
+    x = torch.tensor([-2.0, -0.5, 0.0, 0.7, 1.0, 1.5], requires_grad=True)
+    upstream = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    out = quantizer(x)
+    assert out.tolist() == pytest.approx([-0.3, -0.3, 0.3, 0.3, 0.3, 0.3])
+    (out * upstream).sum().backward()
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 0]  # where |x| ≤ 1
+    assert quantizer.scale.grad.item() == pytest.approx((-1 - 2 + 3 + 4 + 5 + 6) / 6**0.5)
+
+
+def test_one_bit_of_inputs_that_are_never_negative_is_0_or_the_scale() -> None:
+    quantizer = ActivationQuantizer(1, signed=False, scale=0.4, method="xnor")
+    assert quantizer(torch.tensor([0.0, 0.19, 0.21, 3.0])).tolist() == pytest.approx([0, 0, 0.4, 0.4])
+
+
+def test_the_sign_s_scale_is_calibrated_to_the_mean_magnitude_and_the_networks_input_keeps_8_bits() -> None:
+    model = small_model()
+    layers, _ = find_layers(model)
+    seen: list[torch.Tensor] = []
+    handle = model[5].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    images = torch.randn(8, 1, 8, 8)
+    records = calibrate(model, layers, [images], bits=1, method="xnor").records()
+    handle.remove()
+    assert [(r.module, r.bits, r.signed) for r in records] == [("0", 8, True), ("2", 1, False), ("5", 1, True)]
+    assert records[2].scale == pytest.approx(float(seen[0].abs().double().mean()), rel=1e-5)  # least squares for ±s
+
+
 def small_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 3))

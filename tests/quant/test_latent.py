@@ -24,7 +24,7 @@ from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import mse_step, plane_shares, quantize, soft_planes
 
 SCHEDULE = Schedule(total_steps=40, steps_per_epoch=10)
-PUBLISHED = ("parq", "dorefa", "pact", "bsq", "msq", "scaled-uniform")
+PUBLISHED = ("parq", "dorefa", "pact", "lq-nets", "bsq", "msq", "scaled-uniform")
 METHODS = {
     "ste": StraightThrough,
     "lsq": LearnedStep,

@@ -302,7 +302,7 @@ def test_msq_drops_bits_that_few_weights_use_and_two_at_a_time_where_the_layer_i
         assert int(layer.integers.abs().max()) == 2**layer.planes - 1
 
 
-@pytest.mark.parametrize("name", ["parq", "dorefa", "pact", "bsq", "msq", "twn", "xnor", "scaled-uniform"])
+@pytest.mark.parametrize("name", ["parq", "dorefa", "pact", "lq-nets", "bsq", "msq", "twn", "xnor", "scaled-uniform"])
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_a_layer_of_one_value_is_delivered_finite(name: str, value: float) -> None:
     method = build(name, 1, weight=torch.full(SHAPE, value))

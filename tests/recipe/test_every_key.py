@@ -138,6 +138,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             ),
             ("dorefa", {"rescale": False}),
             ("pact", {"rescale": False, "quantizer": "sawb"}),
+            ("lq-nets", {"iterations": 2, "decay": 0.5, "per_channel": False}),
             ("bsq", {"strength": 0.1, "requantize_share": 0.3, "search_share": 0.6}),
             (
                 "msq",

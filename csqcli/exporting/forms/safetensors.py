@@ -12,11 +12,13 @@ from csqcli.errors import UserError
 from csqcli.exporting import verify
 from csqcli.exporting.folding import fold as folding_of
 from csqcli.exporting.folding import in_16_bits
-from csqcli.exporting.form import Form, Subject
+from csqcli.exporting.form import Form, Options, Subject
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header, io, loading
+from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Form as Layout
 from csqcli.file.manifest import Manifest, ParityRecord
+from csqcli.quant.basis import nearest
 from csqcli.quant.measuring import logits_of
 
 ROUNDING_TOLERANCE = (
@@ -63,12 +65,14 @@ class BitPacked(_Safetensors):
     """The smallest form."""
 
     name = layout = "bit-packed"
+    takes_basis = True
 
 
 class BitPackedSmall(_Safetensors):
     """The smallest: BatchNorms folded, and all numbers but the integers in 16 bits. For inference."""
 
     name, layout = "bit-packed-small", "bit-packed"
+    takes_basis = True
     tolerance = ROUNDING_TOLERANCE
 
     def __init__(self, subject: Subject) -> None:
@@ -91,3 +95,14 @@ class StateDict(_Safetensors):
     """Plain float weights under their own names."""
 
     name = layout = "state-dict"
+    takes_basis = True
+
+    @classmethod
+    def accept(cls, file: QuantizedFile, options: Options, *, where: str) -> None:
+        for layer in file.layers:
+            if layer.basis is None:
+                continue
+            found = nearest(layer.weight(), layer.basis, layer.channel_dim)
+            if not torch.equal(found, layer.integers):
+                what = f"two integers of {layer.name} have the same level, so its weights do not tell its integers"
+                raise UserError(what, where=where, hint="take --bit-packed")

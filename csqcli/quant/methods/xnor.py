@@ -1,8 +1,8 @@
 """XNOR-Net's weights: signs with one scale per filter.
 
 Rastegari, Ordonez, Redmon and Farhadi, XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks,
-ECCV 2016 (arXiv 1603.05279). This is its Binary-Weight-Network; the binary activations are not offered, whose scale K
-changes with every image and position and so is no static quantizer.
+ECCV 2016 (arXiv 1603.05279). This is its Binary-Weight-Network; with one bit for activations (`act_bits: 1`) the binary
+inputs are added (`quant.activations`), at one learned scale per layer in the place of K.
 """
 
 from __future__ import annotations
