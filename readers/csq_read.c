@@ -252,11 +252,12 @@ static const uint8_t *bytes_of(const char *name, size_t *bytes) { /* section 1: 
 
 static struct { const char *name; size_t width; } types[] = {{"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2},
     {"int64", 8}, {"int32", 4}, {"int16", 2}, {"int8", 1}, {"uint8", 1}, {"bool", 1}};
-static size_t width_of(const char *type) {
-    for (size_t i = 0; i < sizeof types / sizeof *types; i++) if (!strcmp(types[i].name, type)) return types[i].width;
+static size_t index_of(const char *type) {
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) if (!strcmp(types[i].name, type)) return i;
     fail("an unknown type");
     return 0;
 }
+static size_t width_of(const char *type) { return types[index_of(type)].width; }
 
 static void fits(size_t size, size_t bytes) { /* DEFLATE gives at most 1032 bytes for one */
     if (size / 1040 > bytes) fail("a shape that its bytes cannot fill");
@@ -264,6 +265,7 @@ static void fits(size_t size, size_t bytes) { /* DEFLATE gives at most 1032 byte
 
 /* section 5: values of tensor `name` of packed_others in its model's type, little-endian; NULL where there is none */
 static uint8_t *unpacked(const char *name, node **found) {
+    static uint8_t *inflated[sizeof types / sizeof *types]; /* the bytes of each type, once they were needed */
     node *wanted = others ? others->child : NULL;
     while (wanted && strcmp(need(wanted, "name", '"')->text, name)) wanted = wanted->next;
     if (!wanted) return NULL;
@@ -280,10 +282,9 @@ static uint8_t *unpacked(const char *name, node **found) {
     char group[32] = "csq_";
     const uint8_t *packed = bytes_of(strcat(group, kept), &bytes);
     fits(total * width, bytes);
-    uint8_t *raw = get(total * width), *values = get(n * width);
-    inflate(packed, bytes, raw, total * width, 1);
+    uint8_t *raw = inflated[index_of(kept)], *values = get(n * width);
+    if (!raw) inflate(packed, bytes, raw = inflated[index_of(kept)] = get(total * width), total * width, 1);
     for (size_t i = 0; i < n; i++) for (size_t b = 0; b < width; b++) values[i * width + b] = raw[b * total + start + i];
-    free(raw);
     if (kept == type) return values;
     if (strcmp(kept, "float16") || strcmp(type, "float32")) fail("stored in a type that is not float16");
     node *exponent = find(wanted, "exponent");
