@@ -43,7 +43,7 @@ from csqcli.file.manifest import (
 from csqcli.models.checkpoints import is_damaged
 from csqcli.models.coverage import Operations
 from csqcli.quant import equations
-from csqcli.quant.basis import level_values
+from csqcli.quant.basis import are_finite
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.system.files import replacing
 
@@ -292,7 +292,7 @@ def _checked_layer(record: LayerRecord, integers: Tensor, scale: Tensor, basis: 
     if basis is not None:
         if not bool((integers % 2 != 0).all()):
             raise ValueError("even integers, which no digits ±1 form")
-        if not bool(level_values(basis).isfinite().all()):
+        if not are_finite(basis):
             raise ValueError("levels that are not finite")
         if record.basis and not torch.equal(torch.tensor(record.basis, dtype=torch.float32), basis):
             raise ValueError("basis disagrees with the manifest")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_TABLE = 2**22  # levels in a table at a time
+
 
 def digits(planes: int, *, like: Tensor) -> Tensor:
     """[2^k, k], ±1: the digits b_j of each level, in the order of Q = −(2^k − 1), …, −1, 1, …, 2^k − 1."""
@@ -29,8 +31,11 @@ def level_values(basis: Tensor) -> Tensor:
 def values_of(integers: Tensor, basis: Tensor, channel_dim: int) -> Tensor:
     """The weights that odd ``integers`` (the weight's shape) stand for, in the basis' type."""
     numbers = (_rows(integers, channel_dim).long() + 2 ** len(basis) - 1) // 2
-    levels = level_values(basis).expand(-1, len(numbers))  # [2^k, channels]
-    return _unrows(levels.gather(0, numbers.t()).t(), integers, channel_dim)
+    total = torch.zeros((), dtype=basis.dtype, device=basis.device)
+    for plane, value in enumerate(basis):  # as `level_values`, without a table that few weights would use
+        signed = torch.where((numbers >> plane) & 1 != 0, value[:, None], -value[:, None])
+        total = signed if plane == 0 else total + signed
+    return _unrows(total, integers, channel_dim)
 
 
 def nearest(weight: Tensor, basis: Tensor, channel_dim: int) -> Tensor:
@@ -39,14 +44,29 @@ def nearest(weight: Tensor, basis: Tensor, channel_dim: int) -> Tensor:
     Of several integers with one level, the least is taken, so that a weight on a level has one integer.
     """
     rows = _rows(weight, channel_dim)
-    levels, order = level_values(basis).t().sort(dim=1, stable=True)  # [channels or 1, 2^k]
-    middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    middles = middles.expand(len(rows), -1).contiguous()
+    bases = basis.expand(-1, len(rows))
+    at_a_time = max(1, _TABLE >> len(basis))
+    parts = zip(rows.split(at_a_time), bases.split(at_a_time, dim=1), strict=True)
+    numbers = torch.cat([_nearest_numbers(part, own) for part, own in parts])
+    return _unrows((2 * numbers - (2 ** len(basis) - 1)).to(torch.int32), weight, channel_dim)
+
+
+def are_finite(basis: Tensor) -> bool:
+    """Whether all levels are: the largest is the sum of all magnitudes, in whose order rounding is monotone."""
+    total = basis[0].abs()
+    for value in basis[1:]:
+        total = total + value.abs()
+    return bool(total.isfinite().all())
+
+
+def _nearest_numbers(rows: Tensor, basis: Tensor) -> Tensor:
+    """[channels, weights]: numbers of the nearest levels, for a basis [k, channels]."""
+    levels, order = level_values(basis).t().sort(dim=1, stable=True)  # [channels, 2^k]
+    levels = levels.contiguous()
+    middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
     place = torch.searchsorted(middles, rows.to(middles.dtype).contiguous())
-    levels, order = levels.expand(len(rows), -1).contiguous(), order.expand(len(rows), -1)
     first = torch.searchsorted(levels, levels)  # of equal levels, which come in the order of their integers
-    number = order.gather(1, first.gather(1, place))
-    return _unrows((2 * number - (2 ** len(basis) - 1)).to(torch.int32), weight, channel_dim)
+    return order.gather(1, first.gather(1, place))
 
 
 def _rows(values: Tensor, channel_dim: int) -> Tensor:

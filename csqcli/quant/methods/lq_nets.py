@@ -119,4 +119,5 @@ def _least_squares(rows: Tensor, integers: Tensor, planes: int) -> Tensor:
     gram = torch.stack([torch.stack([(a * b).sum(dim=1) for b in digits], dim=1) for a in digits], dim=1).double()
     right = torch.stack([(digit * rows).sum(dim=1) for digit in digits], dim=1).double()
     gram += _RIDGE * torch.eye(planes, dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, right).t().to(rows.dtype).contiguous()
+    basis, _ = torch.linalg.solve_ex(gram, right)  # unlike solve, it does not wait for a GPU to say whether it could
+    return basis.t().to(rows.dtype).contiguous()

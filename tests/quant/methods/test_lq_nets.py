@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+import csqcli
 from csqcli.errors import UserError
+from csqcli.models.networks import digits_cnn
 from csqcli.quant.basis import level_values, nearest, values_of
 from csqcli.quant.catalog import CARDS
 from csqcli.quant.hard_layer import HardLayer, top_planes
@@ -141,3 +145,28 @@ def test_a_finetune_starts_on_the_delivered_levels_and_refuses_integers_times_sc
         UserError, match=r"conv.weight: holds integers × scale, and lq-nets trains a basis; finetune it"
     ):
         build(hard.weight(), 2, plan={"start": [plain]})
+
+
+def test_in_somebodys_own_loop_an_average_is_saved_at_the_nearest_levels_of_the_basis(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = digits_cnn()
+    optimizer = csqcli.CSQ(model, target_bits=2, total_steps=6, method="lq-nets")
+    average = AveragedModel(model)
+    for _ in range(6):
+        nn.functional.cross_entropy(model(torch.rand(8, 1, 8, 8)), torch.randint(0, 10, (8,))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    saved = {"source": "csq:digits_cnn", "num_classes": 10}
+    csqcli.save(average, optimizer, tmp_path / "average.safetensors", **saved)
+    loaded = csqcli.load(tmp_path / "average.safetensors").state_dict()
+    averaged = average.module.state_dict()
+    for layer in optimizer.hard_layers():
+        assert torch.equal(layer.weight(), model.state_dict()[layer.name])
+        assert layer.basis is not None
+        for channel, (own, wanted) in enumerate(zip(loaded[layer.name], averaged[layer.name], strict=True)):
+            levels = np.array(
+                [np.dot(code, layer.basis[:, channel].numpy()) for code in itertools.product([-1, 1], repeat=2)]
+            )
+            expected = nearest_values_of(wanted.numpy().ravel(), levels)
+            np.testing.assert_allclose(own.numpy().ravel(), expected, rtol=1e-4, atol=1e-6)
