@@ -11,6 +11,8 @@ import typer
 
 from csqcli.cli import output, recipes
 from csqcli.cli.allocate import allocate
+from csqcli.cli.compare import compare
+from csqcli.cli.diff import diff
 from csqcli.cli.evaluate import evaluate
 from csqcli.cli.explain import explain
 from csqcli.cli.export import export
@@ -43,7 +45,9 @@ for command in (
     sensitivity,
     evaluate,
     report,
+    compare,
     explain,
+    diff,
     inspect,
     export,
     reproduce,
