@@ -26,6 +26,8 @@ __all__ = [
     "CSQ",
     "UserError",
     "allocate",
+    "compare",
+    "diff",
     "evaluate",
     "explain",
     "export",
@@ -533,6 +535,82 @@ def explain(
         data,
         images=val_limit,
         measured_swaps=swaps,
+        device=device,
+        batch_size=batch_size,
+        val_split=val_split,
+        trust_code=trust_code,
+        display=_display(progress),
+    )
+
+
+def compare(*files: str | Path) -> Report:
+    """Two or more quantized models, layer by layer. Needs neither model code nor data.
+
+    Args:
+        files: runs' folders, files that csq wrote (ONNX ones included), and ``report.json`` files.
+
+    Returns:
+        ``models`` (one each: file, model, form, method, target_bits, mean_bits, file_bytes, accuracy), ``layers`` (name, and
+        ``planes``, ``bytes``, ``entropy_bits`` by model, null where it lacks the layer; ``differs``), ``settings`` (recipe keys
+        whose values differ, with the values by model).
+
+    Raises:
+        UserError: for fewer than two files, and for what is not csq's or is damaged.
+
+    Example::
+
+        found = csqcli.compare("runs/a", "runs/b")
+        print([layer["name"] for layer in found["layers"] if layer["differs"]])
+    """
+    from csqcli.reporting.comparing import compare as compared
+
+    return compared([Path(file) for file in files])
+
+
+def diff(
+    float_model: str | Path,
+    quantized: str | Path,
+    data: str,
+    *,
+    export: str | Path | None = None,
+    val_limit: int = 64,
+    device: str = "auto",
+    batch_size: int = 16,
+    val_split: float | Literal["test"] | None = None,
+    trust_code: bool = False,
+    progress: bool | Display = False,
+) -> Report:
+    """Signal-to-noise ratio of every layer's output against the float model's, worst first.
+
+    Args:
+        float_model: a checkpoint, a csq file or run, or the quantized model's own name, for the library's weights.
+        quantized: a run's folder, a safetensors file that csq wrote, or an ONNX export.
+        data: as for :func:`evaluate`.
+        export: an ONNX export of ``quantized``, to be run in its engine beside.
+        val_limit: use only this many validation images.
+        device, batch_size, val_split, trust_code, progress: as for :func:`evaluate`.
+
+    Returns:
+        ``layers``, worst first: name, weights, planes, and in dB ``own`` (the layer alone, given the float model's input), ``hard``
+        and ``engine`` (errors of the layers before included), null where nothing differs or could be compared; ``logits``
+        and the share of images whose top-1 agrees, in percent.
+
+    Raises:
+        UserError: for files that are damaged or of different architectures.
+
+    Example::
+
+        worst = csqcli.diff("mine.pth", "runs/resnet18", "/imagenet")["layers"][0]
+        print(worst["name"], worst["hard"])
+    """
+    from csqcli.analysis.differing import diff as differing
+
+    return differing(
+        str(float_model),
+        Path(quantized),
+        data,
+        export=Path(export) if export is not None else None,
+        images=val_limit,
         device=device,
         batch_size=batch_size,
         val_split=val_split,

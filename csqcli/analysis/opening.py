@@ -19,6 +19,7 @@ from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.labels import open_held_out, with_labels_of
 from csqcli.file.loading import hard_model
+from csqcli.file.manifest import Manifest
 from csqcli.models.coverage import Operations, count_macs
 from csqcli.models.spec import parse
 from csqcli.quant import activations
@@ -144,14 +145,21 @@ def open_quantized(
         file = io.read(path)
         model = hard_model(file, trust_code=trust_code, where=str(path)).to(pick_device(device))
     batches, found = images_for(
-        file, path, data, images=images, device=device, batch_size=batch_size, val_split=val_split, display=display
+        file.manifest,
+        path,
+        data,
+        images=images,
+        device=device,
+        batch_size=batch_size,
+        val_split=val_split,
+        display=display,
     )
     layers = layers_named(model, [layer.name for layer in file.layers])
     return OpenedFile(file, model, layers, batches, found)
 
 
 def images_for(
-    file: QuantizedFile,
+    manifest: Manifest,
     path: Path,
     data: str,
     *,
@@ -162,7 +170,6 @@ def images_for(
     display: Display,
 ) -> tuple[list[tuple[Tensor, Tensor]], DataSet]:
     """So many validation images of a source as the file's model takes them, in batches, and where they are from."""
-    manifest = file.manifest
     check_task(manifest.spec)
     with display.step(f"listing the images of {data}"):
         found = open_held_out(manifest, data, val_split=val_split, val_limit=images)

@@ -11,6 +11,8 @@ import typer
 
 from csqcli.cli import output, recipes
 from csqcli.cli.allocate import allocate
+from csqcli.cli.compare import compare
+from csqcli.cli.diff import diff
 from csqcli.cli.doctor import doctor
 from csqcli.cli.evaluate import evaluate
 from csqcli.cli.explain import explain
@@ -44,7 +46,9 @@ for command in (
     sensitivity,
     evaluate,
     report,
+    compare,
     explain,
+    diff,
     inspect,
     export,
     reproduce,

@@ -81,12 +81,18 @@ def open_model(path: Path) -> tuple[OnnxModel, Manifest]:
 
     The engine is given nothing but a graph that is as it was exported, and never a path that it could follow to others.
     """
+    proto, manifest = checked_graph(path)
+    return OnnxModel(proto.SerializeToString(), where=str(path)), manifest
+
+
+def checked_graph(path: Path) -> tuple[Any, Manifest]:
+    """The ModelProto of an exported file that is as it was exported, and its manifest. UserError for any other."""
     proto, manifest = _read(path)
     if manifest.parity is None or manifest.parity.graph_sha256 != graph_sha256(proto):
         raise UserError("the graph does not match its sha-256", where=str(path), hint="the file is damaged")
     if any(tensor.data_location for tensor in itertools.chain(*map(_tensors, (proto.graph, *proto.functions)))):
         raise UserError("keeps tensors in other files, which csq never follows", where=str(path))
-    return OnnxModel(proto.SerializeToString(), where=str(path)), manifest
+    return proto, manifest
 
 
 def graph_sha256(proto: Any) -> str:

@@ -163,3 +163,54 @@ def chunks(batches: Batches, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for images, labels in batches:
         if len(labels):
             yield from zip(images.split(size), labels.split(size), strict=True)
+
+
+def owner_of(name: str) -> str:
+    """The module that a weight of this name belongs to."""
+    return name.rpartition(".")[0].removesuffix(".parametrizations.weight")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: what it was given, and its output, the first where there are several."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Tensor
+
+
+@torch.no_grad()
+def calls_of(model: nn.Module, images: Tensor, names: Iterable[str]) -> tuple[Tensor, dict[str, list[Call]]]:
+    """The model's class scores for ``images``, and the calls of the modules of these names, in order.
+
+    Modules that are not called, or give no floating tensor, are left out.
+    """
+    found: dict[str, list[Call]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            output = first_tensor(output)
+            if output is not None:
+                found.setdefault(name, []).append(Call(arguments, named, output.detach().clone()))
+
+        return hook
+
+    modules = dict(model.named_modules())
+    wanted = [name for name in dict.fromkeys(names) if name in modules]
+    handles = [modules[name].register_forward_hook(keep(name), with_kwargs=True) for name in wanted]
+    try:
+        return logits_of(model(images)), found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs_of(model: nn.Module, images: Tensor, names: Iterable[str]) -> dict[str, list[Tensor]]:
+    """As :func:`calls_of`, the outputs alone."""
+    return {name: [call.output for call in calls] for name, calls in calls_of(model, images, names)[1].items()}
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a module gives, or the first of it; None where that is no floating tensor."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, Tensor) and first.is_floating_point() else None

@@ -151,3 +151,97 @@ def _swap_words(found: Mapping[str, Any], names: Mapping[str, str]) -> list[str]
             f"top-1 {swap['top1']:.2f} %; {verdict}"
         )
     return words
+
+
+def print_diff(found: Mapping[str, Any], console: Console) -> None:
+    """What `csq diff` prints: a row per layer, worst first, then the logits."""
+    marks, rows = glyphs(console), found["layers"]
+    kinds = [
+        (kind, heading)
+        for kind, heading in (("own", "alone dB"), ("hard", "hard dB"), ("engine", "engine dB"))
+        if any(row[kind] is not None for row in rows)
+    ]
+    columns = [
+        Column("layer", names_of(rows), shrinks=LEAST_NAME),
+        Column("weights", [f"{row['weights']:,}" for row in rows], rank=2, right=True),
+        Column("bits", [str(row["planes"]) for row in rows], rank=1, right=True),
+        *(Column(heading, [_decibels(row[kind]) for row in rows], right=True) for kind, heading in kinds),
+    ]
+    print_columns(columns, console, marks)
+    console.print()
+    logits = found["logits"]
+    lines = [f"images       {found['images']}; outputs of each layer against those of {printable(found['float'])}"]
+    for kind, agreement, name in (
+        ("hard", "agreement", "hard"),
+        ("engine", "engine_agreement", printable(found["engine"] or "")),
+    ):
+        if logits[agreement] is not None:
+            lines.append(
+                f"logits       {name}: {_decibels(logits[kind])} dB, the same top-1 for {logits[agreement]:.2f} % of the images"
+            )
+    if found["unreached"]:
+        listed = ", ".join(map(printable, found["unreached"]))
+        lines.append(f"not seen     {listed}: no module gives the output")
+    print_lines(lines, console)
+
+
+def _decibels(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def print_comparison(found: Mapping[str, Any], console: Console) -> None:
+    """What `csq compare` prints: planes and bytes of every layer, ``*`` where planes differ, then a line per model."""
+    marks, models, rows = glyphs(console), found["models"], found["layers"]
+    letters = [chr(ord("A") + at) if at < 26 else str(at + 1) for at in range(len(models))]
+
+    def cells(key: str, at: int, form: str) -> list[str]:
+        return ["–" if row[key][at] is None else format(row[key][at], form) for row in rows]
+
+    columns = [Column("layer", names_of(rows), shrinks=LEAST_NAME)]
+    columns += [Column(f"bits {letter}", cells("planes", at, "d"), right=True) for at, letter in enumerate(letters)]
+    columns.append(Column("", ["*" if row["differs"] else "" for row in rows], style="yellow"))
+    columns += [
+        Column(f"bytes {letter}", cells("bytes", at, ",d"), rank=1, right=True) for at, letter in enumerate(letters)
+    ]
+    columns += [
+        Column(f"entropy {letter}", cells("entropy_bits", at, ".2f"), rank=2, right=True)
+        for at, letter in enumerate(letters)
+    ]
+    if rows:
+        print_columns(columns, console, marks)
+        console.print()
+    first, lines = models[0], []
+    for letter, model in zip(letters, models, strict=True):
+        lines.append(f"{letter:<13}{printable(model['file'])}: {printable(model['model'])}, {_how(model)}")
+        parts = [f"{model['mean_bits']:.4f} mean bits", f"{model['entropy_bits']:.3f} entropy"]
+        if model["file_bytes"] is not None:
+            parts.append(
+                f"{model['file_bytes']:,} bytes{_change(model, first, 'file_bytes', ',d')} ({printable(model['form'])})"
+            )
+        if model["hard_top1"] is not None:
+            parts.append(
+                f"top-1 {model['hard_top1']:.2f} %{_change(model, first, 'hard_top1', '.2f')} of {model['samples']} images"
+            )
+        lines.append(f"{'':<13}{', '.join(parts)}")
+    differing = sum(row["differs"] for row in rows)
+    lines.append(f"differ       planes of {differing} of {len(rows)} layers")
+    for key, values in found["settings"].items():
+        shown = ", ".join(f"{letter} {_short(value)}" for letter, value in zip(letters, values, strict=True))
+        lines.append(f"             {printable(key)}: {shown}")
+    print_lines(lines, console)
+
+
+def _how(model: Mapping[str, Any]) -> str:
+    by = f" with planes by {printable(str(model['allocator']))}" if model["allocator"] else ""
+    return f"{printable(str(model['method'] or 'method unknown'))}{by}"
+
+
+def _change(model: Mapping[str, Any], first: Mapping[str, Any], key: str, form: str) -> str:
+    if model is first or first[key] is None:
+        return ""
+    return f" ({format(model[key] - first[key], '+' + form)})"
+
+
+def _short(value: Any) -> str:
+    text = printable(str(value))
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -151,6 +151,19 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "explain RUN --data digits --val-split test --swaps 0 -q --json",
         lambda r: json.loads(r.out)["swaps"] == [] and len(json.loads(r.out)["layers"]) == 4,
     ),
+    "diff": (
+        "diff CHECKPOINT RUN --data digits --val-split test --val-limit 20 --device cpu --batch-size 8 --trust-code --quiet "
+        "--log-every 5",
+        lambda r: "hard dB" in r.out and "conv3" in r.out,
+    ),
+    "diff with the export": (
+        "diff builtin:digits_float ONNX_OF --export ONNX_EXPORT --data digits -q --json",
+        lambda r: json.loads(r.out)["engine"].startswith("onnxruntime"),
+    ),
+    "compare": (
+        "compare RUN QUANTIZED_INPUTS --json",
+        lambda r: len(json.loads(r.out)["models"]) == 2 and len(json.loads(r.out)["layers"]) == 4,
+    ),
     # report, inspect, methods, recipes
     "report": ("report RUN --json", lambda r: json.loads(r.out)["form"] == "compact"),
     "report page": (
@@ -246,7 +259,7 @@ def test_every_option_has_a_row() -> None:
 @pytest.mark.parametrize("name", INVOCATIONS)
 def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
     line, expected = INVOCATIONS[name]
-    if "--onnx" in line:
+    if "--onnx" in line or "ONNX_EXPORT" in line:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     if "tensorboard" in line:
@@ -263,6 +276,9 @@ def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
         "CHECKPOINT": str(resources.files("csqcli") / "assets" / "digits_float.safetensors"),
         "QUANTIZED_INPUTS": str(Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"),
     }
+    if "ONNX_EXPORT" in line:
+        places |= {"ONNX_OF": places["RUN"], "ONNX_EXPORT": str(tmp_path / "run.onnx")}
+        assert csq("export", places["RUN"], "--onnx", "-o", places["ONNX_EXPORT"], "-q")[0] == 0
     words = [places.get(word) or word.replace("OUT/", f"{out}/") for word in line.split()]
     code, stdout, stderr = csq(*words)
     assert code == 0, stderr

@@ -148,6 +148,27 @@ ROWS = [
     "explain factory.safetensors --data digits -q",
     "explain run --data digits --val-limit 1 -q",
     "explain run --data images -q",
+    "diff",
+    "diff float.safetensors",
+    "diff float.safetensors run",
+    "diff float.safetensors nowhere --data digits",
+    "diff nowhere.pth run --data digits -q",
+    "diff resnet18 run --data digits -q",
+    "diff pickled.pth run --data digits -q",
+    "diff wide.safetensors run --data digits -q",
+    "diff run float.safetensors --data digits -q",
+    "diff run factory.safetensors --data digits -q",
+    "diff run text.onnx --data digits -q",
+    "diff run run --export text.txt --data digits -q",
+    "diff run run --data images -q",
+    "compare",
+    "compare run",
+    "compare run nowhere",
+    "compare run float.safetensors",
+    "compare run run/metrics.jsonl",
+    "compare run recipes/list.json",
+    "compare run recipes/other.json",
+    "compare run nowhere.json",
     "search --recipe digit",
     "search --recipe recipes/unknown_key.yaml",
     "search --recipe recipes/unknown_section.yaml",
@@ -267,6 +288,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (recipes / "unknown_section.yaml").write_text("optimiser: {lr: 3}\n")
     (recipes / "broken.yaml").write_text("epochs: [1\nmodel: {\n")
     (recipes / "list.yaml").write_text("- epochs\n")
+    (recipes / "list.json").write_text("[1]")
+    (recipes / "other.json").write_text('{"name": "fig2"}')
     planes = root / "planes"
     planes.mkdir()
     (planes / "misspelt.yaml").write_text("target: 3\nplanes: {'*': 2}\n")

@@ -23,7 +23,7 @@ import torch
 from csqcli.file import io
 from tests.file.vectors import FOLDER, write
 
-READERS = Path(__file__).parents[2] / "readers"
+READERS = Path(__file__).parents[2] / "docs" / "readers"
 VECTORS = sorted(FOLDER.glob("*.safetensors"))
 Found = tuple[
     dict[str, str], dict[str, dict[str, Any]]

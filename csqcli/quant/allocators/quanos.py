@@ -7,8 +7,7 @@ weights that rounding loses, ‖W − Q_k‖²/‖W‖², so that the common kna
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import savings
-from csqcli.quant.measuring import Batches, evaluating, logits_of, squared_errors
+from csqcli.quant.measuring import Batches, evaluating, logits_of, outputs_of, owner_of, squared_errors
 
 _STRENGTH = 0.12  # ε in standard deviations of the images: about 8/255 of the pixel range of natural images
 
@@ -33,7 +32,7 @@ def noise_sensitivity(model: nn.Module, layers: Sequence[Layer], batches: Batche
 
     A layer whose module is never called (its weight is used functionally) takes the mean of the others.
     """
-    names = [layer.name.rpartition(".")[0].removesuffix(".parametrizations.weight") for layer in layers]
+    names = [owner_of(layer.name) for layer in layers]
     moved, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     with evaluating(model):
         for images, labels in batches:
@@ -52,25 +51,3 @@ def noise_sensitivity(model: nn.Module, layers: Sequence[Layer], batches: Batche
                     size[name] += float(a.double().square().sum())
     found = torch.tensor([(moved[n] / size[n]) ** 0.5 if size[n] else torch.nan for n in names], dtype=torch.float64)
     return torch.nan_to_num(found, nan=float(found.nanmean().nan_to_num(1.0)))
-
-
-def outputs_of(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
-    """What the modules of these names give for ``images``, call by call; modules that are not called are left out."""
-    found: dict[str, list[Tensor]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(first, Tensor) and first.is_floating_point():
-                found.setdefault(name, []).append(first.detach().clone())
-
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(keep(name)) for name in dict.fromkeys(names) if name in modules]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -1,6 +1,6 @@
 /* Reads csq's bit-packed files (docs/format.md) with nothing but the C library, and prints what is in them.
 
-     cc -O2 -o csq_read readers/csq_read.c -lm && ./csq_read model.safetensors
+     cc -O2 -o csq_read docs/readers/csq_read.c -lm && ./csq_read model.safetensors
 
    A line per quantized layer, "integers SHA256 NAME" (of its integers as little-endian int16), then a line per tensor of the
    state dict, "tensor SHA256 DTYPE [SHAPE] NAME" (of its values, little-endian). Exit code 2 and one line for any other file.

@@ -1,6 +1,6 @@
 // Reads csq's bit-packed files (docs/format.md) in Node.js, with nothing but its own modules.
 //
-//   node readers/csq_read.mjs model.safetensors
+//   node docs/readers/csq_read.mjs model.safetensors
 //
 // prints a line per quantized layer, "integers SHA256 NAME", and a line per tensor of the state dict,
 // "tensor SHA256 DTYPE [SHAPE] NAME"; exit code 2 and one line for any other file. As a module: `read(bytes)` gives

@@ -1,0 +1,86 @@
+"""What the layers inside an exported ONNX file give in its engine, not its logits alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csqcli.errors import UserError
+from csqcli.exporting.runtime import INPUT, OUTPUT, OnnxModel, checked_graph
+
+_PASSES = ("Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity")  # a weight on its way to its operation
+_OPERATIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+class TappedModel:
+    """An exported file in ONNX Runtime whose layers' outputs can be read."""
+
+    def __init__(self, path: Path) -> None:
+        """UserError for files that csq did not export, or that the engine refuses."""
+        proto, self.manifest = checked_graph(path)
+        self.taps = layer_outputs(proto.graph, [layer.name for layer in self.manifest.layers])
+        known = {value.name for value in proto.graph.output}
+        for names in self.taps.values():
+            for name in names:
+                if name not in known:
+                    proto.graph.output.append(_value(proto, name))
+                    known.add(name)
+        self.model = OnnxModel(proto.SerializeToString(), where=str(path))
+        self.engine = self.model.engine
+
+    def run(self, images: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Class scores, and the outputs of each layer that the graph has, operation by operation; on the CPU."""
+        names = [name for outputs in self.taps.values() for name in outputs]
+        try:
+            found = self.model.session.run([OUTPUT, *names], {INPUT: images.contiguous().cpu().numpy()})
+        except Exception as error:  # the engine's own exception classes are no public API
+            raise UserError(f"onnxruntime cannot run it ({error})", where=self.model.where) from None
+        by_name = dict(zip([OUTPUT, *names], map(torch.from_numpy, found), strict=True))
+        return by_name[OUTPUT], {layer: [by_name[name] for name in outputs] for layer, outputs in self.taps.items()}
+
+
+def layer_outputs(graph: Any, layers: Sequence[str]) -> dict[str, list[str]]:
+    """The values that hold each layer's output: of the operations that read its weight, their bias added.
+
+    ``graph`` is a GraphProto in which a layer's weight is a value of its name. Layers without such an operation are left out.
+    """
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    constants = {tensor.name for tensor in graph.initializer}
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        pending, outputs = [layer], []
+        while pending:
+            for node in readers.get(pending.pop(0), ()):
+                if node.op_type in _PASSES:
+                    pending.append(node.output[0])
+                elif node.op_type in _OPERATIONS:
+                    outputs.append(_with_bias(node, readers, constants))
+        if outputs:
+            found[layer] = outputs
+    return found
+
+
+def _with_bias(node: Any, readers: dict[str, list[Any]], constants: set[str]) -> str:
+    """The output of an operation, after the bias where that is added by a node of its own."""
+    output: str = node.output[0]
+    after = readers.get(output, [])
+    if node.op_type == "MatMul" and len(after) == 1 and after[0].op_type == "Add":
+        other = [value for value in after[0].input if value != output]
+        if len(other) == 1 and other[0] in constants:
+            bias: str = after[0].output[0]
+            return bias
+    return output
+
+
+def _value(proto: Any, name: str) -> Any:
+    """A graph output of this name, whose type and shape the engine infers."""
+    value = type(proto.graph.output[0])()
+    value.name = name
+    return value
