@@ -35,8 +35,9 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 from csqcli.training import phase
 from csqcli.training.adapt import adapt
-from csqcli.training.deliver import deliver, rehearse, write_report
+from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
+from csqcli.training.post_training import quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
 
@@ -115,9 +116,12 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[s
     run.quantize_activations()
     if run.activations is not None:
         rehearse(run, layers, left)
-    trainer = phase.train(run, "search", run.recipe, layers)
-    file, gap = deliver(run, trainer, left)
-    run.searched = trainer.optimizer.method
+    if run.recipe.card.trains:
+        trainer = phase.train(run, "search", run.recipe, layers)
+        file, gap = deliver(run, trainer, left)
+        run.searched = trainer.optimizer.method
+    else:
+        file, gap = publish(run, quantize_after_training(run, layers), left)
     return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
 
 

@@ -208,8 +208,8 @@ class Recipe(Section):
     """The optional float phase before the search."""
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
     """The optional second phase."""
-    epochs: int = Field(10, ge=1, le=10**6)
-    """Epochs of the search."""
+    epochs: int = Field(10, ge=0, le=10**6)
+    """Epochs of the search; 0 is post-training quantization (method `ptq`)."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
     """Stop every epoch after this many steps; for trying a job out."""
     bn_recalibration_batches: int = Field(100, ge=0, le=10**6)

@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from csqcli.errors import UserError, did_you_mean
-from csqcli.quant.allocators.base import planes_by
+from csqcli.quant.allocators.base import Batches, planes_by
 from csqcli.quant.budget import Budget, make_budget, plane_limits
 from csqcli.quant.catalog import CARDS, UNIFORM, MethodCard
 from csqcli.quant.costs import costs
@@ -102,10 +102,7 @@ def make_method(
     planes = None
     allocator = recipe.quantization.allocator or (UNIFORM if card.takes == "planes" else None)
     if allocator is not None and start is None:
-        with run.display.step("measuring which layers matter"):
-            planes = planes_by(allocator, run.model, layers, run.calibration_batches(), budget)
-        planes = distributed.from_main(planes)
-        run.display.say(f"planes by {allocator}: {' '.join(map(str, planes))}")
+        planes = allocated(run, allocator, layers, run.calibration_batches(), budget)
     plan = Plan(
         schedule=schedule,
         budget=budget,
@@ -122,6 +119,15 @@ def make_method(
     )
     settings = recipe.method_settings if card.name == recipe.card.name else card.settings()
     return card.load()(layers, plan, settings)
+
+
+def allocated(run: Run, allocator: str, layers: Sequence[Layer], batches: Batches, budget: Budget) -> list[int]:
+    """Planes of every layer by an allocator, the same on all processes; said."""
+    with run.display.step("measuring which layers matter"):
+        planes = planes_by(allocator, run.model, layers, batches, budget)
+    planes = distributed.from_main(planes)
+    run.display.say(f"planes by {allocator}: {' '.join(map(str, planes))}")
+    return planes
 
 
 def budget_of(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> Budget:

@@ -61,6 +61,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
             and r.report()["budget"]["mean_bits"] <= 3
         ),
     ),
+    "no epochs": (
+        "search --recipe digits --target-bits 2 -o OUT --quiet --epochs 0 --set images=64",
+        holds("quantization.method", "ptq"),
+    ),
     "lr": (f"{SEARCH} --lr 0.25", holds("optimizer.lr", 0.25)),
     "val split": (f"{SEARCH} --val-split 0.1", holds("data.val_split", 0.1)),
     "log every": (f"{SEARCH} --log-every 5", lambda r: r.err == ""),

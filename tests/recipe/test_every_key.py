@@ -109,6 +109,19 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "quantization.method": "staged",
         },
     ),
+    "ptq": (
+        f"{DIGITS} --epochs 0 --target-bits 2",
+        {
+            "quantization.method": "ptq",
+            "ptq.images": 40,
+            "ptq.passes": 2,
+            "ptq.rounding": "nearest",
+            "ptq.follow_inputs": False,
+            "ptq.correct_bias": False,
+            "ptq.damping": 0.1,
+            "ptq.recovery": 1.0,
+        },
+    ),
     **{
         name: (
             f"{DIGITS} --epochs 2",

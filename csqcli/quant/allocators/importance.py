@@ -16,8 +16,11 @@ from csqcli.quant.passes.rounding import mse_step, plane_errors
 _RECOVERY = 0.25  # as `staged` discounts finer planes
 
 
-def fisher_importance(model: nn.Module, layers: Sequence[Layer], batches: Batches, bits: int) -> Tensor:
-    """[layers, bits] float64: ρ^b ½ Σ_i F_i ((W − Q_b)² − (W − Q_{b+1})²), F the mean squared gradient over ``batches``.
+def fisher_importance(
+    model: nn.Module, layers: Sequence[Layer], batches: Batches, bits: int, *, recovery: float = _RECOVERY
+) -> Tensor:
+    """[layers, bits] float64: ρ^b ½ Σ_i F_i ((W − Q_b)² − (W − Q_{b+1})²), F the mean squared gradient over ``batches``
+    and ρ = ``recovery``.
 
     The model runs in eval mode, with the labels' cross entropy, and comes back as it was.
     """
@@ -41,4 +44,4 @@ def fisher_importance(model: nn.Module, layers: Sequence[Layer], batches: Batche
         widths = [mse_step(weight, k, channel_dim=None if shared else 1).view(-1, 1) for k in range(1, bits + 1)]
         unit = torch.ones_like(widths[0])
         errors[index] = plane_errors(weight, unit=unit, steps=torch.stack(widths), fisher=fisher).cpu()
-    return savings(errors, _RECOVERY)
+    return savings(errors, recovery)
