@@ -1,11 +1,13 @@
 """search(), finetune() and evaluate_file(), top to bottom: the page to start reading at.
 
 Each line is a step that has its own module: `training.run` (what the phases of a run share), `training.phase` (one phase
-trained to its end, whatever interrupts it), `training.deliver` (the file, written and read back).
+trained to its end, whatever interrupts it), `training.post_training` (where nothing is trained), `training.deliver` (the file,
+written and read back).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import ValSplit, open_data
 from csqcli.data.splits import DataSet
+from csqcli.data.unlabelled import unlabelled
 from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
@@ -320,6 +323,15 @@ def _open_images(recipe: Recipe) -> DataSet:
     settings = recipe.data
     check_data_given(recipe)
     assert settings.source is not None
+    if settings.calib is not None:
+        held_out = open_data(
+            settings.source,
+            train=False,
+            val_split=settings.val_split,
+            val_seed=settings.val_seed,
+            val_limit=settings.val_limit,
+        )
+        return replace(held_out, train=unlabelled(settings.calib).limited(settings.train_limit))
     return open_data(
         settings.source,
         val_split=settings.val_split,

@@ -41,6 +41,10 @@ def search(
         float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
     ] = None,
     data: DataOption = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="With --epochs 0: a folder of images to calibrate on; labels are not needed."),
+    ] = None,
     val_split_: ValSplitOption = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
     weights: WeightsOption = None,
@@ -64,7 +68,7 @@ def search(
         str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
     ] = None,
     act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3 or 2.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training; 0 is post-training quantization.")] = None,
     float_epochs: Annotated[int | None, typer.Option(help="Epochs in float first, before the search.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
     distill: Annotated[
@@ -99,6 +103,7 @@ def search(
         "model.source": model,
         "quantization.target_bits": target_bits,
         "data.source": data,
+        "data.calib": calib,
         "data.val_split": val_split(val_split_),
         "model.checkpoint": checkpoint,
         "model.weights": weights.value if weights else None,

@@ -29,14 +29,19 @@ class _Reached(Exception):
 class LayerInputs(TorchFunctionMode):
     """Inside, a forward pass leaves the inputs of ``layers`` in :attr:`columns`, as [groups, columns, samples].
 
-    At most about ``positions`` output positions of an image are taken, on a regular grid whose origin is ``offset`` positions
-    on. :attr:`order` has the layers' indices in the order in which they ran, :attr:`biases` the bias that each was given.
+    At most about ``positions`` output positions of an image are taken (one number, or one per layer), on a regular grid whose
+    origin is ``offset`` positions on.
+
+    :attr:`order` has the layers' indices in the order in which they ran, :attr:`biases` the bias that each was given.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, positions: int, offset: int = 0, values: bool = True) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], *, positions: int | Sequence[int], offset: int = 0, values: bool = True
+    ) -> None:
         super().__init__()
         self.of = {id(layer.parameter): index for index, layer in enumerate(layers)}
-        self.positions, self.offset, self.values = positions, offset, values
+        self.positions = [positions] * len(layers) if isinstance(positions, int) else list(positions)
+        self.offset, self.values = offset, values
         self.wanted: set[int] = set()  # layers after which the pass may end; none: it runs to its end
         self.columns: dict[int, Tensor] = {}
         self.order: list[int] = []
@@ -65,9 +70,9 @@ class LayerInputs(TorchFunctionMode):
         if not self.values:
             self.columns[index] = empty
         elif dims is None:
-            self.columns[index] = rows_of(given["input"], self.positions, self.offset)
+            self.columns[index] = rows_of(given["input"], self.positions[index], self.offset)
         else:
-            self.columns[index] = patches(dims, given, self.positions, self.offset)
+            self.columns[index] = patches(dims, given, self.positions[index], self.offset)
 
 
 @contextlib.contextmanager

@@ -168,6 +168,9 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     rest["quantization"]["method"] = card.target if ":" in _method_of(raw) else card.name
     recipe: Recipe = _checked(Recipe, rest | {"method_settings": settings, "method_why": why}, where=where, card=card)
     _check_epochs(recipe.epochs, card, where)
+    if recipe.data.calib is not None and (card.trains or recipe.adaptation.epochs or recipe.finetune.epochs):
+        hint = "pass --epochs 0 (post-training quantization), without --float-epochs and --finetune-epochs"
+        raise UserError("data.calib: images without labels cannot be trained on", where=where, hint=hint)
     if ":" not in recipe.quantization.cost:
         costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")
     if recipe.quantization.allocator is not None:

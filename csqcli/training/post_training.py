@@ -41,7 +41,8 @@ from csqcli.training.setup import allocated, budget_of
 
 _BATCH = 64  # images per forward pass
 _FISHER_BATCH = 16  # images whose mean gradient is squared
-_SAMPLES = 2**15  # input columns that a layer's moments are taken over, at most
+_SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
+_SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
 _SAVE_SECONDS = 20.0  # between two states
 
 
@@ -105,7 +106,6 @@ class _Work:
         self.teacher = copy.deepcopy(run.model)
         with run.display.step("reading calibration images"):
             self.batches = self._images()
-        self.positions = max(1, _SAMPLES // sum(map(len, self.batches)))
         if state is None:
             self.method = self._planned(self._planes())
         else:
@@ -235,7 +235,8 @@ class _Work:
         return moments
 
     def _inputs(self, model: nn.Module, layers: Sequence[Layer], batch: Tensor, offset: int) -> dict[int, Tensor]:
-        recorder = LayerInputs(layers, positions=self.positions, offset=offset)
+        images = sum(map(len, self.batches))
+        recorder = LayerInputs(layers, positions=[_positions(layer, images) for layer in layers], offset=offset)
         recorder.wanted = set(range(len(layers)))
         with recorder, passing():
             model(batch)
@@ -335,6 +336,13 @@ def _groups(order: Sequence[int], passes: int) -> list[list[int]]:
     count = min(passes, len(order))
     bounds = [len(order) * number // count for number in range(count + 1)] if count else []
     return [list(order[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def _positions(layer: Layer, images: int) -> int:
+    """Output positions of one image that a layer's moments need."""
+    columns = layer.weights // layer.parameter.shape[layer.channel_dim]
+    fewest, most = _SAMPLES
+    return -(-min(max(_SAMPLES_PER_WEIGHT * columns, fewest), most) // images)
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:

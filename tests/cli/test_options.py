@@ -65,6 +65,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "search --recipe digits --target-bits 2 -o OUT --quiet --epochs 0 --set images=64",
         holds("quantization.method", "ptq"),
     ),
+    "calib": (
+        "search --recipe digits --target-bits 2 -o OUT --quiet --epochs 0 --calib IMAGES",
+        lambda r: r.report()["inputs"]["train"]["images"] == 12,
+    ),
     "lr": (f"{SEARCH} --lr 0.25", holds("optimizer.lr", 0.25)),
     "val split": (f"{SEARCH} --val-split 0.1", holds("data.val_split", 0.1)),
     "log every": (f"{SEARCH} --log-every 5", lambda r: r.err == ""),
@@ -186,7 +190,7 @@ def test_every_option_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("name", INVOCATIONS)
-def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
+def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_path: Path) -> None:
     line, expected = INVOCATIONS[name]
     if "--onnx" in line:
         pytest.importorskip("onnxruntime")
@@ -197,6 +201,7 @@ def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
     places = {
         "RUN": str(digits_run / "model.safetensors"),
         "OUT": str(out),
+        "IMAGES": str(image_folder / "train"),
         "CHECKPOINT": str(resources.files("csqcli") / "assets" / "digits_float.safetensors"),
         "QUANTIZED_INPUTS": str(Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"),
     }

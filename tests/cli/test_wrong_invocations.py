@@ -108,6 +108,8 @@ ROWS = [
     f"{DIGITS} --act-bits 5",
     f"{DIGITS} --epochs 0 --method staged",
     f"{DIGITS} --epochs 3 --method ptq",
+    f"{DIGITS} --calib images",
+    f"{DIGITS} --epochs 0 --calib nowhere",
     f"{DIGITS} --epochs -1",
     f"{DIGITS} --seed -1",
     f"{DIGITS} --distill 2",

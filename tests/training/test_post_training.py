@@ -56,6 +56,21 @@ def test_labels_of_the_training_images_are_never_looked_at(tmp_path: Path) -> No
     assert files[0] == files[1]
 
 
+def test_a_folder_of_images_without_labels_is_enough_to_calibrate_on(csq, tmp_path: Path) -> None:
+    images = open_data("digits").train
+    assert images is not None
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for index in range(100):  # flat and nested, in no folders of classes
+        images.pil(index, 1).save(tmp_path / "photos" / ("more" if index % 2 else ".") / f"{index:03}.png")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    run = ("search", "--recipe", "digits", "--epochs", 0, "--target-bits", 3, "--quiet", "-o", tmp_path / "run")
+    code, _, err = csq(*run, "--calib", tmp_path / "photos")
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["inputs"]["train"]["images"] == 100
+    assert report["accuracy"]["hard_top1"] >= 95  # 98.2 in float
+
+
 def test_a_run_stopped_between_groups_resumes_to_the_same_bytes(
     csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
