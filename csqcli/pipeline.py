@@ -1,7 +1,8 @@
 """search(), finetune() and evaluate_file(), top to bottom: the page to start reading at.
 
 Each line is a step that has its own module: `training.run` (what the phases of a run share), `training.phase` (one phase
-trained to its end, whatever interrupts it), `training.deliver` (the file, written and read back).
+trained to its end, whatever interrupts it), `training.post_training` (where nothing is trained), `training.deliver` (the file,
+written and read back).
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 from csqcli.training import phase
 from csqcli.training.adapt import adapt
-from csqcli.training.deliver import deliver, rehearse, write_report
+from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.opening import check_task, open_images, open_model
+from csqcli.training.post_training import quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.setup import check_written_planes
@@ -106,9 +108,12 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[s
     run.quantize_activations()
     if run.activations is not None:
         rehearse(run, layers, left)
-    trainer = phase.train(run, "search", run.recipe, layers)
-    file, gap = deliver(run, trainer, left)
-    run.searched = trainer.optimizer.method
+    if run.recipe.card.trains:
+        trainer = phase.train(run, "search", run.recipe, layers)
+        file, gap = deliver(run, trainer, left)
+        run.searched = trainer.optimizer.method
+    else:
+        file, gap = publish(run, quantize_after_training(run, layers), left)
     return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
 
 

@@ -36,7 +36,9 @@ def methods(as_json: JsonOption = False) -> None:
         output.as_json(found)
         return
     rows = ["Methods (--method NAME, or package.module:Class)"]
-    rows.append(f"  {AUTO:<12} staged below {LONG_SCHEDULE} epochs from a checkpoint, csq beyond and from scratch")
+    rows.append(
+        f"  {AUTO:<12} ptq at 0 epochs, staged below {LONG_SCHEDULE} from a checkpoint, csq beyond and from scratch"
+    )
     for card in CARDS.values():
         rows.append(f"  {card.name:<12} {card.summary}")
         if card.name != "float":

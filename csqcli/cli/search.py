@@ -48,6 +48,10 @@ def search(
         float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
     ] = None,
     data: DataOption = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="With --epochs 0: a folder of images to calibrate on; labels are not needed."),
+    ] = None,
     val_split_: ValSplitOption = None,
     checkpoint: CheckpointOption = None,
     weights: WeightsOption = None,
@@ -73,7 +77,7 @@ def search(
         str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
     ] = None,
     act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3, 2 or 1.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training; 0 is post-training quantization.")] = None,
     float_epochs: Annotated[int | None, typer.Option(help="Epochs in float first, before the search.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
     distill: Annotated[
@@ -111,6 +115,7 @@ def search(
         **model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_)),
         "quantization.target_bits": target_bits,
         "data.input_size": input_size,
+        "data.calib": calib,
         "quantization.method": method,
         "quantization.allocator": allocator,
         "quantization.trials": trials,

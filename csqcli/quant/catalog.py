@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Takes = Literal["target", "planes", "either"]
 AUTO = "auto"
+POST_TRAINING = "ptq"  # what 0 epochs mean
 _PARTS = ("summary", "citation", "takes", "Settings", "finetunes", "collect", "materialise")  # of every weight method
 LONG_SCHEDULE = 40  # epochs from which `auto` takes the bit-level method
 
@@ -199,6 +200,26 @@ class MSQSettings(DoReFaSettings):
     """Share of the run after which planes are fixed, within the budget."""
 
 
+class PTQSettings(MethodSettings):
+    """Knobs of post-training quantization; docs/results.md has what each is worth."""
+
+    images: int = Field(512, ge=1, le=10**6)
+    """Images that it looks at; their labels are not used."""
+    passes: int = Field(16, ge=1, le=10**4)
+    """Times that the images go through the network: layers are rounded in so many groups, each on inputs that the groups
+    before it have changed already."""
+    rounding: Literal["second-order", "nearest"] = "second-order"
+    """To the levels that change the layer's outputs least, or each weight to its nearest."""
+    follow_inputs: bool = True
+    """Fit each layer's outputs to the float network's, not to what its own weights would make of inputs that have changed."""
+    correct_bias: bool = True
+    """Take the mean shift of a layer's outputs out of its bias, where it has one."""
+    damping: float = Field(0.01, gt=0, le=LARGE)
+    """Added to the inputs' second moments, as a share of their mean: how little the images are trusted."""
+    recovery: float = Field(0.5, gt=0, le=1)
+    """Discount of a plane's importance per plane below it, for what better rounding wins back."""
+
+
 PAPER = {  # what section IV-A says of the method itself; the old name csq-paper stands for it
     "beta_initial": 1.0,
     "beta_final": 200.0,
@@ -230,6 +251,7 @@ class MethodCard:
     finetunes: bool = False  # trains delivered integers on by itself; else `staged` does
     learns_basis: bool = False  # its levels are sums of a learned basis, and not integers × scale
     activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
+    trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
 
     @property
     def section(self) -> str:
@@ -366,6 +388,15 @@ CARDS = {
             ScaledSettings,
             "Polino et al., Model Compression via Distillation and Quantization, ICLR 2018",
         ),
+        MethodCard(
+            "ptq",
+            f"{_METHODS}.ptq:PostTraining",
+            "post-training quantization: rounded layer by layer to what changes its outputs least, nothing trained",
+            "either",
+            PTQSettings,
+            "Frantar et al., GPTQ, ICLR 2023; Behdin et al., QuantEase, 2023; docs/method.md",
+            trains=False,
+        ),
         MethodCard("float", f"{_METHODS}.base:FloatTraining", "no quantization: float baselines by the same loop", "target"),
     )
 }  # fmt: skip
@@ -476,6 +507,8 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
 
 def choose(epochs: int, *, from_scratch: bool) -> tuple[str, str]:
     """What `auto` takes for a schedule, and the reason in one clause."""
+    if epochs == 0:
+        return POST_TRAINING, "0 epochs"
     if from_scratch:
         return "csq", "from scratch"
     length = f"{epochs} epoch{'s' if epochs != 1 else ''} from a checkpoint"

@@ -295,6 +295,8 @@ def _trainable(method: str, target_bits: float) -> MethodCard:
     card = find_card(method, where="method")
     if card.name == "float":
         raise UserError("`float` quantizes nothing", where="method", hint="use a torch optimizer")
+    if not card.trains:
+        raise UserError(f"`{card.name}` trains nothing", where="method", hint="`csq search --epochs 0` does it")
     if card.takes == "planes" and target_bits != int(target_bits):
         hint = "take a whole target, or a method that searches planes"
         raise UserError(

@@ -18,6 +18,7 @@ from csqcli.quant.catalog import (
     CARDS,
     FROM_SCRATCH,
     PAPER,
+    POST_TRAINING,
     MethodCard,
     MethodSettings,
     choose,
@@ -123,7 +124,7 @@ def resolve(name_or_file: str, overrides: dict[str, Any]) -> Recipe:
 def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) -> Recipe:
     """As :func:`resolve`, from a raw mapping."""
     given = copy.deepcopy(legacy.modernised(_as_mapping(raw, where)))
-    typed = _renamed(overrides)
+    typed = _post_training(_renamed(overrides))
     named = typed.get("quantization.method", typed.get("method"))
     if named is not None and named != _method_of(given):  # settings of the recipe's own method do not apply to another
         given = {key: value for key, value in given.items() if key not in CARDS}
@@ -161,6 +162,8 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
         raise UserError(f"the file asks to import the method `{method}`", where=where, hint=hint)
     if method != AUTO and "quantization.method" not in overrides:
         card, _ = _chosen(kept, where)
+        if not card.trains:
+            kept.pop("epochs", None)  # a finetune has its own
         if not card.finetunes and card.name != "float":
             kept = {key: value for key, value in kept.items() if key != card.section}
             _set(kept, "quantization.method", "staged", where)
@@ -185,6 +188,10 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     rest["quantization"] = {"act_method": usual, **_planes_for(quantization)} | quantization
     rest["quantization"]["method"] = card.target if ":" in _method_of(raw) else card.name
     recipe: Recipe = _checked(Recipe, rest | {"method_settings": settings, "method_why": why}, where=where, card=card)
+    _check_epochs(recipe.epochs, card, where)
+    if recipe.data.calib is not None and (card.trains or recipe.adaptation.epochs or recipe.finetune.epochs):
+        hint = "pass --epochs 0 (post-training quantization), without --float-epochs and --finetune-epochs"
+        raise UserError("data.calib: images without labels cannot be trained on", where=where, hint=hint)
     if ":" not in recipe.quantization.cost:
         costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")
     if recipe.quantization.allocator is not None:
@@ -252,6 +259,26 @@ def _renamed(overrides: dict[str, Any]) -> dict[str, Any]:
         return overrides
     paper = {f"csq.{name}": value for name, value in PAPER.items()}
     return paper | overrides | {key: "csq"}
+
+
+def _post_training(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides in which 0 epochs bring the method without training, and that method 0 epochs, where only one is typed."""
+    method = overrides.get("quantization.method", overrides.get("method"))
+    if method is None and overrides.get("epochs") == 0:
+        return overrides | {"quantization.method": POST_TRAINING}
+    if method == POST_TRAINING and "epochs" not in overrides:
+        return overrides | {"epochs": 0}
+    return overrides
+
+
+def _check_epochs(epochs: int, card: MethodCard, where: str) -> None:
+    """UserError for a method that trains and has no epochs, and for one that has epochs and trains nothing."""
+    if card.trains and epochs == 0:
+        hint = f"leave --method out, or take `{POST_TRAINING}`: 0 epochs are post-training quantization"
+        raise UserError(f"epochs: `{card.name}` needs at least 1", where=where, hint=hint)
+    if not card.trains and epochs > 0:
+        hint = "take 0, or --finetune-epochs to train on what it finds"
+        raise UserError(f"epochs: `{card.name}` trains nothing (got {epochs})", where=where, hint=hint)
 
 
 def _set(raw: dict[str, Any], key: str, value: Any, where: str) -> None:

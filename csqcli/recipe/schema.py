@@ -44,6 +44,8 @@ class DataSettings(Section):
 
     source: Annotated[str | None, USERS_ONLY] = None
     """Folder or archive of class folders, `cifar10:DIR`, `csv:FILE`, `digits` and whatever else `csq search --help` lists."""
+    calib: Annotated[str | None, USERS_ONLY] = None
+    """Folder of images, labels not needed, that post-training quantization looks at in place of the training images."""
     val_split: float | Literal["test"] | None = None
     """For data without a validation split: the share of the training images to hold out, of every class alike, or `test` to
     take the test split. Evaluation and finetuning of the file hold out the same images."""
@@ -223,8 +225,8 @@ class Recipe(Section):
     """The optional float phase before the search."""
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
     """The optional second phase."""
-    epochs: int = Field(10, ge=1, le=10**6)
-    """Epochs of the search."""
+    epochs: int = Field(10, ge=0, le=10**6)
+    """Epochs of the search; 0 is post-training quantization (method `ptq`)."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
     """Stop every epoch after this many steps; for trying a job out."""
     bn_recalibration_batches: int = Field(100, ge=0, le=10**6)

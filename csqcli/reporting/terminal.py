@@ -13,6 +13,7 @@ from rich.console import Console
 
 from csqcli.errors import printable
 from csqcli.file.manifest import Manifest
+from csqcli.quant.catalog import POST_TRAINING
 from csqcli.reporting import history as training
 from csqcli.reporting.layout import (
     LABEL,
@@ -83,6 +84,8 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
     macs_mark = "; MACs as stated in the file" if as_stated else ""
     budget, sizes, accuracy = manifest.budget, manifest.sizes, manifest.accuracy
     lines = []
+    if _is_post_training(manifest):
+        lines.append(f"method       post-training quantization: no weight was trained{mark}")
     if manifest.layers:
         asked = f" (target {budget.target_mean_bits:g})" if budget.target_mean_bits is not None else ""
         lines += [
@@ -129,6 +132,16 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
             f"             {start}hard {accuracy.hard_top1_present:.2f} % among the data's classes alone{mark}"
         )
     return lines
+
+
+def _is_post_training(manifest: Manifest) -> bool:
+    """Whether the recipe in the file says that nothing was trained. Anybody may have written it, so nothing is taken for granted."""
+
+    def said(section: str, key: str) -> Any:
+        found = manifest.recipe.get(section)
+        return found.get(key) if isinstance(found, dict) else None
+
+    return said("quantization", "method") == POST_TRAINING and said("finetune", "epochs") == 0
 
 
 def export_lines(manifest: Manifest) -> list[str]:

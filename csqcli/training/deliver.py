@@ -32,7 +32,7 @@ def deliver(
     A model below a top-1 of ``at_least`` percent replaces no file, so that a kill here leaves the better one.
     Returns what was written and the largest logit difference between the model in memory and the one read back.
     """
-    recipe, accuracy = run.recipe, run.record.accuracy
+    recipe = run.recipe
     with run.display.step("hardening the weights"):
         trainer.optimizer.harden()
     if trainer.optimizer.method.layers:
@@ -43,8 +43,15 @@ def deliver(
     layers = trainer.optimizer.hard_layers()
     if layers:
         run.tell_planes(trainer.optimizer.method, [layer.planes for layer in layers])
-    run.model.eval()
+    return publish(run, layers, left_float, at_least=at_least)
 
+
+def publish(
+    run: Run, layers: Sequence[HardLayer], left_float: list[dict[str, Any]], *, at_least: float = 0.0
+) -> tuple[QuantizedFile, float]:
+    """Write the run's model, whose weights are those of ``layers``, read it back and evaluate it; as :func:`deliver`."""
+    accuracy = run.record.accuracy
+    run.model.eval()
     file = _assembled(run, layers, left_float)
 
     distributed.check_equal([vars(layer) for layer in layers], what="the hard model")

@@ -116,6 +116,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     flat = _flat(without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL)))
     if recipe.data.source is not None:
         flat["data.source"] = same_place(recipe.data.source)
+    if recipe.data.calib is not None:
+        flat["data.calib"] = same_place(recipe.data.calib)
     if recipe.model.checkpoint is not None and os.path.exists(recipe.model.checkpoint):
         flat["model.checkpoint"] = os.path.realpath(recipe.model.checkpoint)
     return flat

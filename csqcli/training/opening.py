@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from csqcli.data.specs import open_data
 from csqcli.data.splits import DataSet
+from csqcli.data.unlabelled import unlabelled
 from csqcli.errors import UserError
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.models import libraries
@@ -20,6 +23,8 @@ def open_images(recipe: Recipe, *, train: bool = True) -> DataSet:
     settings = recipe.data
     check_data_given(recipe)
     assert settings.source is not None
+    if settings.calib is not None and train:
+        return replace(open_images(recipe, train=False), train=unlabelled(settings.calib).limited(settings.train_limit))
     return open_data(
         settings.source,
         train=train,

@@ -111,12 +111,7 @@ def make_method(
     allocator = recipe.quantization.allocator or (UNIFORM if card.takes == "planes" else None)
     if allocator is not None and start is None:
         if run.record.planes is None:  # a resumed run has them, and so has one that went back to a state
-            with run.display.step("measuring which layers matter"):
-                found = allocation(
-                    recipe, allocator, run.model, layers, run.calibration_batches(), budget, watch=run.display.step
-                )
-            run.record.planes = distributed.from_main(found.planes)
-            run.display.say(f"planes by {allocator}: {' '.join(map(str, run.record.planes))}")
+            run.record.planes = allocated(run, allocator, layers, run.calibration_batches(), budget)
         planes = run.record.planes
     plan = Plan(
         schedule=schedule,
@@ -134,6 +129,15 @@ def make_method(
     )
     settings = recipe.method_settings if card.name == recipe.card.name else card.settings()
     return card.load()(layers, plan, settings)
+
+
+def allocated(run: Run, allocator: str, layers: Sequence[Layer], batches: Batches, budget: Budget) -> list[int]:
+    """Planes of every layer by an allocator, the same on all processes; said."""
+    with run.display.step("measuring which layers matter"):
+        found = allocation(run.recipe, allocator, run.model, layers, batches, budget, watch=run.display.step)
+    planes = distributed.from_main(found.planes)
+    run.display.say(f"planes by {allocator}: {' '.join(map(str, planes))}")
+    return planes  # type: ignore[no-any-return]
 
 
 def allocation(

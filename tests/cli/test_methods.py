@@ -16,7 +16,8 @@ from csqcli.quant.catalog import CARDS
 from csqcli.training.loop import Trainer
 
 ONE_PLANE = ("twn", "xnor")
-METHODS = [name for name in CARDS if name not in ("float", "csq", "csq-uniform")]  # gates have all this in test_app.py
+# gates have all this in test_app.py, ptq in training/test_post_training.py
+METHODS = [name for name in CARDS if name not in ("float", "csq", "csq-uniform", "ptq")]
 SHORT = ("--epochs", 2, "--set", "max_steps=3", "--set", "bn_recalibration_batches=2", "--quiet")
 
 

@@ -61,6 +61,14 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
             and r.report()["budget"]["mean_bits"] <= 3
         ),
     ),
+    "no epochs": (
+        "search --recipe digits --target-bits 2 -o OUT --quiet --epochs 0 --set images=64",
+        holds("quantization.method", "ptq"),
+    ),
+    "calib": (
+        "search --recipe digits --target-bits 2 -o OUT --quiet --epochs 0 --calib IMAGES",
+        lambda r: r.report()["inputs"]["train"]["images"] == 12,
+    ),
     "lr": (f"{SEARCH} --lr 0.25", holds("optimizer.lr", 0.25)),
     "val split": (f"{SEARCH} --val-split 0.1", holds("data.val_split", 0.1)),
     "log": (f"{SEARCH} --log tensorboard", lambda r: list((r.folder / "tensorboard").glob("events.*")) != []),
@@ -257,7 +265,7 @@ def test_every_option_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("name", INVOCATIONS)
-def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
+def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_path: Path) -> None:
     line, expected = INVOCATIONS[name]
     if "--onnx" in line or "ONNX_EXPORT" in line:
         pytest.importorskip("onnxruntime")
@@ -273,6 +281,7 @@ def test_option_works(name: str, csq, digits_run: Path, tmp_path: Path) -> None:
         "PLANES": str(tmp_path / "written.yaml"),
         "RUN": str(digits_run / "model.safetensors"),
         "OUT": str(out),
+        "IMAGES": str(image_folder / "train"),
         "CHECKPOINT": str(resources.files("csqcli") / "assets" / "digits_float.safetensors"),
         "QUANTIZED_INPUTS": str(Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"),
     }

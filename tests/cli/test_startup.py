@@ -67,7 +67,10 @@ def test_what_only_describes_loads_no_torch(arguments: str, shown: str) -> None:
         ("search --recipe digits --batch-size many", "neither a number of images nor auto"),
         ("search --recipe digit", "did you mean `digits`?"),
         ("search --recipe digits --set epoch=3", "did you mean `epochs`?"),
-        ("search --recipe digits --set epochs=0 --target-bits 2", "epochs: Input should be greater than or equal to 1"),
+        (
+            "search --recipe digits --set epochs=-1 --target-bits 2",
+            "epochs: Input should be greater than or equal to 0",
+        ),
         ("search --recipe wrong.yaml", "unknown key `quantisation`"),
         ("search --recipe digits --target-bits 99", "more than max_bits 8"),
         ("search --recipe digits --method csqq --target-bits 2", "did you mean"),

@@ -42,6 +42,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "data.std": [0.4],
             "data.interpolation": "nearest",
             "data.crop_pct": 0.9,
+            "data.calib": None,  # its other value is tests/cli/test_options.py's
             "data.val_split": 0.2,
             "data.val_seed": 3,
             "data.train_limit": 400,
@@ -113,6 +114,19 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_steps": 1,
             "compile": False,  # its other value is tests/cli/test_options.py's
             "quantization.method": "staged",
+        },
+    ),
+    "ptq": (
+        f"{DIGITS} --epochs 0 --target-bits 2",
+        {
+            "quantization.method": "ptq",
+            "ptq.images": 40,
+            "ptq.passes": 2,
+            "ptq.rounding": "nearest",
+            "ptq.follow_inputs": False,
+            "ptq.correct_bias": False,
+            "ptq.damping": 0.1,
+            "ptq.recovery": 1.0,
         },
     ),
     **{

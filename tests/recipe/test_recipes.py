@@ -130,7 +130,10 @@ def test_command_line_beats_recipe_beats_default() -> None:
     [
         ({"quantization": {"target_bit": 3}}, "unknown key `quantization.target_bit`; did you mean `target_bits`"),
         ({"epoch": 3}, "unknown key `epoch`; did you mean `epochs`"),
-        ({"epochs": 0}, "epochs: Input should be greater than or equal to 1"),
+        ({"epochs": -1}, "epochs: Input should be greater than or equal to 0"),
+        ({"epochs": 0, "quantization": {"method": "staged"}}, "epochs: `staged` needs at least 1"),
+        ({"epochs": 2, "quantization": {"method": "ptq"}}, "epochs: `ptq` trains nothing (got 2)"),
+        ({"data": {"calib": "images"}}, "data.calib: images without labels cannot be trained on"),
         ({"quantization": {"target_bits": -1}}, "quantization.target_bits: Input should be greater than 0"),
         ({"quantization": {"target_bits": 9}}, "target_bits 9 is more than max_bits 8"),
         ({"quantization": {"method": "cqs"}}, "quantization.method: no method `cqs`; did you mean `csq`"),
@@ -191,6 +194,8 @@ def test_a_card_says_what_its_method_says(name: str) -> None:
         ({"epochs": 40}, "csq", "40 epochs from a checkpoint, 40 or more"),
         ({"epochs": 2, "pretrained": False, "checkpoint": None}, "csq", "from scratch"),
         ({"epochs": 90, "method": "staged"}, "staged", ""),
+        ({"epochs": 0}, "ptq", ""),
+        ({"method": "ptq"}, "ptq", ""),
     ],
 )
 def test_auto_chooses_by_the_schedule_and_says_why(overrides: dict, method: str, why: str) -> None:

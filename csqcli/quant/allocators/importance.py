@@ -15,8 +15,11 @@ from csqcli.quant.measuring import Batches, evaluating, logits_of, squared_error
 _RECOVERY = 0.25  # as `staged` discounts finer planes
 
 
-def fisher_importance(model: nn.Module, layers: Sequence[Layer], batches: Batches, bits: int) -> Tensor:
-    """[layers, bits] float64: ρ^b ½ Σ_i F_i ((W − Q_b)² − (W − Q_{b+1})²), F the mean squared gradient over ``batches``.
+def fisher_importance(
+    model: nn.Module, layers: Sequence[Layer], batches: Batches, bits: int, *, recovery: float = _RECOVERY
+) -> Tensor:
+    """[layers, bits] float64: ρ^b ½ Σ_i F_i ((W − Q_b)² − (W − Q_{b+1})²), F the mean squared gradient over ``batches``
+    and ρ = ``recovery``.
 
     The model runs in eval mode, with the labels' cross entropy, and comes back as it was.
     """
@@ -30,4 +33,4 @@ def fisher_importance(model: nn.Module, layers: Sequence[Layer], batches: Batche
                 if gradient is not None:
                     square.add_(gradient.float().square())
             count += 1
-    return savings(squared_errors(layers, bits, [square / max(count, 1) for square in squares]), _RECOVERY)
+    return savings(squared_errors(layers, bits, [square / max(count, 1) for square in squares]), recovery)

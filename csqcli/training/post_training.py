@@ -1,0 +1,353 @@
+"""Post-training quantization: the planes by importance, then the layers rounded one group after the other.
+
+The calibration images go through the network once per group of layers, up to the last of them, and through a float copy of it. What is
+collected there (`quant.layer_inputs`) decides the group's integers and scales (`quant.second_order`), the mean shift of their
+outputs goes into their biases, and BatchNorms behind them get the statistics of what now comes in. The next group then sees
+what all of this made of its inputs.
+
+Labels of the images are never looked at: importance takes labels drawn from the model's own predictions, whose gradients have
+the Fisher information as their second moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from csqcli.data.loaders import LoaderSettings, make_loader, stream_seed
+from csqcli.errors import UserError
+from csqcli.quant.allocators.importance import fisher_importance
+from csqcli.quant.budget import allocate
+from csqcli.quant.hard_layer import HardLayer
+from csqcli.quant.layer_inputs import LayerInputs, passing
+from csqcli.quant.layers import Layer
+from csqcli.quant.measuring import logits_of
+from csqcli.quant.methods.base import Plan, Schedule
+from csqcli.quant.methods.ptq import PostTraining, start_scale
+from csqcli.quant.second_order import damped, fit, for_moved_inputs
+from csqcli.system import distributed
+from csqcli.system.interrupt import Interrupted, StopRequest
+from csqcli.system.progress import planes_fixed
+from csqcli.training.run import Run
+from csqcli.training.run_state import RunState
+from csqcli.training.setup import allocated, budget_of
+
+_BATCH = 64  # images per forward pass
+_FISHER_BATCH = 16  # images whose mean gradient is squared
+_SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
+_SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
+_SAVE_SECONDS = 20.0  # between two states
+
+
+def quantize_after_training(run: Run, layers: Sequence[Layer]) -> list[HardLayer]:
+    """Quantize the run's model, from a saved state where there is one, and leave the delivered weights in it.
+
+    The same images and seed give the same bits. UserError for a budget that cannot be met, for an image that cannot be
+    read, and for moments that are not finite; Interrupted on a signal, with the state saved.
+    """
+    work = _Work(run, list(layers))
+    work.run_all()
+    distributed.copy_from_main(run.model.parameters())
+    distributed.copy_from_main(run.model.buffers())
+    return distributed.from_main(work.method.hard_layers())  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Moments:
+    """Sums over the input columns of one layer."""
+
+    second: Tensor  # Σ x̂ x̂ᵀ, [groups, columns, columns]
+    cross: Tensor  # Σ (x − x̂) x̂ᵀ
+    mean: Tensor  # Σ x̂, [groups, columns]
+    float_mean: Tensor  # Σ x
+    count: int = 0
+
+    @classmethod
+    def like(cls, columns: Tensor) -> _Moments:
+        groups, size, _ = columns.shape
+        square, line = columns.new_zeros(groups, size, size), columns.new_zeros(groups, size)
+        return cls(square, square.clone(), line, line.clone())
+
+    def add(self, columns: Tensor, float_columns: Tensor) -> None:
+        transposed = columns.mT
+        self.second += columns @ transposed
+        self.cross += (float_columns - columns) @ transposed
+        self.mean += columns.sum(dim=-1)
+        self.float_mean += float_columns.sum(dim=-1)
+        self.count += columns.shape[-1]
+
+
+@dataclass
+class _Work:
+    """One model on its way from float to quantized."""
+
+    run: Run
+    layers: list[Layer]
+    done: int = 0  # groups
+    done_layers: int = -1  # layers of the order before which every BatchNorm is settled
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def run_all(self) -> None:
+        run = self.run
+        settings = run.recipe.method_settings
+        assert isinstance(settings, PostTraining.Settings)
+        self.settings = settings
+        state, run.saved = run.saved if run.saved is not None and run.saved.phase == "search" else None, None
+        run.model.eval()
+        for layer in self.layers:
+            layer.parameter.requires_grad_(True)  # whoever froze them meant training
+        self.teacher = copy.deepcopy(run.model)
+        with run.display.step("reading calibration images"):
+            self.batches = self._images()
+        if state is None:
+            self.method = self._planned(self._planes())
+        else:
+            self.method = self._planned(state.optimizer["method"]["planes"])
+            self.method.load_state_dict(state.optimizer["method"])
+            run.model.load_state_dict(state.model)
+            self.done = state.batch
+            run.display.say(f"resumed after {self.done} groups of layers")
+        self.order, self.norms = self._execution_order()
+        self._round_unseen()
+        groups = _groups(self.order, self.settings.passes)
+        if self.done:
+            self.done_layers = self.order.index(groups[self.done - 1][0])
+        with StopRequest(patient=run.shard.world > 1) as request, self._settling():
+            with run.display.step("rounding layer by layer", len(groups)) as tell:
+                for number, group in enumerate(groups):
+                    if number < self.done:
+                        continue
+                    self._round_group(group)
+                    self.done = number + 1
+                    tell(self.done)
+                    self._after_group(request)
+            self._settle_norms(len(self.order))
+        run.model.eval()
+
+    # -- what is looked at
+
+    def _images(self) -> list[Tensor]:
+        """The calibration images in batches, decoded once: at evaluation's crop, in an order that the seed decides."""
+        run = self.run
+        assert run.images.train is not None
+        count = min(self.settings.images, len(run.images.train))
+        order = torch.randperm(len(run.images.train), generator=_generator(run.recipe.seed, 0))
+        chosen = run.images.train.subset(order[:count].sort().values)
+        loader = make_loader(
+            chosen,
+            run.config,
+            LoaderSettings(
+                training=True,
+                batch_size=min(_BATCH, count),
+                augment="none",
+                workers=run.recipe.data.workers,
+                seed=run.recipe.seed,
+                device=run.device,
+            ),
+        )
+        try:
+            batches = [images for images, _ in loader.epoch(0) if len(images)]
+        finally:
+            loader.close()
+        if not batches:
+            raise UserError("no calibration image could be used", where=run.images.source)
+        return batches
+
+    def _planes(self) -> list[int]:
+        run, quantization = self.run, self.run.recipe.quantization
+        budget = budget_of(run, run.recipe, self.layers)
+        if quantization.allocator is not None:
+            return allocated(run, quantization.allocator, self.layers, self._labelled(), budget)
+        with run.display.step("measuring which layers matter"):
+            importance = fisher_importance(
+                run.model, self.layers, self._labelled(), quantization.max_bits, recovery=self.settings.recovery
+            )
+            planes = allocate(importance, budget)
+        return distributed.from_main(planes)  # type: ignore[no-any-return]
+
+    def _labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Small batches with labels drawn from the model's own predictions."""
+        generator = _generator(self.run.recipe.seed, 1)
+        for batch in itertools.chain.from_iterable(images.split(_FISHER_BATCH) for images in self.batches):
+            with torch.no_grad():
+                likely = logits_of(self.run.model(batch)).softmax(dim=1).cpu()
+            labels = torch.multinomial(likely, 1, generator=generator).flatten()
+            yield batch, labels.to(batch.device)
+
+    def _planned(self, planes: Sequence[int]) -> PostTraining:
+        run = self.run
+        budget = budget_of(run, run.recipe, self.layers)
+        run.display.say(planes_fixed(planes, budget.mean_planes(planes), run.target_bits))
+        return PostTraining(self.layers, Plan(Schedule(0, 1), budget, planes=planes), self.settings)
+
+    @torch.no_grad()
+    def _execution_order(self) -> tuple[list[int], dict[nn.Module, int]]:
+        """Layers in the order in which they run, and how many of them ran before each BatchNorm."""
+        recorder, norms = LayerInputs(self.layers, positions=1, values=False), dict[nn.Module, int]()
+
+        def note(module: nn.Module, inputs: object) -> None:
+            norms.setdefault(module, len(recorder.order))
+
+        hooks = [norm.register_forward_pre_hook(note) for norm in _norms(self.run.model)]
+        try:
+            with recorder, passing():
+                self.run.model(self.batches[0][:2])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.biases = recorder.biases
+        return recorder.order, norms
+
+    # -- rounding
+
+    def _round_unseen(self) -> None:
+        """Layers whose inputs cannot be had keep the nearest levels: they hold them from the start."""
+        for index in set(range(len(self.layers))) - set(self.order):
+            self.method.write(index)
+
+    @torch.no_grad()
+    def _round_group(self, group: Sequence[int]) -> None:
+        moments = self._collect(group)
+        for index in group:
+            self._round(index, moments[index])
+
+    def _collect(self, group: Sequence[int]) -> dict[int, _Moments]:
+        """One pass: moments of the group's inputs; BatchNorms before it settle on the way."""
+        run, moments = self.run, dict[int, _Moments]()
+        own = [self.layers[index] for index in group]
+        parameters = dict(self.teacher.named_parameters())
+        float_layers = [Layer(layer.name, parameters[layer.name]) for layer in own]
+        with self._open_norms(self.order.index(group[0])):
+            for number, batch in enumerate(self.batches):
+                float_inputs = self._inputs(self.teacher, float_layers, batch, number)
+                inputs = self._inputs(run.model, own, batch, number)
+                for place, index in enumerate(group):
+                    if index not in moments:
+                        moments[index] = _Moments.like(inputs[place])
+                    moments[index].add(inputs[place], float_inputs[place])
+        return moments
+
+    def _inputs(self, model: nn.Module, layers: Sequence[Layer], batch: Tensor, offset: int) -> dict[int, Tensor]:
+        images = sum(map(len, self.batches))
+        recorder = LayerInputs(layers, positions=[_positions(layer, images) for layer in layers], offset=offset)
+        recorder.wanted = set(range(len(layers)))
+        with recorder, passing():
+            model(batch)
+        return recorder.columns
+
+    def _round(self, index: int, moments: _Moments) -> None:
+        layer, k = self.layers[index], self.method.planes[index]
+        groups, columns = moments.mean.shape
+        weight = layer.parameter.detach().float().reshape(groups, -1, columns)
+        second, cross = moments.second / moments.count, moments.cross / moments.count
+        if not bool(torch.isfinite(second).all()):
+            hint = "its activations overflow on these images; check the checkpoint"
+            raise UserError("the layer's inputs are NaN or infinite", where=layer.name, hint=hint)
+        second = damped(second, self.settings.damping)
+        target = for_moved_inputs(weight, second, cross) if self.settings.follow_inputs else weight
+        shaped = target.reshape(layer.parameter.shape)
+        scale = start_scale(shaped, layer, k)
+        if k and columns > 1 and self.settings.rounding == "second-order":
+            start = scale.expand(groups * weight.shape[1]).reshape(groups, -1, 1)
+            integers, fitted = fit(target, second, start, planes=k)
+            self.method.place(index, integers.reshape(layer.parameter.shape), fitted.flatten())
+        else:
+            self.method.write(index)
+        bias = self.biases.get(index)
+        if bias is not None and self.settings.correct_bias:
+            rounded = layer.parameter.detach().float().reshape(groups, -1, columns)
+            mean, wanted = moments.mean, moments.float_mean if self.settings.follow_inputs else moments.mean
+            shift = (weight @ wanted.unsqueeze(-1) - rounded @ mean.unsqueeze(-1)).flatten() / moments.count
+            bias.data += shift.to(bias.dtype)
+
+    # -- BatchNorm
+
+    @contextlib.contextmanager
+    def _settling(self) -> Iterator[None]:
+        """BatchNorm's momenta come back in the end."""
+        momenta = {norm: norm.momentum for norm in self.norms}
+        try:
+            yield
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum  # type: ignore[assignment]
+
+    @contextlib.contextmanager
+    def _open_norms(self, place: int) -> Iterator[None]:
+        """Inside, BatchNorms behind the last group and before layer number ``place`` of the order average what comes in."""
+        first = self.done_layers
+        settle = self.run.recipe.bn_recalibration_batches > 0
+        norms = [norm for norm, before in self.norms.items() if settle and first < before <= place]
+        for norm in norms:
+            norm.reset_running_stats()  # type: ignore[operator]
+            norm.momentum = None  # type: ignore[assignment]
+            norm.train()
+        try:
+            yield
+        finally:
+            self.run.model.eval()
+            self.done_layers = place
+
+    def _settle_norms(self, place: int) -> None:
+        """A pass for the BatchNorms behind the last layers."""
+        with torch.no_grad(), self._open_norms(place):
+            for batch in self.batches:
+                self.run.model(batch)
+
+    # -- interruption
+
+    def _after_group(self, request: StopRequest) -> None:
+        run = self.run
+        stop = request.signum
+        if run.shard.world > 1:
+            stop = distributed.all_reduce_max(stop or 0, run.device) or None
+        if stop is None and time.monotonic() - self.saved_at < _SAVE_SECONDS:
+            return
+        run.folder.save_state(
+            RunState.model_construct(
+                inputs=run.folder.inputs,
+                phase="search",
+                epoch=0,
+                batch=self.done,
+                losses=[],
+                model=run.model.state_dict(),
+                optimizer={"method": self.method.state_dict()},
+                activations=run.activations.state_dict() if run.activations is not None else {},
+                rng=torch.get_rng_state(),
+                device_rng=None,
+                record=run.record,
+            )
+        )
+        self.saved_at = time.monotonic()
+        if stop is not None:
+            distributed.stop()
+            raise Interrupted(stop, f"{self.done} groups of layers rounded")
+
+
+def _groups(order: Sequence[int], passes: int) -> list[list[int]]:
+    """Consecutive layers in at most so many groups, whose sizes differ by one at most."""
+    count = min(passes, len(order))
+    bounds = [len(order) * number // count for number in range(count + 1)] if count else []
+    return [list(order[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def _positions(layer: Layer, images: int) -> int:
+    """Output positions of one image that a layer's moments need."""
+    columns = layer.weights // layer.parameter.shape[layer.channel_dim]
+    fewest, most = _SAMPLES
+    return -(-min(max(_SAMPLES_PER_WEIGHT * columns, fewest), most) // images)
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+
+def _generator(*keys: int) -> torch.Generator:
+    return torch.Generator().manual_seed(stream_seed(*keys))

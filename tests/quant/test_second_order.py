@@ -1,0 +1,137 @@
+"""Rounding by second moments, against float64 and brute force in NumPy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from csqcli.quant import second_order
+from csqcli.quant.layer_inputs import LayerInputs, passing
+from csqcli.quant.layers import find_layers
+from csqcli.quant.passes.rounding import mse_step, quantize
+
+
+def problem(groups: int, rows: int, columns: int, planes: int, seed: int) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+    """Weights, damped moments, the scales that fit the weights, and the float64 inputs that the moments are those of."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(groups, columns, columns)) / columns**0.5
+    inputs = mix @ rng.normal(size=(groups, columns, 4 * columns)) + rng.normal(size=(groups, columns, 1))
+    weight = torch.tensor(rng.normal(size=(groups, rows, columns)), dtype=torch.float32)
+    damping = 0.01 * np.einsum("gcn,gcn->g", inputs, inputs) / columns
+    root = np.sqrt(damping)[:, None, None] * np.eye(columns)  # damping is further inputs
+    inputs = np.concatenate([inputs, root], axis=2)
+    moment = torch.tensor(inputs @ inputs.transpose(0, 2, 1), dtype=torch.float32)
+    scale = mse_step(weight.flatten(0, 1), planes, channel_dim=0).view(groups, rows, 1)
+    return weight, moment, scale, inputs
+
+
+def errors(weight: Tensor, integers: Tensor, scale: Tensor, inputs: np.ndarray) -> np.ndarray:
+    """‖(w − sq) X‖² in float64, [groups, rows]."""
+    off = weight.double().numpy() - scale.double().numpy() * integers.double().numpy()
+    return np.square(off @ inputs).sum(axis=2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "columns", "planes"),
+    [(1, 24, 90, 2), (1, 8, 130, 1), (7, 1, 9, 2), (5, 1, 25, 3), (3, 4, 12, 4)],
+)
+def test_no_row_is_worse_than_its_nearest_rounding_and_all_are_much_better(
+    groups: int, rows: int, columns: int, planes: int
+) -> None:
+    for seed in range(3):
+        weight, moment, scale, inputs = problem(groups, rows, columns, planes, seed)
+        integers, fitted = second_order.fit(weight, moment, scale, planes=planes)
+        nearest = errors(weight, quantize(weight, scale, planes), scale, inputs)
+        found = errors(weight, integers, fitted, inputs)
+        assert (found <= nearest * (1 + 1e-4)).all()
+        assert found.sum() < 0.7 * nearest.sum()
+        assert integers.abs().max() <= 2**planes - 1
+        assert torch.equal(integers, integers.round())
+        assert (fitted > 0).all()
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_small_filters_reach_what_brute_force_over_both_neighbours_finds(planes: int) -> None:
+    weight, moment, scale, inputs = problem(4, 2, 6, planes, seed=planes)
+    integers, fitted = second_order.fit(weight, moment, scale, planes=planes)
+    found, top = errors(weight, integers, fitted, inputs), 2**planes - 1
+    at_scale = errors(weight, second_order.neighbours(weight, moment, scale, top), scale, inputs)
+    for group, row in itertools.product(range(4), range(2)):
+        w, s = weight[group, row].double().numpy(), float(scale[group, row])
+        below = np.floor(w / s)
+        tries = [np.clip(below + up, -top, top) for up in itertools.product((0, 1), repeat=6)]  # 2^6
+        least = min(np.square((w - s * q) @ inputs[group]).sum() for q in tries)
+        assert at_scale[group, row] == pytest.approx(least, rel=1e-4)
+        assert found[group, row] <= least * (1 + 1e-4)
+
+
+def test_with_uncorrelated_inputs_of_one_size_rounding_is_to_the_nearest() -> None:
+    weight = torch.tensor([[[0.26, -0.74, 1.1, -3.4]]])
+    moment, scale = torch.eye(4).unsqueeze(0), torch.full((1, 1, 1), 0.5)
+    expected = [[[1.0, -1.0, 2.0, -3.0]]]  # 0.52, −1.48, 2.2 and −6.8, which is beyond 3 at two planes
+    assert second_order.spread_errors(weight, moment, scale, 3).tolist() == expected
+    assert second_order.descend(weight, moment, scale, torch.zeros(1, 1, 4), top=3, sweeps=3).tolist() == expected
+
+
+def test_a_moved_input_is_followed_as_least_squares_do() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=(1, 8, 200))
+    after = before + 0.3 * rng.normal(size=before.shape)
+    weight = rng.normal(size=(1, 3, 8))
+    wanted = np.linalg.lstsq(after[0].T, (weight[0] @ before[0]).T, rcond=None)[0].T
+    moment = torch.tensor(after @ after.transpose(0, 2, 1)).float()
+    cross = torch.tensor((before - after) @ after.transpose(0, 2, 1)).float()
+    found = second_order.for_moved_inputs(torch.tensor(weight).float(), moment, cross)
+    np.testing.assert_allclose(found[0].numpy(), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 7, 5)),
+        (nn.Conv2d(4, 8, (3, 1), stride=(2, 1), dilation=(2, 1), groups=2, bias=False), (3, 4, 9, 5)),
+        (nn.Conv2d(6, 6, 5, padding="same", groups=6), (2, 6, 8, 8)),
+        (nn.Conv2d(5, 3, 1, stride=2), (2, 5, 6, 6)),
+        (nn.Conv1d(4, 6, 3, padding=2, stride=2), (3, 4, 11)),
+        (nn.Linear(7, 3), (4, 7)),
+        (nn.Linear(7, 3), (2, 5, 7)),
+    ],
+)
+def test_the_weight_times_its_recorded_columns_is_the_layer_s_output(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    layers, _ = find_layers(layer)
+    recorder = LayerInputs(layers, positions=10**6)
+    with torch.no_grad(), recorder, passing():
+        output = layer(x)
+    columns = recorder.columns[0]
+    groups, size, samples = columns.shape
+    made = layer.weight.detach().reshape(groups, -1, size) @ columns
+    made = made.flatten(0, 1)
+    if layer.bias is not None:
+        assert recorder.biases[0] is layer.bias
+        made = made + layer.bias.detach().unsqueeze(1)
+    output = output.movedim(1, 0) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else output.flatten(0, -2).t()
+    torch.testing.assert_close(made, output.flatten(1), atol=1e-5, rtol=1e-4)
+    few = LayerInputs(layers, positions=4, offset=1)
+    with torch.no_grad(), few:
+        layer(x)
+    every = {tuple(column) for column in columns.flatten(0, 1).t().tolist()}
+    assert 0 < few.columns[0].shape[-1] <= samples
+    assert all(tuple(column) in every for column in few.columns[0].flatten(0, 1).t().tolist())
+
+
+def test_a_weight_computed_from_a_parameter_is_not_taken_for_it() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, 2 * self.weight, self.bias)
+
+    layer = Doubled(4, 2)
+    recorder = LayerInputs(find_layers(layer)[0], positions=10)
+    with recorder, passing():
+        layer(torch.randn(3, 4))
+    assert recorder.order == []

@@ -1,0 +1,103 @@
+"""`csq search --epochs 0`: post-training quantization through the real command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from csqcli import pipeline
+from csqcli.data.specs import open_data
+from csqcli.recipe.resolve import resolve
+from csqcli.system.progress import Display
+from csqcli.training import post_training
+
+RUN = ("search", "--recipe", "digits", "--epochs", 0, "--set", "images=128", "--quiet")
+
+
+def test_a_file_is_within_its_budget_says_what_it_is_and_goes_through_every_command(csq, tmp_path: Path) -> None:
+    code, _, err = csq(*RUN, "--target-bits", 2.5, "-o", tmp_path / "run", "--finetune-epochs", 0)
+    assert code == 0, err
+    model = tmp_path / "run" / "model.safetensors"
+    report = json.loads(csq("report", model, "--json")[1])
+    assert (
+        sum(entry["bits"] * entry["weights"] for entry in report["layers"]) <= 2.5 * report["budget"]["total_weights"]
+    )
+    assert (report["recipe"]["quantization"]["method"], report["recipe"]["epochs"]) == ("ptq", 0)
+    assert "post-training" in csq("report", model)[1]
+    assert report["accuracy"]["hard_top1"] >= report["accuracy"]["float_top1"] - 3  # 98.2 in float
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["parity"]["max_logit_gap"] == 0
+    found = json.loads(csq("evaluate", model, "--data", "digits", "--json")[1])
+    assert found["top1"] == report["accuracy"]["hard_top1"]
+    assert csq("export", model, "--bit-packed", "-o", tmp_path / "packed.safetensors")[0] == 0
+    code, _, err = csq(
+        *("finetune", model, "--data", "digits", "--epochs", 1, "--set", "max_steps=2", "--quiet"),
+        *("-o", tmp_path / "tuned"),
+    )
+    assert code == 0, err
+
+    assert csq(*RUN, "--target-bits", 2.5, "-o", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_labels_of_the_training_images_are_never_looked_at(tmp_path: Path) -> None:
+    recipe = resolve("digits", {"epochs": 0, "quantization.target_bits": 2, "images": 128})
+    files = []
+    for name in ("true", "none"):
+        images = open_data("digits")
+        assert images.train is not None
+        if name == "none":
+            images.train.labels = torch.zeros_like(images.train.labels)
+        pipeline.search(recipe, tmp_path / name, display=Display(quiet=True), images=images)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_folder_of_images_without_labels_is_enough_to_calibrate_on(csq, tmp_path: Path) -> None:
+    images = open_data("digits").train
+    assert images is not None
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for index in range(100):  # flat and nested, in no folders of classes
+        images.pil(index, 1).save(tmp_path / "photos" / ("more" if index % 2 else ".") / f"{index:03}.png")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    run = ("search", "--recipe", "digits", "--epochs", 0, "--target-bits", 3, "--quiet", "-o", tmp_path / "run")
+    code, _, err = csq(*run, "--calib", tmp_path / "photos")
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["inputs"]["train"]["images"] == 100
+    assert report["accuracy"]["hard_top1"] >= 95  # 98.2 in float
+
+
+def test_a_run_stopped_between_groups_resumes_to_the_same_bytes(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (*RUN, "--target-bits", 2, "--set", "passes=3")
+    assert csq(*run, "-o", tmp_path / "whole")[0] == 0
+    original, calls = post_training._Work._round_group, iter(range(9))
+
+    def stopped(self, group):
+        original(self, group)
+        if next(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(post_training._Work, "_round_group", stopped)
+    code, _, err = csq(*run, "-o", tmp_path / "broken")
+    assert (code, "2 groups of layers rounded" in err) == (130, True), err
+    monkeypatch.setattr(post_training._Work, "_round_group", original)
+    code, _, err = csq(*run, "-o", tmp_path / "broken", "--resume")
+    assert code == 0, err
+    names = ("whole", "broken")
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in names}) == 1
+    assert not list((tmp_path / "broken").glob("resume*"))
+
+
+def test_a_method_that_trains_needs_epochs_and_one_that_does_not_takes_none(csq, tmp_path: Path) -> None:
+    common = ("search", "--recipe", "digits", "--quiet", "-o", tmp_path / "run")
+    code, _, err = csq(*common, "--method", "staged", "--epochs", 0)
+    assert (code, "`staged` needs at least 1" in err) == (2, True), err
+    code, _, err = csq(*common, "--method", "ptq", "--epochs", 3)
+    assert (code, "`ptq` trains nothing" in err) == (2, True), err
+    assert not (tmp_path / "run").exists()
