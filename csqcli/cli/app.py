@@ -17,6 +17,7 @@ from csqcli.cli.finetune import finetune
 from csqcli.cli.init import init
 from csqcli.cli.inspect import inspect
 from csqcli.cli.methods import methods
+from csqcli.cli.plan import plan
 from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
@@ -33,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (search, finetune, methods, evaluate, report, inspect, export, reproduce, init, doctor):
+for command in (search, plan, finetune, methods, evaluate, report, inspect, export, reproduce, init, doctor):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 
