@@ -7,6 +7,7 @@ written and read back).
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from csqcli.training.adapt import adapt
 from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.opening import check_task, open_images, open_model
+from csqcli.training.planning import try_out
 from csqcli.training.post_training import quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
@@ -69,23 +71,7 @@ def search(
         if folder.finished is not None:
             folder.finish()
             return folder.finished
-        torch.manual_seed(recipe.seed)
-        with display.step(f"loading {spec.source}"):
-            fitted = open_model(recipe, images)
-        loaded, images = fitted.loaded, images.relabelled(fitted.outputs, fitted.names)
-        for note in loaded.notes:
-            display.say(f"{loaded.weights_from}: {note}")
-        source = ModelRecord(
-            source=spec.source,
-            library=spec.library,
-            name=spec.name,
-            arguments=spec.arguments,
-            num_classes=images.num_classes,
-            weights_from=loaded.weights_from,
-            checkpoint_sha256=loaded.checkpoint_sha256,
-        )
-        config = data_config(loaded.data_config, recipe)
-        with Run(recipe, folder, display, loaded.model, images, config, source) as run:
+        with _opened(recipe, spec, images, folder, display) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
             run.measure_float()
             layers, left_float = run.find_layers()
@@ -104,6 +90,27 @@ def search(
     return report
 
 
+def _opened(recipe: Recipe, spec: ModelSpec, images: DataSet, folder: RunFolder, display: Display) -> Run:
+    """The run of a recipe before its first phase: the model with its weights and head, its images and loaders."""
+    torch.manual_seed(recipe.seed)
+    with display.step(f"loading {spec.source}"):
+        fitted = open_model(recipe, images)
+    loaded, images = fitted.loaded, images.relabelled(fitted.outputs, fitted.names)
+    for note in loaded.notes:
+        display.say(f"{loaded.weights_from}: {note}")
+    source = ModelRecord(
+        source=spec.source,
+        library=spec.library,
+        name=spec.name,
+        arguments=spec.arguments,
+        num_classes=images.num_classes,
+        weights_from=loaded.weights_from,
+        checkpoint_sha256=loaded.checkpoint_sha256,
+    )
+    config = data_config(loaded.data_config, recipe)
+    return Run(recipe, folder, display, loaded.model, images, config, source)
+
+
 def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[str, Any]:
     run.quantize_activations()
     if run.activations is not None:
@@ -115,6 +122,54 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[s
     else:
         file, gap = publish(run, quantize_after_training(run, layers), left)
     return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
+
+
+def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> dict[str, Any]:
+    """What :func:`search` would do and come to, from a few of its own steps; the plan, of which nothing stays on disk.
+
+    The model is loaded and trained for some timed steps, its weights are rounded at the planes that are found by then, and
+    both files are written into a folder that is removed again. UserError for whatever would stop the search, and for 0 epochs.
+    """
+    spec = _model_asked_for(recipe)
+    if not recipe.card.trains:
+        raise UserError(
+            "0 epochs have no steps to be timed", where="epochs", hint="run the search itself: it takes minutes"
+        )
+    if images is None:
+        with display.step(f"listing the images of {recipe.data.source}"):
+            images = open_images(recipe)
+    untracked = recipe.model_copy(update={"log": []})
+    with tempfile.TemporaryDirectory(prefix="csq-plan-") as scratch:
+        with (
+            RunFolder(Path(scratch) / "run", untracked, images, force=False, resume=False) as folder,
+            _opened(untracked, spec, images, folder, display) as run,
+        ):
+            run.check_scores()
+            layers, left_float = run.find_layers()
+            left = [vars(tensor) for tensor in left_float]
+            run.count_operations(layers)
+            rehearse(run, layers, left)
+            run.keep_teacher()
+            run.quantize_activations()
+            forecast = try_out(run, layers, left)
+            small = _small_bytes(folder.model_file, display=display) if layers else None
+            folder.finish()
+    return forecast.described(recipe) | {
+        "left_float": left,
+        "bytes": {"model": forecast.model_bytes, "bit_packed_small": small},
+    }
+
+
+def _small_bytes(file: Path, *, display: Display) -> int:
+    """Size of a file in the form `bit-packed-small`, its certificate included, as `csq export` writes it."""
+    from csqcli.exporting.run import export_file
+
+    output = file.with_name(f".{file.stem}-small.safetensors")
+    try:
+        export_file(file, output, form="bit-packed-small", trust_code=True, display=display)
+        return output.stat().st_size
+    finally:
+        output.unlink(missing_ok=True)
 
 
 def finetune(

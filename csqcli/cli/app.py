@@ -21,6 +21,7 @@ from csqcli.cli.finetune import finetune
 from csqcli.cli.init import init
 from csqcli.cli.inspect import inspect
 from csqcli.cli.methods import methods
+from csqcli.cli.plan import plan
 from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 for command in (
     search,
+    plan,
     finetune,
     methods,
     allocate,

@@ -121,3 +121,15 @@ def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool) -
     else:
         print_report(read_manifest(file), console(), history=report["history"])
         line(f"wrote {file}")
+
+
+def print_plan(plan: Mapping[str, Any], *, json_wanted: bool) -> None:
+    """What `csq plan` and `csq search --dry-run` print: the plan for people, or as it is."""
+    from csqcli.reporting.terminal import print_plan
+
+    if not is_main_process():
+        return
+    if json_wanted:
+        as_json(plan)
+    else:
+        print_plan(plan, console())

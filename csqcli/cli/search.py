@@ -33,7 +33,7 @@ from csqcli.cli.options import (
     model_settings,
     val_split,
 )
-from csqcli.cli.output import result_of_run
+from csqcli.cli.output import print_plan, result_of_run
 from csqcli.system.launcher import is_main_process
 
 
@@ -96,6 +96,9 @@ def search(
     settings: SetOption = None,
     force: ForceOption = False,
     resume: ResumeOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan that `csq plan` prints, and write nothing.")
+    ] = False,
     log: TrackOption = None,
     log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
@@ -136,8 +139,17 @@ def search(
     written = read_planes(planes) if planes is not None else {}
     resolved = resolve(recipe, parse_assignments(settings or []) | written | given(typed))
     check_complete(resolved)
-    target = output or search_folder(resolved)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
+    if dry_run:
+        display.say(
+            f"recipe {recipe}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
+        )
+        with display.step("loading PyTorch"):
+            from csqcli import pipeline
+
+        print_plan(pipeline.plan(resolved, display=display), json_wanted=as_json)
+        return
+    target = output or search_folder(resolved)
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
 
     with display.step("loading PyTorch"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from csqcli.errors import printable
@@ -27,6 +28,7 @@ from csqcli.reporting.layout import (
     spark,
 )
 from csqcli.reporting.words import layer_names, short
+from csqcli.system.progress import duration
 
 _LEAST_REASON = 34  # columns, of why a tensor stays float
 
@@ -205,3 +207,47 @@ def print_coverage(found: Mapping[str, Any], console: Console) -> None:
         f"for {'×'.join(map(str, found['input_size']))}"
     )
     print_lines([line], console, indent=0)
+
+
+def print_plan(plan: Mapping[str, Any], console: Console) -> None:
+    """What `csq plan` prints, from ``pipeline.plan``: the recipe, a row per tensor, then bytes, memory and time."""
+    marks = glyphs(console)
+    recipe = yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True, width=max(console.width, 60))
+    for line in recipe.splitlines():
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    layers, left = plan["layers"], plan["left_float"]
+    if layers or left:
+        rows, float_ = [*layers, *left], [""] * len(left)
+        columns = [
+            Column("tensor", [printable(row["name"]) for row in rows], shrinks=LEAST_NAME),
+            Column("shape", ["×".join(map(str, row["shape"])) for row in rows], rank=2),
+            Column("weights", [*(f"{row['weights']:,}" for row in layers), *float_], right=True),
+            Column("planes", [*(str(row["planes"]) for row in layers), *float_], right=True),
+        ]
+        if left:
+            columns.append(
+                Column("", [*("quantized" for _ in layers), *(f"float: {row['why']}" for row in left)], shrinks=34)
+            )
+        print_columns(columns, console, marks)
+        console.print()
+    print_lines(_plan_lines(plan), console)
+
+
+def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    size, memory, time = plan["bytes"], plan["memory"], plan["time"]
+    why = f" (chosen by auto: {plan['method_why']})" if plan["method_why"] else ""
+    lines = [f"{'method':<{LABEL}}{plan['recipe']['quantization']['method']}{why}"]
+    if plan["layers"]:
+        asked = plan["target_mean_bits"]
+        lines.append(f"{'bits':<{LABEL}}{plan['mean_bits']:.2f} of {asked:g}, planes as far as a few steps tell")
+    small = f", {size['bit_packed_small']:,} bytes as bit-packed-small" if size["bit_packed_small"] is not None else ""
+    lines.append(f"{'file':<{LABEL}}about {size['model']:,} bytes{small}")
+    free = f", {memory['free_bytes'] / 2**30:.1f} GiB are free" if memory["free_bytes"] is not None else ""
+    needed = f"{memory['bytes'] / 2**30:.1f} GiB" if memory["bytes"] >= 2**30 else f"{memory['bytes'] / 2**20:.0f} MiB"
+    lines.append(f"{'memory':<{LABEL}}about {needed} for steps of {memory['images']} images at once{free}")
+    lines.append(
+        f"{'time':<{LABEL}}about {duration(time['seconds'])}: {time['steps']:,} steps of {time['step_seconds']:.3f} s, "
+        f"{time['evaluations']} evaluations of {time['evaluation_seconds']:.1f} s"
+    )
+    return lines

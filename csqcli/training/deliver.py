@@ -52,7 +52,7 @@ def publish(
     """Write the run's model, whose weights are those of ``layers``, read it back and evaluate it; as :func:`deliver`."""
     accuracy = run.record.accuracy
     run.model.eval()
-    file = _assembled(run, layers, left_float)
+    file = assembled(run, layers, left_float)
 
     distributed.check_equal([vars(layer) for layer in layers], what="the hard model")
     results: tuple[float, float, float | None, float] | None = None
@@ -75,7 +75,8 @@ def publish(
     return file, gap
 
 
-def _assembled(run: Run, layers: Sequence[HardLayer], left_float: list[dict[str, Any]]) -> QuantizedFile:
+def assembled(run: Run, layers: Sequence[HardLayer], left_float: list[dict[str, Any]]) -> QuantizedFile:
+    """The file of the run's model with ``layers`` as they are now."""
     return io.assemble(
         run.model,
         layers,
@@ -116,7 +117,7 @@ def rehearse(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]]
     where, hint = run.source.source, "the model could be trained but not stored; nothing was trained"
     try:
         with run.display.step("rehearsing the file"):
-            io.write(candidate, _assembled(run, blank, left_float))
+            io.write(candidate, assembled(run, blank, left_float))
             file = io.read(candidate)
         state = run.model.state_dict()
         fit = file.state_dict()

@@ -279,6 +279,14 @@ def _measure_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
         method.materialise(optimizer.step_count)
 
 
+def step_memory(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -> memory.StepMemory:
+    """What a training step takes beyond the weights."""
+    quantization = recipe.quantization
+    bits = int(quantization.target_bits or 0) if card.takes == "planes" else quantization.max_bits
+    kept = card.load().state_bytes(recipe.method_settings, max_bits=bits, state_dtype=state_dtype(recipe))
+    return memory.estimate(run.model, run.config["input_size"], state_bytes=kept, amp=amp, device=run.device)
+
+
 def _images_per_step(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -> int:
     """Images per forward pass, the same on all processes: the recipe's; for `auto`, as many as the free memory takes.
 
@@ -291,10 +299,7 @@ def _images_per_step(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -
     if free is None:
         return images
     free = distributed.all_reduce_min(free, run.device)
-    quantization = recipe.quantization
-    bits = int(quantization.target_bits or 0) if card.takes == "planes" else quantization.max_bits
-    kept = card.load().state_bytes(recipe.method_settings, max_bits=bits, state_dtype=state_dtype(recipe))
-    step = memory.estimate(run.model, run.config["input_size"], state_bytes=kept, amp=amp, device=run.device)
+    step = step_memory(run, recipe, card, amp=amp)
     most = step.most_images(free)
     if asked == "auto" and 0 < most < batch:
         parts = -(-batch // most)

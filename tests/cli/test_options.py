@@ -219,6 +219,17 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         lambda r: "calibrated" in r.out,
     ),
 }
+INVOCATIONS |= {  # what a run would come to
+    "dry run": (f"{SEARCH} --dry-run", lambda r: "file " in r.out and "time " in r.out and not r.folder.exists()),
+    "plan": (
+        "plan digits_cnn --data digits --val-split 0.5 --checkpoint builtin:digits_float --weights raw --input-size 12 --head keep "
+        "--recipe digits --target-bits 3 --method staged --allocator uniform --cost weights --act-bits 8 --epochs 2 --float-epochs 1 "
+        "--finetune-epochs 1 --distill 0.5 --lr 0.1 --workers 0 --amp off --seed 1 --batch-size 64 --device cpu --no-compile "
+        "--pretrained --set max_steps=2 --log-every 5 --quiet --json",
+        lambda r: json.loads(r.out)["mean_bits"] == 3 and json.loads(r.out)["time"]["steps"] == 2 * (1 + 2 + 1),
+    ),
+    "plan in short": ("plan --recipe digits --target-bits 2 -q", lambda r: "as bit-packed-small" in r.out),
+}
 INVOCATIONS |= {  # around the runs: a recipe to edit, the machine, the shell
     "init": (
         "init resnet18 --recipe photographs --target-bits 3 --method csq --data /images --set optimizer.lr=0.5 -o OUT/mine.yaml",
@@ -235,6 +246,8 @@ INVOCATIONS |= {  # around the runs: a recipe to edit, the machine, the shell
 BY_ITSELF = {  # exercised in a test of their own, below or elsewhere
     ("", "--install-completion"): "typer's own; it would write into the home folder",
     ("search", "--compile"): "test_compile_trains",
+    ("plan", "--compile"): "the search's own",
+    ("plan", "--no-pretrained"): "tests/training/test_planning.py",
     ("inspect", "--pretrained"): "test_pretrained_weights_that_cannot_be_had_are_one_line",
 }
 

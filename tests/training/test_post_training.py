@@ -101,3 +101,9 @@ def test_a_method_that_trains_needs_epochs_and_one_that_does_not_takes_none(csq,
     code, _, err = csq(*common, "--method", "ptq", "--epochs", 3)
     assert (code, "`ptq` trains nothing" in err) == (2, True), err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_zero_epochs_says_why_there_is_none(csq) -> None:
+    code, _, err = csq("plan", "--recipe", "digits", "--target-bits", 3, "--set", "epochs=0", "--quiet")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "0 epochs have no steps to be timed" in err
