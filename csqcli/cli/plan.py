@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from csqcli.cli.search import search
 
-_OF_A_RUN = ("output", "force", "resume", "log", "dry_run")  # a plan has no folder
+_OF_A_RUN = ("output", "force", "resume", "log", "dry_run", "calib")  # a plan has no folder, and steps to be timed
 
 
 def plan(**options: Any) -> None:

@@ -221,6 +221,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
 }
 INVOCATIONS |= {  # what a run would come to
     "dry run": (f"{SEARCH} --dry-run", lambda r: "file " in r.out and "time " in r.out and not r.folder.exists()),
+    "plan written planes": (
+        "plan --recipe digits --method lsq --planes PLANES --trials 7 --target-bits 3 --set max_steps=1 --json -q",
+        lambda r: [layer["planes"] for layer in json.loads(r.out)["layers"]] == [7, 2, 2, 3],
+    ),
     "plan": (
         "plan digits_cnn --data digits --val-split 0.5 --checkpoint builtin:digits_float --weights raw --input-size 12 --head keep "
         "--recipe digits --target-bits 3 --method staged --allocator uniform --cost weights --act-bits 8 --epochs 2 --float-epochs 1 "
