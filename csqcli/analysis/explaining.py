@@ -79,6 +79,9 @@ def explain(
     file, layers = opened.file, opened.layers
     if not layers:
         raise UserError("holds no quantized layer", where=str(path))
+    if any(layer.basis is not None for layer in file.layers):
+        what = "its levels are sums of a learned basis, of which no plane can be taken away alone"
+        raise UserError(what, where=str(path), hint="csq sensitivity measures its layers before training")
     fitting, measuring = _halves(opened.batches, where=data)
     budget, cost = _budget(file.manifest, layers)
     planes = [layer.planes for layer in file.layers]

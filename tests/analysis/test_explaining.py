@@ -192,3 +192,23 @@ def test_explain_agrees_with_brute_force_over_all_swaps(digits_run: Path) -> Non
         assert swap["measured"] == pytest.approx(change, abs=1e-5)
         assert (swap["give"], swap["take"]) == (give, take)
     assert sum(row["share"] for row in found["layers"]) == pytest.approx(1)
+
+
+def test_levels_of_a_learned_basis_are_refused(csq, tmp_path: Path) -> None:
+    run = (
+        "search",
+        "--recipe",
+        "digits",
+        "--method",
+        "lq-nets",
+        "--target-bits",
+        2,
+        "--set",
+        "max_steps=1",
+        "--epochs",
+        1,
+    )
+    assert csq(*run, "--quiet", "-o", tmp_path / "run")[0] == 0
+    code, _, err = csq("explain", tmp_path / "run", "--data", "digits", "--quiet")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "sums of a learned basis" in err
