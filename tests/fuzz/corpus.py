@@ -29,9 +29,11 @@ def build_corpus(folder: Path) -> None:
     settings = {"epochs": 2, "max_steps": 1, "data.val_limit": 20, "threads": 1, "bn_recalibration_batches": 1}
     settings |= {"data.train_limit": 40, "quantization.target_bits": 2, "quantization.act_bits": 8}
     run = recipe.resolve("digits", settings)
-    for name in ("run", "unfinished"):
+    learned = recipe.resolve("digits", settings | {"epochs": 1, "quantization.method": "lq-nets"})
+    for name in ("run", "unfinished", "learned"):
         (folder / name).mkdir()
     pipeline.search(run, folder / "run", display=Display(quiet=True), force=True)
+    pipeline.search(learned, folder / "learned", display=Display(quiet=True), force=True)
     original, done = Trainer.run_epoch, iter(range(9))
 
     def interrupted(self: Any, epoch: int, **more: Any) -> Any:
@@ -46,9 +48,12 @@ def build_corpus(folder: Path) -> None:
     finally:
         Trainer.run_epoch = original  # type: ignore[method-assign]
     file = file_io.read(folder / "run" / "model.safetensors")
+    basis = file_io.read(folder / "learned" / "model.safetensors")
     holes = make_file("csq:digits_cnn")
     for form in ("compact", "int8-packed", "bit-packed", "state-dict"):
-        for name, content in (("search", file), ("holes", holes)):
+        for name, content in (("search", file), ("holes", holes), ("basis", basis)):
+            if name == "basis" and form == "int8-packed":  # which holds integers × scale alone
+                continue
             content.manifest.sizes.file_bytes = None
             file_io.write(folder / f"{name}-{form}.safetensors", content, form=form)  # type: ignore[arg-type]
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
