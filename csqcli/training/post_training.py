@@ -43,6 +43,7 @@ _BATCH = 64  # images per forward pass
 _FISHER_BATCH = 16  # images whose mean gradient is squared
 _SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
 _SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
+_MOST_COLUMNS = 2**13  # of a layer that is fitted: its moments take the square of that, thrice, in float32
 _SAVE_SECONDS = 20.0  # between two states
 
 
@@ -189,7 +190,7 @@ class _Work:
 
     @torch.no_grad()
     def _execution_order(self) -> tuple[list[int], dict[nn.Module, int]]:
-        """Layers in the order in which they run, and how many of them ran before each BatchNorm."""
+        """Layers to fit, in the order in which they run, and how many of them ran before each BatchNorm."""
         recorder, norms = LayerInputs(self.layers, positions=1, values=False), dict[nn.Module, int]()
 
         def note(module: nn.Module, inputs: object) -> None:
@@ -203,12 +204,14 @@ class _Work:
             for hook in hooks:
                 hook.remove()
         self.biases = recorder.biases
-        return recorder.order, norms
+        kept = [index for index in recorder.order if _columns(self.layers[index]) <= _MOST_COLUMNS]
+        ran_before = {norm: len(set(recorder.order[:count]) & set(kept)) for norm, count in norms.items()}
+        return kept, ran_before
 
     # -- rounding
 
     def _round_unseen(self) -> None:
-        """Layers whose inputs cannot be had keep the nearest levels: they hold them from the start."""
+        """Layers whose inputs cannot be had, or are too many, keep the nearest levels: they hold them from the start."""
         for index in set(range(len(self.layers))) - set(self.order):
             self.method.write(index)
 
@@ -340,9 +343,13 @@ def _groups(order: Sequence[int], passes: int) -> list[list[int]]:
 
 def _positions(layer: Layer, images: int) -> int:
     """Output positions of one image that a layer's moments need."""
-    columns = layer.weights // layer.parameter.shape[layer.channel_dim]
     fewest, most = _SAMPLES
-    return -(-min(max(_SAMPLES_PER_WEIGHT * columns, fewest), most) // images)
+    return -(-min(max(_SAMPLES_PER_WEIGHT * _columns(layer), fewest), most) // images)
+
+
+def _columns(layer: Layer) -> int:
+    """Weights of one filter."""
+    return layer.weights // layer.parameter.shape[layer.channel_dim]
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,113 @@
+"""Post-training quantization: what each part of it is worth, and where it stands beside short trainings.
+
+    python benchmarks/post_training.py resnet20 --data cifar10-jpeg --checkpoint resnet20_float.safetensors --work runs/ptq-r20
+    python benchmarks/post_training.py lite0 --data imagenette --checkpoint tf_efficientnet_lite0.safetensors --work runs/ptq-lite0
+
+One thread, seed 0, float32; all through `csqcli.pipeline.search`. Every row is a run in a folder of --work: finished ones are read
+from there, so the command goes on where it was stopped. --rows picks some of them by name; rows of training take minutes
+per epoch. Seconds are of processor time (other load on the machine does not count), the float model's evaluation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet20": {
+        "model.source": "cifar_resnet20",
+        "data.val_split": "test",
+        "data.train_limit": 2000,
+        "data.val_limit": 2000,
+    },
+    "lite0": {
+        "model.source": "timm:tf_efficientnet_lite0",
+        "model.head": "subset",
+        "data.input_size": 128,
+        "data.train_limit": 4000,
+        "data.val_limit": 1000,
+        "data.workers": 1,
+    },
+}
+OFF: dict[str, dict[str, Any]] = {
+    "ptq": {},
+    "nearest": {"ptq.rounding": "nearest"},
+    "inputs not followed": {"ptq.follow_inputs": False},
+    "no bias correction": {"ptq.correct_bias": False},
+    "no BatchNorm": {"bn_recalibration_batches": 0},
+    "nothing but nearest": {
+        "ptq.rounding": "nearest",
+        "ptq.correct_bias": False,
+        "bn_recalibration_batches": 0,
+    },
+    "uniform planes": {"quantization.allocator": "uniform"},
+    "uniform planes, nothing but nearest": {
+        "quantization.allocator": "uniform",
+        "ptq.rounding": "nearest",
+        "ptq.correct_bias": False,
+        "bn_recalibration_batches": 0,
+    },
+    "no discount of finer planes": {"ptq.recovery": 1.0},
+    "4 passes": {"ptq.passes": 4},
+}
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Overrides of every row, by its name."""
+    found = {
+        f"{name}, {target}": {"epochs": 0, "quantization.target_bits": target, **more}
+        for target in (8, 4, 3, 2)
+        for name, more in OFF.items()
+        if target in (3, 4) or name == "ptq"
+    }
+    for epochs in (1, 3):
+        for target in (4, 3):
+            found[f"staged {epochs}, {target}"] = {"epochs": epochs, "quantization.target_bits": target, "amp": "bf16"}
+    return found
+
+
+def main() -> None:
+    from csqcli import pipeline
+    from csqcli.data.splits import DataSet
+    from csqcli.recipe.resolve import resolve
+    from csqcli.system.progress import Display
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=list(NETWORKS))
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--rows", nargs="*", help="names of rows; all if unset")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="laid over every row")
+    given = parser.parse_args()
+    table, images = rows(), dict[str, DataSet]()
+    for name in given.rows or table:
+        folder = given.work / name.replace(", ", "-").replace(" ", "_")
+        more = {key: json.loads(value) for key, _, value in (text.partition("=") for text in given.set)}
+        fixed = NETWORKS[given.network] | {
+            "data.source": given.data,
+            "model.checkpoint": given.checkpoint,
+            "threads": 1,
+        }
+        began = time.process_time()
+        recipe = resolve("photographs" if given.network == "lite0" else "short", fixed | table[name] | more)
+        if not images:
+            images["all"] = pipeline._open_images(recipe)
+        report = pipeline.search(recipe, folder, display=Display(quiet=True), resume=True, images=images["all"])
+        seconds, accuracy = time.process_time() - began, report["accuracy"]
+        timing = folder / "seconds.json"
+        if not timing.exists():
+            timing.write_text(json.dumps(seconds))
+        print(
+            f"{name:<40} float {accuracy['float_top1']:.2f}  hard {accuracy['hard_top1']:.2f}  "
+            f"bits {report['budget']['mean_bits']:.3f}  file {report['sizes']['file_bytes']:,}  "
+            f"{json.loads(timing.read_text()):.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
