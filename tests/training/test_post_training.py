@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import csqcli
 from csqcli import pipeline
 from csqcli.data.specs import open_data
+from csqcli.models.networks import digits_cnn
 from csqcli.recipe.resolve import resolve
 from csqcli.system.progress import Display
 from csqcli.training import post_training
@@ -101,3 +103,8 @@ def test_a_method_that_trains_needs_epochs_and_one_that_does_not_takes_none(csq,
     code, _, err = csq(*common, "--method", "ptq", "--epochs", 3)
     assert (code, "`ptq` trains nothing" in err) == (2, True), err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_optimizer_for_loops_of_one_s_own_refuses_a_method_without_steps() -> None:
+    with pytest.raises(csqcli.UserError, match="`ptq` trains nothing"):
+        csqcli.CSQ(digits_cnn(), 2, total_steps=3, method="ptq")
