@@ -201,7 +201,7 @@ class MSQSettings(DoReFaSettings):
 
 
 class PTQSettings(MethodSettings):
-    """Knobs of post-training quantization; docs/results.md has what each is worth."""
+    """Knobs of post-training quantization; docs/method.md says what they act on."""
 
     images: int = Field(512, ge=1, le=10**6)
     """Images that it looks at; their labels are not used."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import csqcli
 from csqcli import pipeline
 from csqcli.data.specs import open_data
+from csqcli.models.networks import digits_cnn
 from csqcli.recipe.resolve import resolve
 from csqcli.system.progress import Display
 from csqcli.training import post_training
@@ -107,3 +109,8 @@ def test_a_plan_of_zero_epochs_says_why_there_is_none(csq) -> None:
     code, _, err = csq("plan", "--recipe", "digits", "--target-bits", 3, "--set", "epochs=0", "--quiet")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "0 epochs have no steps to be timed" in err
+
+
+def test_the_optimizer_for_loops_of_one_s_own_refuses_a_method_without_steps() -> None:
+    with pytest.raises(csqcli.UserError, match="`ptq` trains nothing"):
+        csqcli.CSQ(digits_cnn(), 2, total_steps=3, method="ptq")
