@@ -41,6 +41,13 @@ def search(
     target_bits: Annotated[
         float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
     ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Instead: bytes of the file that ships, e.g. 2MB or 500kB.")
+    ] = None,
+    target_compression: Annotated[
+        float | None, typer.Option(help="Instead: how many times smaller than the float model that file must be.")
+    ] = None,
+    target_bops: Annotated[float | None, typer.Option(help="Instead: bit operations of one image, e.g. 5e9.")] = None,
     data: DataOption = None,
     val_split_: ValSplitOption = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth, .pt, .th or .tar.")] = None,
@@ -109,6 +116,9 @@ def search(
     typed = {
         "model.source": model,
         "quantization.target_bits": target_bits,
+        "quantization.target_size": target_size,
+        "quantization.target_compression": target_compression,
+        "quantization.target_bops": target_bops,
         "data.source": data,
         "data.val_split": val_split(val_split_),
         "model.checkpoint": checkpoint,

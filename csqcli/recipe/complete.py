@@ -11,8 +11,16 @@ def check_complete(recipe: Recipe) -> None:
     if recipe.model.source is None:
         raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
     target, card = recipe.quantization.target_bits, recipe.card
-    if target is None and card.name != "float":
-        raise UserError("no target given", hint="pass --target-bits, e.g. --target-bits 3")
+    quantization = recipe.quantization
+    if target is None and not quantization.in_users_unit and card.name != "float":
+        raise UserError("no target given", hint="pass --target-bits, e.g. --target-bits 3, or --target-size 2MB")
+    if quantization.in_users_unit:
+        if card.name != "staged":
+            hint = "leave --method out, or pass --target-bits"
+            raise UserError(f"{card.name} takes mean bits only, not a budget of bytes or operations", hint=hint)
+        if recipe.finetune.epochs:
+            hint = "give the search more --epochs, or `csq finetune` the file without a target"
+            raise UserError("finetune.epochs would change the size that was reached", hint=hint)
     uniform = card.takes == "planes" and recipe.quantization.allocator in (None, "uniform")
     if uniform and target is not None and (target != int(target) or not 1 <= target <= 8):
         hint = "take a whole number from 1 to 8, or method auto for a mixed one"
