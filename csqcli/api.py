@@ -716,9 +716,17 @@ def save(
 
 def search_folder(recipe: Recipe) -> Path:
     """Where ``search`` writes when it is told nothing: ``runs/resnet18-3bit`` in the current folder."""
-    bits = recipe.quantization.target_bits
+    settings = recipe.quantization
+    bits = settings.target_bits
     model = (recipe.model.source or "model").rpartition(":")[2]
-    return _RUNS / f"{_as_file_name(model)}-{'float' if bits is None else f'{bits:g}bit'}"
+    asked = "float" if bits is None else f"{bits:g}bit"
+    if settings.target_size is not None:
+        asked = f"{settings.target_size}bytes"
+    elif settings.target_compression is not None:
+        asked = f"{settings.target_compression:g}times"
+    elif settings.target_bops is not None:
+        asked = f"{settings.target_bops:g}bops"
+    return _RUNS / f"{_as_file_name(model)}-{asked}"
 
 
 def finetune_folder(file: Path) -> Path:

@@ -34,10 +34,11 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
-from csqcli.training import phase
+from csqcli.training import phase, sizing
 from csqcli.training.adapt import adapt
 from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
+from csqcli.training.loop import Trainer
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.planning import try_out
 from csqcli.training.post_training import quantize_after_training
@@ -45,6 +46,8 @@ from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.setup import check_written_planes
 
+_FITTINGS = 4  # tries at a size in bytes; the second is exact but for what BatchNorm's statistics deflate to
+_LONG_SECONDS = 0.012345678901234567  # written with as many digits as any measured time
 _FINETUNE_RATE = 0.4  # of the search's peak learning rate, where the recipe says nothing
 
 
@@ -115,13 +118,64 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[s
     run.quantize_activations()
     if run.activations is not None:
         rehearse(run, layers, left)
-    if run.recipe.card.trains:
-        trainer = phase.train(run, "search", run.recipe, layers)
-        file, gap = deliver(run, trainer, left)
-        run.searched = trainer.optimizer.method
-    else:
+    settings = run.recipe.quantization
+    if not run.recipe.card.trains:
         file, gap = publish(run, quantize_after_training(run, layers), left)
-    return write_report(run, file, parity={"max_logit_gap": gap}, **_adaptation(run))
+        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
+    if layers and (settings.target_size is not None or settings.target_compression is not None):
+        with run.display.step("measuring what each plane takes on disk"):
+            sizing.measure(run, layers, left, _shipped_bytes)
+    trainer = phase.train(run, "search", run.recipe, layers)
+    if run.ships is not None:
+        file, gap = _deliver_in_bytes(run, trainer, left)
+        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
+    file, gap = deliver(run, trainer, left)
+    run.searched = trainer.optimizer.method
+    return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
+
+
+def _deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
+    """As `deliver`, within a budget of bytes, and the file that ships beside the model. UserError where it stays over it."""
+    assert run.ships is not None
+    form = run.recipe.quantization.ship_as
+    shipped = run.folder.shipped_file(form)
+    with run.display.step("measuring the file that ships"):
+        trainer.optimizer.harden()
+        sizing.measure_others(run, trainer.optimizer.hard_layers(), left, _shipped_bytes)
+    goal, over = run.ships.allowed, 0
+    for _ in range(_FITTINGS):
+        with run.display.step("fitting the file to its size"):
+            coded = sizing.trim(run, trainer, goal)
+        file, gap = deliver(run, trainer, left)
+        size = _ship(run.folder.model_file, shipped, form, display=run.display) if run.shard.is_main else None
+        over = distributed.from_main(size) - run.ships.asked
+        if over <= 0:
+            return file, gap
+        goal = coded - over  # what is beside the integers turned out larger than it was before BatchNorm settled
+        if run.shard.is_main:
+            shipped.unlink()
+    what = f"stays {over:,} bytes over the {run.ships.asked:,} that were asked for"
+    raise UserError(what, where=str(run.folder.model_file), hint="ask for more, or for fewer --target-bits")
+
+
+def _asked(run: Run, file: QuantizedFile) -> dict[str, Any]:
+    """What was asked for in the user's unit and what was reached, as a field of the report."""
+    settings, manifest = run.recipe.quantization, file.manifest
+    found: list[dict[str, Any]] = []
+    if settings.target_bits is not None and manifest.layers:
+        found.append({"budget": "bits", "asked": settings.target_bits, "reached": manifest.budget.mean_bits})
+    shipped = run.folder.shipped_file(settings.ship_as)
+    if run.ships is not None and shipped.exists():
+        size = shipped.stat().st_size
+        if settings.target_size is not None:
+            found.append({"budget": "size", "asked": settings.target_size, "reached": size})
+        else:
+            reached = manifest.sizes.float_bytes / size
+            found.append({"budget": "compression", "asked": settings.target_compression, "reached": reached})
+        found[-1]["file"] = shipped.name
+    if settings.target_bops is not None and manifest.compute is not None:
+        found.append({"budget": "bops", "asked": settings.target_bops, "reached": manifest.compute.bops})
+    return {"budgets": found}
 
 
 def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> dict[str, Any]:
@@ -151,8 +205,11 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
             rehearse(run, layers, left)
             run.keep_teacher()
             run.quantize_activations()
+            settings = recipe.quantization
+            if layers and (settings.target_size is not None or settings.target_compression is not None):
+                sizing.measure(run, layers, left, _shipped_bytes)
             forecast = try_out(run, layers, left)
-            small = _small_bytes(folder.model_file, display=display) if layers else None
+            small = _shipped_bytes(folder.model_file, "bit-packed-small") if layers else None
             folder.finish()
     return forecast.described(recipe) | {
         "left_float": left,
@@ -160,14 +217,30 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
     }
 
 
-def _small_bytes(file: Path, *, display: Display) -> int:
-    """Size of a file in the form `bit-packed-small`, its certificate included, as `csq export` writes it."""
+def _ship(file: Path, output: Path, form: str, *, display: Display) -> int:
+    """Write ``file`` as ``output`` in a form of `csq export`, verified. Bytes that it takes at most, which do not depend on the
+    moment: a certificate states how long loading took, and the same run must fit to the same size again."""
     from csqcli.exporting.run import export_file
 
-    output = file.with_name(f".{file.stem}-small.safetensors")
+    export_file(file, output, form=form, trust_code=True, force=True, display=display)
+    written = io.read(output)
+    parity = written.manifest.parity
+    assert parity is not None
+    parity.load_seconds = _LONG_SECONDS
+    twin = output.with_name(f".{output.name}.twin")
     try:
-        export_file(file, output, form="bit-packed-small", trust_code=True, display=display)
-        return output.stat().st_size
+        return (
+            io.write(twin, written, form="bit-packed", parity=parity) + 16
+        )  # other seconds, and what pads a header to 8
+    finally:
+        twin.unlink(missing_ok=True)
+
+
+def _shipped_bytes(file: Path, form: str) -> int:
+    """Size of a file in a form of `csq export`, of which nothing stays."""
+    output = file.with_name(f".{file.stem}-shipped.safetensors")
+    try:
+        return _ship(file, output, form, display=Display(quiet=True))
     finally:
         output.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display, counted
 from csqcli.training.evaluate import check_scores
 from csqcli.training.opening import check_task, open_images, open_model
-from csqcli.training.run import CALIBRATION_BATCHES, data_config
+from csqcli.training.run import CALIBRATION_BATCHES, ShippedSize, data_config
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Opened:
     left_float: list[FloatTensor] = field(default_factory=list)
     operations: Operations | None = None
     activations: ActivationQuantizers | None = None
+    ships: ShippedSize | None = None  # no file is in sight
 
     @property
     def device(self) -> torch.device:

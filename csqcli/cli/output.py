@@ -112,7 +112,7 @@ def lines(texts: Iterable[str], *, indent: int) -> None:
 def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool) -> None:
     """What `csq search` and `csq finetune` print at the end: the report for people, or as it is."""
     from csqcli.file.header import read_manifest
-    from csqcli.reporting.terminal import print_report
+    from csqcli.reporting.terminal import budget_line, print_report
 
     if not is_main_process():
         return
@@ -120,6 +120,7 @@ def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool) -
         as_json(report)
     else:
         print_report(read_manifest(file), console(), history=report["history"])
+        lines(map(budget_line, report.get("budgets", ())), indent=13)
         line(f"wrote {file}")
 
 

@@ -47,6 +47,13 @@ def search(
     target_bits: Annotated[
         float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
     ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Instead: bytes of the file that ships, e.g. 2MB or 500kB.")
+    ] = None,
+    target_compression: Annotated[
+        float | None, typer.Option(help="Instead: how many times smaller than the float model that file must be.")
+    ] = None,
+    target_bops: Annotated[float | None, typer.Option(help="Instead: bit operations of one image, e.g. 5e9.")] = None,
     data: DataOption = None,
     calib: Annotated[
         str | None,
@@ -117,6 +124,9 @@ def search(
     typed = {
         **model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_)),
         "quantization.target_bits": target_bits,
+        "quantization.target_size": target_size,
+        "quantization.target_compression": target_compression,
+        "quantization.target_bops": target_bops,
         "data.input_size": input_size,
         "data.calib": calib,
         "quantization.method": method,

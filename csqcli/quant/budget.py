@@ -40,6 +40,9 @@ class Budget:
     weights: tuple[int, ...]  # elements of every layer
     limits: PlaneLimits
     table: tuple[tuple[int, ...], ...]  # [layers][planes 0 … n]: cost of a layer at so many planes
+    allowance: int | None = None  # the most that all layers may cost, where that and no target was asked for
+    unit: str = ""  # of the allowance, for messages: bytes
+    beside: int = 0  # what the network costs beyond its layers, in that unit; the allowance is without it
 
     @functools.cached_property
     def counts_weights(self) -> bool:
@@ -49,7 +52,9 @@ class Budget:
 
     @functools.cached_property
     def allowed(self) -> int:
-        """The most that all layers may cost together: what ``target`` planes everywhere do."""
+        """The most that all layers may cost together: the allowance, or what ``target`` planes everywhere do."""
+        if self.allowance is not None:
+            return self.allowance
         if self.counts_weights:
             return int(self.target * sum(self.weights) + 1e-6)
         below = min(math.floor(self.target), len(self.table[0]) - 1)
@@ -59,7 +64,11 @@ class Budget:
     @functools.cached_property
     def target_ratio(self) -> float:
         """The budget in units of what one plane everywhere costs: the target itself for the cost `weights`."""
-        return self.target if self.counts_weights else self.allowed / max(sum(row[1] for row in self.table), 1)
+        return (
+            self.target
+            if self.counts_weights and self.allowance is None
+            else self.allowed / max(sum(row[1] for row in self.table), 1)
+        )
 
     @functools.cached_property
     def plane_costs(self) -> Tensor:
@@ -86,6 +95,10 @@ class Budget:
         if self.spent(self.limits.min_planes) <= self.allowed:
             return
         hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+        if self.allowance is not None:
+            asked, needed = self.allowance + self.beside, self.spent(self.limits.min_planes) + self.beside
+            what = f"a target of {asked:,} {self.unit} cannot be met: at the fewest planes it takes about {needed:,}"
+            raise UserError(what, hint=hint)
         least = self.mean_planes(self.limits.min_planes)
         raise UserError(f"target_bits {self.target:g} cannot be met: the layer rules alone need {least:.4g}", hint=hint)
 
@@ -124,6 +137,15 @@ def make_budget(
     weights = tuple(layer.weights for layer in layers)
     limits = limits or PlaneLimits((1,) * len(weights), (bits,) * len(weights))
     return Budget(target, weights, limits, tuple(table))
+
+
+def uniform_target(table: Sequence[Sequence[int]], allowance: int) -> float:
+    """How many planes in every layer would cost ``allowance``, between whole ones by the share of the way; at most all."""
+    totals = [sum(column) for column in zip(*table, strict=True)]
+    for planes, (low, high) in enumerate(itertools.pairwise(totals)):
+        if allowance < high:
+            return planes + max(allowance - low, 0) / max(high - low, 1)
+    return float(len(totals) - 1)
 
 
 def plane_limits(

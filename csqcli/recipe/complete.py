@@ -10,9 +10,19 @@ def check_complete(recipe: Recipe) -> None:
     """UserError for a search without a model or data, and for a target that is missing or that the method cannot meet."""
     check_model_given(recipe)
     target, card = recipe.quantization.target_bits, recipe.card
-    if target is None and card.name != "float":
-        inside = ", or write target_bits into the file of planes" if recipe.quantization.planes else ""
-        raise UserError("no target given", hint=f"pass --target-bits, e.g. --target-bits 3{inside}")
+    quantization = recipe.quantization
+    if target is None and not quantization.in_users_unit and card.name != "float":
+        inside = ", or write target_bits into the file of planes" if quantization.planes else ""
+        raise UserError(
+            "no target given", hint=f"pass --target-bits, e.g. --target-bits 3, or --target-size 2MB{inside}"
+        )
+    if quantization.in_users_unit:
+        if card.name != "staged":
+            hint = "leave --method out, or pass --target-bits"
+            raise UserError(f"{card.name} takes mean bits only, not a budget of bytes or operations", hint=hint)
+        if recipe.finetune.epochs:
+            hint = "give the search more --epochs, or `csq finetune` the file without a target"
+            raise UserError("finetune.epochs would change the size that was reached", hint=hint)
     uniform = card.takes == "planes" and recipe.quantization.allocator in (None, "uniform")
     if uniform and target is not None and (target != int(target) or not 1 <= target <= 8):
         hint = "take a whole number from 1 to 8, or method auto for a mixed one"

@@ -27,11 +27,13 @@ from csqcli.quant.catalog import (
 )
 from csqcli.quant.costs import costs
 from csqcli.recipe import legacy
-from csqcli.recipe.schema import INT8_PLANES, Recipe
+from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, Recipe
 from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 
 _MAX_BYTES, _MAX_VALUES = 2**18, 10_000  # of a recipe file; a rule per layer of the largest model takes less
+_OF_A_SEARCH = ("allocator", "cost", "planes", "ship_as", *USERS_TARGETS)  # what a finetune of its file knows no more
+_TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *USERS_TARGETS))
 _FREE_MAPPINGS = (
     "model.arguments",
     "layers.min_bits",
@@ -128,6 +130,12 @@ def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) 
     named = typed.get("quantization.method", typed.get("method"))
     if named is not None and named != _method_of(given):  # settings of the recipe's own method do not apply to another
         given = {key: value for key, value in given.items() if key not in CARDS}
+    targets = {full for key in typed if (full := _common_key(key)) in _TARGETS}
+    section = given.get("quantization")
+    if targets and isinstance(
+        section, dict
+    ):  # a target that is typed takes the place of the recipe's, in whatever unit
+        given["quantization"] = {k: value for k, value in section.items() if f"quantization.{k}" not in _TARGETS}
     of_method = {}
     for key, value in typed.items():
         full = _common_key(key)
@@ -152,8 +160,7 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
     kept = legacy.modernised(without(_as_mapping(raw, where), Recipe.keys_marked(USERS_ONLY)))
     section = kept.get("quantization")
     if isinstance(section, dict):
-        decided = ("allocator", "cost", "planes")
-        kept["quantization"] = {key: value for key, value in section.items() if key not in decided}
+        kept["quantization"] = {key: value for key, value in section.items() if key not in _OF_A_SEARCH}
     if isinstance(kept.get("threads"), int):
         kept["threads"] = min(kept["threads"], os.cpu_count() or 1)
     method = _method_of(kept)
@@ -227,6 +234,9 @@ def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
         raise UserError(f"quantization.method: a name is wanted, not {method!r}", where=where)
     if method != AUTO:
         return find_card(method, where=f"{where}: quantization.method" if where else "quantization.method"), ""
+    section = raw.get("quantization")
+    if isinstance(section, dict) and any(section.get(key) is not None for key in USERS_TARGETS):
+        return CARDS["staged"], "a budget of bytes or operations"
     epochs = raw.get("epochs", Recipe.model_fields["epochs"].default)
     name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=_from_scratch(raw))
     return CARDS[name], why

@@ -19,6 +19,9 @@ from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
 INT8_PLANES = 7  # integers up to ±127
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+USERS_TARGETS = ("target_size", "target_compression", "target_bops")
+_TARGETS = ("target_bits", *USERS_TARGETS)
 
 
 class ModelSettings(Section):
@@ -101,6 +104,14 @@ class QuantizationSettings(Section):
     """`auto` (chosen by the schedule), a name that `csq methods` lists, or `package.module:Class`."""
     target_bits: float | None = Field(None, gt=0)
     """Mean planes per weight element that the delivered model must not exceed; fractions are fine."""
+    target_size: int | None = Field(None, ge=1)
+    """Bytes that the file which ships must not exceed, as a number or as `2MB`, `500kB`, `1.5MiB`. Instead of `target_bits`."""
+    target_compression: float | None = Field(None, gt=1)
+    """How many times smaller than the float model (4 bytes a number) that file must be at least. Instead of `target_bits`."""
+    target_bops: float | None = Field(None, gt=0)
+    """Bit operations of one image that the model must not exceed. Instead of `target_bits`."""
+    ship_as: Literal["bit-packed-small", "bit-packed"] = "bit-packed-small"
+    """The form of the file that ships, which `target_size` and `target_compression` are about; it lies beside the model."""
     cost: str = WEIGHTS
     """What planes cost: `weights` (elements), `bops`, or `package.module:function`.
     The budget is what `target_bits` planes in every layer would cost."""
@@ -129,6 +140,28 @@ class QuantizationSettings(Section):
         if self.act_bits not in (1, 32) and self.act_method == "xnor":
             raise ValueError(f"act_method xnor has act_bits 1, not {self.act_bits}")
         return self
+
+    @field_validator("target_size", mode="before")
+    @classmethod
+    def _bytes_of_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(k|M|G|ki|Mi|Gi)?B?\s*", value)
+        if found is None:
+            raise ValueError("Input should be a size: 2MB, 500kB, 1.5MiB or a number of bytes")
+        return int(float(found[1]) * _UNITS[found[2] or ""])
+
+    @model_validator(mode="after")
+    def _one_target(self) -> QuantizationSettings:
+        named = [key for key in _TARGETS if getattr(self, key) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} cannot both be asked for; keep one")
+        return self
+
+    @property
+    def in_users_unit(self) -> bool:
+        """Whether the budget is one of bytes or operations, not of mean planes."""
+        return any(getattr(self, key) is not None for key in USERS_TARGETS)
 
 
 class LayerRules(Section):

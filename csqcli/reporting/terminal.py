@@ -209,6 +209,20 @@ def print_coverage(found: Mapping[str, Any], console: Console) -> None:
     print_lines([line], console, indent=0)
 
 
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """One of a run's budgets: what was asked for and what was reached."""
+    kind, asked, reached = budget["budget"], budget["asked"], budget["reached"]
+    if kind == "size":
+        said = f"{reached:,} of {asked:,} bytes ({100 * reached / asked:.1f} %), {printable(budget['file'])}"
+    elif kind == "compression":
+        said = f"{reached:.2f} times smaller than float, {asked:g} asked, {printable(budget['file'])}"
+    elif kind == "bops":
+        said = f"{reached:,} of {asked:,.0f} bit operations ({100 * reached / asked:.1f} %)"
+    else:
+        said = f"{reached:.4f} of {asked:g} mean bits"
+    return f"{'budget':<{LABEL}}{said}"
+
+
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     """What `csq plan` prints, from ``pipeline.plan``: the recipe, a row per tensor, then bytes, memory and time."""
     marks = glyphs(console)
@@ -239,8 +253,8 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     why = f" (chosen by auto: {plan['method_why']})" if plan["method_why"] else ""
     lines = [f"{'method':<{LABEL}}{plan['recipe']['quantization']['method']}{why}"]
     if plan["layers"]:
-        asked = plan["target_mean_bits"]
-        lines.append(f"{'bits':<{LABEL}}{plan['mean_bits']:.2f} of {asked:g}, planes as far as a few steps tell")
+        asked = f" of {plan['target_mean_bits']:g}" if plan["target_mean_bits"] is not None else ""
+        lines.append(f"{'bits':<{LABEL}}{plan['mean_bits']:.2f}{asked}, planes as far as a few steps tell")
     small = f", {size['bit_packed_small']:,} bytes as bit-packed-small" if size["bit_packed_small"] is not None else ""
     lines.append(f"{'file':<{LABEL}}about {size['model']:,} bytes{small}")
     free = f", {memory['free_bytes'] / 2**30:.1f} GiB are free" if memory["free_bytes"] is not None else ""

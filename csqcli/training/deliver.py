@@ -107,7 +107,7 @@ def rehearse(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]]
             layer.name,
             torch.zeros(layer.parameter.shape, dtype=torch.int32),
             torch.ones(1),
-            torch.ones(run.recipe.quantization.max_bits if run.target_bits else 1, dtype=torch.bool),
+            torch.ones(run.recipe.quantization.max_bits if run.recipe.card.name != "float" else 1, dtype=torch.bool),
             layer.channel_dim,
             layer.aliases,
         )

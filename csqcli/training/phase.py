@@ -17,6 +17,7 @@ from csqcli.quant.layers import Layer
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.interrupt import Interrupted, StopRequest
+from csqcli.training import sizing
 from csqcli.training.loop import NonFinite, Trainer, is_finite
 from csqcli.training.run import Run
 from csqcli.training.run_folder import RESUME_FILE
@@ -97,6 +98,8 @@ class _Epochs:
     def _after_step(self, epoch: int, batch: int, losses: Sequence[Any]) -> None:
         run = self.run
         run.display.on_step(batch, losses)
+        if run.ships is not None:
+            sizing.refit(run, self.trainer)  # before a state is saved: it belongs to this step
         run.tell_planes(self.trainer.optimizer.method)
         self.last, self.steps_done = (epoch, batch, losses), self.trainer.optimizer.step_count
         stop = self.request.signum

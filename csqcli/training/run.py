@@ -42,6 +42,20 @@ CALIBRATION_BATCHES = 4
 
 
 @dataclass
+class ShippedSize:
+    """A budget in bytes: of the file that ships, in the form that was asked for."""
+
+    asked: int
+    others: int  # bytes of it that are not integers
+    table: list[list[int]]  # [layers][planes 0 … n]: bytes of a layer's codes, of the weights before the search
+
+    @property
+    def allowed(self) -> int:
+        """Bytes that the integers may take."""
+        return self.asked - self.others
+
+
+@dataclass
 class Run:
     """Everything that the phases of one run share. A context manager: leaving it ends the loaders' worker processes."""
 
@@ -58,6 +72,7 @@ class Run:
     teacher: nn.Module | None = None
     operations: Operations | None = None
     planes_told: bool = False
+    ships: ShippedSize | None = None  # of a budget in bytes
     searched: WeightMethod | None = None  # the search's method and its state, for the finetune that follows it
 
     def __post_init__(self) -> None:

@@ -59,6 +59,10 @@ class RunFolder:
     def model_file(self) -> Path:
         return self.path / MODEL_FILE
 
+    def shipped_file(self, form: str) -> Path:
+        """The file of a budget in bytes, in the form that ships; where `csq export` would write it."""
+        return self.model_file.with_name(f"{self.model_file.stem}-{form}.safetensors")
+
     @property
     def float_file(self) -> Path:
         """The weights that a float phase ended with."""

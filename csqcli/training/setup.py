@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +14,12 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from csqcli.errors import UserError, did_you_mean
+from csqcli.file.sizes import FLOAT_BITS
 from csqcli.models.coverage import Operations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.allocators.base import Allocation, allocation_by
 from csqcli.quant.allocators.manual import written_planes
-from csqcli.quant.budget import Budget, make_budget, plane_limits
+from csqcli.quant.budget import Budget, make_budget, plane_limits, uniform_target
 from csqcli.quant.catalog import CARDS, UNIFORM, MethodCard
 from csqcli.quant.costs import costs
 from csqcli.quant.hard_layer import HardLayer
@@ -29,7 +31,7 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed, memory
 from csqcli.training.evaluate import BrokenScores, evaluate
 from csqcli.training.loop import NonFinite, Trainer
-from csqcli.training.run import Run
+from csqcli.training.run import Run, ShippedSize
 
 _DECAY = 0.1  # of the learning rate at a milestone
 
@@ -172,10 +174,11 @@ def check_written_planes(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> N
 
 
 class Counted(Protocol):
-    """What a budget may ask of a model: its multiply-accumulates, and the widths of its layers' inputs."""
+    """What a budget may ask of a model: its multiply-accumulates, the widths of its layers' inputs, and bytes, if it is in bytes."""
 
     operations: Operations | None
     activations: ActivationQuantizers | None
+    ships: ShippedSize | None
 
 
 def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
@@ -189,16 +192,28 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
         min_bits=rules.min_bits,
         max_bits=rules.max_bits,
     )
+    if run.ships is not None:
+        table = tuple(map(tuple, run.ships.table))
+        target, weights = uniform_target(table, run.ships.allowed), tuple(layer.weights for layer in layers)
+        return Budget(target, weights, limits, table, run.ships.allowed, "bytes", run.ships.others)
     inputs = {entry.module: entry.bits for entry in run.activations.records()} if run.activations is not None else {}
-    return make_budget(
+    budget = make_budget(
         layers,
         settings.target_bits or 0.0,
         bits=settings.max_bits,
         limits=limits,
-        cost=costs.find(settings.cost, where="quantization.cost"),
+        cost=costs.find("bops" if settings.target_bops else settings.cost, where="quantization.cost"),
         macs=run.operations.macs if run.operations is not None else None,
         input_bits={layer.name: inputs.get(layer.name.rpartition(".")[0], 32) for layer in layers},
     )
+    if settings.target_bops is None:
+        return budget
+    assert run.operations is not None
+    counted = sum(run.operations.macs[layer.name] or 0 for layer in layers)
+    others = max(run.operations.total - counted, 0) * FLOAT_BITS**2  # as `file.sizes.compute` counts them
+    allowance = int(settings.target_bops) - others
+    target = uniform_target(budget.table, allowance)
+    return replace(budget, target=target, allowance=allowance, unit="bit operations", beside=others)
 
 
 def state_dtype(recipe: Recipe) -> torch.dtype:

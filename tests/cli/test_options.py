@@ -232,6 +232,24 @@ INVOCATIONS |= {  # what a run would come to
         "--pretrained --set max_steps=2 --log-every 5 --quiet --json",
         lambda r: json.loads(r.out)["mean_bits"] == 3 and json.loads(r.out)["time"]["steps"] == 2 * (1 + 2 + 1),
     ),
+    "target size": (
+        "search --recipe digits --target-size 12kB -o OUT --quiet --set max_steps=4 --epochs 2",
+        lambda r: (r.folder / "model-bit-packed-small.safetensors").stat().st_size <= 12_000,
+    ),
+    "target compression": (
+        "search --recipe digits --target-compression 5 -o OUT --quiet --set max_steps=4 --epochs 2",
+        lambda r: r.report()["budgets"][0]["reached"] >= 5,
+    ),
+    "target bops": (
+        "search --recipe digits --target-bops 4e7 -o OUT --quiet --set max_steps=4 --epochs 2",
+        lambda r: r.report()["compute"]["bops"] <= 4e7 and "of 40,000,000 bit operations" in r.out,
+    ),
+    "plan of a size": (
+        "plan --recipe digits --target-size 12kB -q --json",
+        lambda r: json.loads(r.out)["bytes"]["bit_packed_small"] == pytest.approx(12_000, rel=0.15),
+    ),
+    "plan of a compression": ("plan --recipe digits --target-compression 5 -q", lambda r: "bits " in r.out),
+    "plan of bops": ("plan --recipe digits --target-bops 4e7 -q", lambda r: "bits " in r.out),
     "plan in short": ("plan --recipe digits --target-bits 2 -q", lambda r: "as bit-packed-small" in r.out),
 }
 INVOCATIONS |= {  # around the runs: a recipe to edit, the machine, the shell

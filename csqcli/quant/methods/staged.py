@@ -25,7 +25,7 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.masks import SoftMasks
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.adam import LatentAdam
-from csqcli.quant.passes.rounding import Staircase, levels_of, mse_step
+from csqcli.quant.passes.rounding import Staircase, levels_of, mse_step, quantize
 
 _EXP_AVG_DECAY = 0.9  # Adam's β1
 
@@ -159,6 +159,47 @@ class Staged(WeightMethod):
             scale = stairs.scale.flatten().cpu()
             delivered.append(HardLayer(layer.name, integers, scale, mask, layer.channel_dim, layer.aliases))
         return delivered
+
+    @torch.no_grad()
+    def savings_now(self) -> Tensor:
+        """[layers, bits] float64, on the CPU: what each plane of the latents as they are saves; see `quant.masks`."""
+        rows = zip(self.layers, self.latents, self.units, strict=True)
+        widths = range(1, self.bits + 1)
+        scales = [
+            torch.stack([self._mse_scale(latent * unit, layer, k) for k in widths]) for layer, latent, unit in rows
+        ]
+        masks = SoftMasks(self.budget, self.units, scales, recovery=self.settings.recovery)
+        return masks.importance(self.latents, self.adam).cpu()
+
+    @torch.no_grad()
+    def integers_at(self, index: int, planes: int) -> Tensor:
+        """Integers of a layer's latents at so many planes: at the scale in use, or for another number of planes at its own."""
+        if planes == int(self.masks[index].sum()):
+            return self.stairs[index].integers(self.latents[index])
+        value = self.latents[index] * self.units[index]
+        return quantize(value, self._mse_scale(value, self.layers[index], max(planes, 1)), planes)
+
+    @torch.no_grad()
+    def change_planes(self, planes: Sequence[int], step: int) -> None:
+        """Other planes for latents that train on; a layer that keeps its number keeps its scale."""
+        scales = []
+        for index, count in enumerate(planes):
+            value = self.latents[index] * self.units[index]
+            kept = count == int(self.masks[index].sum())
+            scales.append(
+                self.stairs[index].scale if kept else self._mse_scale(value, self.layers[index], max(count, 1))
+            )
+        self._set_planes([top_planes(count, self.bits) for count in planes], scales)
+        for latent, stairs in zip(self.latents, self.stairs, strict=True):
+            latent.clamp_(-stairs.edge, stairs.edge)
+        self.materialise(step)
+
+    @torch.no_grad()
+    def shrink(self, latents: Sequence[Tensor], share: float, step: int) -> None:
+        """Put ``latents`` in, each nearer to 0 by ``share`` of a level: those just above a level's edge fall below it."""
+        for own, latent, stairs in zip(self.latents, latents, self.stairs, strict=True):
+            own.copy_(latent.sign() * (latent.abs() - share * stairs.width).clamp_min(0))
+        self.materialise(step)
 
     def fixed_planes(self) -> list[int] | None:
         return [int(mask.sum()) for mask in self.masks] if self.search is None else None
