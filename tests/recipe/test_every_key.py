@@ -19,7 +19,7 @@ DIGITS = "search --recipe digits --quiet"
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "a size": (
         DIGITS,
-        {"max_steps": 2, "epochs": 2, "quantization.target_size": "14kB", "quantization.ship_as": "bit-packed"},
+        {"max_steps": 2, "epochs": 2, "quantization.target_size": 14000, "quantization.ship_as": "bit-packed"},
     ),
     "a compression": (DIGITS, {"max_steps": 2, "epochs": 2, "quantization.target_compression": 4}),
     "bit operations": (DIGITS, {"max_steps": 2, "epochs": 2, "quantization.target_bops": 5e7}),
