@@ -2,7 +2,7 @@
 
 The calibration images go through the network once per group of layers, up to the last of them, and through a float copy of it. What is
 collected there (`quant.layer_inputs`) decides the group's integers and scales (`quant.second_order`), the mean shift of their
-outputs goes into their biases, and BatchNorms behind them get the statistics of what now comes in. The next group then sees
+outputs goes into their biases, and the statistics of BatchNorms behind them move by what became of their inputs. The next group then sees
 what all of this made of its inputs.
 
 Labels of the images are never looked at: importance takes labels drawn from the model's own predictions, whose gradients have
@@ -120,7 +120,7 @@ class _Work:
         groups = _groups(self.order, self.settings.passes)
         if self.done:
             self.done_layers = self.order.index(groups[self.done - 1][0])
-        with StopRequest(patient=run.shard.world > 1) as request, self._settling():
+        with StopRequest(patient=run.shard.world > 1) as request:
             with run.display.step("rounding layer by layer", len(groups)) as tell:
                 for number, group in enumerate(groups):
                     if number < self.done:
@@ -273,35 +273,23 @@ class _Work:
     # -- BatchNorm
 
     @contextlib.contextmanager
-    def _settling(self) -> Iterator[None]:
-        """BatchNorm's momenta come back in the end."""
-        momenta = {norm: norm.momentum for norm in self.norms}
-        try:
-            yield
-        finally:
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum  # type: ignore[assignment]
-
-    @contextlib.contextmanager
     def _open_norms(self, place: int) -> Iterator[None]:
-        """Inside, BatchNorms behind the last group and before layer number ``place`` of the order average what comes in."""
-        first = self.done_layers
+        """Inside, BatchNorms behind the last group and before layer number ``place`` of the order follow what comes in. The
+        float network has to see each batch first."""
         settle = self.run.recipe.bn_recalibration_batches > 0
-        norms = [norm for norm, before in self.norms.items() if settle and first < before <= place]
-        for norm in norms:
-            norm.reset_running_stats()  # type: ignore[operator]
-            norm.momentum = None  # type: ignore[assignment]
-            norm.train()
-        try:
+        names = {module: name for name, module in self.run.model.named_modules()}
+        with contextlib.ExitStack() as opened:
+            for norm, before in self.norms.items():
+                if settle and self.done_layers < before <= place:
+                    opened.enter_context(following(norm, self.teacher.get_submodule(names[norm])))
             yield
-        finally:
-            self.run.model.eval()
-            self.done_layers = place
+        self.done_layers = place
 
     def _settle_norms(self, place: int) -> None:
         """A pass for the BatchNorms behind the last layers."""
         with torch.no_grad(), self._open_norms(place):
             for batch in self.batches:
+                self.teacher(batch)
                 self.run.model(batch)
 
     # -- interruption
@@ -350,6 +338,52 @@ def _positions(layer: Layer, images: int) -> int:
 def _columns(layer: Layer) -> int:
     """Weights of one filter."""
     return layer.weights // layer.parameter.shape[layer.channel_dim]
+
+
+@contextlib.contextmanager
+def following(norm: nn.Module, float_norm: nn.Module) -> Iterator[None]:
+    """Move a BatchNorm's statistics by what became of its inputs: the mean by the difference of the means on the same images,
+    the variance by the ratio of the variances; inside batch by batch, at the end by all that was seen.
+
+    Not by the statistics of these images themselves: those of a checkpoint are of its own training images, augmentation and
+    size, and a network that is not trained on does not get used to others.
+    """
+    mean, variance = (getattr(norm, name).clone() for name in ("running_mean", "running_var"))
+    waiting: list[tuple[Tensor, Tensor]] = []
+    shifts: list[Tensor] = []
+    ratios: list[Tensor] = []
+
+    def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        waiting.append(_moments_of(inputs[0]))
+
+    def follow(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not waiting:
+            return
+        (float_mean, float_variance), (own_mean, own_variance) = waiting.pop(0), _moments_of(inputs[0])
+        eps: float = norm.eps  # type: ignore[assignment]
+        shifts.append(own_mean - float_mean)
+        ratios.append((own_variance + eps) / (float_variance + eps))
+        settle(shifts[-1], ratios[-1])
+
+    def settle(shift: Tensor, ratio: Tensor) -> None:
+        norm.running_mean.copy_(mean + shift)  # type: ignore[operator]
+        norm.running_var.copy_(variance * ratio)  # type: ignore[operator]
+
+    hooks = [float_norm.register_forward_pre_hook(look), norm.register_forward_pre_hook(follow)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if shifts:
+            settle(torch.stack(shifts).mean(dim=0), torch.stack(ratios).mean(dim=0))
+
+
+def _moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel, of [N, C, …]."""
+    dims = [dim for dim in range(values.dim()) if dim != 1]
+    variance, mean = torch.var_mean(values.detach().float(), dim=dims, correction=0)
+    return mean, variance
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:

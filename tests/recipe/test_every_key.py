@@ -19,7 +19,7 @@ DIGITS = "search --recipe digits --quiet"
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "a size": (
         DIGITS,
-        {"max_steps": 2, "epochs": 2, "quantization.target_size": 14000, "quantization.ship_as": "bit-packed"},
+        {"max_steps": 2, "epochs": 2, "quantization.target_size": 14_000, "quantization.ship_as": "bit-packed"},
     ),
     "a compression": (DIGITS, {"max_steps": 2, "epochs": 2, "quantization.target_compression": 4}),
     "bit operations": (DIGITS, {"max_steps": 2, "epochs": 2, "quantization.target_bops": 5e7}),
@@ -48,6 +48,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "data.std": [0.4],
             "data.interpolation": "nearest",
             "data.crop_pct": 0.9,
+            "data.calib": None,  # its other value is tests/cli/test_options.py's
             "data.val_split": 0.2,
             "data.val_seed": 3,
             "data.train_limit": 400,
@@ -87,6 +88,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "quantization.act_bits": 4,
             "quantization.act_method": "pact",
             "quantization.allocator": "importance",
+            "quantization.trials": 5,
             "layers.keep": ["fc"],
             "optimizer.name": "sgd",
             "optimizer.lr": 0.02,
@@ -103,6 +105,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "optimizer.on_nonfinite": "rollback",
         },
     ),
+    "planes written by hand": (
+        f"{DIGITS} --target-bits 3 --method ste",
+        {"max_steps": 1, "epochs": 1, "quantization.allocator": "manual", "quantization.planes": {"*": 2, "fc": 5}},
+    ),
     "model": (
         "search --quiet --epochs 1 --target-bits 2 --data digits",
         {
@@ -114,6 +120,19 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_steps": 1,
             "compile": False,  # its other value is tests/cli/test_options.py's
             "quantization.method": "staged",
+        },
+    ),
+    "ptq": (
+        f"{DIGITS} --epochs 0 --target-bits 2",
+        {
+            "quantization.method": "ptq",
+            "ptq.images": 40,
+            "ptq.passes": 2,
+            "ptq.rounding": "nearest",
+            "ptq.follow_inputs": False,
+            "ptq.correct_bias": False,
+            "ptq.damping": 0.1,
+            "ptq.recovery": 1.0,
         },
     ),
     **{
@@ -139,6 +158,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             ),
             ("dorefa", {"rescale": False}),
             ("pact", {"rescale": False, "quantizer": "sawb"}),
+            ("lq-nets", {"iterations": 2, "decay": 0.5, "per_channel": False}),
             ("bsq", {"strength": 0.1, "requantize_share": 0.3, "search_share": 0.6}),
             (
                 "msq",

@@ -6,8 +6,10 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import csqcli
 from csqcli import pipeline
@@ -114,3 +116,30 @@ def test_a_plan_of_zero_epochs_says_why_there_is_none(csq) -> None:
 def test_the_optimizer_for_loops_of_one_s_own_refuses_a_method_without_steps() -> None:
     with pytest.raises(csqcli.UserError, match="`ptq` trains nothing"):
         csqcli.CSQ(digits_cnn(), 2, total_steps=3, method="ptq")
+
+
+def test_a_batchnorm_moves_by_what_became_of_its_inputs_and_not_by_the_images() -> None:
+    """Means by their difference, variances by their ratio (NumPy, float64), over all batches; unchanged inputs change nothing."""
+    rng = np.random.default_rng(3)
+    float_norm, norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    start_mean, start_variance = rng.normal(size=3), rng.uniform(1, 2, size=3)
+    for module in (float_norm, norm):
+        module.running_mean.copy_(torch.tensor(start_mean))
+        module.running_var.copy_(torch.tensor(start_variance))
+        module.eval()
+    batches = [rng.normal(5, 3, size=(4, 3, 6, 6)) for _ in range(3)]
+    with post_training.following(norm, float_norm):
+        for batch in batches:
+            float_norm(torch.tensor(batch, dtype=torch.float32))
+            norm(torch.tensor(2 * batch + 1, dtype=torch.float32))
+    means = np.mean([(batch + 1).mean(axis=(0, 2, 3)) for batch in batches], axis=0)  # 2 b + 1 − b
+    ratios = np.mean([(4 * v + 1e-5) / (v + 1e-5) for v in (batch.var(axis=(0, 2, 3)) for batch in batches)], axis=0)
+    np.testing.assert_allclose(norm.running_mean.numpy(), start_mean + means, rtol=1e-5)
+    np.testing.assert_allclose(norm.running_var.numpy(), start_variance * ratios, rtol=1e-5)
+    np.testing.assert_allclose(float_norm.running_mean.numpy(), start_mean, rtol=1e-6)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    with post_training.following(norm, float_norm):
+        for batch in batches:
+            float_norm(torch.tensor(batch, dtype=torch.float32))
+            norm(torch.tensor(batch, dtype=torch.float32))
+    torch.testing.assert_close((norm.running_mean, norm.running_var), before)
