@@ -61,7 +61,11 @@ for command in (
 app.add_typer(recipes.app, name="recipes")
 
 _BAD_INPUT, _INTERRUPTED = 2, 130  # 130 is what a shell reports for SIGINT
-_RESUME_HINT = "csq: interrupted; the same command with --resume goes on from the last saved state"
+_GOES_ON = {  # what an interrupted command left behind; the others leave nothing
+    "search": "; the same command with --resume goes on from the last saved state",
+    "finetune": "; the same command with --resume goes on from the last saved state",
+    "reproduce": "; the same command goes on",
+}
 
 
 @app.callback(invoke_without_command=True)
@@ -113,7 +117,7 @@ def _run(signals: Signals) -> int:
             traceback.print_exc()
         _fail(fault.line())
     signals.ignore()
-    output.error_line(_RESUME_HINT)
+    output.error_line(f"csq: interrupted{_GOES_ON.get(sys.argv[1] if len(sys.argv) > 1 else '', '')}")
     return 128 + signals.signum
 
 
