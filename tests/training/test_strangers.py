@@ -191,13 +191,14 @@ def test_no_name_steers_the_terminal_through_a_warning(csq: Csq) -> None:
     assert out.getvalue() == "a \\x1b[2J\n"
 
 
-def test_a_one_bit_signed_activation_has_no_range() -> None:
+def test_an_activation_without_a_range_is_refused() -> None:
     from pydantic import ValidationError
 
     from csqcli.file.manifest import ActivationEntry
 
-    ActivationEntry(module="fc", bits=1, signed=False, scale=0.1)
-    for more in ({"bits": 1, "signed": True}, {"scale": 1e39}, {"scale": 1e-320}, {"scale": 0.0}, {"bits": 0}):
+    for signed in (False, True):  # one bit is 0 or s, or −s or s (XNOR-Net)
+        ActivationEntry(module="fc", bits=1, signed=signed, scale=0.1)
+    for more in ({"scale": 1e39}, {"scale": 1e-320}, {"scale": 0.0}, {"bits": 0}):
         with pytest.raises(ValidationError):
             ActivationEntry(**{"module": "fc", "bits": 4, "signed": False, "scale": 0.1} | more)
 
