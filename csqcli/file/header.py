@@ -47,6 +47,7 @@ _TYPES = {  # as safetensors names them
     "BOOL": "bool",
 }
 _METADATA_PROPS = 14  # field of ONNX's ModelProto: repeated StringStringEntryProto {1: key, 2: value}
+_NUMPY_TYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
 _ENTRY_BYTES = _JSON_BYTES + 2**10
 
 
@@ -130,9 +131,17 @@ def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = Non
         raise UserError(f"manifest is damaged ({error})", where=where) from None
 
 
+def tensor_of(file: Any, name: str) -> Any:
+    """A tensor of an open safetensors file, NumPy's or torch's. ValueError for a type that NumPy does not have."""
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in _NUMPY_TYPES:
+        raise ValueError(f"{name} is of type {dtype}")
+    return file.get_tensor(name)
+
+
 def raw_bytes(file: Any, name: str) -> bytes:
     """A one-dimensional uint8 tensor of an open safetensors file, as bytes. ValueError for any other tensor."""
-    tensor = file.get_tensor(name)  # of NumPy or torch
+    tensor = tensor_of(file, name)
     if str(tensor.dtype).removeprefix("torch.") != "uint8" or tensor.ndim != 1:
         raise ValueError(f"{name} is not a row of bytes")
     return np.asarray(tensor).tobytes()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from csqcli.errors import UserError
 from csqcli.file import codes, sizes
-from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, parts, read_manifest, spans
+from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, parts, read_manifest, spans, tensor_of
 from csqcli.file.manifest import LayerRecord, Manifest
 from csqcli.reporting.histogram import Histogram, histogram
 
@@ -90,8 +90,8 @@ def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]
         start, end = places[layer.name]
         return _of_codes(file.get_slice(CODES_TENSOR)[start:end].tobytes(), layer)
     if layer.encoding == "float32":
-        return _of_integers(_integers_of(file.get_tensor(layer.name), layer))
-    payload = file.get_tensor(f"{layer.name}_packed")
+        return _of_integers(_integers_of(tensor_of(file, layer.name), layer))
+    payload = tensor_of(file, f"{layer.name}_packed")
     if layer.encoding in ("int8", "int16"):
         if str(payload.dtype) != layer.encoding:
             raise ValueError(f"integers of type {payload.dtype}")

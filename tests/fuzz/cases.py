@@ -278,7 +278,8 @@ class Case:
         before = os.environ.copy()
         os.environ.update(variables)
         try:
-            return command(*self.rng.choice(commands), lines=None)
+            asked = any(name in os.environ for name in ("FORCE_COLOR", "TTY_COMPATIBLE"))  # for a terminal's signs
+            return command(*self.rng.choice(commands), lines=None, steers=asked)
         finally:
             os.environ.clear()
             os.environ.update(before)

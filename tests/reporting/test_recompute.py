@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from csqcli.errors import UserError
-from csqcli.file import io
+from csqcli.file import header, io
 from csqcli.file.io import QuantizedFile
 from csqcli.reporting.build import describe, history_beside
 from csqcli.reporting.histogram import histogram, magnitude_name
@@ -98,6 +98,7 @@ def _without(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
         _without("head.weight_packed"),
         lambda tensors: tensors.update({"head.weight_packed": tensors["head.weight_packed"][:-1].clone()}),
         lambda tensors: tensors.update({"head.weight_packed": tensors["head.weight_packed"].float()}),
+        lambda tensors: tensors.update({"head.weight_packed": tensors["head.weight_packed"].to(torch.bfloat16)}),
     ],
 )
 def test_payloads_that_are_not_the_layers_are_one_clear_line(file: QuantizedFile, tmp_path: Path, edit) -> None:
@@ -126,3 +127,18 @@ def test_history_is_read_from_a_plain_file_below_a_limit_only(tmp_path: Path, mo
     metrics.unlink()
     os.mkfifo(metrics)  # would wait for a writer
     assert history_beside(model) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int64])
+def test_a_manifest_of_a_type_that_numpy_lacks_is_damaged(
+    file: QuantizedFile, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "a.safetensors"
+    io.write(path, file, form="bit-packed")
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    assert header.MANIFEST_TENSOR in tensors
+    save_file(tensors | {header.MANIFEST_TENSOR: tensors[header.MANIFEST_TENSOR].to(dtype)}, path, metadata=metadata)
+    with pytest.raises(UserError, match="manifest is damaged"):
+        describe(path)
