@@ -17,7 +17,7 @@ from csqcli.errors import UserError, no_such_file
 from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.header import is_quantized
-from csqcli.file.loading import hard_model
+from csqcli.file.loading import check_trusted, hard_model
 from csqcli.file.manifest import Manifest
 from csqcli.models.fitting import load_for
 from csqcli.models.spec import parse
@@ -94,9 +94,7 @@ def diff(
     if file_path.suffix == ".onnx":
         assert tapped is not None
         manifest = tapped.manifest
-        if manifest.model.library == "factory" and not trust_code:
-            hint = "pass --trust-code (trust_code=True) if you trust this file"
-            raise UserError(f"the file asks to import `{manifest.model.name}`", where=str(file_path), hint=hint)
+        check_trusted(manifest.spec, trust_code=trust_code, where=str(file_path))
     else:
         with display.step(f"loading {file_path}"):
             file = io.read(file_path)

@@ -63,15 +63,20 @@ def architecture(
     """
     if spec.library not in (*LIBRARIES, "factory"):
         raise UserError(f"unknown model library `{spec.library}`", where=where)
-    if spec.library == "factory" and not trust_code:
-        hint = "pass --trust-code (trust_code=True) if you trust this file"
-        raise UserError(f"the file asks to import `{spec.name}`", where=where, hint=hint)
+    check_trusted(spec, trust_code=trust_code, where=where)
     if spec.library != "factory":
         spec = parse(spec.source, spec.arguments)
     elements = 4 * sum(value.numel() for value in state.values()) + _SPARE_ELEMENTS
     limit = AllocationLimit(elements, tensors=4 * len(state) + _SPARE_TENSORS)
     with contextlib.nullcontext() if trust_code else limit:
         return build(spec, num_classes=num_classes)
+
+
+def check_trusted(spec: ModelSpec, *, trust_code: bool, where: str) -> None:
+    """UserError for a spec out of a file that names a factory to import, without ``trust_code``."""
+    if spec.library == "factory" and not trust_code:
+        hint = "pass --trust-code (trust_code=True) if you trust this file"
+        raise UserError(f"the file asks to import `{spec.name}`", where=where, hint=hint)
 
 
 def load_into(model: nn.Module, file: QuantizedFile, *, where: str = "model file") -> None:

@@ -147,3 +147,9 @@ def test_compare_shows_runs_exports_and_reports_side_by_side(digits_run: Path, t
     text = csq("compare", digits_run, other)[1]
     marked = [line for line in text.splitlines() if line.startswith(("conv", "fc"))]
     assert ["*" in line for line in marked] == [row["planes"][0] != row["planes"][1] for row in found["layers"]]
+
+
+def test_an_export_that_names_a_factory_is_not_imported_unasked(traps: tuple[Path, nn.Module, list[str]], csq) -> None:
+    code, _, err = csq("diff", "quantized_models:Traps", traps[0], "--data", "digits", "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the file asks to import `quantized_models:Traps`; pass --trust-code" in err
