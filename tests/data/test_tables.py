@@ -92,8 +92,9 @@ def test_images_that_kaggle_s_labels_name_must_be_there(kaggle: Path) -> None:
 
 def test_imagenet_s_archives_say_how_they_are_unpacked(tmp_path: Path) -> None:
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"holds ImageNet's archives.*torchvision.datasets.ImageNet"):
-        open_data(f"folder:{tmp_path}")
+    for source in (str(tmp_path), f"imagenet:{tmp_path}"):
+        with pytest.raises(UserError, match=r"ILSVRC2012_img_val.tar is not unpacked.*ImageNet\('.*', 'val'\)"):
+            open_data(source)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

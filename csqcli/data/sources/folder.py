@@ -21,9 +21,6 @@ def folder(text: str, *, train: bool) -> DataSet:
 
     if not Path(text).is_dir():
         raise UserError("no such folder", where=text)
-    if any(Path(text).glob("ILSVRC2012_img_*.tar")) and not (Path(text) / "val").is_dir():
-        hint = "unpack it once by torchvision.datasets.ImageNet, or use what Kaggle ships"
-        raise UserError("holds ImageNet's archives, not its images", where=text, hint=hint)
     return data_set(Disk(text), text, train=train)
 
 
