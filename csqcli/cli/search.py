@@ -57,7 +57,10 @@ def search(
     data: DataOption = None,
     calib: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="With --epochs 0: a folder of images to calibrate on; labels are not needed."),
+        typer.Option(
+            metavar="DIR|zeroq",
+            help="With --epochs 0: a folder of images to calibrate on, without labels; zeroq makes them from BatchNorm.",
+        ),
     ] = None,
     val_split_: ValSplitOption = None,
     checkpoint: CheckpointOption = None,

@@ -218,6 +218,10 @@ class PTQSettings(MethodSettings):
     """Added to the inputs' second moments, as a share of their mean: how little the images are trusted."""
     recovery: float = Field(0.5, gt=0, le=1)
     """Discount of a plane's importance per plane below it, for what better rounding wins back."""
+    zeroq_images: int = Field(64, ge=1, le=10**5)
+    """Images that `--calib zeroq` makes."""
+    zeroq_steps: int = Field(500, ge=1, le=10**6)
+    """Steps of Adam on each batch of them."""
 
 
 PAPER = {  # what section IV-A says of the method itself; the old name csq-paper stands for it

@@ -48,7 +48,8 @@ class DataSettings(Section):
     source: Annotated[str | None, USERS_ONLY] = None
     """Folder or archive of class folders, `cifar10:DIR`, `csv:FILE`, `digits` and whatever else `csq search --help` lists."""
     calib: Annotated[str | None, USERS_ONLY] = None
-    """Folder of images, labels not needed, that post-training quantization looks at in place of the training images."""
+    """Folder of images, labels not needed, that post-training quantization looks at in place of the training images; `zeroq`
+    makes them from the model's BatchNorm statistics."""
     val_split: float | Literal["test"] | None = None
     """For data without a validation split: the share of the training images to hold out, of every class alike, or `test` to
     take the test split. Evaluation and finetuning of the file hold out the same images."""

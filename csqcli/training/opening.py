@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from csqcli.data.specs import open_data
-from csqcli.data.splits import DataSet
+from csqcli.data.splits import NO_IMAGES, DataSet
 from csqcli.data.unlabelled import unlabelled
 from csqcli.errors import UserError
 from csqcli.file.checkpoint import open_checkpoint
@@ -14,6 +14,7 @@ from csqcli.models.fitting import FittedModel, load_for
 from csqcli.models.spec import ModelSpec
 from csqcli.recipe.complete import check_data_given
 from csqcli.recipe.schema import Recipe
+from csqcli.training.distilled_images import ZEROQ
 
 _CLASSIFIERS_ONLY = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
 
@@ -23,6 +24,8 @@ def open_images(recipe: Recipe, *, train: bool = True) -> DataSet:
     settings = recipe.data
     check_data_given(recipe)
     assert settings.source is not None
+    if settings.calib == ZEROQ and train:  # they are made from the model, once there is one
+        return replace(open_images(recipe, train=False), train=NO_IMAGES)
     if settings.calib is not None and train:
         return replace(open_images(recipe, train=False), train=unlabelled(settings.calib).limited(settings.train_limit))
     return open_data(

@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 from csqcli.data.loaders import LoaderSettings, make_loader
-from csqcli.data.splits import DataSet
+from csqcli.data.splits import DataSet, Images
 from csqcli.data.transforms import choose_augment
 from csqcli.errors import UserError
 from csqcli.file.manifest import AccuracyRecord, ModelRecord
@@ -26,12 +26,14 @@ from csqcli.models.coverage import Operations, count_macs
 from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
 from csqcli.quant.activations import ActivationQuantizers
+from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.methods.base import WeightMethod
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.distributed import Shard
 from csqcli.system.progress import Display, counted, planes_fixed
+from csqcli.training.distilled_images import DISTILLED_BATCH, ZEROQ, distill_images
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.training.inputs import warn_of_last_bits, weights_hash
 from csqcli.training.run_folder import RunFolder
@@ -90,6 +92,8 @@ class Run:
         self.channels_last = recipe.channels_last == "on" or auto
         if self.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.calib == ZEROQ:
+            self.images = replace(self.images, train=distributed.from_main(self._distilled()))
         train, val = self.images.train, self.images.val
         assert train is not None
         augment = choose_augment(settings.augment, self.images, self.config)
@@ -110,6 +114,24 @@ class Run:
         if state is not None and self.shard.is_main:
             warn_of_last_bits(state.inputs, self.folder.inputs)
         self.take(state)
+
+    def _distilled(self) -> Images | None:
+        """The calibration images of a recipe that has none; the main process makes them."""
+        if not self.shard.is_main:
+            return None
+        ptq = self.recipe.method_settings
+        assert isinstance(ptq, PTQSettings)
+        batches = -(-ptq.zeroq_images // DISTILLED_BATCH)
+        with self.display.step("distilling calibration images", batches * ptq.zeroq_steps) as tell:
+            return distill_images(
+                self.model,
+                self.config,
+                count=ptq.zeroq_images,
+                steps=ptq.zeroq_steps,
+                seed=self.recipe.seed,
+                device=self.device,
+                on_step=tell,
+            )
 
     def _know_inputs(self) -> None:
         """What the folder could not know of the run's inputs before there was a model."""

@@ -133,6 +133,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "ptq.correct_bias": False,
             "ptq.damping": 0.1,
             "ptq.recovery": 1.0,
+            "ptq.zeroq_images": 40,
+            "ptq.zeroq_steps": 3,
         },
     ),
     **{

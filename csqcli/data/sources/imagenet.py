@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 _SOLUTION = "LOC_val_solution.csv"
 _IMAGES = Path("ILSVRC", "Data", "CLS-LOC")  # below the folder that the archive is unpacked in
-_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")  # as ImageNet's site gives them, and torchvision takes them
+_ARCHIVES = (
+    "ILSVRC2012_img_train.tar",
+    "ILSVRC2012_img_val.tar",
+)  # as ImageNet's site gives them, and torchvision takes them
 
 
 def _solution(root: Path) -> Path | None:
