@@ -175,6 +175,8 @@ def _asked(run: Run, file: QuantizedFile) -> dict[str, Any]:
         found[-1]["file"] = shipped.name
     if settings.target_bops is not None and manifest.compute is not None:
         found.append({"budget": "bops", "asked": settings.target_bops, "reached": manifest.compute.bops})
+    if run.mean_act_bits is not None:
+        found.append({"budget": "act_bits", "asked": settings.target_act_bits, "reached": run.mean_act_bits})
     return {"budgets": found}
 
 

@@ -15,6 +15,7 @@ from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import ValSplit
 from csqcli.data.splits import DataSet, Images
 from csqcli.data.transforms import choose_augment
+from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.labels import open_held_out, with_labels_of
@@ -96,6 +97,9 @@ def _opened(recipe: Recipe, display: Display, *, calibrating: bool, limit: int |
     opened = Opened(spec.source, model, layers, batches, config, data, left)
     opened.operations = count_macs(model, layers, config["input_size"])
     bits = recipe.quantization.act_bits
+    if bits == "auto":
+        hint = "pass a number, e.g. --set act_bits=8"
+        raise UserError("widths of layer inputs are searched by `csq search` only", where="act_bits auto", hint=hint)
     if bits != 32 and calibrating:
         with display.step("calibrating activations"):
             opened.activations = activations.calibrate(

@@ -86,7 +86,13 @@ def search(
     cost: Annotated[
         str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
     ] = None,
-    act_bits: Annotated[int | None, typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3, 2 or 1.")] = None,
+    act_bits: Annotated[
+        str | None,
+        typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3, 2 or 1; auto for one width per layer."),
+    ] = None,
+    target_act_bits: Annotated[
+        float | None, typer.Option(help="Mean bits of layer inputs, for --act-bits auto, which it implies.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training; 0 is post-training quantization.")] = None,
     float_epochs: Annotated[int | None, typer.Option(help="Epochs in float first, before the search.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Further epochs with the planes fixed.")] = None,
@@ -136,7 +142,8 @@ def search(
         "quantization.allocator": allocator,
         "quantization.trials": trials,
         "quantization.cost": cost,
-        "quantization.act_bits": act_bits,
+        "quantization.act_bits": _width(act_bits, target_act_bits),
+        "quantization.target_act_bits": target_act_bits,
         "epochs": epochs,
         "adaptation.epochs": float_epochs,
         "finetune.epochs": finetune_epochs,
@@ -171,3 +178,10 @@ def search(
 
     report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
     result_of_run(target / MODEL_FILE, report, json_wanted=as_json)
+
+
+def _width(typed: str | None, mean: float | None) -> int | str | None:
+    """``--act-bits`` as a recipe has it: a number, or `auto`, which a mean implies."""
+    if typed is None:
+        return "auto" if mean is not None else None
+    return int(typed) if typed.isascii() and typed.isdigit() and len(typed) < 4 else typed

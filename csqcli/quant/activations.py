@@ -169,19 +169,46 @@ def attach(model: nn.Module, records: Iterable[ActivationRecord], *, method: str
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Tensor], *, bits: int, method: str = "lsq"
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Tensor],
+    *,
+    bits: int | Mapping[str, int],
+    method: str = "lsq",
 ) -> ActivationQuantizers:
     """Quantizers for the inputs of ``layers``, with signs and MSE-optimal scales measured on a few batches of images.
 
-    ``dorefa`` clips unsigned inputs to [0, 1]; signed ones, and the network's own, have a range of their own there too.
+    ``bits`` is one width, or a width by the module whose input it is for. ``dorefa`` clips unsigned inputs to [0, 1]; signed
+    ones, and the network's own, have a range of their own there too.
 
     The model runs in eval mode and comes back in the mode it was in.
     """
+    wanted = owners(layers)
+    samples, negative = samples_of(model, wanted, batches)
+    quantizers = {}
+    for position, (name, values) in enumerate(samples.items()):  # in the order in which the layers ran
+        asked = bits if isinstance(bits, int) else bits.get(name, INPUT_BITS)
+        width = asked if position else max(asked, INPUT_BITS)
+        quantizers[name] = quantizer_of(width, values, signed=negative[name], method=method, own_range=not position)
+    return ActivationQuantizers(model, quantizers, [name for name in wanted if name not in samples])
+
+
+def owners(layers: Sequence[Layer]) -> list[str]:
+    """The modules that hold the weights of ``layers``, each once."""
+    return list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers))
+
+
+@torch.no_grad()
+def samples_of(
+    model: nn.Module, names: Sequence[str], batches: Iterable[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """A sample of what each module receives, flat and in the order in which they run, and whether any of all values was negative.
+
+    Modules that are never called are in neither. The model runs in eval mode and comes back in the mode it was in.
+    """
     modules = dict(model.named_modules())
-    owners = list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers))
     samples: dict[str, list[Tensor]] = {}
     negative: dict[str, bool] = {}
-    hooks = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -194,8 +221,7 @@ def calibrate(
 
         return hook
 
-    for name in owners:
-        hooks.append(modules[name].register_forward_pre_hook(watch(name)))
+    hooks = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
     was_training = model.training
     model.eval()
     try:
@@ -205,19 +231,24 @@ def calibrate(
         for handle in hooks:
             handle.remove()
         model.train(was_training)
-    quantizers = {}
-    for position, (name, values) in enumerate(samples.items()):  # in the order in which the layers ran
-        width = max(bits, INPUT_BITS) if position == 0 else bits
-        quantizer = ActivationQuantizer(width, signed=negative[name], scale=1.0, method=method)
-        low, high = quantizer.range
-        if quantizer.is_sign:
-            quantizer.scale.data.fill_(float(torch.cat(values).abs().mean()) or 1.0)  # the least-squares one
-        elif method == "dorefa" and position and not quantizer.signed:
-            quantizer.scale.data.fill_(1 / high)  # clipped to [0, 1], whatever the values
-        else:
-            quantizer.scale.data.fill_(_mse_scale(torch.cat(values), low, high))
-        quantizers[name] = quantizer
-    return ActivationQuantizers(model, quantizers, [name for name in owners if name not in samples])
+    return {name: torch.cat(values) for name, values in samples.items()}, negative
+
+
+@torch.no_grad()
+def quantizer_of(
+    bits: int, values: Tensor, *, signed: bool, method: str = "lsq", own_range: bool = False
+) -> ActivationQuantizer:
+    """A quantizer of so many bits at the scale with the least squared error on a sample; ``dorefa``'s unsigned range is [0, 1]
+    unless it is to have one of its own."""
+    quantizer = ActivationQuantizer(bits, signed=signed, scale=1.0, method=method)
+    low, high = quantizer.range
+    if quantizer.is_sign:
+        quantizer.scale.data.fill_(float(values.abs().mean()) or 1.0)
+    elif method == "dorefa" and not signed and not own_range:
+        quantizer.scale.data.fill_(1 / high)
+    else:
+        quantizer.scale.data.fill_(_mse_scale(values, low, high))
+    return quantizer
 
 
 def _mse_scale(values: Tensor, low: int, high: int, *, grid: int = 40) -> float:

@@ -246,7 +246,11 @@ def _planes_for(quantization: Mapping[str, Any]) -> dict[str, int]:
     """`max_bits` where it is unset: 7 beside rounded activations, whose aim is an int8 engine (docs/export.md)."""
     act_bits, target = (quantization.get(key) for key in ("act_bits", "target_bits"))
     fits = target is None or (isinstance(target, int | float) and target <= INT8_PLANES)
-    return {"max_bits": INT8_PLANES} if isinstance(act_bits, int) and act_bits <= 8 and fits else {}
+    return (
+        {"max_bits": INT8_PLANES}
+        if (act_bits == "auto" or (isinstance(act_bits, int) and act_bits <= 8)) and fits
+        else {}
+    )
 
 
 def _from_scratch(raw: Mapping[str, Any]) -> bool:

@@ -125,8 +125,13 @@ class QuantizationSettings(Section):
     """For the allocator `manual`: planes by names or globs of weights, later ones before earlier ones."""
     max_bits: int = Field(8, ge=1, le=8)
     """n: planes that each layer starts with. Unset, with `act_bits` 8 or fewer: 7, since int8 engines hold no integers of 8 planes."""
-    act_bits: Literal[1, 2, 3, 4, 8, 32] = 32
-    """Bits of the inputs of quantized layers; 32 leaves them float, 1 is XNOR-Net's sign. The network's own input has 8."""
+    act_bits: Literal[1, 2, 3, 4, 8, 32, "auto"] = 32
+    """Bits of the inputs of quantized layers; 32 leaves them float, 1 is XNOR-Net's sign, `auto` gives each layer 2 to 8 within
+    `target_act_bits`. The network's own input has 8."""
+    target_act_bits: float | None = Field(None, ge=2, le=8)
+    """With `act_bits: auto`: mean bits of the layers' inputs; never exceeded."""
+    act_per: Literal["values", "macs"] = "values"
+    """What that mean is over: the inputs' values (their bytes), or the multiply-accumulates that read them (bit operations)."""
     act_method: Literal["lsq", "pact", "dorefa", "xnor"] = "lsq"
     """How activation scales learn: `lsq` (learned step), `pact` (learned clipping level, the paper's at 3 bits and below), or
     not at all: `dorefa` ([0, 1]). One bit is `xnor`, and only that. Unset: as the method's paper has it where that is one of
@@ -135,7 +140,9 @@ class QuantizationSettings(Section):
     """Format of what training keeps per weight (moments, bit logits, momenta); bfloat16 takes half the memory."""
 
     @model_validator(mode="after")
-    def _one_bit_is_a_sign(self) -> QuantizationSettings:
+    def _activations_agree(self) -> QuantizationSettings:
+        if (self.act_bits == "auto") != (self.target_act_bits is not None):
+            raise ValueError("act_bits auto and target_act_bits go together")
         if self.act_bits == 1 and self.act_method != "xnor":
             raise ValueError(f"act_bits 1 has act_method xnor, not {self.act_method}")
         if self.act_bits not in (1, 32) and self.act_method == "xnor":

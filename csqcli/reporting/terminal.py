@@ -218,6 +218,8 @@ def budget_line(budget: Mapping[str, Any]) -> str:
         said = f"{reached:.2f} times smaller than float, {asked:g} asked, {printable(budget['file'])}"
     elif kind == "bops":
         said = f"{reached:,} of {asked:,.0f} bit operations ({100 * reached / asked:.1f} %)"
+    elif kind == "act_bits":
+        said = f"{reached:.4f} of {asked:g} mean bits of layer inputs"
     else:
         said = f"{reached:.4f} of {asked:g} mean bits"
     return f"{'budget':<{LABEL}}{said}"

@@ -7,7 +7,7 @@ import functools
 import itertools
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from csqcli.file.manifest import AccuracyRecord, ModelRecord
 from csqcli.models.coverage import Operations, count_macs
 from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
+from csqcli.quant.activation_widths import find_widths
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
@@ -71,6 +72,7 @@ class Run:
     record: RunRecord = field(default_factory=RunRecord)
     saved: RunState | None = None  # the state to go on from, until a phase took it
     activations: ActivationQuantizers | None = None
+    mean_act_bits: float | None = None  # of searched widths, over what their budget counts
     teacher: nn.Module | None = None
     operations: Operations | None = None
     planes_told: bool = False
@@ -232,17 +234,40 @@ class Run:
         if settings.act_bits == 32:
             return
         hooked, _ = find_layers(self.model, exclude=self.recipe.layers.exclude)
-        batches = (images for images, _ in self.calibration_batches())
+        bits = self._searched_widths(hooked) if settings.act_bits == "auto" else settings.act_bits
         with self.display.step("calibrating activations"):
             self.activations = activations.calibrate(
-                self.model, hooked, batches, bits=settings.act_bits, method=settings.act_method
+                self.model, hooked, self._calibration_images(), bits=bits, method=settings.act_method
             )
         distributed.copy_from_main(scale.data for scale in self.activations.parameters())
         missed = self.activations.unreached
         note = f"; not reached by a hook: {', '.join(missed)}" if missed else ""
+        widths = "/".join(map(str, sorted({quantizer.bits for quantizer in self.activations.quantizers.values()})))
+        mean = f", {self.mean_act_bits:.2f} of {settings.target_act_bits:g} in the mean" if self.mean_act_bits else ""
         self.display.say(
-            f"{counted(len(self.activations.quantizers), 'activation quantizer')} of {settings.act_bits} bits{note}"
+            f"{counted(len(self.activations.quantizers), 'activation quantizer')} of {widths} bits{mean}{note}"
         )
+
+    def _searched_widths(self, layers: Sequence[Layer]) -> Mapping[str, int]:
+        settings = self.recipe.quantization
+        assert settings.target_act_bits is not None
+        with self.display.step("measuring which layers' inputs matter"):
+            found = find_widths(
+                self.model,
+                layers,
+                self._calibration_images,
+                target=settings.target_act_bits,
+                per=settings.act_per,
+                macs=self.operations.macs if self.operations is not None else None,
+                method=settings.act_method,
+                seed=self.recipe.seed,
+            )
+        found = distributed.from_main(found)
+        self.mean_act_bits = found.mean
+        return found.bits
+
+    def _calibration_images(self) -> Iterator[torch.Tensor]:
+        return (images for images, _ in self.calibration_batches())
 
     def calibration_batches(self) -> Any:
         """The first training batches, as the first epoch sees them."""

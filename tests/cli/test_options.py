@@ -95,6 +95,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     ),
     "cost": (f"{SEARCH} --cost bops", holds("quantization.cost", "bops")),
     "act bits": (f"{SEARCH} --act-bits 8", lambda r: len(r.report()["activations"]) == 4),
+    "target act bits": (
+        f"{SEARCH} --target-act-bits 3",
+        lambda r: r.report()["budgets"][-1]["budget"] == "act_bits" and r.report()["budgets"][-1]["reached"] <= 3,
+    ),
     "float epochs": (f"{SEARCH} --float-epochs 1", lambda r: "adaptation" in r.report()),
     "finetune epochs": (f"{SEARCH} --finetune-epochs 1", lambda r: "finetune" in r.report()),
     "distill": (f"{SEARCH} --distill 0.5", holds("optimizer.distill", 0.5)),
@@ -227,7 +231,7 @@ INVOCATIONS |= {  # what a run would come to
     ),
     "plan": (
         "plan digits_cnn --data digits --val-split 0.5 --checkpoint builtin:digits_float --weights raw --input-size 12 --head keep "
-        "--recipe digits --target-bits 3 --method staged --allocator uniform --cost weights --act-bits 8 --epochs 2 --float-epochs 1 "
+        "--recipe digits --target-bits 3 --method staged --allocator uniform --cost weights --act-bits auto --target-act-bits 4 --epochs 2 --float-epochs 1 "
         "--finetune-epochs 1 --distill 0.5 --lr 0.1 --workers 0 --amp off --seed 1 --batch-size 64 --device cpu --no-compile "
         "--pretrained --set max_steps=2 --log-every 5 --quiet --json",
         lambda r: json.loads(r.out)["mean_bits"] == 3 and json.loads(r.out)["time"]["steps"] == 2 * (1 + 2 + 1),

@@ -1,0 +1,144 @@
+"""Widths of layer inputs: the loss that each would cost, the exact choice among them, and a run from the command line to an export."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from csqcli.errors import UserError
+from csqcli.file import io
+from csqcli.quant.activation_widths import _losses, find_widths
+from csqcli.quant.activations import quantizer_of
+from csqcli.quant.layers import find_layers
+
+IMAGES = torch.randn(40, 6, generator=torch.Generator().manual_seed(5))
+
+
+def network() -> nn.Sequential:
+    """Three linear layers; the inputs of the second and third are unsigned and signed."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def reference(model: nn.Sequential, scales: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """E[½ Σ g² (x − q(x))²] by hand in NumPy's float64: the gradient of softmax cross entropy carried back through the layers."""
+    w = [model[i].weight.detach().double().numpy() for i in (0, 2, 4)]
+    b = [model[i].bias.detach().double().numpy() for i in (0, 2, 4)]
+    first = np.maximum(IMAGES.double().numpy() @ w[0].T + b[0], 0)
+    second = np.tanh(first @ w[1].T + b[1])
+    logits = second @ w[2].T + b[2]
+    likely = np.exp(logits - logits.max(axis=1, keepdims=True))
+    likely /= likely.sum(axis=1, keepdims=True)
+    drawn, generator = [], torch.Generator().manual_seed(0)
+    for part in torch.from_numpy(likely).float().split(32):  # as many images at a time as the code takes
+        drawn.append(torch.multinomial(part, 1, generator=generator).flatten())
+    onto_logits = likely - np.eye(3)[torch.cat(drawn).numpy()]
+    onto_second = onto_logits @ w[2]
+    onto_first = (onto_second * (1 - second**2)) @ w[1]
+    found: dict[str, dict[int, float]] = {}
+    for name, x, g, signed in (("2", first, onto_first, False), ("4", second, onto_second, True)):
+        found[name] = {}
+        for bits, scale in scales[name].items():
+            low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            rounded = np.clip(np.round(x / scale), low, high) * scale
+            found[name][bits] = float((0.5 * g**2 * (x - rounded) ** 2).sum(axis=1).mean())
+    return found
+
+
+def test_what_a_width_costs_is_the_fisher_weighted_squared_error() -> None:
+    model = network()
+    layers, _ = find_layers(model)
+    with torch.no_grad():
+        inputs = {"2": model[:2](IMAGES), "4": model[:4](IMAGES)}
+    candidates = {
+        name: [quantizer_of(b, values.flatten(), signed=name == "4") for b in range(2, 9)]
+        for name, values in inputs.items()
+    }
+    lost, values = _losses(model, layers, [IMAGES], candidates, seed=0)
+    assert values == {"2": 9, "4": 7}
+    scales = {name: {q.bits: float(q.scale.detach()) for q in quantizers} for name, quantizers in candidates.items()}
+    wanted = reference(model, scales)
+    for name in ("2", "4"):
+        assert lost[name].tolist() == pytest.approx(list(wanted[name].values()), rel=1e-3)
+        assert lost[name][0] > 100 * lost[name][-1]  # six bits less
+
+
+@settings(max_examples=12)
+@given(st.floats(2, 8), st.sampled_from(["values", "macs"]))
+def test_the_choice_is_the_best_within_the_mean(target: float, per: str) -> None:
+    model = network()
+    layers, _ = find_layers(model)
+    macs = {"0.weight": 54, "2.weight": 500, "4.weight": 21}
+    found = find_widths(model, layers, lambda: [IMAGES], target=target, per=per, macs=macs)
+    weights = {"2": 9, "4": 7} if per == "values" else {"2": 500, "4": 21}
+    total = sum(weights.values())
+    assert found.mean == pytest.approx(sum(weights[name] * found.bits[name] for name in weights) / total)
+    assert found.mean <= target + 1e-9
+    with torch.no_grad():
+        inputs = {"2": model[:2](IMAGES), "4": model[:4](IMAGES)}
+    candidates = {
+        name: [quantizer_of(b, values.flatten(), signed=name == "4") for b in range(2, 9)]
+        for name, values in inputs.items()
+    }
+    lost, _ = _losses(model, layers, [IMAGES], candidates, seed=0)
+    costs = {
+        pair: float(lost["2"][: pair[0] - 1].min() + lost["4"][: pair[1] - 1].min())
+        for pair in itertools.product(range(2, 9), repeat=2)
+        if weights["2"] * pair[0] + weights["4"] * pair[1] <= target * total + 1e-9
+    }
+    assert costs[found.bits["2"], found.bits["4"]] == pytest.approx(min(costs.values()), rel=1e-6)
+
+
+def test_a_network_whose_only_input_is_its_own_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 3))
+    with pytest.raises(UserError, match="no input of a layer to choose a width for"):
+        find_widths(model, find_layers(model)[0], lambda: [IMAGES], target=4)
+
+
+def test_searched_widths_are_trained_stored_finetuned_and_exported(csq, tmp_path: Path) -> None:
+    run = ("search", "--recipe", "digits", "--epochs", 2, "--target-bits", 3, "--target-act-bits", 2.5, "--quiet")
+    files = []
+    for name in ("one", "two"):
+        code, _, err = csq(*run, "-o", tmp_path / name)
+        assert code == 0, err
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    asked = next(entry for entry in report["budgets"] if entry["budget"] == "act_bits")
+    assert asked["asked"] == 2.5
+    assert 2 <= asked["reached"] <= 2.5
+    manifest = io.read(tmp_path / "one" / "model.safetensors").manifest
+    widths = {entry.module: entry.bits for entry in manifest.activations}
+    assert len(set(widths.values())) > 2  # not one for all, beside the 8 of the network's own input
+    code, _, err = csq(
+        "finetune",
+        tmp_path / "one" / "model.safetensors",
+        "--data",
+        "digits",
+        "--epochs",
+        1,
+        "--quiet",
+        "-o",
+        tmp_path / "on",
+    )
+    assert code == 0, err
+    kept = io.read(tmp_path / "on" / "model.safetensors").manifest.activations
+    assert {entry.module: entry.bits for entry in kept} == widths
+    graph = tmp_path / "a.onnx"
+    code, _, err = csq("export", tmp_path / "one" / "model.safetensors", "--onnx", "--activations", "int8", "-o", graph)
+    assert code == 0, err
+    tops = {
+        int(onnx.numpy_helper.to_array(tensor))
+        for tensor in onnx.load(graph).graph.initializer
+        if tensor.data_type == onnx.TensorProto.UINT8 and not tensor.dims
+    }
+    assert {2**bits - 1 for bits in set(widths.values()) if bits < 8} <= tops
