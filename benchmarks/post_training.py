@@ -34,6 +34,18 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 OFF: dict[str, dict[str, Any]] = {
     "ptq": {},
+    **{f"recovery {value:g}": {"ptq.recovery": value} for value in (0.25, 0.7, 1.0)},
+    **{f"passes {value}": {"ptq.passes": value} for value in (4, 64)},
+    **{f"damping {value:g}": {"ptq.damping": value} for value in (0.001, 0.1)},
+    "zeroq": {"data.calib": "zeroq"},
+    "A8": {"quantization.act_bits": 8},
+    "A4": {"quantization.act_bits": 4},
+    "A4 in the mean": {"quantization.act_bits": "auto", "quantization.target_act_bits": 4},
+    "A4 in the mean of operations": {
+        "quantization.act_bits": "auto",
+        "quantization.target_act_bits": 4,
+        "quantization.act_per": "macs",
+    },
     "nearest": {"ptq.rounding": "nearest"},
     "inputs not followed": {"ptq.follow_inputs": False},
     "no bias correction": {"ptq.correct_bias": False},
@@ -50,8 +62,6 @@ OFF: dict[str, dict[str, Any]] = {
         "ptq.correct_bias": False,
         "bn_recalibration_batches": 0,
     },
-    "no discount of finer planes": {"ptq.recovery": 1.0},
-    "4 passes": {"ptq.passes": 4},
 }
 
 
@@ -74,6 +84,7 @@ def main() -> None:
     from csqcli.data.splits import DataSet
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
+    from csqcli.training.opening import open_images
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", choices=list(NETWORKS))
@@ -95,7 +106,7 @@ def main() -> None:
         began = time.process_time()
         recipe = resolve("photographs" if given.network == "lite0" else "short", fixed | table[name] | more)
         if not images:
-            images["all"] = pipeline._open_images(recipe)
+            images["all"] = open_images(recipe)
         report = pipeline.search(recipe, folder, display=Display(quiet=True), resume=True, images=images["all"])
         seconds, accuracy = time.process_time() - began, report["accuracy"]
         timing = folder / "seconds.json"

@@ -24,6 +24,7 @@ from typing import Any
 
 PROXY = {
     "model.source": "cifar_resnet8",
+    "data.val_split": "test",
     "data.input_size": 16,
     "data.interpolation": "box",  # exactly the average of 2×2 pixels
     "data.augment": "crop-flip",
@@ -68,6 +69,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "staged 2, 1 epoch": method("staged", 2, epochs=1),
     "staged 1, 3 epochs + 3 finetune": method("staged", 1, epochs=3, **{"finetune.epochs": 3}),
     "staged 2, 3 epochs + 3 finetune": method("staged", 2, epochs=3, **{"finetune.epochs": 3}),
+    **{f"ptq {k}": method("ptq", k, epochs=0) for k in (1, 2, 3)},
+    **{f"ptq {k} + 6 finetune": method("ptq", k, epochs=0, **{"finetune.epochs": 6}) for k in (1, 2, 3)},
     "csq-uniform 2": method("csq-uniform", 2),
     **{f"csq {k:g}": method("csq", k) for k in (1, 2, 3)},
     "csq 2, the paper's settings": method("csq-paper", 2, bn_recalibration_batches=0),
@@ -85,7 +88,7 @@ def proxy_images(source: str) -> Any:
     from csqcli.models.networks import CIFAR_CONFIG
 
     config = CIFAR_CONFIG | {"input_size": (3, 16, 16), "interpolation": "box"}
-    images = open_data(source)
+    images = open_data(source, val_split="test")  # where the data have no validation split of their own
     images.train, images.val = (
         hold(images.train, config, training=True),
         hold(images.val, config, training=False),

@@ -293,7 +293,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     """Train ``start``'s integers on and deliver the better of the two."""
     recipe = run.recipe.model_copy(deep=True)
     recipe.epochs = run.recipe.finetune.epochs
-    recipe.optimizer.lr = run.recipe.finetune.lr or _FINETUNE_RATE * run.recipe.optimizer.lr
+    recipe.optimizer.lr = run.recipe.finetune.lr or _FINETUNE_RATE * run.recipe.optimizer.peak_lr
     run.model.load_state_dict(start.state_dict() | run.untracked())
     if run.activations is None and start.manifest.activations:
         method = recipe.quantization.act_method

@@ -25,6 +25,20 @@ def group_norm_cnn(num_classes: int = 10) -> nn.Module:
     return model
 
 
+def layer_norm_cnn(num_classes: int = 10) -> nn.Module:
+    """A convolution into four patches with LayerNorm behind it, as ConvNeXt and ViT have it, for 8×8 digits."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 24, 4, stride=4),
+        nn.Flatten(),
+        nn.LayerNorm(96),
+        nn.Linear(96, 32),
+        nn.GELU(),
+        nn.Linear(32, num_classes),
+    )
+    model.data_config = {"input_size": (1, 8, 8), "mean": (0.29,), "std": (0.35,)}
+    return model
+
+
 def pooled_batchnorm(num_classes: int = 10) -> nn.Module:
     """BatchNorm on one value per image and channel, as behind a squeeze: a single image has no variance."""
     model = nn.Sequential(

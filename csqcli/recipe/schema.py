@@ -190,20 +190,22 @@ class LayerRules(Section):
 class OptimizerSettings(Section):
     """The base optimizer (timm) for everything that is not a gate, and the learning rate of the gates."""
 
-    name: str = "momentum"
-    """Any name of timm's optimizer factory; `momentum` is plain SGD with momentum, as in the paper (timm's `sgd` is Nesterov)."""
-    lr: float = Field(0.05, gt=0, le=LARGE)
-    """Peak learning rate."""
+    name: str = "auto"
+    """Any name of timm's optimizer factory; `momentum` is plain SGD with momentum, as in the paper (timm's `sgd` is Nesterov).
+    `auto` is `momentum`, but `adamw` for networks of LayerNorm and no BatchNorm (ViT, ConvNeXt, Swin) where `lr` is unset and no
+    gates are trained."""
+    lr: float | None = Field(None, gt=0, le=LARGE)
+    """Peak learning rate; unset 0.05, or 0.001 where `auto` took adamw."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum, of the gates too."""
-    weight_decay: float = Field(5e-4, ge=0, le=LARGE)
-    """L2 coefficient, on everything that is trained."""
+    weight_decay: float | None = Field(None, ge=0, le=LARGE)
+    """L2 coefficient, on everything that is trained; unset 0.0005, or 0.05 where `auto` took adamw."""
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     """Learning rate over the run, per step; `steps` takes a tenth of it after each of `milestones`."""
     milestones: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Epochs of a phase after which `steps` lowers the rate, e.g. `[60, 120]`."""
-    warmup_epochs: float = Field(0.0, ge=0)
-    """Linear warm-up from 0."""
+    warmup_epochs: float | None = Field(None, ge=0)
+    """Linear warm-up from 0; unset none, or 0.2 where `auto` took adamw."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Clip the gradient norm of dL/dW and all other parameters."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -223,6 +225,23 @@ class OptimizerSettings(Section):
             raise ValueError("schedule steps and milestones go together")
         return self
 
+    def chosen(self, *, adamw: bool) -> OptimizerSettings:
+        """The same with nothing left open: what ``auto`` means, and a value for all that is unset."""
+        adamw = adamw and self.name == "auto" and self.lr is None
+        usual = _ADAMW if adamw else _MOMENTUM
+        unset = {key: value for key, value in usual.items() if getattr(self, key) in (None, "auto")}
+        return self.model_copy(update=unset)
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr` of settings with nothing left open."""
+        assert self.lr is not None
+        return self.lr
+
+
+_MOMENTUM = {"name": "momentum", "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 0.0}
+_ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 0.2}
+
 
 class AdaptationSettings(Section):
     """Float training before the search: a pretrained model learns the data first. The accuracy it reaches is the float accuracy
@@ -241,6 +260,8 @@ class FinetuneSettings(Section):
     """Epochs after a search; 0 for none."""
     lr: float | None = Field(None, gt=0, le=LARGE)
     """Peak learning rate; 0.4 of the search's when unset, since the model is already trained at its precision."""
+    staged_lr: float | None = Field(None, gt=0, le=LARGE)
+    """`staged.latent_lr` where `staged` trains the integers on; unset: the search's where that was `staged`, else its default."""
 
 
 class Recipe(Section):

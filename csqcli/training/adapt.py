@@ -37,7 +37,7 @@ def adapt(run: Run) -> None:
 def _train(run: Run) -> AdaptationRecord:
     recipe = run.recipe.model_copy(deep=True)
     recipe.epochs = recipe.adaptation.epochs
-    recipe.optimizer.lr = recipe.adaptation.lr or _RATE * recipe.optimizer.lr
+    recipe.optimizer.lr = recipe.adaptation.lr or _RATE * recipe.optimizer.peak_lr
     before = {name: value.detach().cpu().clone() for name, value in run.model.state_dict().items()}
     given = run.record.accuracy.model_copy()
     phase.train(run, "float", recipe, [])

@@ -203,5 +203,5 @@ def _roll_back(run: Run, error: NonFinite) -> None:
 def _slowed(recipe: Recipe, rollbacks: int) -> Recipe:
     """The recipe at the learning rates that are left after so many rollbacks."""
     slowed = recipe.model_copy(deep=True)
-    slowed.optimizer.lr *= 0.5**rollbacks
+    slowed.optimizer.lr = slowed.optimizer.peak_lr * 0.5**rollbacks
     return slowed

@@ -16,6 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.splits import DataSet, Images
@@ -27,7 +28,7 @@ from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
 from csqcli.quant.activation_widths import find_widths
 from csqcli.quant.activations import ActivationQuantizers
-from csqcli.quant.catalog import PTQSettings
+from csqcli.quant.catalog import GateSettings, PTQSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.methods.base import WeightMethod
 from csqcli.recipe.schema import Recipe
@@ -86,6 +87,8 @@ class Run:
             torch.set_num_threads(recipe.threads)
         self._know_inputs()
         self.model = self.model.to(self.device)
+        self._choose_optimizer()
+        recipe = self.recipe
         # bounds that are off, as the model came
         self.unbounded = {
             name for name, buffer in self.model.named_buffers(remove_duplicate=False) if bool(buffer.isinf().all())
@@ -116,6 +119,17 @@ class Run:
         if state is not None and self.shard.is_main:
             warn_of_last_bits(state.inputs, self.folder.inputs)
         self.take(state)
+
+    def _choose_optimizer(self) -> None:
+        """What the recipe leaves open of the optimizer follows from the network's norms."""
+        asked = self.recipe.optimizer
+        adamw = _is_layer_norm_network(self.model) and not issubclass(self.recipe.card.settings, GateSettings)
+        found = asked.chosen(adamw=adamw)
+        self.recipe = self.recipe.model_copy(update={"optimizer": found})
+        if asked.name == "auto" and found.name == "adamw":
+            self.display.say(
+                f"optimizer adamw at {found.lr:g}: a network of LayerNorm (--set optimizer.name=momentum is SGD)"
+            )
 
     def _distilled(self) -> Images | None:
         """The calibration images of a recipe that has none; the main process makes them."""
@@ -288,6 +302,12 @@ class Run:
                 raise UserError("no C++ compiler", where="compile", hint="install one, or leave compile off")
             replica = torch.compile(self.model if replica is None else replica)
         return replica
+
+
+def _is_layer_norm_network(model: nn.Module) -> bool:
+    """Whether its norms are LayerNorms, timm's own among them, and none is a BatchNorm."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | _BatchNorm)]
+    return bool(norms) and not any(isinstance(norm, _BatchNorm) for norm in norms)
 
 
 def _is_depthwise(model: nn.Module) -> bool:

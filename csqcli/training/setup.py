@@ -121,15 +121,17 @@ def make_method(
         planes=planes,
         start=start,
         searched=run.searched if start is not None else None,
-        lr=recipe.optimizer.lr,
+        lr=recipe.optimizer.peak_lr,
         momentum=recipe.optimizer.momentum,
-        weight_decay=recipe.optimizer.weight_decay,
+        weight_decay=recipe.optimizer.weight_decay or 0.0,
         mean_lr_share=_mean_lr_share(recipe),
         from_scratch=not recipe.model.pretrained and recipe.model.checkpoint is None,
         rate_share=0.5**run.record.rollbacks,
         state_dtype=state_dtype(recipe),
     )
     settings = recipe.method_settings if card.name == recipe.card.name else card.settings()
+    if start is not None and recipe.finetune.staged_lr is not None and card.name == "staged":
+        settings = settings.model_copy(update={"latent_lr": recipe.finetune.staged_lr})
     return card.load()(layers, plan, settings)
 
 
@@ -231,7 +233,7 @@ def _base_optimizer(run: Run, recipe: Recipe, method: WeightMethod) -> torch.opt
             groups,
             opt=settings.name,
             lr=settings.lr,
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.weight_decay or 0.0,
             momentum=settings.momentum,
         )
     except (ValueError, AssertionError, TypeError) as error:

@@ -231,9 +231,9 @@ INVOCATIONS |= {  # what a run would come to
     ),
     "plan": (
         "plan digits_cnn --data digits --val-split 0.5 --checkpoint builtin:digits_float --weights raw --input-size 12 --head keep "
-        "--recipe digits --target-bits 3 --method staged --allocator uniform --cost weights --act-bits auto --target-act-bits 4 --epochs 2 --float-epochs 1 "
-        "--finetune-epochs 1 --distill 0.5 --lr 0.1 --workers 0 --amp off --seed 1 --batch-size 64 --device cpu --no-compile "
-        "--pretrained --set max_steps=2 --log-every 5 --quiet --json",
+        "--recipe digits --target-bits 3 --method staged --allocator uniform --cost weights --act-bits auto --target-act-bits 4 "
+        "--epochs 2 --float-epochs 1 --finetune-epochs 1 --distill 0.5 --lr 0.1 --workers 0 --amp off --seed 1 --batch-size 64 "
+        "--device cpu --no-compile --pretrained --set max_steps=2 --log-every 5 --quiet --json",
         lambda r: json.loads(r.out)["mean_bits"] == 3 and json.loads(r.out)["time"]["steps"] == 2 * (1 + 2 + 1),
     ),
     "target size": (

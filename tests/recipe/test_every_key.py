@@ -76,6 +76,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "adaptation.lr": 0.001,
             "finetune.epochs": 1,
             "finetune.lr": 0.01,
+            "finetune.staged_lr": 0.003,
         },
     ),
     "optimizer, activations": (

@@ -96,7 +96,7 @@ def test_what_changed_is_refused_by_name(stopped, tmp_path: Path, change: Callab
 def test_settings_that_changed_are_named(stopped) -> None:
     code, err = stopped("--seed", 5, "--lr", 0.5)
     assert code == 2
-    assert "was started with other settings (optimizer.lr 0.05 then, 0.5 now; seed 0 then, 5 now)" in err
+    assert "was started with other settings (optimizer.lr unset then, 0.5 now; seed 0 then, 5 now)" in err
 
 
 def test_the_same_place_in_another_spelling_goes_on_and_a_copy_is_another_place(stopped, tmp_path: Path) -> None:
