@@ -335,13 +335,16 @@ def scatter(
     y_label: str,
     log_x: bool = False,
     front: bool = True,
+    target: float | None = None,
+    target_label: str = "",
     small: bool = False,
 ) -> Figure:
-    """Points of several groups, told apart by colour and shape; ``front`` joins those that none beats (less x, more y)."""
+    """Points of several groups, told apart by colour and shape; ``front`` joins those that none beats (less x, more y), and a
+    dashed line stands at the height of ``target``."""
     groups = list(dict.fromkeys(point.group for point in points))
     best = pareto(points) if front else []
     reach = [y for point in points for y in (point.y - (point.error or 0), point.y + (point.error or 0))]
-    y_low, y_high = _range(reach, from_zero=False)
+    y_low, y_high = _range([*reach, *([target] if target is not None else [])], from_zero=False)
     xs = sorted({point.x for point in points})
 
     def draw(width: float) -> tuple[float, str]:
@@ -349,6 +352,8 @@ def scatter(
         frame = _Frame(width, 240.0, y_low, y_high, y_label, x_label, legend=legend, right=16.0, marks=True)
         x_of, x_marks = _x_axis(frame, xs, log=log_x, whole=False, margin=0.06)
         frame.x_ticks(x_marks)
+        if target is not None:
+            frame.goal(target, target_label or f"target {target:g}", over_bars=False)
         if len(best) > 1:
             first, *rest = best
             steps = "".join(f"H{x_of(p.x):.2f}V{frame.y(p.y):.2f}" for p in rest)

@@ -18,7 +18,7 @@ from csqcli.reporting.histogram import Histogram
 from csqcli.reporting.page import Column, Section, cards, page, table
 from csqcli.reporting.recompute import recomputed
 from csqcli.reporting.svg import element, escaped
-from csqcli.reporting.words import layer_names, short, size
+from csqcli.reporting.words import layer_names, short, signed, size
 from csqcli.system.files import write_text
 from csqcli.version import __version__
 
@@ -94,7 +94,7 @@ def _headline(shown: _Shown) -> str:
     if accuracy.hard_top1 is not None:
         before = accuracy.float_top1
         change = (
-            f"float {before:.2f} %, {_signed(accuracy.hard_top1 - before)} points"
+            f"float {before:.2f} %, {signed(accuracy.hard_top1 - before)} points"
             if before is not None
             else "hard model"
         )
@@ -129,10 +129,6 @@ def _headline(shown: _Shown) -> str:
         f"Sizes, bits and bit operations on this page were counted again from the file's bytes. What only the file says: {stated}."
     )))  # fmt: skip
     return cards(entries) + "".join(words)
-
-
-def _signed(points: float) -> str:
-    return f"{points:+.2f}".replace("-", "−")
 
 
 def _figure_sections(shown: _Shown) -> list[Section]:
