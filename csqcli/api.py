@@ -502,7 +502,7 @@ def sweep(
     output: str | Path | None = None,
     recipe: str = "short",
     baselines: Sequence[str] = (),
-    warm: bool | None = None,
+    warm: bool = False,
     warm_epochs: int | None = None,
     max_drop: float | None = None,
     jobs: int | None = None,
@@ -516,7 +516,7 @@ def sweep(
         targets: mean planes per weight, each above 0 and at most 8; None, with ``max_drop``, begins with 4.
         output: folder for the runs, ``pareto.json`` and ``pareto.html``; None takes ``runs/MODEL-sweep``.
         baselines: methods to put beside, at those targets that they can meet.
-        warm: whether all targets but the highest begin with that one's weights; None decides by what was measured.
+        warm: begin all targets but the highest with that one's weights, for fewer epochs: cheaper, and less accurate.
         warm_epochs: epochs of the runs that do; None takes 0.4 of the others'.
         max_drop: also look for the smallest file whose top-1 is at most so many points below the float model's.
         jobs: runs at a time, each in a process of its own; None runs them here, one after the other.

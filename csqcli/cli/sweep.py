@@ -50,13 +50,13 @@ _OWN: dict[str, Any] = {
     ),
     "warm": (
         Annotated[
-            bool | None,
+            bool,
             typer.Option(
                 "--warm/--cold",
-                help="Begin lower targets with the highest one's weights; unset: where that was measured.",
+                help="Begin lower targets with the highest one's weights and train for fewer epochs, or each with the float model.",
             ),
         ],
-        None,
+        False,
     ),
     "warm_epochs": (
         Annotated[int | None, typer.Option(min=1, help="Epochs of a run that does; 0.4 of --epochs if unset.")],

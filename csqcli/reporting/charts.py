@@ -373,7 +373,7 @@ def scatter(
             tip = element("title", escaped(f"{point.group} {point.label}: {short(point.x)}, {point.y:.4g}{error}"))
             frame.parts.append(element("path", tip, d=_mark(number, x, y), class_=kind, fill=svg.paint(kind)))
             label = svg.fitting(point.label, 0.3 * width)
-            frame.parts.append(_beside(frame, taken, x, y, label))
+            frame.parts.append(_beside(frame, taken, x, y, label, above=len(best) > 1 and point in best))
         return frame.finished()
 
     rows: list[list[Cell]] = [
@@ -534,10 +534,14 @@ def _mark(number: int, x: float, y: float) -> str:
     )[number % 6]
 
 
-def _beside(frame: _Frame, taken: list[tuple[float, float, float]], x: float, y: float, label: str) -> str:
-    """A point's label where none stands yet: to its right, left, above or below; nothing where all is taken."""
+def _beside(
+    frame: _Frame, taken: list[tuple[float, float, float]], x: float, y: float, label: str, *, above: bool
+) -> str:
+    """A point's label where none stands yet: to its right, left, above or below; nothing where all is taken. ``above`` first
+    where a line leaves the point to its right."""
     wide = svg.text_width(label)
-    for start, base in ((x + 8, y + 4), (x - 8 - wide, y + 4), (x - wide / 2, y - 9), (x - wide / 2, y + 18)):
+    places = [(x + 8, y + 4), (x - 8 - wide, y + 4), (x - wide / 2, y - 9), (x - wide / 2, y + 18)]
+    for start, base in places[2:3] * above + places:
         inside = frame.left <= start and start + wide <= frame.width and frame.top <= base - 8 and base <= frame.bottom
         free = all(abs(base - other) > 12 or start + wide < left or right < start for left, right, other in taken)
         if label and inside and free:

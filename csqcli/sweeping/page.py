@@ -23,8 +23,8 @@ _HOW_COUNTED = (
     "Planes are means over all quantized weights; a plane holds a digit in {−1, 0, 1} of every weight. Top-1 is that of the hard "
     "model as reloaded from its file. Bytes are those of the bit-packed file on disk, which is that model bit for bit, signs, "
     "scales, BatchNorm and description included; compression is the float model, 4 bytes a value, over them. A run is on the "
-    "front where no other has as few bytes (or bit operations) and as much accuracy. One run is one draw: differences below "
-    "about half a point may be another seed's."
+    "front where no other has as few bytes (or bit operations) and as much accuracy. One run is one draw: another seed "
+    "would move every point."
 )
 
 

@@ -42,7 +42,7 @@ class Sweep:
     output: Path | None  # None: runs/MODEL-sweep
     targets: str | None  # as typed; None: the highest alone, which --max-drop begins with
     baselines: Sequence[str] = ()
-    warm: bool | None = None  # None: where it was measured to be worth it
+    warm: bool = False  # whether all targets but the highest begin with that one's weights (docs/results.md says what that costs)
     warm_epochs: int | None = None
     max_drop: float | None = None  # points below the float top-1 that the smallest file may be; None: nobody asks
     base: Recipe = field(init=False)
@@ -76,15 +76,10 @@ class Sweep:
             raise UserError(
                 "nothing is trained at 0 epochs, so nothing begins with it", where="--warm", hint="leave it out"
             )
-        if self.warm_epochs is not None and not self.is_warm:
+        if self.warm_epochs is not None and not self.warm:
             raise UserError(
                 "is for runs that begin with another's weights", where="--warm-epochs", hint="pass --warm too"
             )
-
-    @property
-    def is_warm(self) -> bool:
-        """Whether all targets but the highest begin with that one's weights."""
-        return self.base.card.name == "staged" and self.base.epochs > 1 if self.warm is None else self.warm
 
     @property
     def shorter_epochs(self) -> int:
@@ -98,7 +93,7 @@ class Sweep:
     def member(self, target: float) -> Member:
         """The run of the sweep's own method at a target; the highest begins with the float model."""
         name, highest = self.base.card.name, self.planes[0]
-        if target == highest or not self.is_warm:
+        if target == highest or not self.warm:
             recipe = resolve(self.recipe, {**self.overrides, _TARGET: target})
             return _checked(
                 Member(_key(name, target), name, target, recipe, is_first=self.base.card.trains and target == highest)

@@ -32,7 +32,7 @@ def summary(sweep: Sweep, members: Sequence[Member]) -> Summary:
         "samples": first["accuracy"]["samples"],
         "epochs": base.epochs,
         "seed": base.seed,
-        "warm": sweep.is_warm,
+        "warm": sweep.warm,
         "form": "bit-packed",
         "float": {
             "top1": float_top1,

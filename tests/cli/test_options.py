@@ -178,6 +178,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "report RUN --html OUT/page.html --svg OUT/figures",
         lambda r: (r.folder / "page.html").is_file() and (r.folder / "figures" / "planes.svg").is_file(),
     ),
+    "report figures as pixels": (
+        "report RUN --png OUT/figures",
+        lambda r: (r.folder / "figures" / "planes.png").read_bytes().startswith(b"\x89PNG"),
+    ),
     "inspect": (
         "inspect timm:resnet10t --no-pretrained --exclude fc --num-classes 7 --strict 0.5 --json",
         lambda r: "fc.weight" not in [layer["name"] for layer in json.loads(r.out)["layers"]],
@@ -331,6 +335,8 @@ def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_
     if "--onnx" in line or "ONNX_EXPORT" in line:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
+    if "--png" in line:
+        pytest.importorskip("resvg_py")
     if "tensorboard" in line:
         pytest.importorskip("tensorboard")
     out = tmp_path / "out"

@@ -262,6 +262,7 @@ ROWS = [
     "report run --html run/model.safetensors",
     "report run --html nowhere/page.html",
     "report run --svg text.txt",
+    "report run --png without_resvg",
     "finetune run/model.safetensors --data nowhere --quiet -o new",
     "finetune run/model.safetensors --data images --quiet -o new",
     "finetune run/model.safetensors --data digits --quiet -o run",
@@ -394,6 +395,8 @@ def test_one_line_that_says_what_where_and_what_to_do(
 ) -> None:
     if row.endswith("without.onnx"):
         monkeypatch.setitem(sys.modules, "onnx", None)
+    if row.endswith("without_resvg"):
+        monkeypatch.setitem(sys.modules, "resvg_py", None)
     if row.endswith("haq"):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     before = {path: path.stat().st_mtime_ns for path in bench.rglob("*") if path.is_file()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 
 import csqcli
 from csqcli.errors import UserError
-from csqcli.sweeping import launching, summary
+from csqcli.sweeping import launching, page, summary
 from csqcli.sweeping.launching import environment, run_elsewhere
 from csqcli.sweeping.plan import Member, Sweep
 from csqcli.system.progress import Display
 from csqcli.training import phase, post_training
+from tests.reporting.test_page import Page
 
 QUICK: dict[str, Any] = {"recipe": "digits", "epochs": 2, "max_steps": 4, "threads": 1}
 FLOAT = {"adaptation.epochs": 1, "adaptation.lr": 0.02, "optimizer.distill": 0.5, "model.head": "new"}
@@ -345,8 +349,6 @@ def test_jobs_of_submitit_run_the_same_commands(tmp_path: Path) -> None:
         ]
         if None not in outcomes:
             break
-        import time
-
         time.sleep(0.2)
     assert outcomes[0] == ""
     assert outcomes[1]
@@ -370,3 +372,55 @@ def test_settings_of_the_methods_own_do_not_reach_baselines() -> None:
     runs = planned(overrides={"epochs": 10, "staged.recovery": 0.5, "seed": 3}, baselines=["lsq", "csq"]).members()
     assert {(run.method, run.recipe.seed) for run in runs} == {("staged", 3), ("lsq", 3), ("csq", 3)}
     assert all(run.recipe.method_settings.recovery == 0.5 for run in runs if run.method == "staged")  # type: ignore[attr-defined]
+
+
+# -- the page and the table
+
+
+def hand_made(name: str = "net") -> dict[str, Any]:
+    """Four runs at round numbers, of which the third is beaten."""
+    lines = [(4, 90.0, 4000, 400), (2, 89.0, 2000, 200), (2.5, 88.0, 2500, 250), (1, 70.0, 1000, 100)]
+    runs = [
+        {"run": f"{name}-{target:g}bit", "method": name, "target_bits": target, "mean_bits": target, "top1": top1}
+        | {
+            "gap": top1 - 91.0,
+            "bytes": size,
+            "compression": 32000 / size,
+            "bops": bops,
+            "epochs": 3,
+            "begins_with": None,
+        }
+        | {"on_front_bytes": target != 2.5, "on_front_bops": target != 2.5}
+        for target, top1, size, bops in lines
+    ]
+    return {
+        **{"model": name, "data": name, "samples": 500, "epochs": 3, "seed": 0, "warm": False, "form": "bit-packed"},
+        **{"float": {"top1": 91.0, "bytes": 32000, "bops": 10240}, "trained_epochs": 12, "runs": runs, "left_out": []},
+        "max_drop": {"asked": 2.0, "reached": 2.0, "run": f"{name}-2bit"},
+    }
+
+
+def test_the_page_is_well_formed_says_the_numbers_and_takes_no_markup_from_names() -> None:
+    hostile = "</svg><script>alert(1)</script>\"'&"
+    for name in ("net", hostile):
+        found = hand_made(name)
+        text = page.pareto_page(found, page.figures(found), command=f"csq sweep {name}")
+        shown = Page(text)
+        assert {attributes["id"] for attributes in shown.all("figure")} == {"pareto-bytes", "pareto-bops"}
+        for words in ("91.00 %", "float 91.00 %", "Smallest within 2 points", "2,500", "16.00×", "−21.00"):
+            assert words in shown.text, words
+        assert text.count("<script>") == 1
+        for attributes in (attributes for _, attributes in shown.tags):
+            assert (attributes.get("href") or "#").startswith(("#", "data:"))
+
+
+def test_the_table_marks_the_front_and_fits_the_terminal() -> None:
+    for width in (60, 80, 120, 200):
+        console = Console(file=io.StringIO(), width=width)
+        page.print_sweep(hand_made(), console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= width
+        rows = {line.split()[0]: line for line in lines if line.startswith("net-")}
+        assert [name for name, line in rows.items() if "bytes" in line] == ["net-4bit", "net-2bit", "net-1bit"]
+        assert all(f"{size:,}" in line for size, line in zip((4000, 2000, 2500, 1000), rows.values(), strict=True))
+        assert any("smallest" in line and "net-2bit" in line for line in lines)
