@@ -26,6 +26,7 @@ __all__ = [
     "save",
     "search",
     "sensitivity",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         save,
         search,
         sensitivity,
+        sweep,
     )
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "save",
     "search",
     "sensitivity",
+    "sweep",
 ]
 
 Report = dict[str, Any]
@@ -491,6 +492,66 @@ def sensitivity(
     from csqcli.analysis.sensitivity import sensitivity as measured
 
     return measured(resolved, widths=wanted, images=val_limit, display=_display(progress))
+
+
+def sweep(
+    model: str | None = None,
+    *,
+    targets: Sequence[float] | None = None,
+    data: str | None = None,
+    output: str | Path | None = None,
+    recipe: str = "short",
+    baselines: Sequence[str] = (),
+    warm: bool = False,
+    warm_epochs: int | None = None,
+    max_drop: float | None = None,
+    jobs: int | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Report:
+    """Search one model at many targets, what they share done once, as ``csq sweep`` does it. What is there already is not run again.
+
+    Args:
+        model, data, recipe, progress, settings: as for :func:`search`.
+        targets: mean planes per weight, each above 0 and at most 8; None, with ``max_drop``, begins with 4.
+        output: folder for the runs, ``pareto.json`` and ``pareto.html``; None takes ``runs/MODEL-sweep``.
+        baselines: methods to put beside, at those targets that they can meet.
+        warm: begin all targets but the highest with that one's weights, for fewer epochs: cheaper, and less accurate.
+        warm_epochs: epochs of the runs that do; None takes 0.4 of the others'.
+        max_drop: also look for the smallest file whose top-1 is at most so many points below the float model's.
+        jobs: runs at a time, each in a process of its own; None runs them here, one after the other.
+
+    Returns:
+        What pareto.json holds: ``float`` (``top1`` in percent, ``bytes``, ``bops``), ``runs`` (one each: ``run``, its folder;
+        ``target_bits``, ``mean_bits``, ``top1``, ``bytes`` of the bit-packed file, …), ``max_drop``.
+
+    Raises:
+        UserError: for anything wrong with the arguments, the data or the folder; and where no run holds ``max_drop``.
+
+    Example::
+
+        found = csqcli.sweep("resnet18", targets=[1, 1.5, 2, 3, 4], data="/imagenet", output="runs/sweep", epochs=5)
+        print([(run["target_bits"], run["top1"], run["bytes"]) for run in found["runs"] if run["on_front_bytes"]])
+    """
+    from csqcli.sweeping.plan import Sweep
+
+    planned = Sweep(
+        recipe=recipe,
+        overrides=settings | _given({"model.source": model, "data.source": data}),
+        output=Path(output) if output is not None else None,
+        targets=None if targets is None else ",".join(f"{target:g}" for target in targets),
+        baselines=list(baselines),
+        warm=warm,
+        warm_epochs=warm_epochs,
+        max_drop=max_drop,
+    )
+    planned.members()  # what cannot be run is known before PyTorch is loaded
+
+    from csqcli.sweeping.launching import LocalProcesses
+    from csqcli.sweeping.sweep import run_sweep
+
+    launcher = None if jobs is None else LocalProcesses(jobs)
+    return run_sweep(planned, display=_display(progress), launcher=launcher, jobs=jobs or 1)
 
 
 def explain(

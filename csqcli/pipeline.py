@@ -34,17 +34,19 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
-from csqcli.training import phase, sizing
+from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
 from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.loop import Trainer
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.planning import try_out
-from csqcli.training.post_training import quantize_after_training
+from csqcli.training.post_training import measure_importance, quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
-from csqcli.training.setup import check_written_planes
+from csqcli.training.setup import check_written_planes, shared_importance
+from csqcli.training.shared_start import SharedStart
+from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
 
 _FITTINGS = 4  # tries at a size in bytes; the second is exact but for what BatchNorm's statistics deflate to
 _LONG_SECONDS = 0.012345678901234567  # written with as many digits as any measured time
@@ -59,38 +61,85 @@ def search(
     force: bool = False,
     resume: bool = False,
     images: DataSet | None = None,
+    shared: SharedStart | None = None,
+    latents: bool = False,
 ) -> dict[str, Any]:
     """From a pretrained checkpoint to a quantized file and its report, written into ``output``; the report.
 
     ``recipe.adaptation.epochs`` in float come first, and ``recipe.finetune.epochs`` with the planes fixed at the end.
-    ``images`` spares callers who run many jobs the opening of ``recipe.data.source``. Raises UserError for anything wrong
-    with the input; a folder with a finished run is refused without ``force``.
+    ``images`` spares callers who run many jobs the opening of ``recipe.data.source``, and ``shared``, of :func:`prepare`, what
+    does not depend on the target; neither changes the result. ``latents`` leaves latents.safetensors in the folder, for other
+    searches to begin with (``model.warm_start``). Raises UserError for anything wrong with the input; a folder
+    with a finished run is refused without ``force``.
     """
     spec = _model_asked_for(recipe)
     if images is None:
         with display.step(f"listing the images of {recipe.data.source}"):
             images = open_images(recipe)
-    with RunFolder(output, recipe, images, force=force, resume=resume) as folder:
+    warm = None if recipe.model.warm_start is None else read_warm_start(recipe.model.warm_start)
+    source = "" if warm is None else warm.sha256
+    with RunFolder(output, recipe, images, force=force, resume=resume, source=source) as folder:
         if folder.finished is not None:
             folder.finish()
             return folder.finished
         with _opened(recipe, spec, images, folder, display) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
-            run.measure_float()
+            if shared is not None and run.saved is None:
+                shared.hand_over(run)
+                run.tell_float()
+            else:
+                run.measure_float()
             layers, left_float = run.find_layers()
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
             check_written_planes(run, recipe, layers)
             rehearse(run, layers, left)
+            if warm is not None:
+                check_fits(run, warm)
             if recipe.adaptation.epochs:
                 adapt(run)
             run.keep_teacher()
-            report = {} if run.past_search else _search(run, layers, left)
+            if warm is not None:
+                begin_with(run, warm)
+            report = {} if run.past_search else _search(run, layers, left, latents=latents)
             if recipe.finetune.epochs and recipe.card.name != "float":
                 searched = io.read(folder.model_file) if folder.shard.is_main else None
                 report = _finetune(run, distributed.from_main(searched))
         folder.finish()
     return report
+
+
+def prepare(
+    recipe: Recipe, folder_path: Path, *, display: Display, images: DataSet | None = None, resume: bool = False
+) -> None:
+    """The part of a search that does not depend on its target, kept in a folder for many searches to begin with.
+
+    The float model's accuracy, ``recipe.adaptation.epochs`` in float, and the importance of planes where it is measured before
+    training. ``recipe`` needs no target. Interrupted, it goes on with ``resume``. UserError as :func:`search`.
+    """
+    assert recipe.model.source is not None
+    spec = parse(recipe.model.source, recipe.model.arguments)
+    check_task(spec)
+    if images is None:
+        with display.step(f"listing the images of {recipe.data.source}"):
+            images = open_images(recipe)
+    with RunFolder(folder_path, recipe, images, force=False, resume=resume) as folder:
+        with _opened(recipe, spec, images, folder, display) as run:
+            run.measure_float()
+            layers, left_float = run.find_layers()
+            run.count_operations(layers)
+            rehearse(run, layers, [vars(tensor) for tensor in left_float])
+            if recipe.adaptation.epochs:
+                adapt(run)
+            importance, by = None, recipe.quantization.allocator
+            if layers and (by is not None or not recipe.card.trains):
+                run.quantize_activations()
+                if recipe.card.trains:
+                    importance = shared_importance(run, layers, run.calibration_batches())
+                else:
+                    importance, by = measure_importance(run, layers)
+            shared_start.write(run, importance, by=by)
+        folder.finish()
 
 
 def _opened(recipe: Recipe, spec: ModelSpec, images: DataSet, folder: RunFolder, display: Display) -> Run:
@@ -114,7 +163,7 @@ def _opened(recipe: Recipe, spec: ModelSpec, images: DataSet, folder: RunFolder,
     return Run(recipe, folder, display, loaded.model, images, config, source)
 
 
-def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[str, Any]:
+def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latents: bool) -> dict[str, Any]:
     run.quantize_activations()
     if run.activations is not None:
         rehearse(run, layers, left)
@@ -131,6 +180,8 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> dict[s
         return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
     file, gap = deliver(run, trainer, left)
     run.searched = trainer.optimizer.method
+    if latents:
+        keep_latents(run, trainer.optimizer.method)
     return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
 
 

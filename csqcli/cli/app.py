@@ -26,6 +26,7 @@ from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
 from csqcli.cli.sensitivity import sensitivity
+from csqcli.cli.sweep import sweep, sweep_run
 from csqcli.errors import UserError, as_line
 from csqcli.system.interrupt import Interrupted, Signals
 from csqcli.system.launcher import is_main_process
@@ -42,6 +43,7 @@ app = typer.Typer(
 for command in (
     search,
     plan,
+    sweep,
     finetune,
     methods,
     allocate,
@@ -58,6 +60,7 @@ for command in (
     doctor,
 ):
     app.command()(command)
+app.command("sweep-run", hidden=True)(sweep_run)
 app.add_typer(recipes.app, name="recipes")
 
 _BAD_INPUT, _INTERRUPTED = 2, 130  # 130 is what a shell reports for SIGINT
@@ -65,7 +68,10 @@ _GOES_ON = {  # what an interrupted command left behind; the others leave nothin
     "search": "; the same command with --resume goes on from the last saved state",
     "finetune": "; the same command with --resume goes on from the last saved state",
     "reproduce": "; the same command goes on",
+    "sweep": "; the same command goes on",
 }
+
+_GO_ON_BY_THEMSELVES = ("reproduce", "sweep", "sweep-run")
 
 
 @app.callback(invoke_without_command=True)
@@ -107,7 +113,8 @@ def _run(signals: Signals) -> int:
     except Interrupted as stop:
         signals.ignore()
         if is_main_process():
-            output.error_line(f"csq: stopped and saved ({stop.where}); the same command with --resume goes on")
+            again = "" if _command() in _GO_ON_BY_THEMSELVES else " with --resume"
+            output.error_line(f"csq: stopped and saved ({stop.where}); the same command{again} goes on")
         return 128 + stop.signum
     except Exception as error:
         fault = as_line(error)  # the machine's, or of code that the user brought
@@ -117,8 +124,12 @@ def _run(signals: Signals) -> int:
             traceback.print_exc()
         _fail(fault.line())
     signals.ignore()
-    output.error_line(f"csq: interrupted{_GOES_ON.get(sys.argv[1] if len(sys.argv) > 1 else '', '')}")
+    output.error_line(f"csq: interrupted{_GOES_ON.get(_command(), '')}")
     return 128 + signals.signum
+
+
+def _command() -> str:
+    return sys.argv[1] if len(sys.argv) > 1 else ""
 
 
 def _fail(text: str) -> NoReturn:

@@ -20,6 +20,9 @@ def report(
     svg: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each figure of that page into a folder, for papers.")
     ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The same as PNG; needs `pip install 'csq[png]'`.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Per-layer bits, sizes and accuracy; needs neither model code nor data.
@@ -38,10 +41,11 @@ def report(
 
         write_text(html, report_page(file))
         written.append(str(html))
-    if svg is not None:
-        from csqcli.reporting.report_page import report_figures, write_figures
+    for folder, as_png in ((svg, False), (png, True)):
+        if folder is not None:
+            from csqcli.reporting.report_page import report_figures, write_figures
 
-        written += map(str, write_figures(report_figures(file), svg))
+            written += map(str, write_figures(report_figures(file), folder, as_png=as_png))
     if as_json:
         output.as_json(describe(file))
         return

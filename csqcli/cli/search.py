@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -124,40 +125,13 @@ def search(
 
     Example: csq search resnet18 --target-bits 3 --data /imagenet --output runs/resnet18
     """
+    options = dict(locals())
     from csqcli.api import search_folder
     from csqcli.recipe.complete import check_complete
-    from csqcli.recipe.planes import read_planes
-    from csqcli.recipe.resolve import parse_assignments, resolve
+    from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
-    typed = {
-        **model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_)),
-        "quantization.target_bits": target_bits,
-        "quantization.target_size": target_size,
-        "quantization.target_compression": target_compression,
-        "quantization.target_bops": target_bops,
-        "data.input_size": input_size,
-        "data.calib": calib,
-        "quantization.method": method,
-        "quantization.allocator": allocator,
-        "quantization.trials": trials,
-        "quantization.cost": cost,
-        "quantization.act_bits": _width(act_bits, target_act_bits),
-        "quantization.target_act_bits": target_act_bits,
-        "epochs": epochs,
-        "adaptation.epochs": float_epochs,
-        "finetune.epochs": finetune_epochs,
-        "optimizer.distill": distill,
-        "optimizer.lr": lr,
-        "data.workers": workers,
-        "amp": amp.value if amp else None,
-        "seed": seed,
-        "log": log,
-        "compile": compile_,
-        **batch_settings(batch_size),
-    }
-    written = read_planes(planes) if planes is not None else {}
-    resolved = resolve(recipe, parse_assignments(settings or []) | written | given(typed))
+    resolved = resolve(recipe, search_settings(options))
     check_complete(resolved)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     if dry_run:
@@ -178,6 +152,52 @@ def search(
 
     report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
     result_of_run(target / MODEL_FILE, report, json_wanted=as_json)
+
+
+def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted recipe keys → values of the options of `csq search` by name, those that were typed; an option that is not there
+    was not."""
+    get = options.get
+    amp, planes = get("amp"), get("planes")
+    held_out = val_split(get("val_split_"))
+    model, data, checkpoint, device = (get(name) for name in ("model", "data", "checkpoint", "device"))
+    named = {key: get(option) for option, key in _KEYS.items()}
+    typed = {
+        **model_settings(model, data, checkpoint, get("weights"), get("head"), get("pretrained"), device, held_out),
+        **named,
+        "quantization.act_bits": _width(get("act_bits"), get("target_act_bits")),
+        "amp": amp.value if amp else None,
+        **batch_settings(get("batch_size")),
+    }
+    from csqcli.recipe.planes import read_planes
+    from csqcli.recipe.resolve import parse_assignments
+
+    written = read_planes(planes) if planes is not None else {}
+    return parse_assignments(get("settings") or []) | written | given(typed)
+
+
+_KEYS = {
+    "target_bits": "quantization.target_bits",
+    "target_size": "quantization.target_size",
+    "target_compression": "quantization.target_compression",
+    "target_bops": "quantization.target_bops",
+    "input_size": "data.input_size",
+    "calib": "data.calib",
+    "method": "quantization.method",
+    "allocator": "quantization.allocator",
+    "trials": "quantization.trials",
+    "cost": "quantization.cost",
+    "target_act_bits": "quantization.target_act_bits",
+    "epochs": "epochs",
+    "float_epochs": "adaptation.epochs",
+    "finetune_epochs": "finetune.epochs",
+    "distill": "optimizer.distill",
+    "lr": "optimizer.lr",
+    "workers": "data.workers",
+    "seed": "seed",
+    "log": "log",
+    "compile_": "compile",
+}  # options whose value is the recipe's as it is
 
 
 def _width(typed: str | None, mean: float | None) -> int | str | None:

@@ -23,6 +23,9 @@ def check_complete(recipe: Recipe) -> None:
         if recipe.finetune.epochs:
             hint = "give the search more --epochs, or `csq finetune` the file without a target"
             raise UserError("finetune.epochs would change the size that was reached", hint=hint)
+    if recipe.model.warm_start is not None and (not card.trains or card.name == "float"):
+        hint = "leave model.warm_start out, or train"
+        raise UserError(f"{card.name} begins with the float model, not with a quantized one", hint=hint)
     uniform = card.takes == "planes" and recipe.quantization.allocator in (None, "uniform")
     if uniform and target is not None and (target != int(target) or not 1 <= target <= 8):
         hint = "take a whole number from 1 to 8, or method auto for a mixed one"

@@ -255,7 +255,8 @@ def _planes_for(quantization: Mapping[str, Any]) -> dict[str, int]:
 
 def _from_scratch(raw: Mapping[str, Any]) -> bool:
     model = _plain(raw.get("model"))
-    return not model.get("pretrained", True) and model.get("checkpoint") is None
+    given = model.get("checkpoint") is not None or model.get("warm_start") is not None
+    return not model.get("pretrained", True) and not given
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -323,6 +324,11 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"`{value}` is not a YAML value", where=f"--set {key}") from None
     return parsed
+
+
+def of_every_method(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``overrides`` that are no settings of a method's own."""
+    return {key: value for key, value in overrides.items() if _common_key(key) is not None}
 
 
 def _common_key(key: str) -> str | None:

@@ -37,6 +37,9 @@ class ModelSettings(Section):
     """Keyword arguments for the model's constructor, e.g. `{drop_path_rate: 0.1}`."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """Which weights to take where a checkpoint holds both averaged (EMA) and raw ones; `auto` takes the averaged."""
+    warm_start: Annotated[str | None, RESULT_NEUTRAL] = None
+    """Weights that the search begins with in place of the float model's, which stays what is compared with and distilled from:
+    the latents.safetensors that `csq sweep` leaves beside the model of the highest target, or another checkpoint of the network."""
     head: Literal["auto", "keep", "subset", "new"] = "auto"
     """What becomes of the weights' classifier: `keep` maps labels into its outputs, `subset` keeps those of the data's classes,
     `new` makes a fresh one; `auto` leaves it where it has as many outputs as the data has classes, else `subset`."""

@@ -335,13 +335,16 @@ def scatter(
     y_label: str,
     log_x: bool = False,
     front: bool = True,
+    target: float | None = None,
+    target_label: str = "",
     small: bool = False,
 ) -> Figure:
-    """Points of several groups, told apart by colour and shape; ``front`` joins those that none beats (less x, more y)."""
+    """Points of several groups, told apart by colour and shape; ``front`` joins those that none beats (less x, more y), and a
+    dashed line stands at the height of ``target``."""
     groups = list(dict.fromkeys(point.group for point in points))
     best = pareto(points) if front else []
     reach = [y for point in points for y in (point.y - (point.error or 0), point.y + (point.error or 0))]
-    y_low, y_high = _range(reach, from_zero=False)
+    y_low, y_high = _range([*reach, *([target] if target is not None else [])], from_zero=False)
     xs = sorted({point.x for point in points})
 
     def draw(width: float) -> tuple[float, str]:
@@ -349,6 +352,8 @@ def scatter(
         frame = _Frame(width, 240.0, y_low, y_high, y_label, x_label, legend=legend, right=16.0, marks=True)
         x_of, x_marks = _x_axis(frame, xs, log=log_x, whole=False, margin=0.06)
         frame.x_ticks(x_marks)
+        if target is not None:
+            frame.goal(target, target_label or f"target {target:g}", over_bars=False)
         if len(best) > 1:
             first, *rest = best
             steps = "".join(f"H{x_of(p.x):.2f}V{frame.y(p.y):.2f}" for p in rest)
@@ -368,7 +373,7 @@ def scatter(
             tip = element("title", escaped(f"{point.group} {point.label}: {short(point.x)}, {point.y:.4g}{error}"))
             frame.parts.append(element("path", tip, d=_mark(number, x, y), class_=kind, fill=svg.paint(kind)))
             label = svg.fitting(point.label, 0.3 * width)
-            frame.parts.append(_beside(frame, taken, x, y, label))
+            frame.parts.append(_beside(frame, taken, x, y, label, above=len(best) > 1 and point in best))
         return frame.finished()
 
     rows: list[list[Cell]] = [
@@ -529,10 +534,14 @@ def _mark(number: int, x: float, y: float) -> str:
     )[number % 6]
 
 
-def _beside(frame: _Frame, taken: list[tuple[float, float, float]], x: float, y: float, label: str) -> str:
-    """A point's label where none stands yet: to its right, left, above or below; nothing where all is taken."""
+def _beside(
+    frame: _Frame, taken: list[tuple[float, float, float]], x: float, y: float, label: str, *, above: bool
+) -> str:
+    """A point's label where none stands yet: to its right, left, above or below; nothing where all is taken. ``above`` first
+    where a line leaves the point to its right."""
     wide = svg.text_width(label)
-    for start, base in ((x + 8, y + 4), (x - 8 - wide, y + 4), (x - wide / 2, y - 9), (x - wide / 2, y + 18)):
+    places = [(x + 8, y + 4), (x - 8 - wide, y + 4), (x - wide / 2, y - 9), (x - wide / 2, y + 18)]
+    for start, base in places[2:3] * above + places:
         inside = frame.left <= start and start + wide <= frame.width and frame.top <= base - 8 and base <= frame.bottom
         free = all(abs(base - other) > 12 or start + wide < left or right < start for left, right, other in taken)
         if label and inside and free:

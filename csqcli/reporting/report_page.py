@@ -16,10 +16,11 @@ from csqcli.reporting.build import history_beside
 from csqcli.reporting.figures import Figures, bit_operations, figures
 from csqcli.reporting.histogram import Histogram
 from csqcli.reporting.page import Column, Section, cards, page, table
+from csqcli.reporting.png import png
 from csqcli.reporting.recompute import recomputed
 from csqcli.reporting.svg import element, escaped
-from csqcli.reporting.words import layer_names, short, size
-from csqcli.system.files import write_text
+from csqcli.reporting.words import layer_names, short, signed, size
+from csqcli.system.files import replacing
 from csqcli.version import __version__
 
 _TERNARY = (
@@ -39,7 +40,7 @@ class _Shown:
     lines: list[Mapping[str, Any]]
     histograms: Mapping[str, Histogram]
     figures: Figures
-    file: str
+    file: Path
     as_stated: Sequence[str]
 
 
@@ -48,17 +49,21 @@ def report_figures(file: Path) -> Figures:
     return _shown(file).figures
 
 
-def write_figures(drawn: Figures, folder: Path) -> list[Path]:
-    """Each figure as a file of its own in ``folder``, which is made; their paths. UserError where that cannot be written."""
+def write_figures(drawn: Figures, folder: Path, *, as_png: bool = False) -> list[Path]:
+    """Each figure as an SVG, or a PNG, of its own in ``folder``, which is made; their paths. UserError where that cannot be
+    written, and as :func:`csqcli.reporting.png.png`."""
+    contents = [(f"{figure.name}.{'png' if as_png else 'svg'}", figure.svg()) for figure in drawn.all()]
+    encoded = [(name, png(text) if as_png else text.encode()) for name, text in contents]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         what = "is a file" if folder.is_file() else f"cannot be created ({error.strerror})"
         raise UserError(what, where=str(folder), hint="name a folder for the figures") from None
     paths = []
-    for figure in drawn.all():
-        paths.append(folder / f"{figure.name}.svg")
-        write_text(paths[-1], figure.svg())
+    for name, data in encoded:
+        paths.append(folder / name)
+        with replacing(paths[-1]) as temporary:
+            temporary.write_bytes(data)
     return paths
 
 
@@ -70,7 +75,7 @@ def report_page(file: Path) -> str:
     if manifest.layers:
         sections.append(Section("layers", "Every layer", _layer_table(shown)))
     sections.append(Section("again", "Do it again", _again(shown)))
-    subtitle = f"{shown.file}, {manifest.form}, {size(manifest.sizes.file_bytes or 0)}"
+    subtitle = f"{shown.file.name}, {manifest.form}, {size(manifest.sizes.file_bytes or 0)}"
     return page(
         f"{manifest.model.source} at {_bits(manifest)}", subtitle, sections, footer=f"Written by csq {__version__}."
     )
@@ -80,7 +85,7 @@ def _shown(file: Path) -> _Shown:
     found = recomputed(file)
     lines = history.lines_of(history_beside(file))
     drawn = figures(found.manifest, lines, found.histograms)
-    return _Shown(found.manifest, lines, found.histograms, drawn, file.name, found.as_stated)
+    return _Shown(found.manifest, lines, found.histograms, drawn, file, found.as_stated)
 
 
 def _bits(manifest: Manifest) -> str:
@@ -94,7 +99,7 @@ def _headline(shown: _Shown) -> str:
     if accuracy.hard_top1 is not None:
         before = accuracy.float_top1
         change = (
-            f"float {before:.2f} %, {_signed(accuracy.hard_top1 - before)} points"
+            f"float {before:.2f} %, {signed(accuracy.hard_top1 - before)} points"
             if before is not None
             else "hard model"
         )
@@ -105,6 +110,7 @@ def _headline(shown: _Shown) -> str:
         asked = f"asked {budget.target_mean_bits:g}" if budget.target_mean_bits is not None else "no target asked"
         over = f"{asked}; mean planes of {budget.total_weights:,} weights"
         entries.append(("Bits, asked to reached", f"{budget.mean_bits:.4f}", over))
+    entries += _in_users_unit(shown)
     if sizes.file_bytes:
         entries.append(
             ("On disk", size(sizes.file_bytes), f"{sizes.file_bytes:,} bytes; float {size(sizes.float_bytes)}")
@@ -131,8 +137,37 @@ def _headline(shown: _Shown) -> str:
     return cards(entries) + "".join(words)
 
 
-def _signed(points: float) -> str:
-    return f"{points:+.2f}".replace("-", "−")
+def _in_users_unit(shown: _Shown) -> list[tuple[str, str, str]]:
+    """A budget of bytes or operations: what its recipe asked for, and what is there, counted here."""
+    manifest, folder = shown.manifest, shown.file.parent
+    quantization = manifest.recipe.get("quantization")
+    asked = quantization if isinstance(quantization, Mapping) else {}
+    entries = []
+    bops, compute = _number(asked.get("target_bops")), manifest.compute
+    if bops and compute is not None:
+        used = f"asked {short(bops)}; {100 * compute.bops / bops:.1f} % used"
+        entries.append(("Bit operations, asked to reached", short(compute.bops), used))
+    form = asked.get("ship_as")
+    bytes_, times = _number(asked.get("target_size")), _number(asked.get("target_compression"))
+    if form not in ("bit-packed", "bit-packed-small") or not (bytes_ or times):
+        return entries
+    ships = folder / f"{shown.file.stem}-{form}.safetensors"
+    reached = ships.stat().st_size if ships.is_file() else None
+    name = f"{ships.name} beside it" if reached else f"{ships.name} is not beside it"
+    if bytes_:
+        used = f"; {100 * reached / bytes_:.1f} % used" if reached else ""
+        big = size(reached) if reached else "not known"
+        entries.append(("Size, asked to reached", big, f"asked {size(bytes_)}{used}; {name}"))
+    if times:
+        big = f"{manifest.sizes.float_bytes / reached:.2f}×" if reached else "not known"
+        entries.append(("Compression, asked to reached", big, f"asked {times:g}×; {name}"))
+    return entries
+
+
+def _number(value: object) -> float | None:
+    """A number above 0 out of a file's recipe, which may hold anything."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    return float(value) if is_number else None  # type: ignore[arg-type]
 
 
 def _figure_sections(shown: _Shown) -> list[Section]:

@@ -19,6 +19,11 @@ def size(count: float) -> str:
     return f"{text}B" if " " in text else f"{text} B"
 
 
+def signed(points: float) -> str:
+    """``+0.31``, ``−1.20``."""
+    return f"{points:+.2f}".replace("-", "−")
+
+
 def middle(text: str, width: int, *, mark: str = "…") -> str:
     """``text`` in at most ``width`` characters, shortened in the middle: both ends of a layer's name tell it apart."""
     if len(text) <= width:

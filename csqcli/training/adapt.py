@@ -50,13 +50,13 @@ def _train(run: Run) -> AdaptationRecord:
         run.record.accuracy = given
     run.record.step_images = None  # a search needs other memory
     weights = run.model.state_dict() if kept else before
-    digest = distributed.from_main(_write(run.folder.float_file, weights) if run.shard.is_main else "")
+    digest = distributed.from_main(write_weights(run.folder.float_file, weights) if run.shard.is_main else "")
     return AdaptationRecord(
         input_top1=as_it_came, adapted_top1=reached, kept="adapted" if kept else "input", sha256=digest
     )
 
 
-def _write(path: Path, weights: dict[str, Tensor]) -> str:
+def write_weights(path: Path, weights: dict[str, Tensor]) -> str:
     """Write a state dict, each tensor on its own; its SHA-256."""
     with files.replacing(path) as temporary:
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, temporary)

@@ -37,7 +37,8 @@ from csqcli.system.interrupt import Interrupted, StopRequest
 from csqcli.system.progress import planes_fixed
 from csqcli.training.run import Run
 from csqcli.training.run_state import RunState
-from csqcli.training.setup import allocated, budget_of
+from csqcli.training.setup import allocated, budget_of, shared_importance
+from csqcli.training.shared_start import known_importance
 
 _BATCH = 64  # images per forward pass
 _FISHER_BATCH = 16  # images whose mean gradient is squared
@@ -58,6 +59,18 @@ def quantize_after_training(run: Run, layers: Sequence[Layer]) -> list[HardLayer
     distributed.copy_from_main(run.model.parameters())
     distributed.copy_from_main(run.model.buffers())
     return distributed.from_main(work.method.hard_layers())  # type: ignore[no-any-return]
+
+
+def measure_importance(run: Run, layers: Sequence[Layer]) -> tuple[Tensor | None, str | None]:
+    """Importance [layers, planes] of the run's model as :func:`quantize_after_training` would measure it, and the allocator that
+    measured it, if any; None where an allocator decides planes without it, or for one budget only."""
+    work = _Work(run, list(layers))
+    work.begin()
+    allocator = run.recipe.quantization.allocator
+    if allocator is None:
+        with run.display.step("measuring which layers matter"):
+            return work._importance(), None
+    return shared_importance(run, layers, work._labelled()), allocator
 
 
 @dataclass
@@ -95,18 +108,23 @@ class _Work:
     done_layers: int = -1  # layers of the order before which every BatchNorm is settled
     saved_at: float = field(default_factory=time.monotonic)
 
-    def run_all(self) -> None:
+    def begin(self) -> None:
+        """The model and the images to look at."""
         run = self.run
         settings = run.recipe.method_settings
         assert isinstance(settings, PostTraining.Settings)
         self.settings = settings
-        state, run.saved = run.saved if run.saved is not None and run.saved.phase == "search" else None, None
         run.model.eval()
         for layer in self.layers:
             layer.parameter.requires_grad_(True)  # whoever froze them meant training
-        self.teacher = copy.deepcopy(run.model)
         with run.display.step("reading calibration images"):
             self.batches = self._images()
+
+    def run_all(self) -> None:
+        run = self.run
+        state, run.saved = run.saved if run.saved is not None and run.saved.phase == "search" else None, None
+        self.begin()
+        self.teacher = copy.deepcopy(run.model)
         if state is None:
             self.method = self._planned(self._planes())
         else:
@@ -167,11 +185,15 @@ class _Work:
         if quantization.allocator is not None:
             return allocated(run, quantization.allocator, self.layers, self._labelled(), budget)
         with run.display.step("measuring which layers matter"):
-            importance = fisher_importance(
-                run.model, self.layers, self._labelled(), quantization.max_bits, recovery=self.settings.recovery
-            )
+            importance = known_importance(run, by=None, layers=len(self.layers), bits=quantization.max_bits)
+            if importance is None:
+                importance = self._importance()
             planes = allocate(importance, budget)
         return distributed.from_main(planes)  # type: ignore[no-any-return]
+
+    def _importance(self) -> Tensor:
+        bits = self.run.recipe.quantization.max_bits
+        return fisher_importance(self.run.model, self.layers, self._labelled(), bits, recovery=self.settings.recovery)
 
     def _labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Small batches with labels drawn from the model's own predictions."""

@@ -79,6 +79,7 @@ class Run:
     planes_told: bool = False
     ships: ShippedSize | None = None  # of a budget in bytes
     searched: WeightMethod | None = None  # the search's method and its state, for the finetune that follows it
+    importance: tuple[str | None, torch.Tensor] | None = None  # of planes, and whose, where a shared start has it
 
     def __post_init__(self) -> None:
         recipe, settings = self.recipe, self.recipe.data
@@ -213,6 +214,10 @@ class Run:
             self.record.accuracy = AccuracyRecord(
                 float_top1=measured.top1, float_top1_present=measured.top1_present, samples=measured.samples
             )
+        self.tell_float()
+
+    def tell_float(self) -> None:
+        """Say the accuracy of the model before the search."""
         accuracy = self.record.accuracy
         present = accuracy.float_top1_present
         among = f", {present:.2f} % among the data's classes," if present is not None else ""

@@ -23,9 +23,10 @@ from csqcli.training.inputs import Inputs, check_same, inputs_of
 from csqcli.training.run_state import HISTORY_VALUES, RunState, read_state
 from csqcli.training.trackers import Trackers
 
-MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
+MODEL_FILE, FLOAT_FILE, LATENT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
     "model.safetensors",
     "float.safetensors",
+    "latents.safetensors",
     "report.json",
     "metrics.jsonl",
     "recipe.yaml",
@@ -67,6 +68,11 @@ class RunFolder:
     def float_file(self) -> Path:
         """The weights that a float phase ended with."""
         return self.path / FLOAT_FILE
+
+    @property
+    def latent_file(self) -> Path:
+        """What stood behind the rounded weights when a search ended, for others to begin with."""
+        return self.path / LATENT_FILE
 
     def __enter__(self) -> RunFolder:
         if self.shard.is_main:
@@ -117,7 +123,8 @@ class RunFolder:
             for state in self.states:
                 state.unlink(missing_ok=True)
             self.float_file.unlink(missing_ok=True)
-        for name in (MODEL_FILE, FLOAT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
+            self.latent_file.unlink(missing_ok=True)
+        for name in (MODEL_FILE, FLOAT_FILE, LATENT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
             for file in files.leftovers(self.path / name):
                 file.unlink(missing_ok=True)
 

@@ -19,8 +19,8 @@ from csqcli.models.coverage import Operations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.allocators.base import Allocation, allocation_by
 from csqcli.quant.allocators.manual import written_planes
-from csqcli.quant.budget import Budget, make_budget, plane_limits, uniform_target
-from csqcli.quant.catalog import CARDS, UNIFORM, MethodCard
+from csqcli.quant.budget import Budget, allocate, make_budget, plane_limits, uniform_target
+from csqcli.quant.catalog import CARDS, MANUAL, UNIFORM, MethodCard, find_allocator
 from csqcli.quant.costs import costs
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
@@ -32,6 +32,7 @@ from csqcli.system import distributed, memory
 from csqcli.training.evaluate import BrokenScores, evaluate
 from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run, ShippedSize
+from csqcli.training.shared_start import known_importance
 
 _DECAY = 0.1  # of the learning rate at a milestone
 
@@ -125,7 +126,7 @@ def make_method(
         momentum=recipe.optimizer.momentum,
         weight_decay=recipe.optimizer.weight_decay or 0.0,
         mean_lr_share=_mean_lr_share(recipe),
-        from_scratch=not recipe.model.pretrained and recipe.model.checkpoint is None,
+        from_scratch=_is_fresh(recipe),
         rate_share=0.5**run.record.rollbacks,
         state_dtype=state_dtype(recipe),
     )
@@ -138,10 +139,28 @@ def make_method(
 def allocated(run: Run, allocator: str, layers: Sequence[Layer], batches: Batches, budget: Budget) -> list[int]:
     """Planes of every layer by an allocator, the same on all processes; said."""
     with run.display.step("measuring which layers matter"):
-        found = allocation(run.recipe, allocator, run.model, layers, batches, budget, watch=run.display.step)
+        known = known_importance(run, by=allocator, layers=len(layers), bits=len(budget.table[0]) - 1)
+        if known is not None:
+            found = Allocation(allocate(known, budget), known)
+        else:
+            found = allocation(run.recipe, allocator, run.model, layers, batches, budget, watch=run.display.step)
     planes = distributed.from_main(found.planes)
     run.display.say(f"planes by {allocator}: {' '.join(map(str, planes))}")
     return planes  # type: ignore[no-any-return]
+
+
+def shared_importance(run: Run, layers: Sequence[Layer], batches: Batches) -> torch.Tensor | None:
+    """Importance [layers, planes] by the recipe's allocator, which does not depend on the target; None where it has none, or
+    where it decides planes for one budget at a time."""
+    name = run.recipe.quantization.allocator
+    if name is None or name in (UNIFORM, MANUAL) or find_allocator(name).gives != "importance":
+        return None
+    # any budget that can be met will do: what it allocates is not looked at
+    settings = run.recipe.quantization.model_copy(update={"target_bits": float(run.recipe.quantization.max_bits)})
+    recipe = run.recipe.model_copy(update={"quantization": settings})
+    with run.display.step("measuring which layers matter"):
+        budget = budget_of(run, recipe, layers)
+        return allocation(recipe, name, run.model, layers, batches, budget, watch=run.display.step).importance
 
 
 def allocation(
@@ -216,6 +235,12 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
     allowance = int(settings.target_bops) - others
     target = uniform_target(budget.table, allowance)
     return replace(budget, target=target, allowance=allowance, unit="bit operations", beside=others)
+
+
+def _is_fresh(recipe: Recipe) -> bool:
+    """Whether the model's weights are those of its constructor."""
+    model = recipe.model
+    return not model.pretrained and model.checkpoint is None and model.warm_start is None
 
 
 def state_dtype(recipe: Recipe) -> torch.dtype:

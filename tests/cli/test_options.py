@@ -182,6 +182,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "report RUN --html OUT/page.html --svg OUT/figures",
         lambda r: (r.folder / "page.html").is_file() and (r.folder / "figures" / "planes.svg").is_file(),
     ),
+    "report figures as pixels": (
+        "report RUN --png OUT/figures",
+        lambda r: (r.folder / "figures" / "planes.png").read_bytes().startswith(b"\x89PNG"),
+    ),
     "inspect": (
         "inspect timm:resnet10t --no-pretrained --exclude fc --num-classes 7 --strict 0.5 --json",
         lambda r: "fc.weight" not in [layer["name"] for layer in json.loads(r.out)["layers"]],
@@ -256,6 +260,29 @@ INVOCATIONS |= {  # what a run would come to
     "plan of bops": ("plan --recipe digits --target-bops 4e7 -q", lambda r: "bits " in r.out),
     "plan in short": ("plan --recipe digits --target-bits 2 -q", lambda r: "as bit-packed-small" in r.out),
 }
+INVOCATIONS |= {  # many targets
+    "sweep": (
+        "sweep digits_cnn --data digits --val-split 0.5 --checkpoint builtin:digits_float --weights raw --input-size 12 --head keep "
+        "--recipe digits --targets 1,3 --method staged --allocator importance --trials 3 --cost weights --act-bits 8 --epochs 2 "
+        "--float-epochs 1 --finetune-epochs 1 --distill 0.5 --lr 0.1 --workers 0 --amp off --seed 1 --batch-size 64 --device cpu "
+        "--no-compile --pretrained --set max_steps=2 --log-every 5 --quiet --json --with lsq --warm --warm-epochs 1 --output OUT "
+        "--log tensorboard",
+        lambda r: (
+            [run["run"] for run in json.loads(r.out)["runs"]]
+            == ["staged-3bit", "staged-1bit-from3", "lsq-3bit", "lsq-1bit"]
+            and "<svg" in (r.folder / "pareto.html").read_text()
+        ),
+    ),
+    "sweep for a drop": (
+        "sweep --recipe digits --targets 3 --max-drop 50 --epochs 0 --set images=64 --calib IMAGES -o OUT -q",
+        lambda r: "smallest     within 50 points of float: ptq-1bit" in r.out and "ptq-2bit" in r.out,
+    ),
+    "sweep of a fresh model, in a process": (
+        "sweep digits_cnn --data digits --no-pretrained --targets 3 --cold --epochs 1 --set max_steps=1 --set threads=1 "
+        "--jobs 1 --launcher local -o OUT -q",
+        lambda r: "csq-3bit" in r.out and (r.folder / "csq-3bit.log").is_file(),
+    ),
+}
 INVOCATIONS |= {  # around the runs: a recipe to edit, the machine, the shell
     "init": (
         "init resnet18 --recipe photographs --target-bits 3 --method csq --data /images --set optimizer.lr=0.5 -o OUT/mine.yaml",
@@ -273,6 +300,9 @@ BY_ITSELF = {  # exercised in a test of their own, below or elsewhere
     ("", "--install-completion"): "typer's own; it would write into the home folder",
     ("search", "--compile"): "test_compile_trains",
     ("plan", "--compile"): "the search's own",
+    ("sweep", "--compile"): "the search's own",
+    ("sweep", "-j"): "--jobs in short",
+    ("sweep", "--launcher-set"): "tests/sweeping/test_sweep.py; a cluster is needed",
     ("plan", "--no-pretrained"): "tests/training/test_planning.py",
     ("inspect", "--pretrained"): "test_pretrained_weights_that_cannot_be_had_are_one_line",
 }
@@ -309,6 +339,8 @@ def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_
     if "--onnx" in line or "ONNX_EXPORT" in line:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
+    if "--png" in line:
+        pytest.importorskip("resvg_py")
     if "tensorboard" in line:
         pytest.importorskip("tensorboard")
     out = tmp_path / "out"

@@ -47,6 +47,30 @@ ROWS = [
     f"{DIGITS} --set micro_batch=0",
     f"{DIGITS} --set micro_batch=some",
     "search --recipe digits --device gpu",
+    # sweeps
+    "sweep --recipe digits -o new -q",
+    "sweep --recipe digits -o new -q --targets 1,two",
+    "sweep --recipe digits -o new -q --targets 0,2",
+    "sweep --recipe digits -o new -q --targets 2,9",
+    "sweep --recipe digits -o new -q --targets 2,1,2.0",
+    "sweep --recipe digits -o new -q --targets 1,2 --max-drop -1",
+    "sweep --recipe digits -o new -q --targets 1,2 --with lsk",
+    "sweep --recipe digits -o new -q --targets 1,2 --with lsq,lsq",
+    "sweep --recipe digits -o new -q --targets 1,2 --with float",
+    "sweep --recipe digits -o new -q --targets 1,2 --with staged",
+    "sweep --recipe digits -o new -q --targets 1,1.5 --method lsq",
+    "sweep --recipe digits -o new -q --targets 1,2 --method float",
+    "sweep --recipe digits -o new -q --targets 1,2 --epochs 0 --warm",
+    "sweep --recipe digits -o new -q --targets 1,2 --cold --warm-epochs 3",
+    "sweep --recipe digits -o new -q --targets 1,2 --launcher-set slurm_partition=gpu",
+    "sweep --recipe digits -o new -q --targets 1,2 --target-bits 3",
+    "sweep --recipe digits -o run -q --targets 1,2",
+    "sweep --recipe digits -o text.txt -q --targets 1,2",
+    "sweep --recipe digits -o new -q --targets 1,2 --data nowhere",
+    "sweep --recipe digits -o new -q --targets 1,2 --set model.warm_start=nowhere.safetensors",
+    "sweep-run empty staged-2bit",
+    f"{DIGITS} --set model.warm_start=nowhere.safetensors",
+    f"{DIGITS} --set model.warm_start=run/model.safetensors --epochs 0",
     "evaluate run/model.safetensors",
     "evaluate",
     "evaluate run/model.safetensors --data digits --batch-size 0",
@@ -238,6 +262,7 @@ ROWS = [
     "report run --html run/model.safetensors",
     "report run --html nowhere/page.html",
     "report run --svg text.txt",
+    "report run --png without_resvg",
     "finetune run/model.safetensors --data nowhere --quiet -o new",
     "finetune run/model.safetensors --data images --quiet -o new",
     "finetune run/model.safetensors --data digits --quiet -o run",
@@ -370,6 +395,8 @@ def test_one_line_that_says_what_where_and_what_to_do(
 ) -> None:
     if row.endswith("without.onnx"):
         monkeypatch.setitem(sys.modules, "onnx", None)
+    if row.endswith("without_resvg"):
+        monkeypatch.setitem(sys.modules, "resvg_py", None)
     if row.endswith("haq"):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     before = {path: path.stat().st_mtime_ns for path in bench.rglob("*") if path.is_file()}

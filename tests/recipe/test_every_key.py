@@ -118,6 +118,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.source": "tests.plain_models:Corners",
             "model.pretrained": False,
             "model.checkpoint": None,
+            "model.warm_start": None,  # its other value is tests/sweeping/test_sweep.py's
             "model.arguments": {"tiny": 0.5},
             "data.input_size": 10,
             "max_steps": 1,

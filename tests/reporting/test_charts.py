@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import xml.etree.ElementTree as ET
 
 import pytest
+from PIL import Image
 
 from csqcli.reporting import charts, svg
 from csqcli.reporting.charts import Figure, Point, Series
@@ -126,3 +128,16 @@ def test_names_are_shortened_in_the_middle_and_numbers_have_units() -> None:
     assert middle("blocks.0.0.conv_pw.weight", 13) == "blocks…weight"
     assert [len(middle("layer4.1.conv2", width)) for width in (1, 2, 5, 14, 20)] == [1, 2, 5, 14, 14]
     assert (short(1_810_000_000), short(999), size(2_347_916), size(12)) == ("1.81 G", "999", "2.35 MB", "12 B")
+
+
+def test_a_png_shows_what_the_svg_does_at_three_times_its_size() -> None:
+    pytest.importorskip("resvg_py")
+    from csqcli.reporting.png import png
+
+    drawing = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="10">'
+        '<rect width="20" height="10" fill="#ffffff"/><rect x="10" width="10" height="10" fill="#0069a8"/></svg>'
+    )
+    image = Image.open(io.BytesIO(png(drawing))).convert("RGB")
+    assert image.size == (60, 30)
+    assert (image.getpixel((5, 15)), image.getpixel((50, 15))) == ((255, 255, 255), (0, 0x69, 0xA8))

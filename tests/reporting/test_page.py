@@ -16,6 +16,7 @@ from quantized_models import make_file
 
 import csqcli
 from csqcli.file import io
+from csqcli.models.coverage import Operations
 from csqcli.models.networks import digits_cnn
 from csqcli.reporting import history
 from csqcli.reporting.report_page import report_figures, report_page
@@ -218,6 +219,35 @@ def test_a_float_file_and_one_without_a_recipe_have_a_page(tmp_path: Path) -> No
     file.manifest.recipe = {}
     io.write(tmp_path / "a.safetensors", file)
     assert "holds no recipe" in report_page(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            {"target_size": 2000},
+            ["Size, asked to reached", "1.5 kB", "asked 2 kB; 75.0 % used", "model-bit-packed.safetensors beside it"],
+        ),
+        ({"target_compression": 4.0}, ["Compression, asked to reached", "asked 4×"]),
+        ({"target_bops": 1e9}, ["Bit operations, asked to reached", "asked 1 G"]),
+        ({"target_size": "<b>", "target_bops": float("nan"), "target_compression": -1}, []),
+    ],
+)
+def test_budgets_in_the_users_unit_say_what_was_asked_and_what_is_there(
+    asked: dict[str, object], words: list[str], tmp_path: Path
+) -> None:
+    macs = {"conv1.weight": 100, "conv2.weight": 100, "conv3.weight": 100, "fc.weight": 10}
+    file = make_file("csq:digits_cnn", operations=Operations((1, 8, 8), macs, 310))
+    file.manifest.recipe = {"quantization": {"ship_as": "bit-packed", **asked}}
+    io.write(tmp_path / "model.safetensors", file)
+    (tmp_path / "model-bit-packed.safetensors").write_bytes(bytes(1500))
+    text = Page(report_page(tmp_path / "model.safetensors")).text
+    assert all(word in text for word in words), text[:900]
+    if "target_compression" in asked and words:
+        floats = 4 * sum(value.numel() for value in digits_cnn().state_dict().values())
+        assert f"{floats / 1500:.2f}×" in text
+    if not words:
+        assert text.count("asked to reached") == 1  # bits alone
 
 
 def test_the_command_writes_the_page_and_the_figures(run: Path, tmp_path: Path, csq) -> None:

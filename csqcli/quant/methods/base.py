@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from csqcli.quant.budget import Budget, make_budget
 from csqcli.quant.catalog import MethodSettings
@@ -120,6 +121,11 @@ class WeightMethod(ABC):
     @abstractmethod
     def hard_layers(self) -> list[HardLayer]:
         """The delivered layers; call after :meth:`harden`."""
+
+    def unrounded(self) -> list[Tensor]:
+        """What stands behind each layer's rounded weights, of the weight's shape; another target may begin with it. The weights
+        themselves, unless the method keeps more."""
+        return [layer.parameter.detach() for layer in self.layers]
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

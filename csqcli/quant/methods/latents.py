@@ -85,6 +85,9 @@ class LatentMethod(WeightMethod):
             for (integers, scale), layer, k in zip(self._all_rounded(), self.layers, self.planes, strict=True)
         ]
 
+    def unrounded(self) -> list[Tensor]:
+        return [latent.detach() for latent in self.latents]
+
     def monitor(self, step: int) -> dict[str, float]:
         return {"mean_bits": self.plan.budget.mean_planes(self.planes), "budget_gap": 0.0}
 

@@ -201,6 +201,10 @@ class Staged(WeightMethod):
             own.copy_(latent.sign() * (latent.abs() - share * stairs.width).clamp_min(0))
         self.materialise(step)
 
+    def unrounded(self) -> list[Tensor]:
+        rows = zip(self.layers, self.latents, self.units, strict=True)
+        return [layer.unflatten((latent * unit).flatten()) for layer, latent, unit in rows]
+
     def fixed_planes(self) -> list[int] | None:
         return [int(mask.sum()) for mask in self.masks] if self.search is None else None
 

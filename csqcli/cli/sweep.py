@@ -1,0 +1,191 @@
+"""``csq sweep``: one model at many targets. The options of a search are `csq search`'s own."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from csqcli.cli import output
+from csqcli.cli.options import LOG_EVERY, JsonOption, LogOption, QuietOption
+from csqcli.cli.search import search, search_settings
+from csqcli.errors import UserError
+from csqcli.system.launcher import is_main_process, world_size
+
+_NOT_OF_A_SWEEP = (
+    *("target_bits", "target_size", "target_compression", "target_bops"),
+    *("planes", "output", "force", "resume", "dry_run", "quiet", "as_json", "log_every"),
+)
+
+
+class Where(str, Enum):
+    """Where runs are started."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+_OWN: dict[str, Any] = {
+    "targets": (
+        Annotated[str | None, typer.Option(metavar="T,T,…", help="Targets of mean planes, e.g. 1,1.5,2,3,4.")],
+        None,
+    ),
+    "max_drop": (
+        Annotated[
+            float | None,
+            typer.Option(metavar="POINTS", help="Look on for the smallest file at most so far below the float top-1."),
+        ],
+        None,
+    ),
+    "with_": (
+        Annotated[
+            str | None, typer.Option("--with", metavar="M,M,…", help="Methods to put beside, e.g. ste,lsq,parq.")
+        ],
+        None,
+    ),
+    "warm": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--warm/--cold",
+                help="Begin lower targets with the highest one's weights and train for fewer epochs, or each with the float model.",
+            ),
+        ],
+        False,
+    ),
+    "warm_epochs": (
+        Annotated[int | None, typer.Option(min=1, help="Epochs of a run that does; 0.4 of --epochs if unset.")],
+        None,
+    ),
+    "output": (
+        Annotated[
+            Path | None,
+            typer.Option("--output", "-o", help="Folder of the runs and the page; runs/MODEL-sweep if unset."),
+        ],
+        None,
+    ),
+    "jobs": (
+        Annotated[
+            int | None,
+            typer.Option(
+                "--jobs", "-j", min=1, max=1000, help="Runs at a time, in processes of their own; 1 if unset."
+            ),
+        ],
+        None,
+    ),
+    "launcher": (
+        Annotated[Where, typer.Option(help="Where those processes are: here, or on a Slurm cluster through submitit.")],
+        Where.local,
+    ),
+    "launcher_set": (
+        Annotated[
+            list[str] | None,
+            typer.Option(metavar="KEY=VALUE", help="A setting of submitit, e.g. slurm_partition=gpu. Repeatable."),
+        ],
+        None,
+    ),
+    "log_every": (LogOption, LOG_EVERY),
+    "quiet": (QuietOption, False),
+    "as_json": (JsonOption, False),
+}
+_AT_ONCE = 64  # jobs that wait in a cluster's queue or run, where nobody says
+
+
+def sweep(**options: Any) -> None:
+    """Search one model at many targets, what they share done once, and write the trade-off as a page.
+
+    Example: csq sweep resnet18 --targets 1,1.5,2,3,4 --data /imagenet --output runs/sweep
+    """
+    from csqcli.sweeping.plan import Sweep, words
+    from csqcli.system.progress import Display
+
+    own = {name: options.pop(name) for name in _OWN}
+    _check(own)
+    planned = Sweep(
+        recipe=options["recipe"],
+        overrides=search_settings(options),
+        output=own["output"],
+        targets=own["targets"],
+        baselines=words(own["with_"] or ""),
+        warm=own["warm"],
+        warm_epochs=own["warm_epochs"],
+        max_drop=own["max_drop"],
+    )
+    members = planned.members()  # what cannot be run is known before PyTorch is loaded
+    display = Display(quiet=own["quiet"] or not is_main_process(), log_every=own["log_every"])
+    display.say(
+        f"recipe {planned.recipe}: {planned.base.model.source} on {planned.base.data.source}, "
+        f"{len(members)} runs, into {planned.folder}"
+    )
+    for what in planned.left_out():
+        display.say(f"left out: {what}")
+    with display.step("loading PyTorch"):
+        from csqcli.sweeping.launching import Launcher, LocalProcesses, Submitit
+        from csqcli.sweeping.sweep import PAGE_FILE, run_sweep
+
+    jobs = own["jobs"] or 1
+    launcher: Launcher | None = None
+    if own["launcher"] is Where.slurm:
+        from csqcli.recipe.resolve import parse_assignments
+
+        jobs = own["jobs"] or _AT_ONCE
+        launcher = Submitit(planned.folder / "slurm", parse_assignments(own["launcher_set"] or []))
+    elif own["jobs"] is not None:
+        launcher = LocalProcesses(jobs)
+    found = run_sweep(
+        planned, display=display, launcher=launcher, jobs=jobs, command=shlex.join(["csq", *sys.argv[1:]])
+    )
+    if not is_main_process():
+        return
+    if own["as_json"]:
+        output.as_json(found)
+        return
+    from csqcli.sweeping.page import print_sweep
+
+    print_sweep(found, output.console())
+    output.line(f"wrote {planned.folder / PAGE_FILE}, pareto.json and a folder for each run")
+
+
+def _check(own: dict[str, Any]) -> None:
+    """UserError for options that do not go together."""
+    if own["launcher_set"] and own["launcher"] is not Where.slurm:
+        raise UserError("is for runs on a cluster", where="--launcher-set", hint="pass --launcher slurm too")
+    if (own["jobs"] or own["launcher"] is Where.slurm) and world_size() > 1:
+        what = "torchrun shares each run among its processes already"
+        raise UserError(what, where="--jobs", hint="leave torchrun or --jobs out")
+
+
+# typer reads the options off the signature: those of a search are the search's, so that no sweep misses one
+_search = inspect.signature(search)
+_hints = get_type_hints(search, include_extras=True)
+_kept = [
+    parameter.replace(annotation=_hints[name])
+    for name, parameter in _search.parameters.items()
+    if name not in _NOT_OF_A_SWEEP
+]
+_added = [
+    inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+    for name, (annotation, default) in _OWN.items()
+]
+_all = [_kept[0], *_added, *_kept[1:]]
+sweep.__signature__ = _search.replace(parameters=_all, return_annotation=None)  # type: ignore[attr-defined]
+sweep.__annotations__ = {parameter.name: parameter.annotation for parameter in _all} | {"return": None}
+
+
+def sweep_run(
+    folder: Annotated[Path, typer.Argument(help="The sweep's folder.")],
+    key: Annotated[str, typer.Argument(help="The run's, or start for what the runs share.")],
+) -> None:
+    """One run of a sweep, from what its folder says: what `csq sweep --jobs` starts, here or on other machines.
+
+    Example: csq sweep-run runs/sweep staged-2bit
+    """
+    from csqcli.sweeping.running import run_one
+    from csqcli.system.progress import Display
+
+    run_one(folder, key, display=Display(names_steps=False))

@@ -1,0 +1,180 @@
+"""The runs of a sweep: which recipe, in which folder, after which other run. Loads no PyTorch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from csqcli.errors import UserError
+from csqcli.quant.catalog import UNIFORM, find_card
+from csqcli.recipe.complete import check_complete, check_data_given, check_model_given
+from csqcli.recipe.resolve import of_every_method, resolve
+from csqcli.recipe.schema import Recipe
+
+WARM_SHARE = 0.4  # of the epochs, for a run that begins with another's weights: five targets cost 2.6 runs
+_DROP_TARGET = 4.0  # planes, from which --max-drop looks down where no targets are given
+LATENT_FILE = "latents.safetensors"
+_TARGET, _METHOD = "quantization.target_bits", "quantization.method"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep. It is what ``csq search --recipe FOLDER/recipe.yaml`` repeats."""
+
+    key: str  # its folder inside the sweep's
+    method: str
+    target: float  # mean planes asked for
+    recipe: Recipe
+    begins_with: str | None = None  # key of the run whose weights it begins with
+    is_first: bool = False  # whether it keeps its weights for others to begin with
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was asked for: a recipe without a target, targets, and how they are run."""
+
+    recipe: str  # name or file
+    overrides: Mapping[str, Any]  # recipe keys laid over it, none of them a target
+    output: Path | None  # None: runs/MODEL-sweep
+    targets: str | None  # as typed; None: the highest alone, which --max-drop begins with
+    baselines: Sequence[str] = ()
+    warm: bool = False  # whether all targets but the highest begin with that one's weights (docs/results.md says what that costs)
+    warm_epochs: int | None = None
+    max_drop: float | None = None  # points below the float top-1 that the smallest file may be; None: nobody asks
+    base: Recipe = field(init=False)
+    folder: Path = field(init=False)
+    planes: list[float] = field(init=False)  # the targets, from high to low
+
+    def __post_init__(self) -> None:
+        base = resolve(self.recipe, {**self.overrides, _TARGET: None})
+        check_model_given(base)
+        check_data_given(base)
+        object.__setattr__(self, "base", base)
+        object.__setattr__(self, "folder", self.output or sweep_folder(base))
+        if self.targets is None and self.max_drop is None:
+            raise UserError("no targets given", hint="pass --targets, e.g. --targets 1,1.5,2,3,4, or --max-drop 1")
+        asked = [_DROP_TARGET] if self.targets is None else parse_targets(self.targets)
+        object.__setattr__(self, "planes", sorted(asked, reverse=True))
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise UserError(f"{self.max_drop:g} is no number of points from 0 to 100", where="--max-drop")
+        if base.card.name == "float":
+            raise UserError("`float` has no targets to sweep", where="--method", hint="name a method that quantizes")
+        if base.quantization.planes:
+            hint = "leave --planes out, or run `csq search` with it"
+            raise UserError("planes that are written down have one target", hint=hint)
+        for name in self.baselines:
+            if find_card(name, where="--with").name in ("float", base.card.name):
+                what = (
+                    "is the sweep's own method" if name != "float" else "quantizes nothing, and is on the page anyway"
+                )
+                raise UserError(f"`{name}` {what}", where="--with", hint="leave it out")
+        if self.warm and not base.card.trains:
+            raise UserError(
+                "nothing is trained at 0 epochs, so nothing begins with it", where="--warm", hint="leave it out"
+            )
+        if self.warm_epochs is not None and not self.warm:
+            raise UserError(
+                "is for runs that begin with another's weights", where="--warm-epochs", hint="pass --warm too"
+            )
+
+    @property
+    def shorter_epochs(self) -> int:
+        """Epochs of a run that begins with another's weights."""
+        return self.warm_epochs or max(1, round(WARM_SHARE * self.base.epochs))
+
+    def members(self) -> list[Member]:
+        """Every run, from high to low targets, the sweep's own method first. UserError where one cannot be run."""
+        return [self.member(target) for target in self.planes] + list(self._of_baselines())
+
+    def member(self, target: float) -> Member:
+        """The run of the sweep's own method at a target; the highest begins with the float model."""
+        name, highest = self.base.card.name, self.planes[0]
+        if target == highest or not self.warm:
+            recipe = resolve(self.recipe, {**self.overrides, _TARGET: target})
+            return _checked(
+                Member(_key(name, target), name, target, recipe, is_first=self.base.card.trains and target == highest)
+            )
+        first = _key(name, highest)
+        settings = {
+            **self.overrides,
+            _TARGET: target,
+            _METHOD: self.base.quantization.method,  # `auto` looks at the epochs, which are fewer here
+            "model.warm_start": str(self.folder / first / LATENT_FILE),
+            "epochs": self.shorter_epochs,
+        }
+        return _checked(
+            Member(f"{_key(name, target)}-from{highest:g}", name, target, resolve(self.recipe, settings), first)
+        )
+
+    def left_out(self) -> list[str]:
+        """What the baselines cannot do, in words."""
+        return [
+            f"{name} at {target:g}: it gives every layer the same planes"
+            for name in self.baselines
+            for target in self.planes
+            if not self._can(name, target)
+        ]
+
+    def _of_baselines(self) -> Iterator[Member]:
+        settings = of_every_method(self.overrides)
+        for name in self.baselines:
+            for target in self.planes:
+                if self._can(name, target):
+                    own = resolve(self.recipe, {**settings, _METHOD: name, _TARGET: target})
+                    yield _checked(Member(_key(name, target), name, target, own))
+
+    def _can(self, name: str, target: float) -> bool:
+        alike = find_card(name, where="--with").takes == "planes" and self.base.quantization.allocator in (
+            None,
+            UNIFORM,
+        )
+        return not alike or target.is_integer()
+
+
+def words(text: str) -> list[str]:
+    """The names of ``ste,lsq``. UserError for one given twice."""
+    found: list[str] = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        if word in found:
+            raise UserError(f"`{word}` is there twice", where="--with", hint="leave one out")
+        found.append(word)
+    return found
+
+
+def parse_targets(text: str) -> list[float]:
+    """The targets of ``--targets 1,1.5,2``. UserError for what is no number above 0 and at most 8, and for one given twice."""
+    found: list[float] = []
+    for word in text.split(","):
+        try:
+            target = float(word)
+        except ValueError:
+            target = math.nan
+        if not 0 < target <= 8:
+            what = f"`{word.strip()}` is no target: mean planes per weight, above 0 and at most 8"
+            raise UserError(what, where="--targets", hint="e.g. --targets 1,1.5,2,3,4")
+        if target in found:
+            raise UserError(f"{target:g} is there twice", where="--targets", hint="leave one out")
+        found.append(target)
+    return found
+
+
+def sweep_folder(recipe: Recipe) -> Path:
+    """Where a sweep writes when it is told nothing: ``runs/MODEL-sweep``."""
+    return Path("runs") / f"{_as_name((recipe.model.source or 'model').rpartition(':')[2])}-sweep"
+
+
+def _checked(member: Member) -> Member:
+    check_complete(member.recipe)
+    return member
+
+
+def _key(method: str, target: float) -> str:
+    return f"{_as_name(method)}-{target:g}bit"
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]", "-", text).lstrip(".-") or "run"

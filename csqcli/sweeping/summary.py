@@ -1,0 +1,118 @@
+"""What a sweep came to: a line per run, which of them no other beats, and the smallest within an allowed drop. No PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from csqcli.errors import UserError
+from csqcli.sweeping.plan import Member, Sweep
+from csqcli.system.files import read_regular
+from csqcli.system.limits import read_json
+
+REPORT_FILE, MODEL_FILE, PACKED_FILE = "report.json", "model.safetensors", "model-bit-packed.safetensors"
+RESOLUTION = 0.25  # planes, to which the smallest target within an allowed drop is found
+_BYTES, _VALUES = 2**28, 2**22
+Summary = dict[str, Any]
+
+
+def summary(sweep: Sweep, members: Sequence[Member]) -> Summary:
+    """pareto.json (docs/report-json.md), from the reports and bit-packed files in the runs' folders. UserError where one lacks."""
+    reports = [_report(sweep.folder / member.key) for member in members]
+    rows = [_row(sweep, member, report) for member, report in zip(members, reports, strict=True)]
+    for what in ("bytes", "bops"):
+        for row in rows:
+            row[f"on_front_{what}"] = _is_best(row, rows, what)
+    first, base = reports[0], sweep.base
+    compute, float_top1 = first["compute"], first["accuracy"]["float_top1"]
+    return {
+        "model": first["model"]["source"],
+        "data": base.data.source,
+        "samples": first["accuracy"]["samples"],
+        "epochs": base.epochs,
+        "seed": base.seed,
+        "warm": sweep.warm,
+        "form": "bit-packed",
+        "float": {
+            "top1": float_top1,
+            "bytes": first["sizes"]["float_bytes"],
+            "bops": None if compute is None else 32 * 32 * compute["macs"],
+        },
+        "trained_epochs": base.adaptation.epochs + sum(row["epochs"] for row in rows),
+        "runs": rows,
+        "left_out": sweep.left_out(),
+        "max_drop": None if sweep.max_drop is None else _within(rows, float_top1, sweep.max_drop),
+    }
+
+
+def _row(sweep: Sweep, member: Member, report: Mapping[str, Any]) -> dict[str, Any]:
+    size = (sweep.folder / member.key / PACKED_FILE).stat().st_size
+    accuracy, compute = report["accuracy"], report["compute"]
+    return {
+        "run": member.key,
+        "method": member.method,
+        "target_bits": member.target,
+        "mean_bits": report["budget"]["mean_bits"],
+        "top1": accuracy["hard_top1"],
+        "gap": accuracy["hard_top1"] - accuracy["float_top1"],
+        "bytes": size,
+        "compression": report["sizes"]["float_bytes"] / size,
+        "bops": None if compute is None else compute["bops"],
+        "epochs": member.recipe.epochs + member.recipe.finetune.epochs,
+        "begins_with": member.begins_with,
+    }
+
+
+def _is_best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], what: str) -> bool:
+    """Whether no other run is at least as good in both and better in one."""
+    if row[what] is None:
+        return False
+    return not any(
+        other[what] <= row[what]
+        and other["top1"] >= row["top1"]
+        and (other[what] < row[what] or other["top1"] > row["top1"])
+        for other in rows
+    )
+
+
+def _within(rows: Sequence[Mapping[str, Any]], float_top1: float, max_drop: float) -> Summary:
+    fit = [row for row in rows if is_within(row["top1"], float_top1, max_drop)]
+    best = min(fit, key=lambda row: (row["bytes"], -row["top1"]), default=None)
+    return {"asked": max_drop, "reached": None if best is None else -best["gap"], "run": best and best["run"]}
+
+
+def is_within(top1: float, float_top1: float, max_drop: float) -> bool:
+    """Whether a model is at most so many points below the float one; a rounding error of the difference is none."""
+    return top1 >= float_top1 - max_drop - 1e-9
+
+
+def next_target(tried: Mapping[float, bool], *, least: float) -> float | None:
+    """The target to try next for the smallest that holds a drop: ``tried`` says of targets whether they do.
+
+    Half-way, in steps of `RESOLUTION`, between the lowest that holds and what lies below it: one that does not, or ``least``.
+    None where nothing is left to try. Accuracy may not fall evenly; targets above the lowest that holds are not looked at.
+    """
+    holding = [target for target, holds in tried.items() if holds]
+    if not holding:
+        return None
+    high = min(holding)
+    failing = [target for target in tried if target < high]
+    if not failing:
+        if high - least < RESOLUTION:
+            return None
+        low = least - RESOLUTION  # so that ``least`` itself is tried in the end
+    else:
+        low = max(failing)
+    steps = round((high - low) / RESOLUTION)
+    if steps < 2:
+        return None
+    return max(high - (steps // 2) * RESOLUTION, least)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT_FILE
+    try:
+        return read_json(read_regular(path, limit=_BYTES), nodes=_VALUES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({error})", where=str(path), hint="remove that run's folder") from None

@@ -1,0 +1,426 @@
+"""Sweeps: what runs share changes no byte of them, what is done is not done again, the front is the front."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file
+
+import csqcli
+from csqcli.errors import UserError
+from csqcli.sweeping import launching, page, summary
+from csqcli.sweeping.launching import environment, run_elsewhere
+from csqcli.sweeping.plan import Member, Sweep
+from csqcli.system.progress import Display
+from csqcli.training import phase, post_training
+from tests.reporting.test_page import Page
+
+QUICK: dict[str, Any] = {"recipe": "digits", "epochs": 2, "max_steps": 4, "threads": 1}
+FLOAT = {"adaptation.epochs": 1, "adaptation.lr": 0.02, "optimizer.distill": 0.5, "model.head": "new"}
+
+
+class Killed(Exception):
+    pass
+
+
+def sweep(output: Path, **more: Any) -> dict[str, Any]:
+    return csqcli.sweep(output=output, **{**QUICK, "targets": [1.5, 3], **more})
+
+
+def model(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("something that is known was done again")
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("cold")
+    return output, sweep(output, warm=False, baselines=["ste"], **FLOAT)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("warm")
+    return output, sweep(output, warm=True, **FLOAT)
+
+
+def test_a_run_of_a_sweep_is_byte_for_byte_that_of_csq_search(
+    cold: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output, found = cold
+    report = csqcli.search(output=tmp_path, target_bits=1.5, **QUICK, **FLOAT)
+    assert model(output / "staged-1.5bit") == model(tmp_path)
+    own = json.loads((output / "staged-1.5bit" / "report.json").read_text())
+    assert own["adaptation"] == report["adaptation"]
+    assert [line["phase"] for line in own["history"]] == ["float", "search", "search"]
+    (row,) = [row for row in found["runs"] if row["run"] == "staged-1.5bit"]
+    assert (row["top1"], row["mean_bits"]) == (report["accuracy"]["hard_top1"], report["budget"]["mean_bits"])
+    assert found["float"]["top1"] == report["accuracy"]["float_top1"]
+
+
+def test_the_float_phase_and_its_accuracy_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, evaluated = [], []
+    train, measure = phase.train, csqcli.training.run.Run.measure_float  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        phase, "train", lambda run, name, *rest, **more: (trained.append(name), train(run, name, *rest, **more))[1]
+    )
+    monkeypatch.setattr("csqcli.training.run.Run.measure_float", lambda run: (evaluated.append(1), measure(run))[1])
+    sweep(tmp_path, targets=[2, 3], warm=False, **FLOAT)
+    assert trained == ["float", "search", "search"]
+    assert len(evaluated) == 2  # as the model came, and adapted
+
+
+def test_importance_is_measured_once_without_training_and_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**QUICK, "epochs": 0, "images": 64}
+    csqcli.search(output=tmp_path / "alone", target_bits=1.5, **settings)
+    calls = []
+    original = post_training.fisher_importance
+    monkeypatch.setattr(post_training, "fisher_importance", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    found = sweep(tmp_path / "sweep", epochs=0, images=64)
+    assert len(calls) == 1
+    assert [row["run"] for row in found["runs"]] == ["ptq-3bit", "ptq-1.5bit"]
+    assert model(tmp_path / "sweep" / "ptq-1.5bit") == model(tmp_path / "alone")
+
+
+def test_an_allocators_importance_is_measured_once_and_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"quantization.method": "lsq", "quantization.allocator": "importance"}
+    csqcli.search(output=tmp_path / "alone", target_bits=1.5, **QUICK, **settings)
+    from csqcli.quant.allocators import importance
+
+    calls = []
+    original = importance.fisher_importance
+    monkeypatch.setattr(importance, "fisher_importance", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    sweep(tmp_path / "sweep", **settings)
+    assert len(calls) == 1
+    assert model(tmp_path / "sweep" / "lsq-1.5bit") == model(tmp_path / "alone")
+
+
+def test_a_warm_run_is_what_its_recipe_repeats_and_is_compared_with_the_float_model(
+    warm: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output, found = warm
+    folder = output / "staged-1.5bit-from3"
+    assert [(row["run"], row["epochs"], row["begins_with"]) for row in found["runs"]] == [
+        ("staged-3bit", 2, None),
+        ("staged-1.5bit-from3", 1, "staged-3bit"),
+    ]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["model"]["warm_start"] == str(output / "staged-3bit" / "latents.safetensors")
+    report = csqcli.search(output=tmp_path / "again", recipe=str(folder / "recipe.yaml"))
+    assert model(tmp_path / "again") == model(folder)
+    assert report["accuracy"]["float_top1"] == found["float"]["top1"]
+
+
+def test_latents_round_to_the_model_that_they_stand_behind(warm: tuple[Path, dict[str, Any]]) -> None:
+    folder = warm[0] / "staged-3bit"
+    latents = load_file(folder / "latents.safetensors")
+    hard = csqcli.load(folder / "model.safetensors").state_dict()
+    assert latents.keys() == hard.keys()
+    report = json.loads((folder / "report.json").read_text())
+    for layer in report["layers"]:
+        name, most = layer["name"], 2 ** layer["bits"] - 1
+        scale = torch.tensor(layer["scale"]).view(-1, *[1] * (hard[name].dim() - 1))
+        nearest = (latents[name] / scale).round().clamp(-most, most) * scale
+        assert torch.allclose(nearest, hard[name], atol=1e-6), name
+    untouched = [name for name in hard if name not in {layer["name"] for layer in report["layers"]}]
+    assert all(torch.equal(latents[name], hard[name]) for name in untouched)
+
+
+def test_a_finished_sweep_trains_nothing_and_says_the_same(
+    cold: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, found = cold
+    pages = {name: (output / name).read_bytes() for name in ("pareto.json", "pareto.html", "pareto-bytes.svg")}
+    monkeypatch.setattr(phase, "train", never)
+    monkeypatch.setattr("csqcli.training.evaluate.evaluate", never)
+    assert sweep(output, warm=False, baselines=["ste"], **FLOAT) == found
+    assert {name: (output / name).read_bytes() for name in pages} == pages
+    assert json.loads(pages["pareto.json"]) == found
+
+
+@pytest.mark.parametrize(("killed_in", "number"), [("float", 1), ("search", 1), ("search", 2)])
+def test_a_sweep_killed_anywhere_ends_in_the_same_bytes(
+    warm: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str, number: int
+) -> None:
+    original, seen = phase._Epochs._after_step, []
+
+    def killing(self: Any, epoch: int, batch: int, losses: Any) -> None:
+        original(self, epoch, batch, losses)
+        if self.phase == killed_in and (epoch, batch) == (0, 3):
+            seen.append(1)
+            if len(seen) == number:
+                self._save(epoch, batch, losses)
+                raise Killed
+
+    monkeypatch.setattr(phase._Epochs, "_after_step", killing)
+    with pytest.raises(Killed):
+        sweep(tmp_path, warm=True, **FLOAT)
+    monkeypatch.undo()
+    torch.manual_seed(99)  # whatever this process did before
+    found = sweep(tmp_path, warm=True, **FLOAT)
+    # the recipe inside a file names the latents by their path, so integers and accuracy are what is compared
+    for row in found["runs"]:
+        ours, theirs = (json.loads((folder / row["run"] / "report.json").read_text()) for folder in (tmp_path, warm[0]))
+        assert ours["payload_sha256"] == theirs["payload_sha256"]
+        assert ours["accuracy"] == theirs["accuracy"]
+    assert model(tmp_path / "staged-3bit") == model(warm[0] / "staged-3bit")
+
+
+def test_bytes_are_those_on_disk_and_every_baseline_is_beside(cold: tuple[Path, dict[str, Any]]) -> None:
+    output, found = cold
+    assert [row["run"] for row in found["runs"]] == ["staged-3bit", "staged-1.5bit", "ste-3bit"]
+    assert found["left_out"] == ["ste at 1.5: it gives every layer the same planes"]
+    for row in found["runs"]:
+        packed = output / row["run"] / "model-bit-packed.safetensors"
+        assert row["bytes"] == packed.stat().st_size
+        assert row["compression"] == found["float"]["bytes"] / row["bytes"]
+        assert csqcli.evaluate(packed, "digits")["top1"] == row["top1"]
+    compared = csqcli.compare(*(output / row["run"] for row in found["runs"]))
+    assert [entry["hard_top1"] for entry in compared["models"]] == [row["top1"] for row in found["runs"]]
+
+
+rows = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=7)
+
+
+@given(rows)
+def test_the_front_is_what_no_other_run_dominates(drawn: list[tuple[int, int]]) -> None:
+    found = [{"bytes": size, "top1": float(top1)} for size, top1 in drawn]
+    for row, (size, top1) in zip(found, drawn, strict=True):
+        beaten = any(s <= size and t >= top1 and (s, t) != (size, top1) for s, t in drawn)
+        assert summary._is_best(row, found, "bytes") is not beaten
+
+
+@given(st.integers(4, 20), st.booleans())
+def test_the_search_for_a_drop_ends_at_the_lowest_target_that_holds_it(lowest: int, ends_low: bool) -> None:
+    """Where accuracy falls evenly, on a grid of quarters of planes; ``lowest`` in quarters."""
+    tried = {4.0: lowest <= 16, 5.0: True} | ({1.0: lowest <= 4} if ends_low else {})
+    asked = []
+    while (target := summary.next_target(tried, least=1.0)) is not None:
+        assert target not in tried
+        asked.append(target)
+        tried[target] = 4 * target >= lowest
+    assert min(target for target, holds in tried.items() if holds) == lowest / 4
+    assert len(asked) <= 4  # log2 of the quarters between 1 and 4
+
+
+def test_max_drop_finds_the_smallest_file_that_holds_it(tmp_path: Path) -> None:
+    found = sweep(tmp_path, epochs=0, images=64, targets=None, max_drop=2.0)
+    holding = [row for row in found["runs"] if row["top1"] >= found["float"]["top1"] - 2.0 - 1e-9]
+    assert found["max_drop"]["run"] == min(holding, key=lambda row: row["bytes"])["run"]
+    assert 2 < len(found["runs"]) <= 6
+    with pytest.raises(UserError, match="no target is within 0 points of float"):
+        sweep(tmp_path, epochs=0, images=64, targets=[1], max_drop=0)
+    assert (tmp_path / "pareto.html").is_file()
+
+
+def test_another_sweeps_folder_and_a_runs_folder_are_refused(cold: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    output, _ = cold
+    with pytest.raises(UserError, match=r"a sweep with other settings \(epochs 2 there, 3 here\)"):
+        sweep(output, epochs=3, warm=False, **FLOAT)
+    with pytest.raises(UserError, match="holds a run, not a sweep"):
+        sweep(output / "staged-3bit")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        sweep(tmp_path / "file")
+
+
+def test_latents_that_are_gone_are_one_line(tmp_path: Path) -> None:
+    sweep(tmp_path, targets=[3], warm=True)
+    (tmp_path / "staged-3bit" / "latents.safetensors").unlink()
+    with pytest.raises(UserError, match="is gone, and others begin with it"):
+        sweep(tmp_path, warm=True)
+
+
+# -- processes of their own
+
+
+class Fake:
+    """A launcher whose jobs end when they are asked, in the order in which they were started; one may fail."""
+
+    poll_seconds = 0.0
+
+    def __init__(self, fails: Sequence[str] = ()) -> None:
+        self.fails, self.running, self.most, self.started = set(fails), list[str](), 0, list[str]()
+        self.stopped: list[str] = []
+        self.waited: list[str] = []
+
+    def start(self, command: Sequence[str], *, name: str, log: Path, slot: int) -> Any:
+        assert list(command[-2:]) == [str(log.parent), name]
+        self.started.append(name)
+        self.running.append(name)
+        self.most = max(self.most, len(self.running))
+        outer = self
+
+        class Job:
+            def ended(self) -> str | None:
+                if name == "interrupt":
+                    raise KeyboardInterrupt
+                if outer.running[0] != name:
+                    return None
+                outer.running.pop(0)
+                return "csq: error: no luck" if name in outer.fails else ""
+
+            def stop(self) -> None:
+                outer.stopped.append(name)
+
+            def wait(self) -> None:
+                assert len(outer.stopped) == 2  # all were asked before one is waited for
+                outer.waited.append(name)
+
+        return Job()
+
+
+def members(*keys: str, begin_with: str | None = None) -> list[Member]:
+    return [Member(key, "staged", 1.0, None, begin_with if key != begin_with else None) for key in keys]  # type: ignore[arg-type]
+
+
+def test_runs_wait_for_what_they_begin_with_and_for_a_free_place(tmp_path: Path) -> None:
+    fake = Fake()
+    run_elsewhere(members("a", "b", "c", "d", begin_with="b"), tmp_path, fake, jobs=2, display=Display(quiet=True))
+    assert fake.started[:2] == ["start", "b"]
+    assert sorted(fake.started) == ["a", "b", "c", "d", "start"]
+    assert fake.most == 2
+
+
+def test_after_a_failure_what_needs_it_is_not_begun_and_the_rest_is(tmp_path: Path) -> None:
+    fake = Fake(fails=["b"])
+    runs = members("a", "b", begin_with="b") + members("lone")
+    with pytest.raises(UserError, match="1 run failed: no luck"):
+        run_elsewhere(runs, tmp_path, fake, jobs=3, display=Display(quiet=True))
+    assert fake.started == ["start", "b", "lone"]
+
+
+def test_an_interruption_asks_every_run_to_save(tmp_path: Path) -> None:
+    fake = Fake()
+    with pytest.raises(KeyboardInterrupt):
+        run_elsewhere(members("a", "interrupt", "b"), tmp_path, fake, jobs=3, display=Display(quiet=True))
+    assert fake.stopped == ["interrupt", "b"]  # the first had ended
+    assert fake.waited == ["interrupt", "b"]
+
+
+def test_cores_are_shared_out_and_gpus_go_round() -> None:
+    assert environment(0, 2, cores=8, set_already={}, gpus=[]) == {"OMP_NUM_THREADS": "4"}
+    assert environment(5, 4, cores=2, set_already={}, gpus=["0"]) == {"OMP_NUM_THREADS": "1"}
+    found = [environment(slot, 3, cores=8, set_already={"OMP_NUM_THREADS": "2"}, gpus=["4", "7"]) for slot in range(3)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "7", "4")]
+
+
+def test_processes_of_their_own_give_the_same_bytes(tmp_path: Path) -> None:
+    settings = {"targets": [2], "epochs": 0, "images": 64}
+    here = sweep(tmp_path / "here", **settings)
+    there = sweep(tmp_path / "there", jobs=2, **settings)
+    assert model(tmp_path / "there" / "ptq-2bit") == model(tmp_path / "here" / "ptq-2bit")
+    assert {**there["runs"][0], "bytes": 0, "compression": 0} == {**here["runs"][0], "bytes": 0, "compression": 0}
+    assert abs(there["runs"][0]["bytes"] - here["runs"][0]["bytes"]) <= 16  # the certificate says how long loading took
+    assert "reading calibration images" not in (tmp_path / "there" / "start.log").read_text()
+
+
+def test_jobs_of_submitit_run_the_same_commands(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    launcher = launching.Submitit(tmp_path / "jobs", {"timeout_min": 5}, cluster="local")
+    launcher.poll_seconds = 0.2
+    ok, bad = (
+        launcher.start([sys.executable, "-c", code], name="x", log=tmp_path / "x", slot=0) for code in ("", "1/0")
+    )
+    outcomes: list[str | None] = [None, None]
+    for _ in itertools.repeat(None, 300):
+        outcomes = [
+            before if before is not None else job.ended() for before, job in zip(outcomes, (ok, bad), strict=True)
+        ]
+        if None not in outcomes:
+            break
+        time.sleep(0.2)
+    assert outcomes[0] == ""
+    assert outcomes[1]
+
+
+# -- the plan
+
+
+def planned(**more: Any) -> Sweep:
+    settings = {"recipe": "digits", "overrides": {"epochs": 10}, "output": None, "targets": "1,2,4"}
+    return Sweep(**{**settings, **more})
+
+
+def test_five_warm_targets_cost_at_most_three_runs() -> None:
+    for epochs in range(2, 40):
+        runs = planned(targets="1,1.5,2,3,4", overrides={"epochs": epochs}, warm=True).members()
+        assert sum(member.recipe.epochs for member in runs) <= 3 * epochs, epochs
+
+
+def test_settings_of_the_methods_own_do_not_reach_baselines() -> None:
+    runs = planned(overrides={"epochs": 10, "staged.recovery": 0.5, "seed": 3}, baselines=["lsq", "csq"]).members()
+    assert {(run.method, run.recipe.seed) for run in runs} == {("staged", 3), ("lsq", 3), ("csq", 3)}
+    assert all(run.recipe.method_settings.recovery == 0.5 for run in runs if run.method == "staged")  # type: ignore[attr-defined]
+
+
+# -- the page and the table
+
+
+def hand_made(name: str = "net") -> dict[str, Any]:
+    """Four runs at round numbers, of which the third is beaten."""
+    lines = [(4, 90.0, 4000, 400), (2, 89.0, 2000, 200), (2.5, 88.0, 2500, 250), (1, 70.0, 1000, 100)]
+    runs = [
+        {"run": f"{name}-{target:g}bit", "method": name, "target_bits": target, "mean_bits": target, "top1": top1}
+        | {
+            "gap": top1 - 91.0,
+            "bytes": size,
+            "compression": 32000 / size,
+            "bops": bops,
+            "epochs": 3,
+            "begins_with": None,
+        }
+        | {"on_front_bytes": target != 2.5, "on_front_bops": target != 2.5}
+        for target, top1, size, bops in lines
+    ]
+    return {
+        **{"model": name, "data": name, "samples": 500, "epochs": 3, "seed": 0, "warm": False, "form": "bit-packed"},
+        **{"float": {"top1": 91.0, "bytes": 32000, "bops": 10240}, "trained_epochs": 12, "runs": runs, "left_out": []},
+        "max_drop": {"asked": 2.0, "reached": 2.0, "run": f"{name}-2bit"},
+    }
+
+
+def test_the_page_is_well_formed_says_the_numbers_and_takes_no_markup_from_names() -> None:
+    hostile = "</svg><script>alert(1)</script>\"'&"
+    for name in ("net", hostile):
+        found = hand_made(name)
+        text = page.pareto_page(found, page.figures(found), command=f"csq sweep {name}")
+        shown = Page(text)
+        assert {attributes["id"] for attributes in shown.all("figure")} == {"pareto-bytes", "pareto-bops"}
+        for words in ("91.00 %", "float 91.00 %", "Smallest within 2 points", "2,500", "16.00×", "−21.00"):
+            assert words in shown.text, words
+        assert text.count("<script>") == 1
+        for attributes in (attributes for _, attributes in shown.tags):
+            assert (attributes.get("href") or "#").startswith(("#", "data:"))
+
+
+def test_the_table_marks_the_front_and_fits_the_terminal() -> None:
+    for width in (60, 80, 120, 200):
+        console = Console(file=io.StringIO(), width=width)
+        page.print_sweep(hand_made(), console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= width
+        rows = {line.split()[0]: line for line in lines if line.startswith("net-")}
+        assert [name for name, line in rows.items() if "bytes" in line] == ["net-4bit", "net-2bit", "net-1bit"]
+        assert all(f"{size:,}" in line for size, line in zip((4000, 2000, 2500, 1000), rows.values(), strict=True))
+        assert any("smallest" in line and "net-2bit" in line for line in lines)
