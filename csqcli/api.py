@@ -185,8 +185,8 @@ def evaluate(
     """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it; or of a float model.
 
     Args:
-        file: any file that csq wrote; ONNX ones run in ONNX Runtime on the CPU. With ``model`` any checkpoint, or None for
-            the library's own weights.
+        file: any file that csq wrote; ONNX ones run in ONNX Runtime, .tflite ones in LiteRT, on the CPU. With ``model`` any
+            checkpoint, or None for the library's own weights.
         data: as for :func:`search`; only the validation images are read.
         model: the float model to put the checkpoint's weights into, as for :func:`search`.
         weights: with ``model``, which ones where the checkpoint holds averaged (``ema``) and ``raw`` ones.
@@ -253,6 +253,7 @@ def export(
     activations: Literal["float", "int8"] = "float",
     target: Literal["ort", "openvino"] = "ort",
     calib: str | None = None,
+    prefer: Literal["speed", "size"] = "speed",
     data: str | None = None,
     val_split: float | Literal["test"] | None = None,
     val_limit: int | None = None,
@@ -267,10 +268,11 @@ def export(
         output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
         form: ``bit-packed`` (the smallest that is the searched model bit for bit), ``bit-packed-small`` (BatchNorms folded,
             numbers beside the integers in 16 bits; for inference), ``int8-packed`` (read with safetensors and NumPy
-            alone), ``state-dict`` (plain float weights), ``onnx``, or ``package.module:Class`` of your own.
-        activations: ``onnx`` only; ``int8`` needs activation scales in the file.
+            alone), ``state-dict`` (plain float weights), ``onnx``, ``litert``, or ``package.module:Class`` of your own.
+        activations: ``onnx`` and ``litert``; ``int8`` needs activation scales in the file.
         target: ``onnx`` only; the engine that the file is verified with.
-        calib: with ``int8``, images to measure the outputs of convolutions on; as ``data`` for :func:`search`.
+        calib: with ``int8``, images to measure the outputs of layers on; as ``data`` for :func:`search`.
+        prefer: ``litert`` only; the faster kernels or the smaller file, where these differ.
         data: images to compare logits on, and to record the written file's top-1 with.
         val_split: as for :func:`evaluate`.
         val_limit: use only this many of them, spread evenly.
@@ -293,7 +295,7 @@ def export(
 
     path = Path(file)
     registry.check_name(form, where="csqcli.export")
-    options = {"activations": activations, "target": target, "calib": calib}
+    options = {"activations": activations, "target": target, "calib": calib, "prefer": prefer}
     registry.check_options(form, options, where=f"csqcli.export, form {form}")
 
     from csqcli.exporting.run import export_file, output_path
@@ -306,6 +308,7 @@ def export(
         activations=activations,
         target=target,
         calib=calib,
+        prefer=prefer,
         data_source=data,
         val_split=val_split,
         val_limit=val_limit,

@@ -410,7 +410,7 @@ def evaluate_file(
     Classes are matched by their names, or by their numbers alone where ``classes_by_position``. Of data without a validation
     split those images are held out that were in training, unless ``val_split`` says otherwise.
 
-    ONNX files run in ONNX Runtime on the CPU, all others in torch on ``device``.
+    ONNX files run in ONNX Runtime on the CPU, .tflite files in LiteRT, all others in torch on ``device``.
     """
     target = pick_device(device)
     model: nn.Module
@@ -419,6 +419,11 @@ def evaluate_file(
 
         target = pick_device("cpu")
         model, manifest = runtime.open_model(path)
+    elif path.suffix == ".tflite":
+        from csqcli.exporting import runtime
+
+        target = pick_device("cpu")
+        model, manifest = runtime.open_litert(path)
     else:
         file = io.read(path)
         manifest = file.manifest

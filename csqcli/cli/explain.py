@@ -47,7 +47,7 @@ def explain(
 
     if data is None:
         raise UserError("no data given", hint=hint())
-    if (file := model_of(run)).suffix == ".onnx":
+    if (file := model_of(run)).suffix in (".onnx", ".tflite"):
         raise UserError("its weights are inside of a graph", where=str(file), hint="explain the file it was made from")
     read_manifest(file)  # what is wrong with the file is said before torch is imported
     from csqcli import api

@@ -37,6 +37,13 @@ class Target(str, Enum):
     openvino = "openvino"
 
 
+class Prefer(str, Enum):
+    """What a LiteRT file is made for where speed and size want different kernels."""
+
+    speed = "speed"
+    size = "size"
+
+
 def export(
     file: FileArgument,
     output_file: Annotated[
@@ -55,18 +62,26 @@ def export(
         typer.Option("--bit-packed-small", help="The smallest: BatchNorms folded, 16-bit numbers beside the integers."),
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="ONNX whose packed weights the engine unpacks at load.")] = False,
+    litert: Annotated[
+        bool, typer.Option("--litert", help="A .tflite for LiteRT: weights of 8, 4 and 2 bits, int8 kernels.")
+    ] = False,
     state_dict: Annotated[bool, typer.Option("--state-dict", help="safetensors, plain float state dict.")] = False,
     form: Annotated[
         str | None, typer.Option(metavar="NAME", help="A form by its name, or package.module:Class of your own.")
     ] = None,
     activations: Annotated[
-        Activations, typer.Option(help="ONNX only; int8 needs activation scales in the file.")
+        Activations, typer.Option(help="ONNX and LiteRT; int8 needs activation scales in the file.")
     ] = Activations.float,
     target: Annotated[Target, typer.Option(help="ONNX only: the engine that verifies the file.")] = Target.ort,
     calib: Annotated[
         str | None,
-        typer.Option(help="With --activations int8: images to scale outputs of convolutions, which ort wants in int8."),
+        typer.Option(
+            help="With --activations int8: images to scale outputs of layers, which ort and LiteRT want in int8."
+        ),
     ] = None,
+    prefer: Annotated[
+        Prefer, typer.Option(help="LiteRT only: the faster kernels or the smaller file, where these differ.")
+    ] = Prefer.speed,
     data: Annotated[
         str | None, typer.Option("--data", help="Verify on real images and record top-1 (as in csq evaluate).")
     ] = None,
@@ -90,6 +105,7 @@ def export(
         "bit-packed": bit_packed,
         "bit-packed-small": bit_packed_small,
         "onnx": onnx,
+        "litert": litert,
         "state-dict": state_dict,
     }
     chosen = [name for name, wanted in flags.items() if wanted] + ([form] if form is not None else [])
@@ -99,7 +115,7 @@ def export(
             f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {names}, --form NAME"
         )
     registry.check_name(chosen[0], where="--form")
-    options = {"activations": activations.value, "target": target.value, "calib": calib}
+    options = {"activations": activations.value, "target": target.value, "calib": calib, "prefer": prefer.value}
     registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")
     read_manifest(file)  # what is wrong with the file is said before torch is imported
 
@@ -118,6 +134,7 @@ def export(
         activations=activations.value,
         target=target.value,
         calib=calib,
+        prefer=prefer.value,
         data_source=data,
         val_split=val_split(val_split_),
         val_limit=val_limit,

@@ -26,10 +26,11 @@ class Options:
     activations: Literal["float", "int8"] = "float"
     target: Literal["ort", "openvino"] = "ort"
     calib: str | None = None  # images, as --data takes them
+    prefer: Literal["speed", "size"] = "speed"
     trust_code: bool = False
 
     def as_mapping(self) -> dict[str, Any]:
-        return {"activations": self.activations, "target": self.target, "calib": self.calib}
+        return {"activations": self.activations, "target": self.target, "calib": self.calib, "prefer": self.prefer}
 
 
 @dataclass

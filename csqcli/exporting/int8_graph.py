@@ -25,6 +25,7 @@ from csqcli.quant.hard_layer import HardLayer
 
 _LEFT_ALONE = {"QuantizeLinear", "BatchNormalization"}  # a trained scale follows; BatchNorm could not be folded
 BIAS_LIMIT = 2.0**30  # int32 holds 2^31; half of it leaves room for the sum that the bias is added to
+UNSEEN = 2.0**-9  # of a bias: less than half of the step at which 8 bits round an output that is as large
 
 
 @dataclass
@@ -55,21 +56,24 @@ class Int8Graph:
 
     proto: Any  # onnx.ModelProto
     weights: dict[str, Int8Weight] = field(default_factory=dict)  # the layers that run in int8
+    raised: dict[str, int] = field(default_factory=dict)  # layer -> channels whose scale was raised, see `quantize`
 
 
-def quantize(proto: Any, layers: list[HardLayer]) -> Int8Graph:
-    """Turn rounding chains into Q/DQ pairs and decide which weights become int8. UserError when there is no chain."""
-    import onnx
+def quantize(proto: Any, layers: list[HardLayer], *, raises_scales: bool = False) -> Int8Graph:
+    """Turn rounding chains into Q/DQ pairs and decide which weights become int8. UserError when there is no chain.
 
-    model = onnx.ModelProto()
-    model.CopyFrom(proto)
-    editor = _Editor(model.graph)
+    A channel whose weights are so small beside its bias that int32 does not hold the bias keeps BatchNorm in the graph, or,
+    with ``raises_scales``, gets a larger scale at the same integers, where that moves its output by less than 8 bits show.
+    """
+    model = copied(proto)
+    editor = Editor(model.graph)
     activations = editor.add_pairs()
     if not activations:
         raise UserError(
             "no rounded input was found in the graph", where="--activations int8", hint="use --activations float"
         )
-    result = Int8Graph(model)
+    editor.raises_scales = raises_scales
+    result = Int8Graph(model, raised=editor.raised)
     for layer in layers:
         weight = editor.int8_weight(layer, activations)
         if weight is not None:
@@ -78,19 +82,25 @@ def quantize(proto: Any, layers: list[HardLayer]) -> Int8Graph:
     return result
 
 
-def open_outputs(graph: Int8Graph) -> dict[str, str]:
-    """Convolutions in int8 whose output nothing rounds, by the value to round: ``{value: layer}``.
+def open_outputs(graph: Int8Graph, *, every_layer: bool = False) -> dict[str, str]:
+    """Layers in int8 whose output nothing rounds, by the value to round: ``{value: layer}``.
 
     ONNX Runtime computes a convolution in int8 only where its output is int8 too. The value is taken after a Relu that
-    is the convolution's only reader; one that a trained scale already rounds is left alone.
+    is the convolution's only reader; one that a trained scale already rounds is left alone. LiteRT wants that of
+    ``every_layer``, linear ones too: their value is taken after the bias, and after a ReLU6 as well.
     """
-    editor, found = _Editor(graph.proto.graph), {}
+    editor, found = Editor(graph.proto.graph), {}
     for node in graph.proto.graph.node:
-        if node.op_type != "Conv" or node.input[1] not in graph.weights:
+        kinds = ("Conv", "Gemm", "MatMul") if every_layer else ("Conv",)
+        if node.op_type not in kinds or node.input[1] not in graph.weights:
             continue
         value = node.output[0]
         readers = editor.consumers[value]
-        if len(readers) == 1 and readers[0].op_type == "Relu":
+        if node.op_type == "MatMul" and len(readers) == 1 and editor.added_constant(readers[0], value) is not None:
+            value = readers[0].output[0]
+            readers = editor.consumers[value]
+        after = rectifier(readers[0], editor.constants) if len(readers) == 1 else None
+        if after == "RELU" or (after and every_layer):
             value = readers[0].output[0]
             readers = editor.consumers[value]
         if value not in editor.outputs and readers and not {r.op_type for r in readers} & _LEFT_ALONE:
@@ -98,11 +108,36 @@ def open_outputs(graph: Int8Graph) -> dict[str, str]:
     return found
 
 
+def copied(proto: Any) -> Any:
+    """A copy of a ModelProto."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def rectifier(node: Any, constants: dict[str, np.ndarray]) -> str | None:
+    """RELU or RELU6 for a node that is one, whatever ONNX calls it."""
+    if node.op_type == "Relu":
+        return "RELU"
+    bounds = [constants.get(name) for name in node.input[1:]] if node.op_type == "Clip" else []
+    if len(bounds) == 2 and all(bound is not None and bound.dtype == np.float32 for bound in bounds):
+        return "RELU6" if [float(bound) for bound in bounds if bound is not None] == [0.0, 6.0] else None
+    return None
+
+
+def fold_others(graph: Int8Graph, layers: list[HardLayer]) -> dict[str, Int8Weight]:
+    """BatchNorm folded behind the layers that do not run in int8 as well; their integers, and scales for float arithmetic."""
+    editor = Editor(graph.proto.graph)
+    found = {layer.name: editor.float_weight(layer) for layer in layers if layer.name not in graph.weights}
+    editor.drop_unused()
+    return found
+
+
 def round_outputs(graph: Int8Graph, ranges: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Put Q/DQ pairs behind values that have none, at 8 bits over their measured (smallest, largest); their scales."""
     from onnx import helper
 
-    editor, scales = _Editor(graph.proto.graph), {}
+    editor, scales = Editor(graph.proto.graph), {}
     nodes = list(graph.proto.graph.node)
     for value, (low, high) in ranges.items():
         kind = np.uint8 if low >= 0 else np.int8
@@ -130,7 +165,7 @@ def without_rounding(proto: Any) -> Any:
 
     model = onnx.ModelProto()
     model.CopyFrom(proto)
-    editor = _Editor(model.graph)
+    editor = Editor(model.graph)
     for node in model.graph.node:
         chain = editor.rounding(node)
         if chain is not None:
@@ -139,7 +174,7 @@ def without_rounding(proto: Any) -> Any:
     return model
 
 
-class _Editor:
+class Editor:
     """Look-ups and edits on one GraphProto."""
 
     def __init__(self, graph: Any) -> None:
@@ -147,6 +182,7 @@ class _Editor:
 
         self.graph = graph
         self.constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
+        self.raises_scales, self.raised = False, dict[str, int]()
         self._index()
 
     def _index(self) -> None:
@@ -234,8 +270,10 @@ class _Editor:
         bias = self._bias(node)
         if bias is None:
             return None
-        folded = self._fold_batchnorm(node, scale, bias, step)
-        if folded is None and not _holds(bias, step * scale):
+        activation = activations[node.input[0]]
+        reach = float(max(-activation.low, activation.high)) * layer.integers.abs().flatten(1).sum(1).double().numpy()
+        folded = self._fold_batchnorm(node, scale, bias, step, reach)
+        if folded is None and not holds(bias, step * scale):
             return None
         sign = np.ones(channels)
         if folded is not None:
@@ -250,6 +288,33 @@ class _Editor:
             node.input[1] = layer.name
         return Int8Weight(np.ascontiguousarray(integers), np.asarray(scale, dtype=np.float32), int(transposed))
 
+    def float_weight(self, layer: HardLayer) -> Int8Weight:
+        """A layer that stays float, BatchNorm folded where it can be; the graph is then edited. Its integers may be wide."""
+        integers, scale, axis = layer.integers.numpy(), layer.scale.numpy(), layer.channel_dim
+        users = self.consumers[layer.name]
+        node = users[0] if len(users) == 1 else None
+        if node is not None and node.op_type == "Transpose" and integers.ndim == 2:
+            products = self.consumers[node.output[0]]
+            if len(products) == 1 and products[0].op_type == "MatMul" and products[0].input[1] == node.output[0]:
+                products[0].input[1] = layer.name
+                return Int8Weight(np.ascontiguousarray(integers.T), scale, 1 - axis)
+        if node is None or node.op_type != "Conv" or node.input[1] != layer.name or axis != 0:
+            return Int8Weight(integers, scale, axis)
+        bias = self._bias(node)
+        spread = np.broadcast_to(scale.astype(np.float64), (integers.shape[0],))
+        folded = self._fold_batchnorm(node, spread, bias, None) if bias is not None else None
+        if folded is None:
+            return Int8Weight(integers, scale, axis)
+        sign = folded[1].reshape([-1] + [1] * (integers.ndim - 1)).astype(np.int32)
+        return Int8Weight(integers * sign, folded[0].astype(np.float32), 0)
+
+    def added_constant(self, node: Any, value: str) -> np.ndarray | None:
+        """What ``node`` adds to ``value``, where that is a vector that is constant: a bias."""
+        if node.op_type != "Add":
+            return None
+        constant = self.constants.get(next((name for name in node.input if name != value), value))
+        return constant if constant is not None and constant.ndim == 1 else None
+
     def _bias(self, node: Any) -> np.ndarray | None:
         """A node's constant bias; zero where it has none, None where it is computed."""
         if len(node.input) < 3 or not node.input[2]:
@@ -257,9 +322,12 @@ class _Editor:
         return self.constants.get(node.input[2])
 
     def _fold_batchnorm(
-        self, conv: Any, scale: np.ndarray, bias: np.ndarray, step: float
+        self, conv: Any, scale: np.ndarray, bias: np.ndarray, step: float | None, reach: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """(new scales, signs) when BatchNorm follows ``conv`` and can go into it; the graph is then edited."""
+        """(new scales, signs) when BatchNorm follows ``conv`` and can go into it; the graph is then edited.
+
+        With the ``step`` of an int8 input, biases have to fit int32; ``reach`` is the largest sum of products per channel.
+        """
         users = self.consumers[conv.output[0]]
         if conv.op_type != "Conv" or len(users) != 1 or users[0].op_type != "BatchNormalization":
             return None
@@ -271,7 +339,14 @@ class _Editor:
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         factor = gamma / np.sqrt(variance + epsilon)
         new_scale, new_bias = np.abs(scale * factor), beta + (bias - mean) * factor
-        if not _holds(new_bias, step * new_scale):
+        if step is not None and reach is not None and self.raises_scales:
+            needed = np.maximum(np.abs(new_bias) / (0.99 * BIAS_LIMIT), 2 * np.finfo(np.float32).tiny) / step
+            raised = new_scale < needed
+            if (raised & (reach * needed * step > np.maximum(UNSEEN * np.abs(new_bias), 1e-30))).any():
+                return None
+            new_scale = np.where(raised, needed, new_scale)
+            self.raised |= {conv.input[1]: int(raised.sum())} if raised.any() else {}
+        if step is not None and not holds(new_bias, step * new_scale):
             return None
         name = self.add_constant(f"{norm.output[0]}_bias", new_bias.astype(np.float32))
         del conv.input[2:]
@@ -305,7 +380,7 @@ class _Editor:
             self.graph.initializer.remove(value)
 
 
-def _holds(bias: np.ndarray, unit: np.ndarray) -> bool:
+def holds(bias: np.ndarray, unit: np.ndarray) -> bool:
     """Whether every bias fits the int32 that an engine rounds it to, and every unit is a normal float32."""
     tiny = np.finfo(np.float32).tiny
     return bool((unit > tiny).all() and (np.abs(bias) <= BIAS_LIMIT * unit).all())

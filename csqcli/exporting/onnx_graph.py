@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +112,10 @@ def _with(proto: Any, initializers: Sequence[Any], nodes: Sequence[Any]) -> Any:
     return model
 
 
-def trace(model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[int]) -> Graphs:
-    """Export the hard model (eval mode, CPU) with a dynamic batch.
+def trace(
+    model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[int], *, batch: int | None = None
+) -> Graphs:
+    """Export the hard model (eval mode, CPU) with a dynamic batch, or for so many images at a time.
 
     Raises UserError when torch cannot turn the model into ONNX.
     """
@@ -122,7 +124,7 @@ def trace(model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[in
     from onnxscript import optimizer
 
     names = {alias: layer.name for layer in layers for alias in (layer.name, *layer.aliases)}
-    images = torch.zeros(2, *input_size)
+    images = torch.zeros(batch or 2, *input_size)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -133,7 +135,7 @@ def trace(model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[in
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if batch is None else None,
                 verbose=False,
             )
             assert program is not None
@@ -201,7 +203,10 @@ def weights_in(proto: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure_ranges(proto: Any, values: Sequence[str], images: Tensor) -> dict[str, tuple[float, float]]:
-    """Smallest and largest of each value over ``images`` ([N, C, H, W]), run without optimizations."""
+    """Smallest and largest of each value over ``images`` ([N, C, H, W]), run without optimizations.
+
+    A graph that was traced for so many images gets so many at a time.
+    """
     import onnx
     import onnxruntime
 
@@ -212,8 +217,43 @@ def measure_ranges(proto: Any, values: Sequence[str], images: Tensor) -> dict[st
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results = session.run(list(values), {INPUT: images.numpy()})
-    return {value: (float(r.min()), float(r.max())) for value, r in zip(values, results, strict=True)}
+    at_once = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or len(images)
+    ranges = dict.fromkeys(values, (float("inf"), float("-inf")))
+    for first in range(0, len(images) - at_once + 1, at_once):
+        results = session.run(list(values), {INPUT: images[first : first + at_once].contiguous().numpy()})
+        for value, r in zip(values, results, strict=True):
+            low, high = ranges[value]
+            ranges[value] = min(low, float(r.min())), max(high, float(r.max()))
+    return ranges
+
+
+def shapes_of(proto: Any, weights: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The shape of every value of a graph that was traced for so many images, found by running it on zeros.
+
+    ``weights`` are the shapes that its inputs have by now: `int8_graph` turns some. ONNX's own inference does not know all.
+    """
+    import onnx
+    import onnxruntime
+
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    sides = {}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        sides[value.name] = list(weights.get(value.name, [dim.dim_value for dim in dims]))
+        for dim, side in zip(dims, sides[value.name], strict=True):
+            dim.dim_value = side
+    given = {value.name for value in proto.graph.output}
+    values = [name for node in proto.graph.node for name in node.output if name]
+    empty = onnx.helper.make_empty_tensor_value_info
+    model.graph.output.extend(empty(name) for name in values if name not in given)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    zeros = {name: np.zeros(shape, dtype=np.float32) for name, shape in sides.items()}
+    found = {name: tuple(array.shape) for name, array in zeros.items()}
+    return found | {n: tuple(r.shape) for n, r in zip(values, session.run(values, zeros), strict=True)}
 
 
 def _stripped(proto: Any) -> Any:

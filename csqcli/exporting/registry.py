@@ -25,6 +25,7 @@ OPTIONS = {
     "activations": "float",
     "target": "ort",
     "calib": None,
+    "prefer": "speed",
 }  # of `csq export` that not every form takes; defaults
 _FORMS = "csqcli.exporting.forms"
 CARDS = {
@@ -32,7 +33,8 @@ CARDS = {
     "bit-packed": FormCard(f"{_FORMS}.safetensors:BitPacked"),
     "bit-packed-small": FormCard(f"{_FORMS}.safetensors:BitPackedSmall"),
     "state-dict": FormCard(f"{_FORMS}.safetensors:StateDict"),
-    "onnx": FormCard(f"{_FORMS}.onnx:Onnx", frozenset(OPTIONS)),
+    "onnx": FormCard(f"{_FORMS}.onnx:Onnx", frozenset({"activations", "target", "calib"})),
+    "litert": FormCard(f"{_FORMS}.litert:Litert", frozenset({"activations", "calib", "prefer"})),
 }
 
 
@@ -55,7 +57,8 @@ def check_taken(takes: frozenset[str], options: Mapping[str, Any], *, where: str
     """UserError for an option that differs from its default and is not in ``takes``."""
     for option, default in OPTIONS.items():
         if options[option] != default and option not in takes:
-            raise UserError(f"--{option} belongs to --onnx", where=where)
+            owners = [f"--{name}" for name, card in CARDS.items() if option in card.takes]
+            raise UserError(f"--{option} belongs to {' and '.join(owners)}", where=where)
 
 
 def find(name: str, *, where: str = "--form") -> type[Form]:

@@ -28,6 +28,7 @@ def export_file(
     activations: Literal["float", "int8"] = "float",
     target: Literal["ort", "openvino"] = "ort",
     calib: str | None = None,
+    prefer: Literal["speed", "size"] = "speed",
     data_source: str | None = None,
     val_split: ValSplit = None,
     val_limit: int | None = None,
@@ -41,8 +42,9 @@ def export_file(
         source: a safetensors file that csq wrote.
         output: the file to write; it gets its name when everything was compared.
         form: the name of a form, ``package.module:Class``, or the class.
-        activations, target, calib: of the ONNX form, see `forms.onnx`. ``calib`` gives the images that int8 outputs of
-            convolutions are measured on, which ONNX Runtime needs for its int8 kernels; trained scales stay.
+        activations, target, calib: of the graph forms, see `forms.onnx`. ``calib`` gives the images that int8 outputs of
+            layers are measured on, which ONNX Runtime and LiteRT need for their int8 kernels; trained scales stay.
+        prefer: of the LiteRT form: the faster kernels or the smaller file where these differ.
         data_source: images to compare logits on, and to measure the written file's top-1 with.
         val_split: what takes the place of a validation split that they do not have; None takes the file's own.
         val_limit: use only so many of them, spread evenly.
@@ -54,7 +56,7 @@ def export_file(
     """
     display = display or Display(quiet=True)
     kind = registry.find(form) if isinstance(form, str) else form
-    options = Options(activations, target, calib, trust_code)
+    options = Options(activations, target, calib, prefer, trust_code)
     registry.check_taken(kind.takes, options.as_mapping(), where=f"csq export --form {kind.name}")
     _check_output(source, output, suffix=kind.suffix)
     with verify.candidate(output, force=force) as path:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import importlib.metadata
+import io
 import itertools
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
+from csqcli.file import header
 from csqcli.file.header import parse_manifest
 from csqcli.file.manifest import METADATA_KEY, Manifest
 
@@ -26,7 +32,8 @@ def require(*names: str, extra: str = "onnx") -> list[ModuleType]:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
         missing = error.name or names[0]
-        raise UserError(f"needs the package {missing}", where="ONNX", hint=f"pip install 'csq[{extra}]'") from None
+        where = "LiteRT" if extra == "litert" else "ONNX"
+        raise UserError(f"needs the package {missing}", where=where, hint=f"pip install 'csq[{extra}]'") from None
 
 
 class OnnxModel(nn.Module):
@@ -74,6 +81,62 @@ class OpenVinoModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.compiled({INPUT: images.contiguous().numpy()})[OUTPUT].copy())
+
+
+class LiteRtModel(nn.Module):
+    """A LiteRT interpreter (CPU, XNNPACK) behind a module's face, an image at a time as on a device."""
+
+    def __init__(self, content: bytes, *, threads: int = 0, where: str = "LiteRT") -> None:
+        """``threads`` 0 takes as many as torch. Raises UserError when the engine refuses the file."""
+        super().__init__()
+        (interpreter,) = require("ai_edge_litert.interpreter", extra="litert")
+        self.where = where
+        try:
+            with _silent():
+                self.interpreter = interpreter.Interpreter(
+                    model_content=content, num_threads=threads or torch.get_num_threads()
+                )
+                self.interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"LiteRT cannot load it ({_first_line(error)})", where=where) from None
+        self.source = self.interpreter.get_input_details()[0]["index"]
+        self.results = [detail["index"] for detail in self.interpreter.get_output_details()]
+        self.engine = f"ai-edge-litert {importlib.metadata.version('ai-edge-litert')}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.outputs(image[None])[0] for image in images])
+
+    def outputs(self, image: Tensor) -> list[Tensor]:
+        """Every output of the graph for one image, [1, C, H, W]."""
+        try:
+            self.interpreter.set_tensor(self.source, image.permute(0, 2, 3, 1).contiguous().numpy())
+            self.interpreter.invoke()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"LiteRT cannot run it ({_first_line(error)})", where=self.where) from None
+        return [torch.from_numpy(self.interpreter.get_tensor(number)) for number in self.results]
+
+
+def open_litert(path: Path) -> tuple[LiteRtModel, Manifest]:
+    """An exported .tflite ready to run, and its manifest. UserError for files that csq did not write, or that are damaged."""
+    content, manifest = checked_flatbuffer(path)
+    return LiteRtModel(content, where=str(path)), manifest
+
+
+def checked_flatbuffer(path: Path) -> tuple[bytes, Manifest]:
+    """The bytes of an exported .tflite that is as it was exported, and its manifest. UserError for any other."""
+    manifest = header.read_manifest(path)
+    content = path.read_bytes()
+    if manifest.parity is None or manifest.parity.graph_sha256 != flatbuffer_sha256(content, where=str(path)):
+        raise UserError("the graph does not match its sha-256", where=str(path), hint="the file is damaged")
+    return content, manifest
+
+
+def flatbuffer_sha256(content: bytes, *, where: str) -> str:
+    """SHA-256 of a .tflite without the part of csq's manifest that holds its certificate."""
+    begin, end = header.litert_span(io.BytesIO(content), len(content), METADATA_KEY, where=where)
+    digest = hashlib.sha256(content[:begin])
+    digest.update(content[end:])
+    return digest.hexdigest()
 
 
 def open_model(path: Path) -> tuple[OnnxModel, Manifest]:
@@ -128,6 +191,20 @@ def _read(path: Path) -> tuple[Any, Manifest]:
     manifest = parse_manifest(metadata.get(METADATA_KEY), where=str(path))
     manifest.sizes.file_bytes = path.stat().st_size
     return proto, manifest
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """LiteRT writes which delegates it makes to the process's stderr, past Python; what is wrong it raises."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
+from csqcli.quant import activations
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.measuring import logits_of
 from csqcli.system import files
@@ -111,7 +112,8 @@ def rounding_floor(
 ) -> float:
     """How far the hard model's own logits move, in their standard deviations, under changes that no engine avoids.
 
-    Those are one part in 10⁶ of the inputs, and half a unit ([1] or [channels]) of the outputs of modules: of
+    Those are one part in 10⁶ of the inputs; one part in 10⁶ of the largest output of each module whose input is rounded,
+    since engines sum in another order; and half a unit ([1] or [channels]) of the outputs of modules: of
     ``bias_units`` (input scale × weight scale), to whose multiples int8 engines round biases, alike at all positions;
     of ``output_units``, to whose multiples the file rounds outputs, at each position on its own. Rounded activations
     then flip to neighbouring integers, and flips cascade.
@@ -120,6 +122,7 @@ def rounding_floor(
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_hook(_jitter(unit, rng, False)) for name, unit in bias_units.items()]
     hooks += [modules[name].register_forward_hook(_jitter(unit, rng, True)) for name, unit in output_units.items()]
+    hooks += [modules[name].register_forward_hook(_noise(rng)) for name in activations.attached(model)]
     try:
         moved = 0.0
         for _ in range(repeats):
@@ -142,6 +145,17 @@ def _jitter(unit: Tensor, rng: torch.Generator, everywhere: bool) -> Callable[..
         per_channel[dim] = output.shape[dim]
         noise = torch.rand(output.shape if everywhere else per_channel, generator=rng) - 0.5
         return output + noise * unit.expand(output.shape[dim]).reshape(per_channel)
+
+    return hook
+
+
+def _noise(rng: torch.Generator) -> Callable[..., Any]:
+    """A forward hook that moves each output by up to one part in 10⁶ of the largest."""
+
+    def hook(module: nn.Module, _: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return None
+        return output + (2e-6 * output.abs().max()) * (torch.rand(output.shape, generator=rng) - 0.5)
 
     return hook
 

@@ -1,4 +1,4 @@
-"""The manifest out of a quantized file, safetensors or ONNX, without torch, model code or an engine.
+"""The manifest out of a quantized file, safetensors, ONNX or LiteRT, without torch, model code or an engine.
 
 Everything that is read here may have been made by anybody: sizes are bounded before memory is taken, and whatever is wrong
 is one UserError that names the file.
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from csqcli.errors import UserError, no_such_file
+from csqcli.file import flatbuffer
 from csqcli.file.deflate import inflate
 from csqcli.file.manifest import (
     BASIS_SCHEMA_VERSION,
@@ -30,7 +31,7 @@ from csqcli.file.manifest import (
 )
 from csqcli.system import limits
 
-MANIFEST_TENSOR = "csq_manifest"  # of a bit-packed file: most of its manifest, deflated
+MANIFEST_TENSOR = "csq_manifest"  # of a bit-packed or LiteRT file: most of its manifest, deflated
 CODES_TENSOR = "csq_codes"  # of a bit-packed file: all payloads, beside one csq_TYPE per type of its other tensors
 MANIFEST_LIMIT = 2**23  # bytes of that tensor once inflated; a layer takes a few hundred
 _JSON_BYTES, _JSON_VALUES = 2**26, 2**22  # of a manifest's JSON; a channel's scale takes 20 bytes
@@ -56,6 +57,9 @@ def read_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     if path.suffix == ".onnx":
         manifest = parse_manifest(onnx_metadata(path).get(METADATA_KEY), where=str(path))
+    elif path.suffix == ".tflite":
+        text, deflated = _litert_manifest(path)
+        manifest = parse_manifest(text, where=str(path), deflated=deflated)
     else:
         with open_safetensors(path) as file:
             manifest = manifest_of(file, path)
@@ -153,6 +157,37 @@ def spans(layers: Sequence[LayerRecord], shape: Sequence[int]) -> dict[str, tupl
     if (ends[-1:] or [0]) != list(shape):
         raise ValueError("payloads do not fill the codes")
     return {record.name: (end - record.packed_bytes, end) for record, end in zip(layers, ends, strict=True)}
+
+
+def _litert_manifest(path: Path) -> tuple[str, bytes]:
+    """csq's manifest out of a .tflite: the certificate's part, and the deflated rest."""
+    if not path.is_file():
+        raise no_such_file(path)
+    try:
+        with open(path, "rb") as file:
+            parts = []
+            for key in (METADATA_KEY, MANIFEST_TENSOR):
+                begin, end = litert_span(file, path.stat().st_size, key, where=str(path))
+                file.seek(begin)
+                parts.append(file.read(end - begin))
+        return parts[0].decode("utf-8"), parts[1]
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("manifest is damaged (not UTF-8)", where=str(path)) from None
+
+
+def litert_span(file: IO[bytes], size: int, key: str, *, where: str) -> tuple[int, int]:
+    """Where a part of csq's manifest begins and ends in a .tflite of ``size`` bytes. UserError for any other file."""
+    try:
+        span = flatbuffer.metadata_span(file, size, key)
+    except ValueError as error:
+        raise UserError(f"not a LiteRT file ({error})", where=where) from None
+    if span is None:
+        raise UserError("not a csq file (no manifest)", where=where, hint="`csq export --litert` writes one")
+    if span[1] - span[0] > _JSON_BYTES:
+        raise UserError(f"manifest is damaged ({span[1] - span[0]:,} bytes)", where=where)
+    return span
 
 
 def onnx_metadata(path: Path) -> dict[str, str]:

@@ -243,7 +243,9 @@ class Manifest(Record):
     environment: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
     folded: bool = False  # BatchNorm's statistics are in its scale and shift: for inference alone
-    form: str = Field("compact", max_length=64)  # a `Form`, "onnx", or the name of an export form from outside
+    form: str = Field(
+        "compact", max_length=64
+    )  # a `Form`, "onnx", "litert", or the name of an export form from outside
     packed_others: list[TensorRecord] = Field(default_factory=list)  # bit-packed files only
     parity: ParityRecord | None = None  # exported files only
 

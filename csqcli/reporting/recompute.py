@@ -22,7 +22,7 @@ from csqcli.file.manifest import LayerRecord, Manifest
 from csqcli.reporting.histogram import Histogram, histogram
 
 AS_STATED = ("accuracy", "compute.macs", "classes", "trained_outputs", "left_float", "environment", "recipe", "parity")
-_AS_STATED_IN_ONNX = ("sizes.entropy_bits_per_weight", "sizes.float_bytes")  # its integers are inside of a graph
+_AS_STATED_IN_GRAPHS = ("sizes.entropy_bits_per_weight", "sizes.float_bytes")  # its integers are inside of a graph
 
 
 class Recomputed(NamedTuple):
@@ -32,7 +32,7 @@ class Recomputed(NamedTuple):
     as_stated: list[str]  # fields that are only the file's word
     histograms: dict[
         str, Histogram
-    ]  # of each layer's integers; none for an ONNX file, whose integers are inside of a graph
+    ]  # of each layer's integers; none for an ONNX or LiteRT file, whose integers are inside of a graph
 
 
 def recomputed(path: Path) -> Recomputed:
@@ -40,7 +40,7 @@ def recomputed(path: Path) -> Recomputed:
 
     Raises UserError for a file that is not csq's, and where a layer's bytes are not what the manifest says.
     """
-    if path.suffix == ".onnx":
+    if path.suffix in (".onnx", ".tflite"):
         manifest = read_manifest(path)
         found, float_bytes = None, manifest.sizes.float_bytes
     else:
@@ -59,7 +59,7 @@ def recomputed(path: Path) -> Recomputed:
     if manifest.compute is not None:
         size, macs = manifest.compute.input_size, manifest.compute.macs
         manifest.compute = sizes.compute(manifest.layers, manifest.activations, input_size=size, macs=macs)
-    return Recomputed(manifest, [*AS_STATED, *(_AS_STATED_IN_ONNX if found is None else ())], found or {})
+    return Recomputed(manifest, [*AS_STATED, *(_AS_STATED_IN_GRAPHS if found is None else ())], found or {})
 
 
 def _integers(file: Any, manifest: Manifest, path: Path) -> dict[str, Histogram]:

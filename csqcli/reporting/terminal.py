@@ -161,7 +161,7 @@ def export_lines(manifest: Manifest) -> list[str]:
     if parity.layers_int8:
         lines.append(f"int8         {len(parity.layers_int8)} of {len(manifest.layers)} layers run in int8")
     if parity.calibrated:
-        lines.append(f"calibrated   {len(parity.calibrated)} convolution outputs, rounded beyond what was trained")
+        lines.append(f"calibrated   {len(parity.calibrated)} layers' outputs, rounded beyond what was trained")
     if absent:
         lines.append(f"left out     {len(absent)} layers unused at inference: {', '.join(absent)}")
     lines.append(

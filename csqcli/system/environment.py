@@ -13,6 +13,7 @@ CORE = ("torch", "torchvision", "timm", "typer", "rich", "safetensors", "pydanti
 EXTRAS = {  # extra of the distribution: the packages that it brings
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
+    "litert": ("ai-edge-litert", "flatbuffers"),
     "hf": ("pyarrow",),
 }
 

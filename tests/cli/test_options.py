@@ -226,6 +226,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "export QUANTIZED_INPUTS --onnx --activations int8 --calib digits --target ort -o OUT/a.onnx",
         lambda r: "calibrated" in r.out,
     ),
+    "litert": (
+        "export QUANTIZED_INPUTS --litert --activations int8 --calib digits --prefer size -o OUT/a.tflite",
+        lambda r: "layers run in int8" in r.out,
+    ),
 }
 INVOCATIONS |= {  # what a run would come to
     "dry run": (f"{SEARCH} --dry-run", lambda r: "file " in r.out and "time " in r.out and not r.folder.exists()),
@@ -341,6 +345,9 @@ def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_
         pytest.importorskip("onnxscript")
     if "--png" in line:
         pytest.importorskip("resvg_py")
+    if "--litert" in line:
+        pytest.importorskip("ai_edge_litert")
+        pytest.importorskip("onnxscript")
     if "tensorboard" in line:
         pytest.importorskip("tensorboard")
     out = tmp_path / "out"

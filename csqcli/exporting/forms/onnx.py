@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
-from csqcli.errors import UserError
-from csqcli.exporting import images, runtime, verify
+from csqcli.exporting import runtime, verify
 from csqcli.exporting.form import Form, Options, Subject
+from csqcli.exporting.int8_plan import check_scales, plan_int8
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header
 from csqcli.file.io import QuantizedFile
@@ -19,7 +18,6 @@ from csqcli.system import files
 
 LATENCY_REPEATS = 9
 BASELINE_LIMIT = 1.9e9  # bytes: protobuf refuses a float baseline of 2 GiB
-_CALIB_IMAGES = 32  # one batch
 
 
 class Onnx(Form):
@@ -36,9 +34,7 @@ class Onnx(Form):
 
     @classmethod
     def accept(cls, file: QuantizedFile, options: Options, *, where: str) -> None:
-        if options.activations == "int8" and not file.manifest.activations:
-            hint = "use --activations float, or train with quantized activations (--act-bits)"
-            raise UserError("has no activation scales, which --activations int8 needs", where=where, hint=hint)
+        check_scales(file, options, where=where)
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -48,39 +44,18 @@ class Onnx(Form):
         self.graphs = onnx_graph.trace(subject.model, self.file.layers, tuple(self.probe.images.shape[1:]))
         self.packed = self.graphs.packed()
         self.absent = self.graphs.absent
-        self.bias_units: dict[str, torch.Tensor] = {}  # see verify.rounding_floor
-        self.output_units: dict[str, torch.Tensor] = {}
+        plan = None
         if self.options.activations == "int8":
-            self._use_int8()
+            plan = plan_int8(self.file, self.graphs, self.options.calib)
+            self.packed, self.calibrated = self.graphs.packed(plan.graph), plan.calibrated
         self.int8 = self.packed.int8
         if self.file.manifest.activations:  # twice what rounding alone moves the hard model's logits
-            floor = verify.rounding_floor(subject.model, self.probe, self.bias_units, self.output_units)
+            units = (plan.bias_units, plan.output_units) if plan is not None else ({}, {})
+            floor = verify.rounding_floor(subject.model, self.probe, *units)
             self.tolerance = max(self.tolerance, 2 * floor)
         self.manifest = self.file.manifest.model_copy(update={"form": self.name}, deep=True)
         for record in self.manifest.layers:
             record.encoding, record.packed_bytes = self.packed.encodings.get(record.name, ("absent", 0))
-
-    def _use_int8(self) -> None:
-        """Layers with trained input scales become int8; images of ``calib`` give their outputs a scale where none is."""
-        from csqcli.exporting import int8_graph, onnx_graph
-
-        plan = int8_graph.quantize(self.graphs.proto, self.graphs.used)
-        scales = {layer.name: layer.scale for layer in self.file.layers}
-        input_scales = {f"{entry.module}.weight": entry.scale for entry in self.file.manifest.activations}
-        self.bias_units = {
-            _module(name): input_scales[name] * scales[name] for name in plan.weights if name in input_scales
-        }
-        if self.options.calib is not None:
-            scenes = images.loader(self.file, self.options.calib, _CALIB_IMAGES, workers=0, labelled=False)
-            batch = next(iter(scenes.epoch(0)))[0]
-            layer_of = int8_graph.open_outputs(plan)
-            ranges = onnx_graph.measure_ranges(self.graphs.packed(plan).proto, list(layer_of), batch)
-            for value, output_scale in int8_graph.round_outputs(plan, ranges).items():
-                name = layer_of[value]
-                folded = torch.from_numpy(plan.weights[name].scale)  # BatchNorm multiplies what the module gives
-                self.output_units[_module(name)] = output_scale * scales[name] / folded
-                self.calibrated.append(name)
-        self.packed = self.graphs.packed(plan)
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:
         proto = self.packed.proto
@@ -131,7 +106,3 @@ class Onnx(Form):
         engine = (runtime.OnnxModel if self.options.target == "ort" else runtime.OpenVinoModel)(model, threads=threads)
         self.engine = engine.engine
         return engine
-
-
-def _module(weight: str) -> str:
-    return weight.rpartition(".")[0]
