@@ -296,6 +296,9 @@ class Recipe(Section):
     """Stop every epoch after this many steps; for trying a job out."""
     bn_recalibration_batches: int = Field(100, ge=0, le=10**6)
     """Training batches that re-estimate BatchNorm statistics once the weights are hard; 0 leaves them."""
+    batchnorm: Literal["train", "frozen"] = "train"
+    """`frozen`: means and variances stay those of the checkpoint, while training and after; for short runs on a network that is
+    already good at this image size. Scales and biases are trained all the same."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds data order, augmentation and fresh weights."""
     threads: int | None = Field(None, ge=1, le=1024)

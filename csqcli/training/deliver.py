@@ -36,7 +36,7 @@ def deliver(
     with run.display.step("hardening the weights"):
         trainer.optimizer.harden()
     if trainer.optimizer.method.layers:
-        batches = recipe.bn_recalibration_batches
+        batches = recipe.bn_recalibration_batches if recipe.batchnorm == "train" else 0
         with run.display.step("recalibrating BatchNorm", min(batches, run.train_loader.batches)) as tell:
             recalibrate_batchnorm(run.model, run.train_loader, epoch=trainer.epochs, batches=batches, on_batch=tell)
         distributed.copy_from_main(run.model.buffers())

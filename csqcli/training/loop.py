@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from csqcli.data.loaders import Loader, Unavailable, stream_seed
 from csqcli.errors import UserError
@@ -61,6 +62,7 @@ class Trainer:
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # timm's Mixup: labels become distributions
     seed: int = 0  # of mixup
     activation_scales: Sequence[nn.Parameter] = ()  # trained, but outside the model
+    batchnorm_frozen: bool = False  # its statistics are not those of the batch, and do not move
     replica: Any = None  # the data-parallel or compiled wrapper that training calls in place of the model
     watch_evaluation: Watch = lambda name, batches: contextlib.nullcontext(None)  # names it and is told of every batch
     on_step: Callable[[int, int, list[Tensor | float]], None] | None = None  # (epoch, batches done, losses so far)
@@ -71,6 +73,10 @@ class Trainer:
         ``start`` and ``losses`` continue an epoch of which so many batches are done.
         """
         self.model.train()
+        if self.batchnorm_frozen:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         started, images_seen, lr = time.perf_counter(), 0, self.optimizer.param_groups[0]["lr"]
         seen: list[Tensor | float] = list(losses)
         batches = itertools.islice(self.train_loader.epoch(epoch, start), self.steps_per_epoch - start)

@@ -81,6 +81,7 @@ def make_trainer(
         micro_batch=run.record.step_images,
         channels_last=run.channels_last,
         activation_scales=run.activations.parameters() if run.activations is not None else (),
+        batchnorm_frozen=recipe.batchnorm == "frozen",
         replica=run.replica(),
         watch_evaluation=run.display.evaluation,
     )

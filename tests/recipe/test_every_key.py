@@ -86,6 +86,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_steps": 3,
             "amp": "bf16",
             "quantization.target_bits": 4,
+            "batchnorm": "frozen",
             "quantization.act_bits": "auto",
             "quantization.target_act_bits": 4,
             "quantization.act_per": "macs",

@@ -6,12 +6,14 @@ import multiprocessing
 import re
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import plain_models
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from csqcli import pipeline
@@ -207,3 +209,23 @@ def test_networks_with_depthwise_convolutions_train_in_channels_last_by_themselv
 
     assert _is_depthwise(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)))
     assert not _is_depthwise(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 2)))
+
+
+@pytest.mark.parametrize("batchnorm", ["train", "frozen"])
+def test_frozen_batchnorm_keeps_the_statistics_of_the_checkpoint(tmp_path: Path, batchnorm: str) -> None:
+    settings = {
+        "epochs": 1,
+        "max_steps": 5,
+        "quantization.target_bits": 3,
+        "finetune.epochs": 1,
+        "batchnorm": batchnorm,
+    }
+    pipeline.search(resolve("digits", settings), tmp_path, display=Display(quiet=True))
+    found = io.read(tmp_path / "model.safetensors").state_dict()
+    given = load_file(str(resources.files("csqcli") / "assets" / "digits_float.safetensors"))
+    statistics = [name for name in given if name.endswith(("running_mean", "running_var"))]
+    kept = [torch.equal(found[name], given[name]) for name in statistics]
+    assert len(kept) == 6
+    assert all(kept) if batchnorm == "frozen" else not any(kept)
+    trained = next(name for name in given if name.endswith("bn1.bias"))
+    assert not torch.equal(found[trained], given[trained])
