@@ -155,9 +155,10 @@ def _check(own: dict[str, Any]) -> None:
     """UserError for options that do not go together."""
     if own["launcher_set"] and own["launcher"] is not Where.slurm:
         raise UserError("is for runs on a cluster", where="--launcher-set", hint="pass --launcher slurm too")
-    if (own["jobs"] or own["launcher"] is Where.slurm) and world_size() > 1:
-        what = "torchrun shares each run among its processes already"
-        raise UserError(what, where="--jobs", hint="leave torchrun or --jobs out")
+    if world_size() > 1 and (own["jobs"] or own["launcher"] is Where.slurm or own["max_drop"] is not None):
+        name = "--max-drop" if own["max_drop"] is not None else "--jobs"
+        hint = f"leave {name} out, or torchrun"
+        raise UserError("does not go with torchrun, which shares each run among its processes", where=name, hint=hint)
 
 
 # typer reads the options off the signature: those of a search are the search's, so that no sweep misses one

@@ -24,6 +24,11 @@ def signed(points: float) -> str:
     return f"{points:+.2f}".replace("-", "−")
 
 
+def points(count: float) -> str:
+    """``1 point``, ``0.5 points``: of accuracy."""
+    return f"{count:g} point{'s' if count != 1 else ''}"
+
+
 def middle(text: str, width: int, *, mark: str = "…") -> str:
     """``text`` in at most ``width`` characters, shortened in the middle: both ends of a layer's name tell it apart."""
     if len(text) <= width:

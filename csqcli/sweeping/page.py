@@ -14,7 +14,7 @@ from csqcli.reporting.layout import LEAST_NAME, glyphs, print_columns, print_lin
 from csqcli.reporting.layout import Column as Tabular
 from csqcli.reporting.page import Column, Section, cards, page, table
 from csqcli.reporting.svg import element, escaped
-from csqcli.reporting.words import short, signed, size
+from csqcli.reporting.words import points, short, signed, size
 from csqcli.sweeping.summary import Summary
 from csqcli.system.progress import counted
 from csqcli.version import __version__
@@ -40,16 +40,17 @@ def figures(found: Summary) -> list[Figure]:
 
 def _figure(found: Summary, what: str, name: str, title: str, x_label: str) -> Figure:
     rows, top1 = found["runs"], found["float"]["top1"]
-    points = [Point(row[what], row["top1"], row["method"], f"{row['target_bits']:g}") for row in rows]
+    drawn = [Point(row[what], row["top1"], row["method"], f"{row['target_bits']:g}") for row in rows]
     best = [row for row in rows if row[f"on_front_{what}"]]
+    reference = size(found["float"][what]) if what == "bytes" else short(found["float"][what])
     description = (
         f"{counted(len(rows), 'run')}, each at its target of mean planes; {len(best)} that no other beats are joined. "
-        f"Float: {top1:.2f} % at {short(found['float'][what])}."
+        f"Float: {top1:.2f} % at {reference}."
     )
     return charts.scatter(
         name,
         title,
-        points,
+        drawn,
         description=description,
         x_label=x_label,
         y_label="top-1, %",
@@ -87,7 +88,7 @@ def _headline(found: Summary) -> str:
             if chosen is None
             else f"{chosen['top1']:.2f} %, {chosen['compression']:.1f}×, {chosen['run']}"
         )
-        entries.append((f"Smallest within {asked['asked']:g} points", big, small))
+        entries.append((f"Smallest within {points(asked['asked'])}", big, small))
     for name, row in (("Best top-1", best), ("Smallest file", smallest)):
         entries.append((name, f"{row['top1']:.2f} %", f"{size(row['bytes'])}, {row['compression']:.1f}×, {row['run']}"))
     how = element("p", escaped(_HOW_COUNTED))
@@ -164,7 +165,7 @@ def print_sweep(found: Summary, console: Console) -> None:
     if asked is not None and asked["run"] is not None:
         chosen = next(row for row in rows if row["run"] == asked["run"])
         lines.append(
-            f"smallest     within {asked['asked']:g} points of float: {printable(asked['run'])}, {chosen['bytes']:,} bytes, "
+            f"smallest     within {points(asked['asked'])} of float: {printable(asked['run'])}, {chosen['bytes']:,} bytes, "
             f"{chosen['top1']:.2f} % ({chosen['gap']:+.2f})"
         )
     print_lines(lines, console)

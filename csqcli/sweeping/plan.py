@@ -42,7 +42,9 @@ class Sweep:
     output: Path | None  # None: runs/MODEL-sweep
     targets: str | None  # as typed; None: the highest alone, which --max-drop begins with
     baselines: Sequence[str] = ()
-    warm: bool = False  # whether all targets but the highest begin with that one's weights (docs/results.md says what that costs)
+    warm: bool = (
+        False  # whether all targets but the highest begin with that one's weights (docs/sweeps.md says what that costs)
+    )
     warm_epochs: int | None = None
     max_drop: float | None = None  # points below the float top-1 that the smallest file may be; None: nobody asks
     base: Recipe = field(init=False)

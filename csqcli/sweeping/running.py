@@ -69,13 +69,16 @@ def run_member(
 
 def run_here(members: Sequence[Member], base: Recipe, folder: Path, *, display: Display) -> dict[str, Report]:
     """Every run in this process, in the order given; reports by key."""
-    with display.step(f"listing the images of {base.data.source}"):
-        images = open_images(base)
-    shared = shared_start(base, folder, images, display=display)
-    found = {}
-    for number, member in enumerate(members, 1):
-        display.say(f"run {number} of {len(members)}: {member.method} at {member.target:g}, into {folder / member.key}")
-        found[member.key] = run_member(member, folder, shared=shared, display=display, images=images)
+    found: dict[str, Report] = {}
+    with distributed.held(pick_device(base.device)):
+        with display.step(f"listing the images of {base.data.source}"):
+            images = open_images(base)
+        shared = shared_start(base, folder, images, display=display)
+        for number, member in enumerate(members, 1):
+            display.say(
+                f"run {number} of {len(members)}: {member.method} at {member.target:g}, into {folder / member.key}"
+            )
+            found[member.key] = run_member(member, folder, shared=shared, display=display, images=images)
     return found
 
 

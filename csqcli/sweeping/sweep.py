@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from csqcli.errors import UserError
+from csqcli.reporting.words import points
 from csqcli.sweeping import folder, page, running
 from csqcli.sweeping.launching import START, Launcher, run_elsewhere
 from csqcli.sweeping.plan import Member, Sweep
@@ -32,11 +34,13 @@ def run_sweep(
     input that a run would refuse, for a folder of something else, and where no run holds the drop that was asked for; all that was
     run is kept.
     """
-    with folder.opened(sweep):
+    main = is_main_process()
+    with folder.opened(sweep) if main else contextlib.nullcontext():
         members, done = sweep.members(), list[str]()
 
         def run(more: Sequence[Member]) -> None:
-            folder.write_plan(sweep, more)
+            if main:
+                folder.write_plan(sweep, more)
             if launcher is None:
                 running.run_here(more, sweep.base, sweep.folder, display=display)
             else:
@@ -44,14 +48,15 @@ def run_sweep(
             done.extend([START, *(member.key for member in more)])
 
         run(members)
+        if not main:  # of torchrun's
+            return {}
         found = summary(sweep, members)
         if sweep.max_drop is not None:
             found = _look_on(sweep, members, found, run, display=display)
-        if is_main_process():
-            _write(sweep.folder, found, command=command)
+        _write(sweep.folder, found, command=command)
     if sweep.max_drop is not None and found["max_drop"]["run"] is None:
         best = max(found["runs"], key=lambda row: row["top1"])
-        what = f"no target is within {sweep.max_drop:g} points of float: the best is {best['run']}, {best['gap']:+.2f}"
+        what = f"no target is within {points(sweep.max_drop)} of float: the best is {best['run']}, {best['gap']:+.2f}"
         raise UserError(what, where=str(sweep.folder), hint="add higher --targets, or more --epochs, or allow more")
     return found
 
@@ -77,9 +82,7 @@ def _look_on(
         target = next_target(tried, least=least)
         if target is None:
             return found
-        display.say(
-            f"looking for the smallest within {sweep.max_drop:g} points of {top1:.2f} %: {target:g} planes next"
-        )
+        display.say(f"looking for the smallest within {points(sweep.max_drop)} of {top1:.2f} %: {target:g} planes next")
         members.append(sweep.member(target))
         run(members[-1:])
         found = summary(sweep, members)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from csqcli.errors import UserError
 from csqcli.system import launcher
+from csqcli.system.interrupt import Interrupted
+
+_is_held = False  # whether a process group outlives the runs in it
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,28 @@ def start(device: torch.device) -> tuple[Shard, torch.device]:
     return Shard(dist.get_rank(), world), device
 
 
+@contextlib.contextmanager
+def held(device: torch.device) -> Iterator[Shard]:
+    """One process group for all runs of the body, which each start and stop it otherwise: processes that join a second group at
+    the address of the first may meet what is left of it."""
+    global _is_held
+    shard, _ = start(device)
+    _is_held = True
+    try:
+        yield shard
+    except Interrupted:
+        _is_held = False
+        stop()
+        raise
+    finally:
+        _is_held = False
+    stop()
+
+
 def stop() -> None:
-    """Leave the process group, if any."""
+    """Leave the process group, if any, unless it is held."""
+    if _is_held:
+        return
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -83,8 +83,12 @@ class SharedStart:
 
 def write(run: Run, importance: Tensor | None, *, by: str | None) -> None:
     """Keep what ``run`` knows, after its float phase, as the shared start in its folder."""
-    if not run.shard.is_main:
-        return
+    if run.shard.is_main:
+        _write(run, importance, by)
+    distributed.wait_for_all(run.device)  # before anybody reads it
+
+
+def _write(run: Run, importance: Tensor | None, by: str | None) -> None:
     content: dict[str, Any] = {
         "inputs": run.folder.inputs.model_dump(mode="json"),
         "record": run.record.model_dump(mode="json"),

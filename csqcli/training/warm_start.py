@@ -1,7 +1,7 @@
 """A search that begins with the weights that another one ended with, as they were before they were rounded.
 
 The integers of a file say nothing of where a weight stood between two levels, and fewer planes have other levels; what stands
-behind them does (docs/results.md has both measured).
+behind them does (docs/sweeps.md has both measured).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from csqcli.errors import UserError
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.models.checkpoints import Checkpoint, fit_state_dict
 from csqcli.quant.methods.base import WeightMethod
+from csqcli.system import distributed
 from csqcli.training.adapt import write_weights
 from csqcli.training.run import Run
 
@@ -40,9 +41,9 @@ def begin_with(run: Run, start: Checkpoint) -> None:
 
 def keep_latents(run: Run, method: WeightMethod) -> None:
     """Write what a search ended with as a plain checkpoint: unrounded weights, all else as in the model."""
-    if not run.shard.is_main:
-        return
-    state = dict(run.model.state_dict())
-    for layer, value in zip(method.layers, method.unrounded(), strict=True):
-        state.update(dict.fromkeys((layer.name, *layer.aliases), value.to(layer.parameter.dtype)))
-    write_weights(run.folder.latent_file, state)
+    if run.shard.is_main:
+        state = dict(run.model.state_dict())
+        for layer, value in zip(method.layers, method.unrounded(), strict=True):
+            state.update(dict.fromkeys((layer.name, *layer.aliases), value.to(layer.parameter.dtype)))
+        write_weights(run.folder.latent_file, state)
+    distributed.wait_for_all(run.device)  # before anybody begins with it
