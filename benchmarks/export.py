@@ -1,6 +1,8 @@
 """Tables of docs/export.md: bytes, exactness, load time and latency of every exported form.
 
-    python benchmarks/export.py [--json FILE] [--repeats 3] [MODEL …]
+    python benchmarks/export.py [--json FILE] [--repeats 3] [--litert] [MODEL …]
+
+``--litert`` measures the LiteRT form alone, against LiteRT's own fp32.
 
 Networks have random weights, planes mixed from 2, 3 and 4 to a mean of 3 (the paper's count: 32/3 = 10.67×), scale at
 max |W|. Float parameters are random too, so that they do not compress better than trained ones. Bytes and exactness do
@@ -12,7 +14,6 @@ calibrated on noise, because there is nothing to train: its speeds are meant, no
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from csqcli.quant import activations, equations
 from csqcli.quant.hard_layer import HardLayer, hard_layer
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods.csq import max_abs_scale
+from csqcli.system.environment import version_of
 
 MODELS = (
     "timm:resnet18",
@@ -47,7 +49,7 @@ MODELS = (
 )
 MEAN_BITS = 3
 TARGETS = ("ort", "openvino")
-PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino")
+PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "ai-edge-litert")
 
 
 def make_file(source: str) -> QuantizedFile:
@@ -133,6 +135,38 @@ def measure(source: str, folder: Path, *, repeats: int) -> dict[str, Any]:
     return row
 
 
+def measure_litert(source: str, folder: Path, *, repeats: int) -> dict[str, Any]:
+    """One row of the LiteRT table: weights alone, and int8 activations made for speed and for size."""
+    file = make_file(source)
+    rounded = _rounding_activations(file, folder)
+    calib = str(_noise_images(folder / "images"))
+    int8 = {"activations": "int8", "calib": calib}
+    file.manifest.activations = []
+    io.write(folder / "plain.safetensors", file)
+    row: dict[str, Any] = {"model": source, "fp32_bytes": file.manifest.sizes.float_bytes}
+    row["float"] = _median_of(folder / "plain.safetensors", folder, repeats=repeats, form="litert")
+    for prefer in ("speed", "size"):
+        row[prefer] = _median_of(rounded, folder, repeats=repeats, form="litert", prefer=prefer, **int8)
+    return row
+
+
+def print_litert(rows: list[dict[str, Any]]) -> None:
+    """Markdown, as in docs/export.md."""
+    print(
+        "| model | fp32 MB | weights alone: MB, fp32 / this | int8, speed: MB, fp32 / this | int8, size: MB, fp32 / this | in int8 |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [
+            f"{row[k]['file_bytes'] / 1e6:.2f}, {row[k]['latency_ratio']:.2f}×" for k in ("float", "speed", "size")
+        ]
+        speed = row["speed"]
+        print(
+            f"| {_short(row)} | {row['fp32_bytes'] / 1e6:.2f} | {' | '.join(cells)} "
+            f"| {len(speed['layers_int8'])} of {speed['layers_matched']} |"
+        )
+
+
 def _noise_images(folder: Path) -> Path:
     """Eight images of noise for --calib."""
     (folder / "val" / "noise").mkdir(parents=True)
@@ -152,11 +186,12 @@ def _rounding_activations(file: QuantizedFile, folder: Path) -> Path:
     return folder / "rounded.safetensors"
 
 
-def _median_of(source: Path, folder: Path, *, repeats: int, **options: Any) -> dict[str, Any]:
-    """The certificate of the first ONNX export, with the medians over all of them."""
+def _median_of(source: Path, folder: Path, *, repeats: int, form: str = "onnx", **options: Any) -> dict[str, Any]:
+    """The certificate of the first export, with the medians over all of them."""
     runs = []
+    target = folder / ("a.onnx" if form == "onnx" else "a.tflite")
     for _ in range(repeats):
-        exported = export_file(source, folder / "a.onnx", form="onnx", force=True, **options)
+        exported = export_file(source, target, form=form, force=True, **options)
         runs.append(_certificate(exported.parity))
     timings = ("latency_ratio", "latency_ms", "load_seconds")
     return runs[0] | {key: statistics.median(run[key] for run in runs) for key in timings}
@@ -214,7 +249,7 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: version for name in PACKAGES if (version := version_of(name)) is not None}
     processor = names[0] if names else platform.machine()
     return {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
@@ -224,14 +259,16 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--repeats", type=int, default=3, help="ONNX exports per model and engine")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--litert", action="store_true", help="the LiteRT form alone")
     arguments = parser.parse_args()
     about = machine() | {"repeats": arguments.repeats}
     print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
     rows = []
     for source in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(source, Path(folder), repeats=arguments.repeats))
-    print_tables(rows)
+            take = measure_litert if arguments.litert else measure
+            rows.append(take(source, Path(folder), repeats=arguments.repeats))
+    (print_litert if arguments.litert else print_tables)(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
 

@@ -648,9 +648,9 @@ def diff(
 
     Args:
         float_model: a checkpoint, a csq file or run, or the quantized model's own name, for the library's weights.
-        quantized: a run's folder, a safetensors file that csq wrote, or an ONNX export.
+        quantized: a run's folder, a safetensors file that csq wrote, or an ONNX or LiteRT export.
         data: as for :func:`evaluate`.
-        export: an ONNX export of ``quantized``, to be run in its engine beside.
+        export: an ONNX or LiteRT export of ``quantized``, to be run in its engine beside; of LiteRT logits alone.
         val_limit: use only this many validation images.
         device, batch_size, val_split, trust_code, progress: as for :func:`evaluate`.
 

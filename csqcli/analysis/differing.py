@@ -27,6 +27,7 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 
 _BUILTIN = "builtin:"
+_GRAPHS = (".onnx", ".tflite")  # files that run in an engine of their own
 _CHECKPOINTS = (".safetensors", ".pth", ".pt", ".th", ".tar")
 
 
@@ -68,7 +69,8 @@ def diff(
     """Signal-to-quantization-noise ratio of every layer's output, over so many validation images, worst first.
 
     ``float_`` is a checkpoint, a csq file or run, or a model's name for the library's own weights; ``quantized`` a run's folder, a
-    safetensors file of csq, or an ONNX export alone; ``export`` an ONNX export of it beside. SQNR is 10·log10(Σa²/Σ(a − b)²) in
+    safetensors file of csq, or an ONNX or LiteRT export alone; ``export`` such an export of it beside, of which LiteRT gives
+    logits alone. SQNR is 10·log10(Σa²/Σ(a − b)²) in
     dB, a the float model's output of the layer (before BatchNorm) and b the other's for the same images: ``hard`` and
     ``engine`` as errors add up from layer to layer, ``own`` of the hard layer alone, given the float model's input. Outputs of a
     model that was trained on differ by what it learned, too.
@@ -80,18 +82,18 @@ def diff(
     """
     file_path = model_of(quantized)
     target = pick_device(device)
-    engine_path = file_path if file_path.suffix == ".onnx" else export
+    engine_path = file_path if file_path.suffix in _GRAPHS else export
     tapped = None
     if engine_path is not None:
-        if engine_path.suffix != ".onnx":
+        if engine_path.suffix not in _GRAPHS:
             hint = "other forms run in torch: give them as QUANTIZED"
-            raise UserError("is no ONNX file", where=str(engine_path), hint=hint)
-        from csqcli.exporting.tapping import TappedModel
+            raise UserError("is no ONNX or LiteRT file", where=str(engine_path), hint=hint)
+        from csqcli.exporting.tapping import LogitsOfLiteRt, TappedModel
 
         with display.step(f"loading {engine_path}"):
-            tapped = TappedModel(engine_path)
+            tapped = (LogitsOfLiteRt if engine_path.suffix == ".tflite" else TappedModel)(engine_path)
     hard: nn.Module | None = None
-    if file_path.suffix == ".onnx":
+    if file_path.suffix in _GRAPHS:
         assert tapped is not None
         manifest = tapped.manifest
         check_trusted(manifest.spec, trust_code=trust_code, where=str(file_path))

@@ -32,11 +32,15 @@ def diff(
         ),
     ],
     quantized: Annotated[
-        Path, typer.Argument(metavar="QUANTIZED", help="A run's folder, a safetensors file of csq, or an ONNX export.")
+        Path,
+        typer.Argument(
+            metavar="QUANTIZED", help="A run's folder, a safetensors file of csq, or an ONNX or LiteRT export."
+        ),
     ],
     data: DataOption = None,
     export: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="An ONNX export of QUANTIZED, to be run in its engine beside.")
+        Path | None,
+        typer.Option(metavar="FILE", help="An ONNX or LiteRT export of QUANTIZED, to be run in its engine beside."),
     ] = None,
     val_split_: ValSplitOption = None,
     val_limit: LookLimitOption = 64,

@@ -1,4 +1,4 @@
-"""What the layers inside an exported ONNX file give in its engine, not its logits alone."""
+"""What the layers inside an exported ONNX file give in its engine, not its logits alone; of a LiteRT file the logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csqcli.errors import UserError
-from csqcli.exporting.runtime import INPUT, OUTPUT, OnnxModel, checked_graph
+from csqcli.exporting.runtime import INPUT, OUTPUT, OnnxModel, checked_graph, open_litert
 
 _PASSES = ("Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity")  # a weight on its way to its operation
 _OPERATIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -41,6 +41,19 @@ class TappedModel:
             raise UserError(f"onnxruntime cannot run it ({error})", where=self.model.where) from None
         by_name = dict(zip([OUTPUT, *names], map(torch.from_numpy, found), strict=True))
         return by_name[OUTPUT], {layer: [by_name[name] for name in outputs] for layer, outputs in self.taps.items()}
+
+
+class LogitsOfLiteRt:
+    """An exported .tflite, as a `TappedModel` of no layer: its layers give what stands after BatchNorm and activation."""
+
+    def __init__(self, path: Path) -> None:
+        """UserError for files that csq did not export, or that the engine refuses."""
+        self.model, self.manifest = open_litert(path)
+        self.engine = self.model.engine
+
+    def run(self, images: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Class scores, and nothing of the layers; on the CPU."""
+        return self.model(images.cpu()), {}
 
 
 def layer_outputs(graph: Any, layers: Sequence[str]) -> dict[str, list[str]]:

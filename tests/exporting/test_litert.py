@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io as streams
+import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -309,6 +310,9 @@ def test_evaluating_the_file_gives_its_certificate_and_a_flipped_byte_is_noticed
     assert manifest.parity is not None
     assert (accuracy.top1, accuracy.samples) == (manifest.parity.top1, manifest.parity.samples)
     assert manifest.parity.file_bytes == path.stat().st_size
+    code, stdout, stderr = csq("diff", "builtin:digits_float", str(path), "--data", "digits", "--images", "8", "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["engine"].startswith("ai-edge-litert ")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
