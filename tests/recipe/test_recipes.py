@@ -32,6 +32,7 @@ def test_the_expected_recipes_ship() -> None:
         "digits",
         "short",
         "photographs",
+        "photographs-minutes",
         *papers,
         *(f"cifar10-resnet20-{name}" for name in ("bsq", "pact", "parq")),
     } <= set(builtin_names())
