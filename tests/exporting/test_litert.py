@@ -310,7 +310,9 @@ def test_evaluating_the_file_gives_its_certificate_and_a_flipped_byte_is_noticed
     assert manifest.parity is not None
     assert (accuracy.top1, accuracy.samples) == (manifest.parity.top1, manifest.parity.samples)
     assert manifest.parity.file_bytes == path.stat().st_size
-    code, stdout, stderr = csq("diff", "builtin:digits_float", str(path), "--data", "digits", "--images", "8", "--json")
+    code, stdout, stderr = csq(
+        "diff", "builtin:digits_float", str(path), "--data", "digits", "--val-limit", "8", "--json"
+    )
     assert code == 0, stderr
     assert json.loads(stdout)["engine"].startswith("ai-edge-litert ")
     content = bytearray(path.read_bytes())
