@@ -10,8 +10,8 @@ import contextlib
 import glob
 import hashlib
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,13 +27,10 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     ``previous`` is the name that the file replaced goes on living under; between the two renames it is the only one.
     Raises UserError when the folder cannot be written or the disk is full; ``path`` is then as it was.
     """
+    # named before it is made, so that no signal finds it made and not yet known
+    temporary = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(4)}.tmp")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name.lstrip('.')}.", suffix=".tmp")
-        os.close(handle)
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
-    temporary = Path(name)
-    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -45,7 +42,11 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror or error})", where=str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.unlink(missing_ok=True)
+        except KeyboardInterrupt:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def open_regular(path: Path, flags: int) -> int:

@@ -267,10 +267,10 @@ INVOCATIONS |= {  # what a run would come to
 INVOCATIONS |= {  # many targets
     "sweep": (
         "sweep digits_cnn --data digits --val-split 0.5 --checkpoint builtin:digits_float --weights raw --input-size 12 --head keep "
-        "--recipe digits --targets 1,3 --method staged --allocator importance --trials 3 --cost weights --act-bits 8 --epochs 2 "
-        "--float-epochs 1 --finetune-epochs 1 --distill 0.5 --lr 0.1 --workers 0 --amp off --seed 1 --batch-size 64 --device cpu "
-        "--no-compile --pretrained --set max_steps=2 --log-every 5 --quiet --json --with lsq --warm --warm-epochs 1 --output OUT "
-        "--log tensorboard",
+        "--recipe digits --targets 1,3 --method staged --allocator importance --trials 3 --cost weights --act-bits auto "
+        "--target-act-bits 4 --epochs 2 --float-epochs 1 --finetune-epochs 1 --distill 0.5 --lr 0.1 --workers 0 --amp off --seed 1 "
+        "--batch-size 64 --device cpu --no-compile --pretrained --set max_steps=2 --log-every 5 --quiet --json --with lsq "
+        "--warm --warm-epochs 1 --output OUT --log tensorboard",
         lambda r: (
             [run["run"] for run in json.loads(r.out)["runs"]]
             == ["staged-3bit", "staged-1bit-from3", "lsq-3bit", "lsq-1bit"]
