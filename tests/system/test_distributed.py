@@ -59,7 +59,7 @@ def test_two_processes_end_like_one_with_the_doubled_batch(tmp_path: Path) -> No
 
 def test_processes_that_are_told_to_stop_save_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> None:
     """SIGTERM to the launcher, as a scheduler sends it."""
-    longer = ["--epochs", "20", "--set", "save_every_minutes=0.003"]
+    longer = ["--epochs", "8", "--set", "save_every_minutes=0.01"]
     run(command(tmp_path / "unbroken", 32, *longer), tmp_path / "unbroken")
     output = tmp_path / "stopped"
     process = subprocess.Popen(
