@@ -103,7 +103,7 @@ def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work:
     from csqcli import pipeline
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
-    from csqcli.training.run_folder import RESUME_FILE
+    from csqcli.system.run_files import RESUME_FILE
 
     torch.set_num_threads(1)
     folder = Path(work) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"

@@ -16,7 +16,7 @@ from csqcli.data.specs import ValSplit
 from csqcli.errors import UserError, no_such_file
 from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
-from csqcli.file.header import is_quantized
+from csqcli.file.header import GRAPHS, is_quantized
 from csqcli.file.loading import check_trusted, hard_model
 from csqcli.file.manifest import Manifest
 from csqcli.models.fitting import load_for
@@ -27,7 +27,6 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 
 _BUILTIN = "builtin:"
-_GRAPHS = (".onnx", ".tflite")  # files that run in an engine of their own
 _CHECKPOINTS = (".safetensors", ".pth", ".pt", ".th", ".tar")
 
 
@@ -82,10 +81,10 @@ def diff(
     """
     file_path = model_of(quantized)
     target = pick_device(device)
-    engine_path = file_path if file_path.suffix in _GRAPHS else export
+    engine_path = file_path if file_path.suffix in GRAPHS else export
     tapped = None
     if engine_path is not None:
-        if engine_path.suffix not in _GRAPHS:
+        if engine_path.suffix not in GRAPHS:
             hint = "other forms run in torch: give them as QUANTIZED"
             raise UserError("is no ONNX or LiteRT file", where=str(engine_path), hint=hint)
         from csqcli.exporting.tapping import LogitsOfLiteRt, TappedModel
@@ -93,7 +92,7 @@ def diff(
         with display.step(f"loading {engine_path}"):
             tapped = (LogitsOfLiteRt if engine_path.suffix == ".tflite" else TappedModel)(engine_path)
     hard: nn.Module | None = None
-    if file_path.suffix in _GRAPHS:
+    if file_path.suffix in GRAPHS:
         assert tapped is not None
         manifest = tapped.manifest
         check_trusted(manifest.spec, trust_code=trust_code, where=str(file_path))

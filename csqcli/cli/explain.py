@@ -41,13 +41,13 @@ def explain(
 
     Example: csq explain runs/resnet18 --data /imagenet
     """
-    from csqcli.file.header import read_manifest
+    from csqcli.file.header import GRAPHS, read_manifest
     from csqcli.reporting.build import model_of
     from csqcli.system.progress import Display
 
     if data is None:
         raise UserError("no data given", hint=hint())
-    if (file := model_of(run)).suffix in (".onnx", ".tflite"):
+    if (file := model_of(run)).suffix in GRAPHS:
         raise UserError("its weights are inside of a graph", where=str(file), hint="explain the file it was made from")
     read_manifest(file)  # what is wrong with the file is said before torch is imported
     from csqcli import api

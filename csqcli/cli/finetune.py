@@ -84,7 +84,7 @@ def finetune(
 
     with display.step("loading PyTorch"):
         from csqcli import pipeline
-        from csqcli.training.run_folder import MODEL_FILE
+        from csqcli.system.run_files import MODEL_FILE
 
     report = pipeline.finetune(
         file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code

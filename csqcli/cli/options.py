@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -158,3 +160,27 @@ def batch_settings(batch_size: str | None) -> dict[str, Any]:
         return {"data.batch_size": int(batch_size)}
     except ValueError:
         raise UserError(f"`{batch_size}` is neither a number of images nor auto", where="--batch-size") from None
+
+
+def take_options(
+    command: Callable[..., None],
+    source: Callable[..., None],
+    *,
+    without: Collection[str],
+    own: Mapping[str, tuple[Any, Any]] | None = None,
+) -> None:
+    """Give a command of ``**options`` the parameters of another, but for some, and after the first of them ``own`` ones by
+    name: (annotation, default). typer reads the options off the signature, so no option of ``source`` can be forgotten."""
+    signature, hints = inspect.signature(source), get_type_hints(source, include_extras=True)
+    kept = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in signature.parameters.items()
+        if name not in without
+    ]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+        for name, (annotation, default) in (own or {}).items()
+    ]
+    parameters = [kept[0], *added, *kept[1:]]
+    command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, get_type_hints
+from typing import Any
 
+from csqcli.cli.options import take_options
 from csqcli.cli.search import search
 
 _OF_A_RUN = ("output", "force", "resume", "log", "dry_run", "calib")  # a plan has no folder, and steps to be timed
@@ -18,13 +18,4 @@ def plan(**options: Any) -> None:
     search(**options, dry_run=True)
 
 
-# typer reads the options off the signature: they are those of the search, so that no plan misses one
-_signature = inspect.signature(search)
-_hints = get_type_hints(search, include_extras=True)
-_kept = [
-    parameter.replace(annotation=_hints[name])
-    for name, parameter in _signature.parameters.items()
-    if name not in _OF_A_RUN
-]
-plan.__signature__ = _signature.replace(parameters=_kept, return_annotation=None)  # type: ignore[attr-defined]
-plan.__annotations__ = {parameter.name: parameter.annotation for parameter in _kept} | {"return": None}
+take_options(plan, search, without=_OF_A_RUN)

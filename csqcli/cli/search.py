@@ -148,7 +148,7 @@ def search(
 
     with display.step("loading PyTorch"):
         from csqcli import pipeline
-        from csqcli.training.run_folder import MODEL_FILE
+        from csqcli.system.run_files import MODEL_FILE
 
     report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
     result_of_run(target / MODEL_FILE, report, json_wanted=as_json)

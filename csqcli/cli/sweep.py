@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import LOG_EVERY, JsonOption, LogOption, QuietOption
+from csqcli.cli.options import LOG_EVERY, JsonOption, LogOption, QuietOption, take_options
 from csqcli.cli.search import search, search_settings
 from csqcli.errors import UserError
 from csqcli.system.launcher import is_main_process, world_size
@@ -161,21 +160,7 @@ def _check(own: dict[str, Any]) -> None:
         raise UserError("does not go with torchrun, which shares each run among its processes", where=name, hint=hint)
 
 
-# typer reads the options off the signature: those of a search are the search's, so that no sweep misses one
-_search = inspect.signature(search)
-_hints = get_type_hints(search, include_extras=True)
-_kept = [
-    parameter.replace(annotation=_hints[name])
-    for name, parameter in _search.parameters.items()
-    if name not in _NOT_OF_A_SWEEP
-]
-_added = [
-    inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
-    for name, (annotation, default) in _OWN.items()
-]
-_all = [_kept[0], *_added, *_kept[1:]]
-sweep.__signature__ = _search.replace(parameters=_all, return_annotation=None)  # type: ignore[attr-defined]
-sweep.__annotations__ = {parameter.name: parameter.annotation for parameter in _all} | {"return": None}
+take_options(sweep, search, without=_NOT_OF_A_SWEEP, own=_OWN)
 
 
 def sweep_run(

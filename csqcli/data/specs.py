@@ -124,9 +124,9 @@ def _find(source: str) -> tuple[Callable[..., DataSet], str]:
         return known[name].open, text
     path = Path(source)
     if path.exists():
-        for entry in known.values():
-            if entry.recognises is not None and entry.recognises(path):
-                return entry.open, source
+        recognised = [entry for entry in known.values() if entry.recognises is not None and entry.recognises(path)]
+        if recognised:
+            return recognised[0].open, source
         if path.is_dir():
             return known["folder"].open, source
         raise UserError("not a kind of data that csq reads", where=source, hint=hint())

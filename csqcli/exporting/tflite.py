@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from csqcli.exporting.runtime import INPUT, OUTPUT, require
+from csqcli.file.flatbuffer import IDENTIFIER
 
-IDENTIFIER = b"TFL3"
 _ALIGNMENT = 16  # bytes; the schema's force_align
 _LIMITS = {2: 1, 4: 7, 8: 127}  # largest |Q| of a symmetric weight, by its bits
 _NUMPY = {"float32": "FLOAT32", "int32": "INT32", "int64": "INT64", "int8": "INT8", "int16": "INT16", "bool": "BOOL"}
@@ -22,9 +22,7 @@ _NUMPY = {"float32": "FLOAT32", "int32": "INT32", "int64": "INT64", "int8": "INT
 
 def schema() -> Any:
     """LiteRT's own generated schema. UserError where the package is missing."""
-    from ai_edge_litert import schema_py_generated
-
-    return schema_py_generated
+    return require("ai_edge_litert.schema_py_generated", extra="litert")[0]
 
 
 def bits_that_hold(integers: np.ndarray) -> int:

@@ -25,6 +25,7 @@ from csqcli.training.evaluate import Accuracy
 PROBE_IMAGES = 4
 FLOAT_TOLERANCE = 5e-4  # of the logits' standard deviation; float engines differ by the order of their sums
 ACCURACY_TOLERANCE = 0.5  # points of top-1
+LATENCY_REPEATS = 9
 _FLOOR = 1e-6  # logits that are all alike have no spread to measure against
 
 
@@ -194,7 +195,7 @@ def candidate(output: Path, *, force: bool = True) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
-def interleaved_medians(runs: Sequence[Callable[[], object]], *, repeats: int) -> list[float]:
+def interleaved_medians(runs: Sequence[Callable[[], object]], *, repeats: int = LATENCY_REPEATS) -> list[float]:
     """Median seconds of each callable, taken in turns so that a busy machine slows all of them alike."""
     seconds: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):

@@ -48,6 +48,7 @@ _TYPES = {  # as safetensors names them
     "BOOL": "bool",
 }
 _METADATA_PROPS = 14  # field of ONNX's ModelProto: repeated StringStringEntryProto {1: key, 2: value}
+GRAPHS = (".onnx", ".tflite")  # suffixes of exports that run in an engine of their own
 _NUMPY_TYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
 _ENTRY_BYTES = _JSON_BYTES + 2**10
 

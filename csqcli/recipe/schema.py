@@ -241,6 +241,12 @@ class OptimizerSettings(Section):
         assert self.lr is not None
         return self.lr
 
+    @property
+    def l2(self) -> float:
+        """`weight_decay` of settings with nothing left open."""
+        assert self.weight_decay is not None
+        return self.weight_decay
+
 
 _MOMENTUM = {"name": "momentum", "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 0.0}
 _ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 0.2}
@@ -297,8 +303,8 @@ class Recipe(Section):
     bn_recalibration_batches: int = Field(100, ge=0, le=10**6)
     """Training batches that re-estimate BatchNorm statistics once the weights are hard; 0 leaves them."""
     batchnorm: Literal["train", "frozen"] = "train"
-    """`frozen`: means and variances stay those of the checkpoint, while training and after; for short runs on a network that is
-    already good at this image size. Scales and biases are trained all the same."""
+    """`frozen`: training uses the means and variances that there are and leaves them, and nothing is re-estimated after it; for short
+    runs on a network that is already good at this image size. Scales and biases are trained; `ptq` corrects statistics as ever."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds data order, augmentation and fresh weights."""
     threads: int | None = Field(None, ge=1, le=1024)

@@ -10,9 +10,9 @@ from csqcli.file.manifest import Manifest
 from csqcli.reporting.recompute import recomputed
 from csqcli.system.files import read_regular
 from csqcli.system.limits import read_json
+from csqcli.system.run_files import METRICS_FILE, MODEL_FILE, PREVIOUS_FILE, RESUME_FILE
 
-HISTORY_FILE, MODEL_FILE = "metrics.jsonl", "model.safetensors"
-_OF_A_RUN = (HISTORY_FILE, "resume.pt", "resume.previous.pt")  # what a run leaves before it has a model
+_OF_A_RUN = (METRICS_FILE, RESUME_FILE, PREVIOUS_FILE)  # what a run leaves before it has a model
 _HISTORY_BYTES = 2**26  # a line takes a few hundred
 _LINE_VALUES = 2**14  # a mask per layer among them
 
@@ -44,7 +44,7 @@ def model_of(run: Path) -> Path:
 def history_beside(file: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl beside a model; none for a file that travelled alone, or where that is no plain file."""
     try:
-        lines = read_regular(file.parent / HISTORY_FILE, limit=_HISTORY_BYTES).decode("utf-8").splitlines()
+        lines = read_regular(file.parent / METRICS_FILE, limit=_HISTORY_BYTES).decode("utf-8").splitlines()
         return [read_json(line, nodes=_LINE_VALUES) for line in lines]
     except (OSError, ValueError, UserError):
         return []

@@ -15,10 +15,11 @@ from csqcli.sweeping.plan import Member, Sweep
 from csqcli.system import files
 from csqcli.system.limits import read_json
 from csqcli.system.lock import locked
+from csqcli.system.run_files import MODEL_FILE, RECIPE_FILE, REPORT_FILE, RESUME_FILE
 from csqcli.system.settings import RESULT_NEUTRAL, without
 
 SWEEP_FILE = "sweep.json"
-_FILES_OF_A_RUN = ("model.safetensors", "report.json", "recipe.yaml", "resume.pt")
+_FILES_OF_A_RUN = (MODEL_FILE, REPORT_FILE, RECIPE_FILE, RESUME_FILE)
 _BYTES, _VALUES = 2**26, 2**20
 _SHOWN = 3  # settings that a message names
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from csqcli.errors import UserError
-from csqcli.sweeping.plan import Member
+from csqcli.sweeping.plan import START, Member
 from csqcli.system.progress import Display, counted
 
-START = "start"  # the key of what the runs share
 _POLL_SECONDS = 0.2
 _LAST_BYTES = 4096  # of a log, in which its last line is looked for
 

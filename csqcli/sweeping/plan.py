@@ -14,10 +14,13 @@ from csqcli.quant.catalog import UNIFORM, find_card
 from csqcli.recipe.complete import check_complete, check_data_given, check_model_given
 from csqcli.recipe.resolve import of_every_method, resolve
 from csqcli.recipe.schema import Recipe
+from csqcli.system.run_files import LATENT_FILE
 
 WARM_SHARE = 0.4  # of the epochs, for a run that begins with another's weights: five targets cost 2.6 runs
 _DROP_TARGET = 4.0  # planes, from which --max-drop looks down where no targets are given
-LATENT_FILE = "latents.safetensors"
+START = "start"  # key and folder of what the runs share
+FORM = "bit-packed"  # of the file whose size counts
+PACKED_FILE = f"model-{FORM}.safetensors"
 _TARGET, _METHOD = "quantization.target_bits", "quantization.method"
 
 
@@ -42,9 +45,7 @@ class Sweep:
     output: Path | None  # None: runs/MODEL-sweep
     targets: str | None  # as typed; None: the highest alone, which --max-drop begins with
     baselines: Sequence[str] = ()
-    warm: bool = (
-        False  # whether all targets but the highest begin with that one's weights (docs/sweeps.md says what that costs)
-    )
+    warm: bool = False  # whether all targets but the highest begin with that one's weights; docs/sweeps.md has the cost
     warm_epochs: int | None = None
     max_drop: float | None = None  # points below the float top-1 that the smallest file may be; None: nobody asks
     base: Recipe = field(init=False)

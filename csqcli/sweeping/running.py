@@ -13,24 +13,22 @@ from csqcli.exporting.run import export_file
 from csqcli.file import header
 from csqcli.recipe.schema import Recipe
 from csqcli.sweeping.folder import read_base, read_member
-from csqcli.sweeping.plan import Member
+from csqcli.sweeping.plan import FORM, PACKED_FILE, START, Member
 from csqcli.system import distributed
 from csqcli.system.device import pick_device
 from csqcli.system.launcher import is_main_process
 from csqcli.system.progress import Display
+from csqcli.system.run_files import MODEL_FILE
 from csqcli.training.inputs import inputs_of
 from csqcli.training.opening import open_images
-from csqcli.training.run_folder import MODEL_FILE
 from csqcli.training.shared_start import SharedStart
 
-START_FOLDER, FORM = "start", "bit-packed"
-PACKED_FILE = f"model-{FORM}.safetensors"
 Report = dict[str, Any]
 
 
 def shared_start(base: Recipe, folder: Path, images: DataSet, *, display: Display) -> SharedStart:
     """What the runs share, from the sweep's folder, or found now. UserError where it is that of other images or settings."""
-    path = folder / START_FOLDER
+    path = folder / START
     found = SharedStart.read(path)
     if found is None:
         display.say(f"what the runs share, into {path}")
@@ -84,11 +82,11 @@ def run_here(members: Sequence[Member], base: Recipe, folder: Path, *, display: 
 
 def run_one(folder: Path, key: str, *, display: Display) -> None:
     """One run that sweep.json describes, or, where ``key`` says so, what the runs share. UserError as `pipeline.search`."""
-    if key == START_FOLDER:
+    if key == START:
         base = read_base(folder)
         shared_start(base, folder, open_images(base), display=display)
         return
-    shared = SharedStart.read(folder / START_FOLDER)
+    shared = SharedStart.read(folder / START)
     if shared is None:
         raise UserError("what the runs share is not there yet", where=str(folder), hint="run `csq sweep`")
     run_member(read_member(folder, key), folder, shared=shared, display=display)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from csqcli.errors import UserError
-from csqcli.sweeping.plan import Member, Sweep
+from csqcli.sweeping.plan import FORM, PACKED_FILE, Member, Sweep
 from csqcli.system.files import read_regular
 from csqcli.system.limits import read_json
+from csqcli.system.run_files import REPORT_FILE
 
-REPORT_FILE, MODEL_FILE, PACKED_FILE = "report.json", "model.safetensors", "model-bit-packed.safetensors"
 RESOLUTION = 0.25  # planes, to which the smallest target within an allowed drop is found
 _BYTES, _VALUES = 2**28, 2**22
 Summary = dict[str, Any]
@@ -33,7 +33,7 @@ def summary(sweep: Sweep, members: Sequence[Member]) -> Summary:
         "epochs": base.epochs,
         "seed": base.seed,
         "warm": sweep.warm,
-        "form": "bit-packed",
+        "form": FORM,
         "float": {
             "top1": float_top1,
             "bytes": first["sizes"]["float_bytes"],

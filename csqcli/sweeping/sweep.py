@@ -10,8 +10,8 @@ from pathlib import Path
 from csqcli.errors import UserError
 from csqcli.reporting.words import points
 from csqcli.sweeping import folder, page, running
-from csqcli.sweeping.launching import START, Launcher, run_elsewhere
-from csqcli.sweeping.plan import Member, Sweep
+from csqcli.sweeping.launching import Launcher, run_elsewhere
+from csqcli.sweeping.plan import START, Member, Sweep
 from csqcli.sweeping.summary import Summary, is_within, next_target, summary
 from csqcli.system.files import write_text
 from csqcli.system.launcher import is_main_process

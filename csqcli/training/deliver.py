@@ -18,10 +18,10 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import logits_of
 from csqcli.reporting.build import build as build_report
 from csqcli.system import distributed
+from csqcli.system.run_files import MODEL_FILE
 from csqcli.training.evaluate import evaluate, recalibrate_batchnorm
 from csqcli.training.loop import Trainer
 from csqcli.training.run import Run, environment
-from csqcli.training.run_folder import MODEL_FILE
 
 
 def deliver(

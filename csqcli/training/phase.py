@@ -17,10 +17,10 @@ from csqcli.quant.layers import Layer
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.interrupt import Interrupted, StopRequest
+from csqcli.system.run_files import RESUME_FILE
 from csqcli.training import sizing
 from csqcli.training.loop import NonFinite, Trainer, is_finite
 from csqcli.training.run import Run
-from csqcli.training.run_folder import RESUME_FILE
 from csqcli.training.run_state import MAX_ROLLBACKS, RunState
 from csqcli.training.setup import make_trainer
 

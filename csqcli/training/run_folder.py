@@ -19,20 +19,20 @@ from csqcli.system import distributed, files
 from csqcli.system.device import pick_device
 from csqcli.system.limits import read_json
 from csqcli.system.lock import locked
+from csqcli.system.run_files import (
+    FLOAT_FILE,
+    LATENT_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    PREVIOUS_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    RESUME_FILE,
+)
 from csqcli.training.inputs import Inputs, check_same, inputs_of
 from csqcli.training.run_state import HISTORY_VALUES, RunState, read_state
 from csqcli.training.trackers import Trackers
 
-MODEL_FILE, FLOAT_FILE, LATENT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE, PREVIOUS_FILE = (
-    "model.safetensors",
-    "float.safetensors",
-    "latents.safetensors",
-    "report.json",
-    "metrics.jsonl",
-    "recipe.yaml",
-    "resume.pt",
-    "resume.previous.pt",
-)
 _REPORT_BYTES = 2**28  # a scale per channel and a line per epoch
 log = logging.getLogger(__name__)
 

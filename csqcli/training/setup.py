@@ -125,7 +125,7 @@ def make_method(
         searched=run.searched if start is not None else None,
         lr=recipe.optimizer.peak_lr,
         momentum=recipe.optimizer.momentum,
-        weight_decay=recipe.optimizer.weight_decay or 0.0,
+        weight_decay=recipe.optimizer.l2,
         mean_lr_share=_mean_lr_share(recipe),
         from_scratch=_is_fresh(recipe),
         rate_share=0.5**run.record.rollbacks,
@@ -259,7 +259,7 @@ def _base_optimizer(run: Run, recipe: Recipe, method: WeightMethod) -> torch.opt
             groups,
             opt=settings.name,
             lr=settings.lr,
-            weight_decay=settings.weight_decay or 0.0,
+            weight_decay=settings.l2,
             momentum=settings.momentum,
         )
     except (ValueError, AssertionError, TypeError) as error:

@@ -18,9 +18,9 @@ from torch import Tensor
 from csqcli.errors import UserError
 from csqcli.system import distributed, files
 from csqcli.system.limits import read_json
+from csqcli.system.run_files import FLOAT_FILE
 from csqcli.training.inputs import Inputs, difference
 from csqcli.training.run import Run
-from csqcli.training.run_folder import FLOAT_FILE
 from csqcli.training.run_state import HISTORY_VALUES, RunRecord
 
 START_FILE = "start.json"

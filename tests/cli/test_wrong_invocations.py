@@ -167,6 +167,7 @@ ROWS = [
     "allocate digits_cnn --target-bits 2",
     "allocate --recipe digits --target-bits 2.5 --allocator uniform -q",
     "allocate --recipe digits --allocator hawq",
+    "allocate --recipe digits --target-bits 3 --set act_bits=auto --set target_act_bits=4 -q",
     "allocate --recipe digits --allocator haq",
     "allocate --recipe digits -o text.txt",
     "allocate --recipe digits -o nowhere/planes.yaml -q",

@@ -90,11 +90,18 @@ def test_images_that_kaggle_s_labels_name_must_be_there(kaggle: Path) -> None:
         open_data(str(kaggle))
 
 
-def test_imagenet_s_archives_say_how_they_are_unpacked(tmp_path: Path) -> None:
+def test_imagenet_s_archives_say_how_they_are_unpacked(tmp_path: Path, image_folder: Path) -> None:
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
-    for source in (str(tmp_path), f"imagenet:{tmp_path}"):
-        with pytest.raises(UserError, match=r"ILSVRC2012_img_val.tar is not unpacked.*ImageNet\('.*', 'val'\)"):
+    for source in (f"folder:{tmp_path}", str(tmp_path)):
+        with pytest.raises(UserError, match=r"holds ImageNet's archives.*torchvision.*ImageNet\('.*', 'val'\)"):
             open_data(source)
+    (image_folder / "ILSVRC2012_img_train.tar").write_bytes(b"")  # unpacked already
+    data = open_data(str(image_folder))
+    assert data.train is not None
+    shutil.rmtree(image_folder / "train")
+    assert len(open_data(str(image_folder), train=False).val) == len(data.val)  # nobody asks for the other split
+    with pytest.raises(UserError, match=r"train is not unpacked yet"):
+        open_data(str(image_folder))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.quant.activation_widths import _losses, find_widths
-from csqcli.quant.activations import quantizer_of
+from csqcli.quant.activations import ActivationQuantizer, quantizer_of
 from csqcli.quant.layers import find_layers
 
 IMAGES = torch.randn(40, 6, generator=torch.Generator().manual_seed(5))
@@ -27,6 +27,16 @@ def network() -> nn.Sequential:
     """Three linear layers; the inputs of the second and third are unsigned and signed."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+@torch.no_grad()
+def candidates_of(model: nn.Sequential) -> dict[str, list[ActivationQuantizer]]:
+    """Quantizers of 2 to 8 bits for the inputs of the second and third layer."""
+    inputs = {"2": model[:2](IMAGES), "4": model[:4](IMAGES)}
+    return {
+        name: [quantizer_of(b, values.flatten(), signed=name == "4") for b in range(2, 9)]
+        for name, values in inputs.items()
+    }
 
 
 def reference(model: nn.Sequential, scales: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
@@ -57,12 +67,7 @@ def reference(model: nn.Sequential, scales: dict[str, dict[int, float]]) -> dict
 def test_what_a_width_costs_is_the_fisher_weighted_squared_error() -> None:
     model = network()
     layers, _ = find_layers(model)
-    with torch.no_grad():
-        inputs = {"2": model[:2](IMAGES), "4": model[:4](IMAGES)}
-    candidates = {
-        name: [quantizer_of(b, values.flatten(), signed=name == "4") for b in range(2, 9)]
-        for name, values in inputs.items()
-    }
+    candidates = candidates_of(model)
     lost, values = _losses(model, layers, [IMAGES], candidates, seed=0)
     assert values == {"2": 9, "4": 7}
     scales = {name: {q.bits: float(q.scale.detach()) for q in quantizers} for name, quantizers in candidates.items()}
@@ -83,12 +88,7 @@ def test_the_choice_is_the_best_within_the_mean(target: float, per: str) -> None
     total = sum(weights.values())
     assert found.mean == pytest.approx(sum(weights[name] * found.bits[name] for name in weights) / total)
     assert found.mean <= target + 1e-9
-    with torch.no_grad():
-        inputs = {"2": model[:2](IMAGES), "4": model[:4](IMAGES)}
-    candidates = {
-        name: [quantizer_of(b, values.flatten(), signed=name == "4") for b in range(2, 9)]
-        for name, values in inputs.items()
-    }
+    candidates = candidates_of(model)
     lost, _ = _losses(model, layers, [IMAGES], candidates, seed=0)
     costs = {
         pair: float(lost["2"][: pair[0] - 1].min() + lost["4"][: pair[1] - 1].min())

@@ -107,7 +107,7 @@ def test_the_papers_recipes_hold_the_papers_settings(
     assert (settings.digits, settings.init_scale, settings.gate_steps) == ("sign-magnitude", 1, "sgd")
     assert (settings.precision_count, settings.fix_masks_at, settings.restart_beta) == ("sign", 1, None)
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.schedule) == ("momentum", 0.1, 0.9, "cosine")
-    assert (optimizer.weight_decay, optimizer.warmup_epochs or 0) == (decay, warmup)
+    assert (optimizer.weight_decay, optimizer.chosen(adamw=False).warmup_epochs) == (decay, warmup)
 
 
 def test_the_default_recipe_is_ten_epochs_from_pretrained_weights() -> None:

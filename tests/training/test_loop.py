@@ -20,6 +20,7 @@ from csqcli import pipeline
 from csqcli.data.loaders import Unavailable
 from csqcli.errors import UserError
 from csqcli.file import io
+from csqcli.quant.methods.staged import Staged
 from csqcli.recipe.resolve import resolve
 from csqcli.system import memory
 from csqcli.system.progress import Display
@@ -212,15 +213,10 @@ def test_networks_with_depthwise_convolutions_train_in_channels_last_by_themselv
 
 
 @pytest.mark.parametrize("batchnorm", ["train", "frozen"])
-def test_frozen_batchnorm_keeps_the_statistics_of_the_checkpoint(tmp_path: Path, batchnorm: str) -> None:
-    settings = {
-        "epochs": 1,
-        "max_steps": 5,
-        "quantization.target_bits": 3,
-        "finetune.epochs": 1,
-        "batchnorm": batchnorm,
-    }
-    pipeline.search(resolve("digits", settings), tmp_path, display=Display(quiet=True))
+def test_frozen_batchnorm_keeps_the_statistics_of_the_checkpoint(csq, tmp_path: Path, batchnorm: str) -> None:
+    common = ("search", "--recipe", "digits", "--epochs", 1, "--finetune-epochs", 1, "--target-bits", 3, "--quiet")
+    code, _, err = csq(*common, "--set", "max_steps=5", "--set", f"batchnorm={batchnorm}", "-o", tmp_path)
+    assert code == 0, err
     found = io.read(tmp_path / "model.safetensors").state_dict()
     given = load_file(str(resources.files("csqcli") / "assets" / "digits_float.safetensors"))
     statistics = [name for name in given if name.endswith(("running_mean", "running_var"))]
@@ -229,3 +225,24 @@ def test_frozen_batchnorm_keeps_the_statistics_of_the_checkpoint(tmp_path: Path,
     assert all(kept) if batchnorm == "frozen" else not any(kept)
     trained = next(name for name in given if name.endswith("bn1.bias"))
     assert not torch.equal(found[trained], given[trained])
+
+
+@pytest.mark.parametrize(("method", "usual"), [("ptq", 0.01), ("staged", 0.02)])
+@pytest.mark.parametrize("typed", [None, 0.003])
+def test_a_finetune_has_a_pace_of_its_own_where_it_is_given_one(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, usual: float, typed: float | None
+) -> None:
+    paces: list[float] = []
+    collect = Staged.collect
+
+    def noted(self: Staged, step: int, **rates: float) -> None:
+        paces.append(self.settings.latent_lr)
+        collect(self, step, **rates)
+
+    monkeypatch.setattr(Staged, "collect", noted)
+    own = ("--epochs", 0) if method == "ptq" else ("--epochs", 1, "--method", "staged", "--set", "latent_lr=0.02")
+    finetune = ("--finetune-epochs", 1, *(("--set", f"finetune.staged_lr={typed}") if typed else ()))
+    common = ("search", "--recipe", "digits", "--target-bits", 3, "--set", "max_steps=2", "--quiet", "-o", tmp_path)
+    code, _, err = csq(*common, *own, *finetune)
+    assert code == 0, err
+    assert paces == [usual] * (0 if method == "ptq" else 2) + [typed or usual] * 2

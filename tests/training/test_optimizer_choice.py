@@ -13,6 +13,21 @@ LAYER_NORM, GROUP_NORM = "tests.plain_models:layer_norm_cnn", "tests.plain_model
 ADAMW, MOMENTUM = ("adamw", 0.001, 0.05, 0.2), ("momentum", 0.05, 0.0005, 0)
 
 
+RUN = (
+    "--no-pretrained",
+    "--data",
+    "digits",
+    "--target-bits",
+    2,
+    "--epochs",
+    1,
+    "--set",
+    "max_steps=2",
+    "--method",
+    "staged",
+)
+
+
 @pytest.mark.parametrize(
     ("model", "typed", "expected"),
     [
@@ -28,20 +43,7 @@ ADAMW, MOMENTUM = ("adamw", 0.001, 0.05, 0.2), ("momentum", 0.05, 0.0005, 0)
 def test_networks_of_layernorm_get_adamw_unless_a_rate_or_a_name_is_given(
     csq, tmp_path: Path, model: str, typed: tuple, expected: tuple
 ) -> None:
-    common = (
-        "--no-pretrained",
-        "--data",
-        "digits",
-        "--target-bits",
-        2,
-        "--epochs",
-        1,
-        "--set",
-        "max_steps=2",
-        "--method",
-        "staged",
-    )
-    code, out, err = csq("search", model, *common, *typed, "-o", tmp_path / "run")
+    code, out, err = csq("search", model, *RUN, *typed, "-o", tmp_path / "run")
     assert code == 0, err
     used = json.loads((tmp_path / "run" / "report.json").read_text())["recipe"]["optimizer"]
     assert (used["name"], used["lr"], used["weight_decay"], used["warmup_epochs"]) == expected
@@ -49,19 +51,7 @@ def test_networks_of_layernorm_get_adamw_unless_a_rate_or_a_name_is_given(
 
 
 def test_a_recipe_that_is_written_and_read_back_chooses_alike(csq, tmp_path: Path) -> None:
-    common = (
-        "--no-pretrained",
-        "--data",
-        "digits",
-        "--target-bits",
-        2,
-        "--epochs",
-        1,
-        "--set",
-        "max_steps=2",
-        "--quiet",
-    )
-    assert csq("search", LAYER_NORM, *common, "-o", tmp_path / "one")[0] == 0
+    assert csq("search", LAYER_NORM, *RUN, "--quiet", "-o", tmp_path / "one")[0] == 0
     code, _, err = csq("search", "--recipe", tmp_path / "one" / "recipe.yaml", "--quiet", "-o", tmp_path / "two")
     assert code == 0, err
     assert len({(tmp_path / run / "model.safetensors").read_bytes() for run in ("one", "two")}) == 1

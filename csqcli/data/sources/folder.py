@@ -21,7 +21,17 @@ def folder(text: str, *, train: bool) -> DataSet:
 
     if not Path(text).is_dir():
         raise UserError("no such folder", where=text)
+    for split in ("train", "val") if train else ("val",):
+        if has_archive_of_imagenet(Path(text), split) and not Path(text, split).is_dir():
+            call = f"from torchvision.datasets import ImageNet; ImageNet({text!r}, {split!r})"
+            what = f"holds ImageNet's archives, and {split} is not unpacked yet"
+            raise UserError(what, where=text, hint=f'torchvision does it: python -c "{call}"')
     return data_set(Disk(text), text, train=train)
+
+
+def has_archive_of_imagenet(root: Path, split: str) -> bool:
+    """Whether a split lies there as ImageNet's site gives it, and torchvision takes it."""
+    return (root / f"ILSVRC2012_img_{split}.tar").is_file()
 
 
 class Disk:

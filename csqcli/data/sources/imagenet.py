@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 _SOLUTION = "LOC_val_solution.csv"
 _IMAGES = Path("ILSVRC", "Data", "CLS-LOC")  # below the folder that the archive is unpacked in
-_ARCHIVES = (
-    "ILSVRC2012_img_train.tar",
-    "ILSVRC2012_img_val.tar",
-)  # as ImageNet's site gives them, and torchvision takes them
 
 
 def _solution(root: Path) -> Path | None:
@@ -31,15 +27,7 @@ def _images(root: Path) -> Path:
     return root / _IMAGES if (root / _IMAGES).is_dir() else root
 
 
-def _still_packed(root: Path) -> str | None:
-    """The archive of a split that lies in the folder without having been unpacked."""
-    lying = ((name, root / name.split("_")[-1].removesuffix(".tar")) for name in _ARCHIVES if (root / name).is_file())
-    return next((name for name, unpacked in lying if not unpacked.is_dir()), None)
-
-
 def _recognises(root: Path) -> bool:
-    if _still_packed(root):
-        return True
     val = _images(root) / "val"
     return val.is_dir() and _solution(root) is not None and not any(entry.is_dir() for entry in os.scandir(val))
 
@@ -53,11 +41,6 @@ def imagenet(text: str, *, train: bool) -> DataSet:
     from csqcli.data.sources.folder import Disk
     from csqcli.data.splits import DataSet, Images
 
-    packed = _still_packed(Path(text))
-    if packed:
-        split = packed.split("_")[-1].removesuffix(".tar")
-        call = f"from torchvision.datasets import ImageNet; ImageNet({text!r}, {split!r})"
-        raise UserError(f"{packed} is not unpacked yet", where=text, hint=f'torchvision does it: python -c "{call}"')
     root = _images(Path(text))
     solution = _solution(Path(text))
     if solution is None or not (root / "val").is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csqcli.data.registry import data_source
+from csqcli.data.sources.folder import has_archive_of_imagenet
 from csqcli.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ _MAX_LABEL = 32  # bytes of a .cls
 def _recognises(root: Path) -> bool:
     from csqcli.data.shards import holds_shards
 
-    return root.is_dir() and holds_shards(root, _SUFFIXES)
+    archives = any(has_archive_of_imagenet(root, split) for split in ("train", "val"))
+    return root.is_dir() and not archives and holds_shards(root, _SUFFIXES)
 
 
 @data_source("wds:DIR", "WebDataset shards (.tar)", recognises=_recognises)

@@ -20,7 +20,6 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import METADATA_KEY, Manifest, ParityRecord
 from csqcli.system import files
 
-LATENCY_REPEATS = 9
 BASELINE_LIMIT = 1.9e9  # bytes; a flatbuffer's offsets end at 2 GiB
 _NO_SHA256 = "0" * 64
 
@@ -150,7 +149,7 @@ class Litert(Form):
         plain = self._engine(self._float_network(), threads=1)
         packed = self._engine(path.read_bytes(), threads=1)
         image = self.probe.images[:1]
-        seconds = verify.interleaved_medians([lambda: packed(image), lambda: plain(image)], repeats=LATENCY_REPEATS)
+        seconds = verify.interleaved_medians([lambda: packed(image), lambda: plain(image)])
         return 1000 * seconds[0], seconds[1] / seconds[0]
 
     def _float_network(self) -> bytes:

@@ -16,7 +16,6 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import METADATA_KEY, Manifest, ParityRecord
 from csqcli.system import files
 
-LATENCY_REPEATS = 9
 BASELINE_LIMIT = 1.9e9  # bytes: protobuf refuses a float baseline of 2 GiB
 
 
@@ -96,7 +95,7 @@ class Onnx(Form):
         plain = self._engine(self.graphs.plain().SerializeToString(), threads=1)
         packed = self._engine(path, threads=1)
         image = self.probe.images[:1]
-        seconds = verify.interleaved_medians([lambda: packed(image), lambda: plain(image)], repeats=LATENCY_REPEATS)
+        seconds = verify.interleaved_medians([lambda: packed(image), lambda: plain(image)])
         return 1000 * seconds[0], seconds[1] / seconds[0]
 
     def describe(self, path: Path, parity: ParityRecord) -> Manifest:

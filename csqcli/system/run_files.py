@@ -1,0 +1,10 @@
+"""The names of what stands in a run's folder, for those who look into one without PyTorch."""
+
+MODEL_FILE = "model.safetensors"
+FLOAT_FILE = "float.safetensors"
+LATENT_FILE = "latents.safetensors"
+REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.jsonl"
+RECIPE_FILE = "recipe.yaml"
+RESUME_FILE = "resume.pt"
+PREVIOUS_FILE = "resume.previous.pt"
