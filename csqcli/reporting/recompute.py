@@ -17,7 +17,16 @@ from safetensors import SafetensorError
 
 from csqcli.errors import UserError
 from csqcli.file import codes, sizes
-from csqcli.file.header import CODES_TENSOR, manifest_of, open_safetensors, parts, read_manifest, spans, tensor_of
+from csqcli.file.header import (
+    CODES_TENSOR,
+    GRAPHS,
+    manifest_of,
+    open_safetensors,
+    parts,
+    read_manifest,
+    spans,
+    tensor_of,
+)
 from csqcli.file.manifest import LayerRecord, Manifest
 from csqcli.reporting.histogram import Histogram, histogram
 
@@ -40,7 +49,7 @@ def recomputed(path: Path) -> Recomputed:
 
     Raises UserError for a file that is not csq's, and where a layer's bytes are not what the manifest says.
     """
-    if path.suffix in (".onnx", ".tflite"):
+    if path.suffix in GRAPHS:
         manifest = read_manifest(path)
         found, float_bytes = None, manifest.sizes.float_bytes
     else:
