@@ -16,7 +16,7 @@ import torch
 from csqcli.errors import UserError
 from csqcli.exporting import tflite
 from csqcli.exporting.runtime import LiteRtModel
-from csqcli.exporting.verify import interleaved_medians
+from csqcli.exporting.timing import interleaved_medians
 
 SHAPES = ((56, 24, 144), (14, 96, 576), (7, 192, 1152), (7, 1152, 320), (7, 320, 1280), (1, 1280, 1000))
 KINDS = [("CONV_2D", 8), ("FULLY_CONNECTED", 8), ("FULLY_CONNECTED", 4), ("FULLY_CONNECTED", 2), ("CONV_2D", 4)]

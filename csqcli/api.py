@@ -26,6 +26,7 @@ __all__ = [
     "CSQ",
     "UserError",
     "allocate",
+    "bench",
     "compare",
     "diff",
     "evaluate",
@@ -317,6 +318,76 @@ def export(
         display=_display(progress),
     )
     return describe(target_path) if form in registry.CARDS else build(manifest)
+
+
+def bench(
+    what: str | Path,
+    *,
+    engine: Literal["ort", "openvino", "litert", "torch"] | str | None = None,
+    threads: int = 1,
+    batch: int = 1,
+    repeats: int = 15,
+    input_size: int | None = None,
+    num_classes: int | None = None,
+    trust_code: bool = False,
+    progress: bool | Display = False,
+) -> Report:
+    """Latency in an engine on this machine: of the network, and of each of its layers alone, all forms in turns.
+
+    Args:
+        what: a run's folder, a safetensors, ONNX or LiteRT file that csq wrote, or a model as for :func:`search`, whose
+            weights are random and whose integer form is that of 7 planes and 8-bit inputs.
+        engine: ``ort``, ``openvino``, ``litert`` or ``torch``; None takes the first one that is installed.
+        threads: of the engine.
+        batch: images at a time; LiteRT runs a network on one after the other.
+        repeats: turns that medians and quartiles are of.
+        input_size: of a model: the side of the images in pixels; None takes its own.
+        num_classes: of a model: of its head; None takes the library's own.
+        trust_code: let the file import the ``package.module:factory`` that it names.
+        progress: show what is going on, on stderr.
+
+    Returns:
+        ``engine``, ``engine_version``, ``threads``, ``batch``, ``repeats``, ``input_size``, ``processor`` (``name``,
+        ``instructions``); ``network``: ``fp32`` and ``exported``, each ``ms`` (median), ``low_ms``, ``high_ms`` (quartiles), or
+        null; ``layers``: name, shape, macs, calls, input, and ``latency`` by form, null where the engine has no such kernel;
+        ``sum_ms`` of the layers by form. No layers for an ONNX or LiteRT file.
+
+    Raises:
+        UserError: for files that are not csq's or are damaged, unknown models, and an engine that is not installed.
+
+    Example::
+
+        found = csqcli.bench("resnet18", engine="ort")
+        print(found["network"]["fp32"]["ms"], found["sum_ms"]["int8"])
+    """
+    from csqcli.exporting.engines import ENGINES, choose
+
+    if engine is not None and engine not in ENGINES:
+        raise UserError(f"no engine `{engine}`", where="engine", hint=f"one of {', '.join(ENGINES)}")
+    path = Path(what)
+    is_file = path.exists() or path.suffix in (".safetensors", ".onnx", ".tflite")
+    among = {".onnx": ("ort", "openvino"), ".tflite": ("litert",)}.get(path.suffix, tuple(ENGINES))
+    display = _display(progress)
+    if is_file:
+        from csqcli.file.header import read_manifest
+        from csqcli.reporting.build import model_of
+
+        if input_size is not None or num_classes is not None:
+            name = "input_size" if input_size is not None else "num_classes"
+            raise UserError("is for models by name", where=name, hint="a file knows its own")
+        path = model_of(path)
+        read_manifest(path)  # what is wrong with the file is said before torch is imported
+    chosen = choose(engine, among=among)
+    if engine is None:
+        display.say(f"engine {chosen} ({ENGINES[chosen].title}): the first of {', '.join(among)} that is installed")
+
+    from csqcli.exporting.bench import Setting, bench_file, bench_model
+    from csqcli.models.spec import parse
+
+    setting = Setting(chosen, threads, batch, repeats)
+    if is_file:
+        return bench_file(path, setting, trust_code=trust_code, display=display)
+    return bench_model(parse(str(what)), setting, input_size=input_size, num_classes=num_classes, display=display)
 
 
 def report(file: str | Path) -> Report:

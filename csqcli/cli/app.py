@@ -11,6 +11,7 @@ import typer
 
 from csqcli.cli import output, recipes
 from csqcli.cli.allocate import allocate
+from csqcli.cli.bench import bench
 from csqcli.cli.compare import compare
 from csqcli.cli.diff import diff
 from csqcli.cli.doctor import doctor
@@ -55,6 +56,7 @@ for command in (
     diff,
     inspect,
     export,
+    bench,
     reproduce,
     init,
     doctor,

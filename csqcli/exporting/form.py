@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from csqcli.exporting.timing import interleaved_medians
 from csqcli.exporting.verify import FLOAT_TOLERANCE, Probe
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
@@ -25,7 +26,7 @@ class Options:
 
     activations: Literal["float", "int8"] = "float"
     target: Literal["ort", "openvino"] = "ort"
-    calib: str | None = None  # images, as --data takes them
+    calib: str | Tensor | None = None  # images, as --data takes them, or themselves: [N, C, H, W]
     prefer: Literal["speed", "size"] = "speed"
     trust_code: bool = False
 
@@ -82,9 +83,18 @@ class Form(ABC):
     def open(self, path: Path) -> nn.Module:
         """The file in the engine that will run it: images [N, C, H, W] in, logits [N, classes] out. Sets ``engine``."""
 
+    def twins(self, path: Path, *, threads: int) -> tuple[nn.Module, nn.Module] | None:
+        """The file in its engine on so many threads, and the same network in fp32 there; None where that means nothing."""
+        return None
+
     def latency(self, path: Path) -> tuple[float | None, float | None]:
         """Milliseconds for one image on one thread, and fp32 time / this time; None where that means nothing."""
-        return None, None
+        pair = self.twins(path, threads=1)
+        if pair is None:
+            return None, None
+        image = self.subject.probe.images[:1]
+        this, plain = interleaved_medians([lambda: pair[0](image), lambda: pair[1](image)])
+        return 1000 * this, plain / this
 
     def describe(self, path: Path, parity: ParityRecord) -> Manifest:
         """The manifest of the file that was written."""

@@ -43,7 +43,9 @@ def check_scales(file: QuantizedFile, options: Options, *, where: str) -> None:
         raise UserError("has no activation scales, which --activations int8 needs", where=where, hint=hint)
 
 
-def plan_int8(file: QuantizedFile, graphs: Graphs, calib: str | None, *, every_layer: bool = False) -> Int8Plan:
+def plan_int8(
+    file: QuantizedFile, graphs: Graphs, calib: str | Tensor | None, *, every_layer: bool = False
+) -> Int8Plan:
     """Layers with trained input scales become int8; images of ``calib`` give their outputs a scale where none is.
 
     ``every_layer`` is `int8_graph.open_outputs`' own, for LiteRT, which has no use for a layer that gives floats.
@@ -55,13 +57,18 @@ def plan_int8(file: QuantizedFile, graphs: Graphs, calib: str | None, *, every_l
         module_of(name): input_scales[name] * scales[name] for name in plan.graph.weights if name in input_scales
     }
     if calib is not None:
-        scenes = images.loader(file, calib, _CALIB_IMAGES, workers=0, labelled=False)
-        batch = next(iter(scenes.epoch(0)))[0]
+        batch = calib if isinstance(calib, Tensor) else _read(file, calib)
         layer_of = int8_graph.open_outputs(plan.graph, every_layer=every_layer)
         ranges = onnx_graph.measure_ranges(graphs.packed(plan.graph).proto, list(layer_of), batch)
         for value, output_scale in int8_graph.round_outputs(plan.graph, ranges).items():
             plan.rounds_output(layer_of[value], output_scale, file)
     return plan
+
+
+def _read(file: QuantizedFile, source: str) -> Tensor:
+    scenes = images.loader(file, source, _CALIB_IMAGES, workers=0, labelled=False)
+    batch: Tensor = next(iter(scenes.epoch(0)))[0]
+    return batch
 
 
 def module_of(weight: str) -> str:

@@ -62,7 +62,7 @@ def export_file(
     with verify.candidate(output, force=force) as path:
         kind.require(options)
         file = io.read(source)
-        _check_basis(kind, file, where=str(source))
+        check_basis(kind, file, where=str(source))
         kind.accept(file, options, where=str(source))
         with display.step("loading the hard model"):
             model = loading.hard_model(file, trust_code=trust_code, where=str(source))
@@ -128,7 +128,7 @@ def output_path(file: Path, form: str | type[Form]) -> Path:
     return file.with_name(f"{file.stem}-{kind.name}{kind.suffix}")
 
 
-def _check_basis(kind: type[Form], file: QuantizedFile, *, where: str) -> None:
+def check_basis(kind: type[Form], file: QuantizedFile, *, where: str) -> None:
     """UserError where a layer has a learned basis and the form holds integers × scale alone."""
     learned = [layer.name for layer in file.layers if layer.basis is not None]
     if learned and not kind.takes_basis:

@@ -124,6 +124,12 @@ class Writer:
         self.attach(number, np.ascontiguousarray(integers, dtype=np.int32).view(np.uint8))
         return number
 
+    @property
+    def kinds(self) -> list[int]:
+        """The builtin operator of each operator written so far."""
+        by_position = {position: code for code, (position, _) in self._codes.items()}
+        return [by_position[operator.opcodeIndex] for operator in self.operators]
+
     def operator(
         self, kind: str, inputs: Sequence[int], outputs: Sequence[int], *, version: int = 1, **options: Any
     ) -> None:
@@ -146,8 +152,6 @@ class Writer:
 
     def finish(self, source: int, result: int, metadata: Mapping[str, bytes]) -> bytes:
         """The whole file, with its metadata by name."""
-        import flatbuffers
-
         schema = self.schema
         graph = schema.SubGraphT()
         graph.name, graph.tensors, graph.operators = "main", self.tensors, self.operators
@@ -168,14 +172,21 @@ class Writer:
             entry.name, entry.buffer = name, len(contents)
             model.metadata.append(entry)
             contents.append(np.frombuffer(value, dtype=np.uint8))
-        builder = flatbuffers.Builder(sum(0 if value is None else value.size for value in contents) + 2**16)
-        model.buffers = [_buffer(schema, value) for value in contents]
-        builder.Finish(model.Pack(builder), IDENTIFIER)
-        return bytes(builder.Output())
+        return packed_model(model, contents)
 
     def attach(self, number: int, data: np.ndarray) -> None:
         self.tensors[number].buffer = len(self._buffers)
         self._buffers.append(data)
+
+
+def packed_model(model: Any, contents: Sequence[np.ndarray | None]) -> bytes:
+    """The bytes of a ModelT whose buffers are ``contents``, uint8."""
+    import flatbuffers
+
+    builder = flatbuffers.Builder(sum(0 if value is None else value.size for value in contents) + 2**16)
+    model.buffers = [_buffer(schema(), value) for value in contents]
+    builder.Finish(model.Pack(builder), IDENTIFIER)
+    return bytes(builder.Output())
 
 
 def read(content: bytes) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,6 @@ from csqcli.training.evaluate import Accuracy
 PROBE_IMAGES = 4
 FLOAT_TOLERANCE = 5e-4  # of the logits' standard deviation; float engines differ by the order of their sums
 ACCURACY_TOLERANCE = 0.5  # points of top-1
-LATENCY_REPEATS = 9
 _FLOOR = 1e-6  # logits that are all alike have no spread to measure against
 
 
@@ -193,15 +190,3 @@ def candidate(output: Path, *, force: bool = True) -> Iterator[Path]:
             raise UserError(f"cannot be written ({error.strerror or error})", where=str(output)) from None
         finally:
             path.unlink(missing_ok=True)
-
-
-def interleaved_medians(runs: Sequence[Callable[[], object]], *, repeats: int = LATENCY_REPEATS) -> list[float]:
-    """Median seconds of each callable, taken in turns so that a busy machine slows all of them alike."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
-        for index, run in enumerate(runs):
-            started = time.perf_counter()
-            run()
-            if repeat:  # the first turn pays for lazy initialisation
-                seconds[index].append(time.perf_counter() - started)
-    return [statistics.median(values) for values in seconds]

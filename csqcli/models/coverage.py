@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,31 @@ from csqcli.quant.layers import FloatTensor, Layer, find_layers
 
 
 @dataclass(frozen=True)
+class Call:
+    """A convolution or matrix product with a layer's weight, on one image."""
+
+    kind: Literal["convolution", "linear"]
+    input: tuple[int, ...]  # [1, channels, *sides] as the operation gets it, padded or not; [rows, inputs]
+    weight: tuple[
+        int, ...
+    ]  # [outputs, inputs / groups, *kernel] ([inputs, outputs / groups, …] transposed); [outputs, inputs]
+    bias: bool = False
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Operations:
     """Multiply-accumulates of one image of ``input_size``."""
 
     input_size: tuple[int, ...]
     macs: dict[str, int | None]  # per layer; None where its weight is in no operation
     total: int  # of the whole network
+    calls: dict[str, list[Call]] = field(default_factory=dict)  # per layer, in the order in which they run
 
 
 def coverage(
@@ -117,7 +136,8 @@ def count_macs(
             handle.remove()
         for module, training in modes:
             module.training = training
-    return Operations(tuple(input_size), {layer.name: counter.macs.get(layer.name) for layer in layers}, counter.total)
+    macs = {layer.name: counter.macs.get(layer.name) for layer in layers}
+    return Operations(tuple(input_size), macs, counter.total, counter.calls)
 
 
 class _Counter(TorchDispatchMode):
@@ -128,6 +148,7 @@ class _Counter(TorchDispatchMode):
         self.names = {layer.parameter.untyped_storage().data_ptr(): layer.name for layer in layers}
         self.running: list[str] = []  # layers in whose forward pass we are, innermost last
         self.macs: dict[str, int] = {}
+        self.calls: dict[str, list[Call]] = {}
         self.total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,7 +158,35 @@ class _Counter(TorchDispatchMode):
             read = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
             names = {self.names[pointer] for pointer in read & self.names.keys()} or set(self.running[-1:])
             self._add(formula(*args, **(kwargs or {}), out_val=result) // 2, names)
+            call = self._call(function.overloadpacket, args) if names else None
+            if call is not None:
+                for name in names:
+                    self.calls.setdefault(name, []).append(call)
         return result
+
+    def _call(self, packet: Any, args: tuple[Any, ...]) -> Call | None:
+        """What an operation on a layer's weight does; None for other operations than convolutions and matrix products."""
+        aten = torch.ops.aten
+        if packet is aten.convolution:
+            pixels, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+            return Call(
+                "convolution",
+                tuple(pixels.shape),
+                tuple(weight.shape),
+                bias is not None,
+                tuple(stride),
+                tuple(padding),
+                tuple(dilation),
+                groups,
+                transposed,
+                tuple(output_padding),
+            )
+        if packet not in (aten.addmm, aten.mm):
+            return None
+        left, right = args[-2:]
+        if left.untyped_storage().data_ptr() in self.names:  # the weight stands in front
+            left, right = right.t(), left.t()
+        return Call("linear", tuple(left.shape), tuple(right.shape[::-1]), packet is aten.addmm)
 
     def _add(self, macs: int, names: Iterable[str]) -> None:
         self.total += macs

@@ -46,6 +46,75 @@ def print_allocation(found: Mapping[str, Any], console: Console) -> None:
     print_lines(lines, console)
 
 
+def print_bench(found: Mapping[str, Any], console: Console) -> None:
+    """What `csq bench` prints: a row per layer, then the network."""
+    marks, rows, forms = glyphs(console), found["layers"], found["forms"]
+    if rows:
+        slowest = max((row["latency"]["fp32"]["ms"] for row in rows if row["latency"].get("fp32")), default=0.0)
+        columns = [
+            Column("layer", names_of(rows), shrinks=LEAST_NAME),
+            Column(
+                "input", ["–" if row["input"] is None else "×".join(map(str, row["input"])) for row in rows], rank=3
+            ),
+            Column("weight", ["×".join(map(str, row["shape"])) for row in rows], rank=2),
+            Column("MACs", ["–" if row["macs"] is None else short(row["macs"]) for row in rows], rank=4, right=True),
+            *(
+                Column(f"{form} ms", [_milliseconds(row["latency"].get(form)) for row in rows], right=True)
+                for form in forms
+            ),
+            Column("± %", [_spread(row["latency"]) for row in rows], rank=1, right=True),
+            Column("", [marks.full * round(8 * _fp32(row) / (slowest or 1.0)) for row in rows], rank=5, style="cyan"),
+        ]
+        print_columns(columns, console, marks)
+        console.print()
+    print_lines(_bench_lines(found), console)
+
+
+def _fp32(row: Mapping[str, Any]) -> float:
+    latency = row["latency"].get("fp32")
+    return latency["ms"] if latency else 0.0
+
+
+def _milliseconds(latency: Mapping[str, float] | None) -> str:
+    return "–" if latency is None else f"{latency['ms']:.3f}"
+
+
+def _spread(latency: Mapping[str, Any]) -> str:
+    """Half the distance of the quartiles, in percent of the median, of the form where that is most."""
+    known = [timing for timing in latency.values() if timing]
+    halves = [50 * (timing["high_ms"] - timing["low_ms"]) / timing["ms"] for timing in known if timing["ms"]]
+    return f"{max(halves):.0f}" if halves else "–"
+
+
+def _bench_lines(found: Mapping[str, Any]) -> list[str]:
+    network, threads = found["network"], found["threads"]
+    size = "×".join(map(str, found["input_size"]))
+    lines = []
+    for form in ("fp32", "exported"):
+        timing = network[form]
+        if timing is None:
+            continue
+        said = f"{timing['ms']:.3f} ms ({timing['low_ms']:.3f} to {timing['high_ms']:.3f})"
+        if form == "exported" and network["fp32"] is not None:
+            said += f", {network['fp32']['ms'] / timing['ms']:.2f} times as fast as fp32: {network['exported_as']}"
+        lines.append(f"{form:<13}{said}")
+    if network["why"]:
+        lines.append(f"network      not measured: {printable(network['why'])}")
+    if found["layers"]:
+        sums = ", ".join(f"{form} {ms:.3f} ms" for form, ms in found["sum_ms"].items())
+        lines.append(f"sum          of the layers, each alone, in the next wider form where it has none: {sums}")
+        left = [row for row in found["layers"] if row["why"]]
+        if left:
+            lines.append(f"left out     {len(left)} layers, {printable(left[0]['name'])} first: {left[0]['why']}")
+    lines.append(
+        f"measured     {printable(found['engine_version'] or found['engine'])}, {threads} thread{'s' if threads > 1 else ''}, "
+        f"batch {found['batch']}, images of {size}, medians of {found['repeats']} turns, quartiles in brackets"
+    )
+    processor = found["processor"]
+    lines.append(f"processor    {printable(processor['name'])}: {', '.join(processor['instructions'])}")
+    return lines
+
+
 def print_sensitivity(found: Mapping[str, Any], console: Console) -> None:
     """What `csq sensitivity` prints: the rise of the loss, a column per width, and top-1 at the narrowest."""
     marks, rows, widths = glyphs(console), found["layers"], found["widths"]

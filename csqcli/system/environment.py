@@ -26,6 +26,29 @@ def version_of(package: str) -> str | None:
         return None
 
 
+_INSTRUCTIONS = (  # of a processor, those that speed of inference depends on; as Linux names them
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+
+
+def processor() -> dict[str, Any]:
+    """``name`` of the processor, and ``instructions``: the instruction sets that it has of those that engines' kernels use,
+    as Linux names them (elsewhere the widest that PyTorch found). Imports torch."""
+    import torch
+
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    has = (found.get("flags") or found.get("Features") or "").split()
+    instructions = [name for name in _INSTRUCTIONS if name in has] or [torch.backends.cpu.get_cpu_capability()]
+    return {"name": found.get("model name") or platform.processor() or platform.machine(), "instructions": instructions}
+
+
 def describe(folder: Path) -> dict[str, Any]:
     """Versions, extras, CPU count, devices with memory in bytes, and the bytes free where ``folder`` lies. Imports torch."""
     import torch

@@ -231,6 +231,19 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         lambda r: "layers run in int8" in r.out,
     ),
 }
+INVOCATIONS |= {  # how fast it is
+    "bench": (
+        "bench RUN --engine torch --threads 1 --batch 2 --repeats 2 --trust-code --quiet",
+        lambda r: "conv1" in r.out and "fp32 ms" in r.out and "batch 2" in r.out,
+    ),
+    "bench of a model": (
+        "bench csq:digits_cnn --engine torch --repeats 1 --input-size 12 --num-classes 7 --log-every 5 -q --json",
+        lambda r: (
+            json.loads(r.out)["input_size"] == [1, 12, 12]
+            and [row["shape"][0] for row in json.loads(r.out)["layers"]] == [16, 32, 48, 7]
+        ),
+    ),
+}
 INVOCATIONS |= {  # what a run would come to
     "dry run": (f"{SEARCH} --dry-run", lambda r: "file " in r.out and "time " in r.out and not r.folder.exists()),
     "plan written planes": (

@@ -47,6 +47,13 @@ ROWS = [
     f"{DIGITS} --set micro_batch=0",
     f"{DIGITS} --set micro_batch=some",
     "search --recipe digits --device gpu",
+    # latencies
+    "bench",
+    "bench resnet99 --engine torch",
+    "bench nothing.onnx",
+    "bench digits_cnn --engine tflite",
+    "bench digits_cnn --engine torch --threads 0",
+    "bench missing.safetensors --engine torch --input-size 12",
     # sweeps
     "sweep --recipe digits -o new -q",
     "sweep --recipe digits -o new -q --targets 1,two",

@@ -24,7 +24,7 @@ if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxrun
 import onnx
 import onnxruntime
 
-from csqcli.exporting import onnx_graph, run, runtime, unpacking, verify
+from csqcli.exporting import onnx_graph, run, runtime, timing, unpacking, verify
 from csqcli.exporting.forms.onnx import Onnx
 from csqcli.exporting.verify import ParityError
 
@@ -284,7 +284,7 @@ def test_logits_of_another_shape_or_nan_never_pass() -> None:
 
 def test_medians_are_taken_in_turns() -> None:
     order: list[str] = []
-    slow, fast = verify.interleaved_medians(
+    slow, fast = timing.interleaved_medians(
         [lambda: (order.append("a"), time.sleep(0.002)), lambda: order.append("b")], repeats=3
     )
     assert slow > fast

@@ -142,15 +142,11 @@ class Litert(Form):
     def open(self, path: Path) -> nn.Module:
         return self._engine(path.read_bytes())
 
-    def latency(self, path: Path) -> tuple[float | None, float | None]:
-        """Milliseconds at batch 1 on one thread, and how many times faster that is than the same network in fp32."""
+    def twins(self, path: Path, *, threads: int) -> tuple[nn.Module, nn.Module] | None:
         if 4 * sum(layer.integers.numel() for layer in self.graphs.used) > BASELINE_LIMIT:
-            return None, None
-        plain = self._engine(self._float_network(), threads=1)
-        packed = self._engine(path.read_bytes(), threads=1)
-        image = self.probe.images[:1]
-        seconds = verify.interleaved_medians([lambda: packed(image), lambda: plain(image)])
-        return 1000 * seconds[0], seconds[1] / seconds[0]
+            return None
+        plain = self._engine(self._float_network(), threads=threads)
+        return self._engine(path.read_bytes(), threads=threads), plain
 
     def _float_network(self) -> bytes:
         """The same network in float32, BatchNorm folded and nothing rounded: what a float converter would write."""

@@ -88,15 +88,11 @@ class Onnx(Form):
     def open(self, path: Path) -> nn.Module:
         return self._engine(path)
 
-    def latency(self, path: Path) -> tuple[float | None, float | None]:
-        """Milliseconds at batch 1 on one thread, and how many times faster that is than the same graph in fp32."""
+    def twins(self, path: Path, *, threads: int) -> tuple[nn.Module, nn.Module] | None:
         if 4 * sum(layer.integers.numel() for layer in self.graphs.used) > BASELINE_LIMIT:
-            return None, None
-        plain = self._engine(self.graphs.plain().SerializeToString(), threads=1)
-        packed = self._engine(path, threads=1)
-        image = self.probe.images[:1]
-        seconds = verify.interleaved_medians([lambda: packed(image), lambda: plain(image)])
-        return 1000 * seconds[0], seconds[1] / seconds[0]
+            return None
+        plain = self._engine(self.graphs.plain().SerializeToString(), threads=threads)
+        return self._engine(path, threads=threads), plain
 
     def describe(self, path: Path, parity: ParityRecord) -> Manifest:
         return header.read_manifest(path)
