@@ -226,6 +226,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "export QUANTIZED_INPUTS --onnx --activations int8 --calib digits --target ort -o OUT/a.onnx",
         lambda r: "calibrated" in r.out,
     ),
+    "tensorrt": (
+        "export RUN --onnx --target tensorrt --weights int4 -o OUT/a.onnx",
+        lambda r: "for TensorRT" in r.out and "layers have int4 weights" in r.out,
+    ),
     "litert": (
         "export QUANTIZED_INPUTS --litert --activations int8 --calib digits --prefer size -o OUT/a.tflite",
         lambda r: "layers run in int8" in r.out,
