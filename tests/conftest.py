@@ -14,7 +14,9 @@ from hypothesis import settings
 from PIL import Image
 
 from csqcli.cli import app as cli
+from csqcli.system.heap import keep_freed_memory
 
+keep_freed_memory()  # as the command does, from the first test on
 torch.set_num_threads(1)
 # The same examples at every run, so that a failure belongs to the change that shows it; HYPOTHESIS_PROFILE=default draws new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
