@@ -24,6 +24,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 os.environ.pop("COLUMNS", None)  # the terminal of whoever runs the tests, as pytest-xdist hands it on
 
 
+_LONG = ("test_model_sweep", "test_distributed", "test_options", "test_faults", "test_sweep", "test_fuzz", "test_onnx")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest go first, or one process would still be at them when the others have nothing left to do."""
+    place = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
+
+
 @pytest.fixture
 def csq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command line through the real entry point: (exit code, stdout, stderr)."""
