@@ -106,9 +106,13 @@ def rows(network: str) -> dict[str, dict[str, Any]]:
             found[f"{name}, {target}"] = {"epochs": 0, "quantization.target_bits": target, **more}
     for epochs in (1, 3):
         for target in (4, 3, 2, 1.5):
-            trained = {"epochs": 0, "finetune.epochs": epochs, "batchnorm": "frozen"}
+            trained = {"epochs": 0, "finetune.epochs": epochs, "batchnorm": "frozen", "data.train_limit": None}
             found[f"ptq and {epochs} epochs, {target}"] = trained | {"quantization.target_bits": target}
-            found[f"staged {epochs}, {target}"] = {"epochs": epochs, "quantization.target_bits": target}
+            found[f"staged {epochs}, {target}"] = {
+                "epochs": epochs,
+                "quantization.target_bits": target,
+                "data.train_limit": None,
+            }
     return found
 
 

@@ -29,7 +29,7 @@ from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import Staircase, levels_of, mse_step, quantize
 
 _EXP_AVG_DECAY = 0.9  # Adam's β1
-_INSIDE = 0.499  # of the way between two levels: clearly on one's side
+_INSIDE = 0.4  # of the way between two levels: so far from a level at most that no single step of Adam makes many flip
 
 
 class Staged(WeightMethod):
