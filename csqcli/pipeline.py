@@ -323,7 +323,8 @@ def finetune(
         )
     asked = [name for name in ("distill", "distill_features") if getattr(recipe.optimizer, name)]
     if asked:
-        hint = f"distill in the search itself (--finetune-epochs), or --set optimizer.{asked[0]}=0"
+        without = " ".join(f"--set optimizer.{name}=0" for name in asked)
+        hint = f"distill in the search itself (--finetune-epochs), or {without}"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     check_task(file.manifest.spec)
     images = with_labels_of(file.manifest, open_images(recipe), where=str(path), whole=True)
