@@ -482,7 +482,8 @@ def allocate(
         progress: show what is going on, on stderr.
 
     Returns:
-        ``mean_bits`` (planes per weight element), ``spent`` and ``allowed`` in the unit of ``cost``, and ``layers``: name,
+        ``mean_bits`` (planes per weight element), ``spent`` and ``allowed`` in the unit of ``cost``, ``budgets`` (what was asked and
+        reached of each), and ``layers``: name,
         shape, weights, macs, planes, share of what is spent (0 to 1), importance of each plane (or null).
 
     Raises:
@@ -506,7 +507,7 @@ def allocate(
     resolved = resolve(recipe, settings | _given(named))
     if resolved.quantization.allocator is None:
         resolved.quantization.allocator = "importance"
-    check_complete(resolved)
+    check_complete(resolved, writes=False)
     target = Path(output) if output is not None else None
     if target is not None and os.path.lexists(target) and not force:
         raise UserError("exists already", where=str(target), hint="choose another name or pass --force")
@@ -855,15 +856,15 @@ def save(
 def search_folder(recipe: Recipe) -> Path:
     """Where ``search`` writes when it is told nothing: ``runs/resnet18-3bit`` in the current folder."""
     settings = recipe.quantization
-    bits = settings.target_bits
     model = (recipe.model.source or "model").rpartition(":")[2]
-    asked = "float" if bits is None else f"{bits:g}bit"
-    if settings.target_size is not None:
-        asked = f"{settings.target_size}bytes"
-    elif settings.target_compression is not None:
-        asked = f"{settings.target_compression:g}times"
-    elif settings.target_bops is not None:
-        asked = f"{settings.target_bops:g}bops"
+    parts = {
+        "{:g}bit": settings.target_bits,
+        "{}bytes": settings.target_size,
+        "{:g}times": settings.target_compression,
+        "{:g}bops": settings.target_bops,
+        "{:g}ms": settings.target_latency,
+    }
+    asked = "-".join(text.format(value) for text, value in parts.items() if value is not None) or "float"
     return _RUNS / f"{_as_file_name(model)}-{asked}"
 
 

@@ -33,6 +33,7 @@ from csqcli.recipe.complete import check_complete
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.device import pick_device
+from csqcli.system.files import write_text
 from csqcli.system.progress import Display
 from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
@@ -44,7 +45,7 @@ from csqcli.training.planning import try_out
 from csqcli.training.post_training import measure_importance, quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
-from csqcli.training.setup import check_written_planes, shared_importance
+from csqcli.training.setup import check_written_planes, latency_reached, shared_importance
 from csqcli.training.shared_start import SharedStart
 from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
 
@@ -164,25 +165,26 @@ def _opened(recipe: Recipe, spec: ModelSpec, images: DataSet, folder: RunFolder,
 
 
 def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latents: bool) -> dict[str, Any]:
+    _know_latencies(run, layers)
     run.quantize_activations()
     if run.activations is not None:
         rehearse(run, layers, left)
     settings = run.recipe.quantization
     if not run.recipe.card.trains:
         file, gap = publish(run, quantize_after_training(run, layers), left)
-        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
-    if layers and (settings.target_size is not None or settings.target_compression is not None):
+        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
+    if layers and settings.in_bytes:
         with run.display.step("measuring what each plane takes on disk"):
             sizing.measure(run, layers, left, _shipped_bytes)
     trainer = phase.train(run, "search", run.recipe, layers)
     if run.ships is not None:
         file, gap = _deliver_in_bytes(run, trainer, left)
-        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
+        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
     file, gap = deliver(run, trainer, left)
     run.searched = trainer.optimizer.method
     if latents:
         keep_latents(run, trainer.optimizer.method)
-    return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file), **_adaptation(run))
+    return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
 
 
 def _deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
@@ -209,8 +211,20 @@ def _deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) ->
     raise UserError(what, where=str(run.folder.model_file), hint="ask for more, or for fewer --target-bits")
 
 
-def _asked(run: Run, file: QuantizedFile) -> dict[str, Any]:
-    """What was asked for in the user's unit and what was reached, as a field of the report."""
+def _know_latencies(run: Run, layers: list[Layer]) -> None:
+    """Set what a budget in milliseconds counts with: the table that is named, or measured now; a resumed run has it."""
+    if not layers or run.recipe.quantization.target_latency is None or run.record.latencies is not None:
+        return
+    found = None
+    if run.shard.is_main:
+        from csqcli.exporting.latency_table import latencies_of
+
+        found = latencies_of(run.recipe, run.model, layers, run.config, display=run.display)
+    run.record.latencies = distributed.from_main(found)
+
+
+def _asked(run: Run, file: QuantizedFile, layers: list[Layer]) -> dict[str, Any]:
+    """What was asked for in each unit and what was reached, as a field of the report."""
     settings, manifest = run.recipe.quantization, file.manifest
     found: list[dict[str, Any]] = []
     if settings.target_bits is not None and manifest.layers:
@@ -226,6 +240,12 @@ def _asked(run: Run, file: QuantizedFile) -> dict[str, Any]:
         found[-1]["file"] = shipped.name
     if settings.target_bops is not None and manifest.compute is not None:
         found.append({"budget": "bops", "asked": settings.target_bops, "reached": manifest.compute.bops})
+    if run.latencies is not None and settings.target_latency is not None:
+        reached = latency_reached(run, run.recipe, layers, [layer.planes for layer in file.layers])
+        found.append({"budget": "latency", "asked": settings.target_latency, "reached": reached})
+        found[-1]["engine"] = run.latencies.engine_version
+        if run.shard.is_main:
+            write_text(run.folder.latency_file, run.latencies.model_dump_json(indent=1) + "\n")
     if run.mean_act_bits is not None:
         found.append({"budget": "act_bits", "asked": settings.target_act_bits, "reached": run.mean_act_bits})
     return {"budgets": found}
@@ -257,9 +277,9 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
             run.count_operations(layers)
             rehearse(run, layers, left)
             run.keep_teacher()
+            _know_latencies(run, layers)
             run.quantize_activations()
-            settings = recipe.quantization
-            if layers and (settings.target_size is not None or settings.target_compression is not None):
+            if layers and recipe.quantization.in_bytes:
                 sizing.measure(run, layers, left, _shipped_bytes)
             forecast = try_out(run, layers, left)
             small = _shipped_bytes(folder.model_file, "bit-packed-small") if layers else None

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from csqcli.analysis.opening import open_for_search, shares_of
+from csqcli.exporting.latency_table import latencies_of
+from csqcli.quant.budget import BIT_OPERATIONS, NANOSECONDS, Budget
 from csqcli.quant.catalog import find_allocator
 from csqcli.recipe.schema import Recipe
 from csqcli.system.progress import Display
+from csqcli.training.latencies import NANOSECONDS_PER_MS
 from csqcli.training.setup import allocation, budget_of
 
 
@@ -15,13 +18,16 @@ def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:
     """What `csq search` with this recipe and its allocator would fix, from the same model, images and budget.
 
     Returns ``model``, ``allocator``, ``target_bits``, ``cost``, ``mean_bits`` (planes per weight element), ``spent`` and
-    ``allowed`` (in the cost's unit), and per layer ``name``, ``shape``, ``weights``, ``macs``, ``planes``, ``share`` (of what is
+    ``allowed`` (in the cost's unit; of several budgets those of the tightest), ``budgets`` (each ``budget``, ``asked`` and
+    ``reached``), and per layer ``name``, ``shape``, ``weights``, ``macs``, ``planes``, ``share`` (of what is
     spent, 0 to 1) and ``importance`` (a list: what each plane saves by the allocator's measure; null where it gives planes).
     """
     settings = recipe.quantization
     assert settings.allocator is not None
     find_allocator(settings.allocator)
     opened = open_for_search(recipe, display)
+    if settings.target_latency is not None:
+        opened.latencies = latencies_of(recipe, opened.model, opened.layers, opened.config, display=display)
     budget = budget_of(opened, recipe, opened.layers)
     with display.step("measuring which layers matter"):
         found = allocation(
@@ -34,10 +40,11 @@ def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:
         "model": opened.source,
         "allocator": settings.allocator,
         "target_bits": budget.target,
-        "cost": settings.cost,
+        "cost": budget.unit or settings.cost,
         "mean_bits": budget.mean_planes(found.planes),
         "spent": sum(spent),
         "allowed": budget.allowed,
+        "budgets": _budgets(recipe, budget, found.planes),
         "layers": [
             {
                 "name": layer.name,
@@ -51,3 +58,18 @@ def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:
             for index, (layer, planes, share) in enumerate(rows)
         ],
     }
+
+
+def _budgets(recipe: Recipe, budget: Budget, planes: list[int]) -> list[dict[str, Any]]:
+    """What was asked for in each unit, and what the planes come to."""
+    settings, found = recipe.quantization, []
+    if settings.target_bits is not None:
+        found.append({"budget": "bits", "asked": settings.target_bits, "reached": budget.mean_planes(planes)})
+    for ceiling in budget.ceilings:
+        reached = ceiling.spent(planes) + ceiling.beside
+        if ceiling.unit == BIT_OPERATIONS:
+            found.append({"budget": "bops", "asked": settings.target_bops, "reached": reached})
+        if ceiling.unit == NANOSECONDS:
+            milliseconds = reached / NANOSECONDS_PER_MS
+            found.append({"budget": "latency", "asked": settings.target_latency, "reached": milliseconds})
+    return found

@@ -30,6 +30,7 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display, counted
 from csqcli.training.evaluate import check_scores
+from csqcli.training.latencies import Latencies
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.run import CALIBRATION_BATCHES, ShippedSize, data_config
 
@@ -48,6 +49,7 @@ class Opened:
     operations: Operations | None = None
     activations: ActivationQuantizers | None = None
     ships: ShippedSize | None = None  # no file is in sight
+    latencies: Latencies | None = None  # of a budget in milliseconds
 
     @property
     def device(self) -> torch.device:

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated
 
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import LOG_EVERY, JsonOption, LogOption, QuietOption, TrustOption
-
-
-class EngineName(str, Enum):
-    """An engine to measure in."""
-
-    ort = "ort"
-    openvino = "openvino"
-    litert = "litert"
-    torch = "torch"
-
-
-EngineOption = Annotated[
-    EngineName | None,
-    typer.Option("--engine", help="Engine to measure in: the first that is installed of ort, openvino, litert, torch."),
-]
+from csqcli.cli.options import LOG_EVERY, EngineName, JsonOption, LogOption, QuietOption, TrustOption
 
 
 def bench(
@@ -34,7 +18,10 @@ def bench(
             help="A run's folder, a file that csq wrote (.onnx and .tflite too), or a model as for search.",
         ),
     ],
-    engine: EngineOption = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option(help="Engine to measure in: the first that is installed of ort, openvino, litert, torch."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of the engine.")] = 1,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Turns that medians are taken of.")] = 15,

@@ -39,6 +39,15 @@ class Weights(str, Enum):
     raw = "raw"
 
 
+class EngineName(str, Enum):
+    """An engine to measure latencies in."""
+
+    ort = "ort"
+    openvino = "openvino"
+    litert = "litert"
+    torch = "torch"
+
+
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
 DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
 DeviceOption = Annotated[
@@ -62,6 +71,26 @@ HeadOption = Annotated[
 PretrainedOption = Annotated[
     bool | None,
     typer.Option("--pretrained/--no-pretrained", help="Library weights when no checkpoint is given."),
+]
+TargetBopsOption = Annotated[
+    float | None,
+    typer.Option("--target-bops", help="Instead, or too: bit operations of one image, e.g. 5e9."),
+]
+TargetLatencyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-latency", metavar="MS", help="Instead, or too: milliseconds of one image on this machine, by a table."
+    ),
+]
+LatencyTableOption = Annotated[
+    str | None,
+    typer.Option(
+        "--latency-table", metavar="FILE", help="That table, of `csq bench MODEL --json`; measured first if unset."
+    ),
+]
+LatencyEngineOption = Annotated[
+    EngineName | None,
+    typer.Option("--latency-engine", help="Engine to measure it in; the first that is installed if unset."),
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="Shipped recipe name, or a YAML file.")]
 BatchOption = Annotated[

@@ -18,6 +18,8 @@ from csqcli.cli.options import (
     ForceOption,
     HeadOption,
     JsonOption,
+    LatencyEngineOption,
+    LatencyTableOption,
     LogOption,
     PlanesOption,
     PretrainedOption,
@@ -25,6 +27,8 @@ from csqcli.cli.options import (
     RecipeOption,
     ResumeOption,
     SetOption,
+    TargetBopsOption,
+    TargetLatencyOption,
     TrackOption,
     TrialsOption,
     ValSplitOption,
@@ -49,12 +53,17 @@ def search(
         float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Instead: bytes of the file that ships, e.g. 2MB or 500kB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Instead, or too: bytes of the file that ships, e.g. 2MB or 500kB."),
     ] = None,
     target_compression: Annotated[
-        float | None, typer.Option(help="Instead: how many times smaller than the float model that file must be.")
+        float | None,
+        typer.Option(help="Instead, or too: how many times smaller than the float model that file must be."),
     ] = None,
-    target_bops: Annotated[float | None, typer.Option(help="Instead: bit operations of one image, e.g. 5e9.")] = None,
+    target_bops: TargetBopsOption = None,
+    target_latency: TargetLatencyOption = None,
+    latency_table: LatencyTableOption = None,
+    latency_engine: LatencyEngineOption = None,
     data: DataOption = None,
     calib: Annotated[
         str | None,
@@ -158,13 +167,14 @@ def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted recipe keys → values of the options of `csq search` by name, those that were typed; an option that is not there
     was not."""
     get = options.get
-    amp, planes = get("amp"), get("planes")
+    amp, planes, engine = get("amp"), get("planes"), get("latency_engine")
     held_out = val_split(get("val_split_"))
     model, data, checkpoint, device = (get(name) for name in ("model", "data", "checkpoint", "device"))
     named = {key: get(option) for option, key in _KEYS.items()}
     typed = {
         **model_settings(model, data, checkpoint, get("weights"), get("head"), get("pretrained"), device, held_out),
         **named,
+        "quantization.latency_engine": engine.value if engine else None,
         "quantization.act_bits": _width(get("act_bits"), get("target_act_bits")),
         "amp": amp.value if amp else None,
         **batch_settings(get("batch_size")),
@@ -181,6 +191,8 @@ _KEYS = {
     "target_size": "quantization.target_size",
     "target_compression": "quantization.target_compression",
     "target_bops": "quantization.target_bops",
+    "target_latency": "quantization.target_latency",
+    "latency_table": "quantization.latency_table",
     "input_size": "data.input_size",
     "calib": "data.calib",
     "method": "quantization.method",

@@ -18,6 +18,7 @@ from csqcli.system.launcher import is_main_process, world_size
 
 _NOT_OF_A_SWEEP = (
     *("target_bits", "target_size", "target_compression", "target_bops"),
+    *("target_latency", "latency_table", "latency_engine"),
     *("planes", "output", "force", "resume", "dry_run", "quiet", "as_json", "log_every"),
 )
 

@@ -22,10 +22,10 @@ from csqcli.exporting.litert_graph import Litert
 from csqcli.exporting.onnx_graph import OPSET, Graphs
 from csqcli.exporting.runtime import INPUT, OUTPUT, LiteRtModel, OnnxModel, OpenVinoModel
 from csqcli.models.coverage import Call
+from csqcli.quant.costs import FLOAT_FORM as FP32
+from csqcli.quant.costs import FORM_PLANES as PLANES
 from csqcli.quant.hard_layer import HardLayer, top_planes
 
-FP32 = "fp32"
-PLANES = {"int8": 7, "int4": 3, "int2": 1}  # the most that a type's integers hold: 2^planes − 1 is their largest
 _WEIGHT = "weight"
 _STEP = 0.02  # of activations; any will do
 _KERNELS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")

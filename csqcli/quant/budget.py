@@ -2,6 +2,11 @@
 
 The budget of a target T is what the network would cost (`costs`) with T planes in every layer, so a target means the same
 whatever the cost. What is delivered never costs more.
+
+One budget is shared out by a knapsack (`allocate`); several at once by an integer program (`program`). While masks are soft only
+one of several steers them, the tightest: the one that leaves the fewest planes if every layer had as many (`all_of`). A price per
+budget would keep them all in the mean, but the planes that are fixed then come from the integer program anyway, which
+keeps each of them exactly.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -20,8 +25,11 @@ from torch import Tensor
 from csqcli.errors import UserError
 from csqcli.quant.costs import Cost, LayerFacts, weight_planes
 from csqcli.quant.layers import Layer, match
+from csqcli.quant.program import best_within
 
 _CELLS = 50_000  # the knapsack's resolution of the budget
+BYTES, BIT_OPERATIONS, NANOSECONDS = "bytes", "bit operations", "nanoseconds"  # units of allowances
+_MILLION = 10**6
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,21 @@ class PlaneLimits:
 
     min_planes: tuple[int, ...]
     max_planes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A budget beside another one, which an allocation keeps as well."""
+
+    table: tuple[tuple[int, ...], ...]  # as a Budget's
+    allowed: int  # the most that all layers may cost together
+    unit: str = ""
+    beside: int = 0
+    target: float = 0.0  # how many planes in every layer would cost so much
+
+    def spent(self, planes: Sequence[int]) -> int:
+        """Cost of an allocation."""
+        return sum(row[k] for row, k in zip(self.table, planes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,16 @@ class Budget:
     allowance: int | None = None  # the most that all layers may cost, where that and no target was asked for
     unit: str = ""  # of the allowance, for messages: bytes
     beside: int = 0  # what the network costs beyond its layers, in that unit; the allowance is without it
+    also: tuple[Ceiling, ...] = ()  # further budgets that are kept
+
+    @functools.cached_property
+    def ceilings(self) -> tuple[Ceiling, ...]:
+        """All budgets alike, this one first."""
+        return (Ceiling(self.table, self.allowed, self.unit, self.beside, self.target), *self.also)
+
+    def fits(self, planes: Sequence[int]) -> bool:
+        """Whether an allocation is within every budget."""
+        return all(ceiling.spent(planes) <= ceiling.allowed for ceiling in self.ceilings)
 
     @functools.cached_property
     def counts_weights(self) -> bool:
@@ -87,20 +120,46 @@ class Budget:
     def has_choice(self) -> bool:
         """Whether the budget and the rules leave anything to search: room for one plane beyond the fewest allowed."""
         few, most = self.limits.min_planes, self.limits.max_planes
-        steps = [row[a + 1] - row[a] for row, a, b in zip(self.table, few, most, strict=True) if a < b]
-        return bool(steps) and self.spent(few) + min(steps) <= self.allowed
+        if not self.also:
+            steps = [row[a + 1] - row[a] for row, a, b in zip(self.table, few, most, strict=True) if a < b]
+            return bool(steps) and self.spent(few) + min(steps) <= self.allowed
+        growable = [layer for layer, (a, b) in enumerate(zip(few, most, strict=True)) if a < b]
+        return any(self.fits([k + (at == layer) for at, k in enumerate(few)]) for layer in growable)
 
     def check_feasible(self) -> None:
-        """UserError when even the fewest planes allowed cost more than the budget."""
-        if self.spent(self.limits.min_planes) <= self.allowed:
-            return
-        hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
-        if self.allowance is not None:
-            asked, needed = self.allowance + self.beside, self.spent(self.limits.min_planes) + self.beside
-            what = f"a target of {asked:,} {self.unit} cannot be met: at the fewest planes it takes about {needed:,}"
+        """UserError when even the fewest planes allowed cost more than a budget."""
+        few = self.limits.min_planes
+        for ceiling in self.ceilings:
+            if ceiling.spent(few) <= ceiling.allowed:
+                continue
+            hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+            if ceiling.unit:
+                asked = _said(ceiling.allowed + ceiling.beside, ceiling.unit)
+                needed = _said(ceiling.spent(few) + ceiling.beside, ceiling.unit, bare=True)
+                what = f"a target of {asked} cannot be met: at the fewest planes it takes about {needed}"
+                if ceiling.unit == NANOSECONDS:
+                    hint = "raise the target: no narrower kernels are in the table of latencies"
+                raise UserError(what, hint=hint)
+            least = self.mean_planes(few)
+            what = f"target_bits {ceiling.target:g} cannot be met: the layer rules alone need {least:.4g}"
             raise UserError(what, hint=hint)
-        least = self.mean_planes(self.limits.min_planes)
-        raise UserError(f"target_bits {self.target:g} cannot be met: the layer rules alone need {least:.4g}", hint=hint)
+
+
+def _said(amount: int, unit: str, *, bare: bool = False) -> str:
+    """``1,000 bytes``, ``12.34 ms``; ``bare`` leaves a unit of whole numbers out."""
+    if unit == NANOSECONDS:
+        return f"{amount / _MILLION:.4g} ms"
+    return f"{amount:,}" if bare else f"{amount:,} {unit}"
+
+
+def all_of(budgets: Sequence[Budget]) -> Budget:
+    """One budget that keeps all of ``budgets``, which are of the same layers and rules; the tightest comes first.
+
+    Tightest is the one that so many planes in every layer would exhaust first. Of one, itself.
+    """
+    first = min(budgets, key=lambda budget: budget.target)
+    rest = [ceiling for budget in budgets if budget is not first for ceiling in budget.ceilings]
+    return replace(first, also=(*first.also, *rest)) if rest else first
 
 
 def make_budget(
@@ -211,8 +270,8 @@ def project(
         chosen[cell] = on
         count[cell[0]] += 1 if on else -1
 
-    def one_more(layer: int) -> int:
-        return budget.table[layer][count[layer] + 1] - budget.table[layer][count[layer]]
+    def fits_with_one_more(layer: int) -> bool:
+        return budget.fits([planes + (at == layer) for at, planes in enumerate(count)])
 
     for cell in cheapest_first:  # ceilings of single layers
         if chosen[cell] and count[cell[0]] > most[cell[0]]:
@@ -221,7 +280,7 @@ def project(
         if not chosen[cell] and count[cell[0]] < few[cell[0]]:
             switch(cell, True)
     for cell in cheapest_first:
-        if budget.spent(count) <= budget.allowed:
+        if budget.fits(count):
             break
         if chosen[cell] and count[cell[0]] > few[cell[0]]:
             switch(cell, False)
@@ -229,7 +288,7 @@ def project(
         if spendable is not None and not spendable[cell]:
             continue
         free = not chosen[cell] and count[cell[0]] < most[cell[0]]
-        if free and budget.spent(count) + one_more(cell[0]) <= budget.allowed:
+        if free and fits_with_one_more(cell[0]):
             switch(cell, True)
     return chosen.to(masks.device)
 
@@ -239,9 +298,13 @@ def allocate(importance: Tensor, budget: Budget) -> list[int]:
 
     ``importance`` [layers, bits] is what each further plane of a layer saves, planes taken in order. The budget is
     divided into at most 50,000 cells and costs are rounded up, so the result is never over it; what rounding
-    left unused is then given to the planes that save most per cost.
+    left unused is then given to the planes that save most per cost. Several budgets are shared out by `program`.
     """
     budget.check_feasible()
+    if budget.also:
+        value = importance.detach().to("cpu", torch.float64).cumsum(dim=1).numpy()
+        planes = best_within(value, budget.limits.min_planes, budget.limits.max_planes, budget.ceilings)
+        return _spend(planes, importance, budget)
     few_of, most_of = budget.limits.min_planes, budget.limits.max_planes
     value = importance.detach().to("cpu", torch.float64).cumsum(dim=1).numpy()
     cell = max(1, -(-budget.allowed // _CELLS))
@@ -279,10 +342,14 @@ def _spend(planes: list[int], importance: Tensor, budget: Budget) -> list[int]:
     def cost_of_next(layer: int) -> int:
         return budget.table[layer][planes[layer] + 1] - budget.table[layer][planes[layer]]
 
+    def fits_with_one_more(layer: int, left: Sequence[int]) -> bool:
+        rows = (ceiling.table[layer] for ceiling in budget.ceilings)
+        return all(row[planes[layer] + 1] - row[planes[layer]] <= free for row, free in zip(rows, left, strict=True))
+
     while True:
-        left = budget.allowed - budget.spent(planes)
+        left = [ceiling.allowed - ceiling.spent(planes) for ceiling in budget.ceilings]
         growable = [layer for layer, most in enumerate(budget.limits.max_planes) if planes[layer] < most]
-        fitting = [layer for layer in growable if cost_of_next(layer) <= left]
+        fitting = [layer for layer in growable if fits_with_one_more(layer, left)]
         if not fitting:
             return planes
         gain = {layer: float(importance[layer, planes[layer]]) / max(cost_of_next(layer), 1) for layer in fitting}

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from csqcli.errors import UserError
+from csqcli.quant.catalog import POST_TRAINING
 from csqcli.recipe.schema import Recipe
 
 
-def check_complete(recipe: Recipe) -> None:
-    """UserError for a search without a model or data, and for a target that is missing or that the method cannot meet."""
+def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
+    """UserError for a search without a model or data, and for a target that is missing or that the method cannot meet.
+
+    ``writes`` False: of a command that writes no model, and so has no file to measure.
+    """
     check_model_given(recipe)
     target, card = recipe.quantization.target_bits, recipe.card
     quantization = recipe.quantization
     if target is None and not quantization.in_users_unit and card.name != "float":
         inside = ", or write target_bits into the file of planes" if quantization.planes else ""
-        raise UserError(
-            "no target given", hint=f"pass --target-bits, e.g. --target-bits 3, or --target-size 2MB{inside}"
-        )
+        other = "--target-size 2MB" if writes else "--target-bops 5e9"
+        raise UserError("no target given", hint=f"pass --target-bits, e.g. --target-bits 3, or {other}{inside}")
+    if quantization.in_bytes and not writes:
+        hint = "pass --target-bits, --target-bops or --target-latency"
+        raise UserError("a budget of bytes is about a file, and none is written here", hint=hint)
     if quantization.in_users_unit:
-        if card.name != "staged":
+        if card.name != "staged" and (quantization.in_bytes or card.name != POST_TRAINING):
             hint = "leave --method out, or pass --target-bits"
-            raise UserError(f"{card.name} takes mean bits only, not a budget of bytes or operations", hint=hint)
+            raise UserError(f"{card.name} takes mean bits only, not a budget of bytes, operations or time", hint=hint)
         if recipe.finetune.epochs:
             hint = "give the search more --epochs, or `csq finetune` the file without a target"
             raise UserError("finetune.epochs would change the size that was reached", hint=hint)

@@ -32,7 +32,15 @@ from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 
 _MAX_BYTES, _MAX_VALUES = 2**18, 10_000  # of a recipe file; a rule per layer of the largest model takes less
-_OF_A_SEARCH = ("allocator", "cost", "planes", "ship_as", *USERS_TARGETS)  # what a finetune of its file knows no more
+_OF_A_SEARCH = (
+    "allocator",
+    "cost",
+    "planes",
+    "ship_as",
+    "latency_table",
+    "latency_engine",
+    *USERS_TARGETS,
+)  # what a finetune of its file knows no more
 _TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *USERS_TARGETS))
 _FREE_MAPPINGS = (
     "model.arguments",
@@ -236,7 +244,7 @@ def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
         return find_card(method, where=f"{where}: quantization.method" if where else "quantization.method"), ""
     section = raw.get("quantization")
     if isinstance(section, dict) and any(section.get(key) is not None for key in USERS_TARGETS):
-        return CARDS["staged"], "a budget of bytes or operations"
+        return CARDS["staged"], "a budget of bytes, operations or time"
     epochs = raw.get("epochs", Recipe.model_fields["epochs"].default)
     name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=_from_scratch(raw))
     return CARDS[name], why

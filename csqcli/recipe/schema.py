@@ -20,8 +20,8 @@ DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
 INT8_PLANES = 7  # integers up to ±127
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-USERS_TARGETS = ("target_size", "target_compression", "target_bops")
-_TARGETS = ("target_bits", *USERS_TARGETS)
+USERS_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")
+BYTE_TARGETS = ("target_size", "target_compression")
 
 
 class ModelSettings(Section):
@@ -109,11 +109,17 @@ class QuantizationSettings(Section):
     target_bits: float | None = Field(None, gt=0)
     """Mean planes per weight element that the delivered model must not exceed; fractions are fine."""
     target_size: int | None = Field(None, ge=1)
-    """Bytes that the file which ships must not exceed, as a number or as `2MB`, `500kB`, `1.5MiB`. Instead of `target_bits`."""
+    """Bytes that the file which ships must not exceed, as a number or as `2MB`, `500kB`, `1.5MiB`. Several targets are all kept."""
     target_compression: float | None = Field(None, gt=1)
-    """How many times smaller than the float model (4 bytes a number) that file must be at least. Instead of `target_bits`."""
+    """How many times smaller than the float model (4 bytes a number) that file must be at least."""
     target_bops: float | None = Field(None, gt=0)
-    """Bit operations of one image that the model must not exceed. Instead of `target_bits`."""
+    """Bit operations of one image that the model must not exceed."""
+    target_latency: float | None = Field(None, gt=0, le=1e9)
+    """Milliseconds for one image that the layers' latencies must not exceed together, from a table that `csq bench` measured."""
+    latency_table: Annotated[str | None, USERS_ONLY] = None
+    """File of `csq bench MODEL --json`; unset, the run measures its own when it starts."""
+    latency_engine: Literal["ort", "openvino", "litert", "torch"] | None = None
+    """Engine that the run measures in; unset the first that is installed."""
     ship_as: Literal["bit-packed-small", "bit-packed"] = "bit-packed-small"
     """The form of the file that ships, which `target_size` and `target_compression` are about; it lies beside the model."""
     cost: str = WEIGHTS
@@ -163,16 +169,25 @@ class QuantizationSettings(Section):
         return int(float(found[1]) * _UNITS[found[2] or ""])
 
     @model_validator(mode="after")
-    def _one_target(self) -> QuantizationSettings:
-        named = [key for key in _TARGETS if getattr(self, key) is not None]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} cannot both be asked for; keep one")
+    def _targets_agree(self) -> QuantizationSettings:
+        if self.target_size is not None and self.target_compression is not None:
+            raise ValueError("target_size and target_compression are both about the same bytes; keep one")
+        for key in ("latency_table", "latency_engine"):
+            if getattr(self, key) is not None and self.target_latency is None:
+                raise ValueError(f"{key} goes with target_latency")
+        if self.latency_table is not None and self.latency_engine is not None:
+            raise ValueError("latency_table says its engine itself; leave latency_engine out")
         return self
 
     @property
     def in_users_unit(self) -> bool:
-        """Whether the budget is one of bytes or operations, not of mean planes."""
+        """Whether a budget is one of bytes, operations or time, not of mean planes."""
         return any(getattr(self, key) is not None for key in USERS_TARGETS)
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether a budget is one of bytes of the file that ships."""
+        return any(getattr(self, key) is not None for key in BYTE_TARGETS)
 
 
 class LayerRules(Section):

@@ -43,6 +43,8 @@ def print_allocation(found: Mapping[str, Any], console: Console) -> None:
         f"by {printable(found['allocator'])}",
         f"budget       {used:.2f} % used, counted in {printable(found['cost'])}",
     ]
+    for budget in found["budgets"] if len(found["budgets"]) > 1 else ():
+        lines.append(f"{budget['budget']:<13}{budget['reached']:,.6g} of {budget['asked']:,.6g}")
     print_lines(lines, console)
 
 

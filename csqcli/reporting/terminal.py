@@ -218,6 +218,8 @@ def budget_line(budget: Mapping[str, Any]) -> str:
         said = f"{reached:.2f} times smaller than float, {asked:g} asked, {printable(budget['file'])}"
     elif kind == "bops":
         said = f"{reached:,} of {asked:,.0f} bit operations ({100 * reached / asked:.1f} %)"
+    elif kind == "latency":
+        said = f"{reached:.3f} of {asked:g} ms, by latencies of its layers in {printable(budget['engine'])}"
     elif kind == "act_bits":
         said = f"{reached:.4f} of {asked:g} mean bits of layer inputs"
     else:

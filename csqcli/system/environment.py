@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-CORE = ("torch", "torchvision", "timm", "typer", "rich", "safetensors", "pydantic", "numpy", "pillow")
+CORE = ("torch", "torchvision", "timm", "typer", "rich", "safetensors", "pydantic", "numpy", "scipy", "pillow")
 EXTRAS = {  # extra of the distribution: the packages that it brings
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),

@@ -38,6 +38,7 @@ from csqcli.system.progress import Display, counted, planes_fixed
 from csqcli.training.distilled_images import DISTILLED_BATCH, ZEROQ, distill_images
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.training.inputs import warn_of_last_bits, weights_hash
+from csqcli.training.latencies import Latencies
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.run_state import RunRecord, RunState
 from csqcli.version import __version__
@@ -176,6 +177,11 @@ class Run:
     def past_search(self) -> bool:
         """Whether a resumed run's search is complete already."""
         return self.saved is not None and self.saved.phase == "finetune"
+
+    @property
+    def latencies(self) -> Latencies | None:
+        """What a budget in milliseconds counts with."""
+        return self.record.latencies
 
     @property
     def target_bits(self) -> float | None:

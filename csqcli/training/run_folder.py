@@ -21,6 +21,7 @@ from csqcli.system.limits import read_json
 from csqcli.system.lock import locked
 from csqcli.system.run_files import (
     FLOAT_FILE,
+    LATENCY_FILE,
     LATENT_FILE,
     METRICS_FILE,
     MODEL_FILE,
@@ -74,6 +75,11 @@ class RunFolder:
         """What stood behind the rounded weights when a search ended, for others to begin with."""
         return self.path / LATENT_FILE
 
+    @property
+    def latency_file(self) -> Path:
+        """The latencies that a budget in milliseconds counted with, as `--latency-table` takes them."""
+        return self.path / LATENCY_FILE
+
     def __enter__(self) -> RunFolder:
         if self.shard.is_main:
             with contextlib.ExitStack() as held:
@@ -124,7 +130,11 @@ class RunFolder:
                 state.unlink(missing_ok=True)
             self.float_file.unlink(missing_ok=True)
             self.latent_file.unlink(missing_ok=True)
-        for name in (MODEL_FILE, FLOAT_FILE, LATENT_FILE, REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE):
+            self.latency_file.unlink(missing_ok=True)
+        for name in (
+            *(MODEL_FILE, FLOAT_FILE, LATENT_FILE, LATENCY_FILE),
+            *(REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE),
+        ):
             for file in files.leftovers(self.path / name):
                 file.unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ from csqcli.models.pickles import check_state
 from csqcli.system import files
 from csqcli.system.limits import check_tree
 from csqcli.training.inputs import Inputs
+from csqcli.training.latencies import Latencies
 
 MAX_ROLLBACKS = 3
 HISTORY_VALUES = 2**22
@@ -49,6 +50,7 @@ class RunRecord(BaseModel):
     rollbacks: int = Field(0, ge=0, le=MAX_ROLLBACKS)  # each halves the learning rates
     input_top1: float | None = None  # percent, of the file that a finetune started from
     input_top1_present: float | None = None  # percent, among the data's classes, where the file's model has more
+    latencies: Latencies | None = None  # of a budget in milliseconds, once they are known
     planes: list[int] | None = None  # of every layer, once an allocator decided them
     step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,22 +18,35 @@ from csqcli.models.coverage import Operations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.allocators.base import Allocation, allocation_by
 from csqcli.quant.allocators.manual import written_planes
-from csqcli.quant.budget import Budget, allocate, make_budget, plane_limits, uniform_target
+from csqcli.quant.budget import (
+    BIT_OPERATIONS,
+    BYTES,
+    NANOSECONDS,
+    Budget,
+    PlaneLimits,
+    all_of,
+    allocate,
+    make_budget,
+    plane_limits,
+    uniform_target,
+)
 from csqcli.quant.catalog import CARDS, MANUAL, UNIFORM, MethodCard, find_allocator
-from csqcli.quant.costs import costs
+from csqcli.quant.costs import Cost, costs, latency_cost
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.recipe.schema import OptimizerSettings, Recipe
+from csqcli.recipe.schema import USERS_TARGETS, OptimizerSettings, Recipe
 from csqcli.system import distributed, memory
 from csqcli.training.evaluate import BrokenScores, evaluate
+from csqcli.training.latencies import NANOSECONDS_PER_MS, Latencies
 from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run, ShippedSize
 from csqcli.training.shared_start import known_importance
 from csqcli.training.teacher import Teacher
 
+Table = tuple[tuple[int, ...], ...]  # [layers][planes]: costs
 _DECAY = 0.1  # of the learning rate at a milestone
 
 
@@ -163,7 +175,8 @@ def shared_importance(run: Run, layers: Sequence[Layer], batches: Batches) -> to
     if name is None or name in (UNIFORM, MANUAL) or find_allocator(name).gives != "importance":
         return None
     # any budget that can be met will do: what it allocates is not looked at
-    settings = run.recipe.quantization.model_copy(update={"target_bits": float(run.recipe.quantization.max_bits)})
+    target = {"target_bits": float(run.recipe.quantization.max_bits)} | dict.fromkeys(USERS_TARGETS)
+    settings = run.recipe.quantization.model_copy(update=target)
     recipe = run.recipe.model_copy(update={"quantization": settings})
     with run.display.step("measuring which layers matter"):
         budget = budget_of(run, recipe, layers)
@@ -197,20 +210,24 @@ def allocation(
 
 def check_written_planes(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
     """UserError for planes that do not fit the model or the budget: before a float phase spends time on it."""
-    if recipe.quantization.planes:
+    if recipe.quantization.planes and not recipe.quantization.in_users_unit:  # whose costs are not known yet
         written_planes(layers, budget_of(run, recipe, layers), recipe.quantization.planes)
 
 
 class Counted(Protocol):
-    """What a budget may ask of a model: its multiply-accumulates, the widths of its layers' inputs, and bytes, if it is in bytes."""
+    """What budgets may ask of a model: its multiply-accumulates, the widths of its layers' inputs, bytes and latencies where one
+    is in these."""
 
     operations: Operations | None
     activations: ActivationQuantizers | None
     ships: ShippedSize | None
 
+    @property
+    def latencies(self) -> Latencies | None: ...
+
 
 def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
-    """Target, rules and cost of a run's layers."""
+    """Targets, rules and costs of a run's layers."""
     settings, rules = recipe.quantization, recipe.layers
     limits = plane_limits(
         layers,
@@ -220,28 +237,52 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
         min_bits=rules.min_bits,
         max_bits=rules.max_bits,
     )
-    if run.ships is not None:
-        table = tuple(map(tuple, run.ships.table))
-        target, weights = uniform_target(table, run.ships.allowed), tuple(layer.weights for layer in layers)
-        return Budget(target, weights, limits, table, run.ships.allowed, "bytes", run.ships.others)
     inputs = {entry.module: entry.bits for entry in run.activations.records()} if run.activations is not None else {}
-    budget = make_budget(
-        layers,
-        settings.target_bits or 0.0,
-        bits=settings.max_bits,
-        limits=limits,
-        cost=costs.find("bops" if settings.target_bops else settings.cost, where="quantization.cost"),
-        macs=run.operations.macs if run.operations is not None else None,
-        input_bits={layer.name: inputs.get(layer.name.rpartition(".")[0], 32) for layer in layers},
-    )
-    if settings.target_bops is None:
-        return budget
-    assert run.operations is not None
-    counted = sum(run.operations.macs[layer.name] or 0 for layer in layers)
-    others = max(run.operations.total - counted, 0) * FLOAT_BITS**2  # as `file.sizes.compute` counts them
-    allowance = int(settings.target_bops) - others
-    target = uniform_target(budget.table, allowance)
-    return replace(budget, target=target, allowance=allowance, unit="bit operations", beside=others)
+    weights, found = tuple(layer.weights for layer in layers), []
+
+    def counted_by(cost: Cost) -> Budget:
+        return make_budget(
+            layers,
+            settings.target_bits or 0.0,
+            bits=settings.max_bits,
+            limits=limits,
+            cost=cost,
+            macs=run.operations.macs if run.operations is not None else None,
+            input_bits={layer.name: inputs.get(layer.name.rpartition(".")[0], 32) for layer in layers},
+        )
+
+    def within(table: Table, allowance: int, unit: str, beside: int) -> Budget:
+        return Budget(uniform_target(table, allowance), weights, limits, table, allowance, unit, beside)
+
+    if run.ships is not None:
+        found.append(within(tuple(map(tuple, run.ships.table)), run.ships.allowed, BYTES, run.ships.others))
+    if settings.target_bops is not None:
+        assert run.operations is not None
+        counted = sum(run.operations.macs[layer.name] or 0 for layer in layers)
+        others = max(run.operations.total - counted, 0) * FLOAT_BITS**2  # as `file.sizes.compute` counts them
+        operations = counted_by(costs.find("bops", where="quantization.cost"))
+        found.append(within(operations.table, int(settings.target_bops) - others, BIT_OPERATIONS, others))
+    if settings.target_latency is not None:
+        assert run.latencies is not None
+        table = latency_rows(counted_by(latency_cost(run.latencies.by_layer)).table, limits)
+        allowance = int(settings.target_latency * NANOSECONDS_PER_MS) - run.latencies.beside
+        found.append(within(table, allowance, NANOSECONDS, run.latencies.beside))
+    if settings.target_bits is not None or not found:
+        found.append(counted_by(costs.find(settings.cost, where="quantization.cost")))
+    return all_of(found)
+
+
+def latency_reached(run: Counted, recipe: Recipe, layers: Sequence[Layer], planes: Sequence[int]) -> float:
+    """Milliseconds that so many planes per layer come to, by the latencies that a run's budget counts with."""
+    [found] = [ceiling for ceiling in budget_of(run, recipe, layers).ceilings if ceiling.unit == NANOSECONDS]
+    return (found.spent(planes) + found.beside) / NANOSECONDS_PER_MS
+
+
+def latency_rows(table: Table, limits: PlaneLimits) -> Table:
+    """A table of nanoseconds in which a layer that must have a plane costs nothing before it has one, and one that need not have any
+    costs as much without: an engine runs it all the same."""
+    few = limits.min_planes
+    return tuple((0 if least else row[0], *row[1:]) for row, least in zip(table, few, strict=True))
 
 
 def _is_fresh(recipe: Recipe) -> bool:

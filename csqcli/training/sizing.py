@@ -18,7 +18,7 @@ import torch
 
 from csqcli.errors import UserError
 from csqcli.file import codes, io
-from csqcli.quant.budget import Budget, PlaneLimits, allocate
+from csqcli.quant.budget import BYTES, Budget, PlaneLimits, allocate
 from csqcli.quant.hard_layer import HardLayer, top_planes
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods.staged import Staged
@@ -115,7 +115,9 @@ def _fitted(method: Staged, planes: Sequence[int], allowed: int, more: int) -> l
         table.append(tuple(itertools.accumulate(row, max)))
     least = sum(row[k] for row, k in zip(table, few, strict=True))
     weights = method.budget.weights
-    budget = Budget(method.budget.target, weights, PlaneLimits(few, most), tuple(table), max(allowed, least))
+    others = tuple(ceiling for ceiling in method.budget.ceilings if ceiling.unit != BYTES)
+    limits = PlaneLimits(few, most)
+    budget = Budget(method.budget.target, weights, limits, tuple(table), max(allowed, least), BYTES, also=others)
     return allocate(method.savings_now(), budget)
 
 

@@ -47,6 +47,25 @@ def holds(key: str, value: Any) -> Callable[[Result], bool]:
     return lambda result: result.recipe(key) == value
 
 
+TABLE = {  # of latencies of the digits network: 3.6 ms in the narrowest kernels, 6.4 in fp32, and 1 beside
+    "schema_version": 1,
+    "engine": "litert",
+    "engine_version": "by hand 1",
+    "threads": 1,
+    "batch": 1,
+    "input_size": [1, 8, 8],
+    "network": {"fp32": {"ms": 7.4}},
+    "layers": [
+        {"name": "conv1.weight", "latency": {"fp32": {"ms": 1.0}, "int8": {"ms": 0.5}}},
+        {"name": "conv2.weight", "latency": {"fp32": {"ms": 2.0}, "int8": {"ms": 1.0}, "int4": None}},
+        {"name": "conv3.weight", "latency": {"fp32": {"ms": 3.0}, "int8": {"ms": 2.0}}},
+        {
+            "name": "fc.weight",
+            "latency": {form: {"ms": ms} for form, ms in (("fp32", 0.4), ("int8", 0.3), ("int4", 0.2), ("int2", 0.1))},
+        },
+    ],
+}
+
 INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "version": ("--version", lambda r: r.out.startswith("csq 0")),
     "help": ("--help", lambda r: "search" in r.out),
@@ -273,6 +292,39 @@ INVOCATIONS |= {  # what a run would come to
         "search --recipe digits --target-bops 4e7 -o OUT --quiet --set max_steps=4 --epochs 2",
         lambda r: r.report()["compute"]["bops"] <= 4e7 and "of 40,000,000 bit operations" in r.out,
     ),
+    "target latency": (
+        "search --recipe digits --target-latency 1e5 --latency-engine torch --target-bits 2 -o OUT --quiet --set max_steps=2 --epochs 1",
+        lambda r: (
+            r.report()["budgets"][1]["budget"] == "latency"
+            and json.loads((r.folder / "latencies.json").read_text())["engine"] == "torch"
+            and "of 100000 ms, by latencies of its layers in torch" in r.out
+        ),
+    ),
+    "latency table": (
+        "search --recipe digits --target-latency 4.65 --latency-table TABLE --act-bits 8 -o OUT --quiet --set max_steps=2 --epochs 1",
+        lambda r: (
+            r.report()["budgets"] == [{"budget": "latency", "asked": 4.65, "reached": 4.6, "engine": "by hand 1"}]
+        ),
+    ),
+    "plan of latencies": (
+        "plan --recipe digits --target-latency 1e5 --latency-table TABLE --target-bits 2 -q --json",
+        lambda r: json.loads(r.out)["mean_bits"] <= 2,
+    ),
+    "plan of measured latencies": (
+        "plan --recipe digits --target-latency 1e5 --latency-engine torch --target-bits 2 -q --json",
+        lambda r: json.loads(r.out)["mean_bits"] <= 2,
+    ),
+    "allocate within several": (
+        "allocate --recipe digits --target-bits 2.2 --target-bops 1e7 --target-latency 7.4 --latency-table TABLE -q --json",
+        lambda r: (
+            [one["budget"] for one in json.loads(r.out)["budgets"] if one["reached"] <= one["asked"]]
+            == ["bits", "bops", "latency"]
+        ),
+    ),
+    "allocate within measured latencies": (
+        "allocate --recipe digits --target-bits 2.2 --target-latency 1e5 --latency-engine torch -q",
+        lambda r: "latency " in r.out,
+    ),
     "plan of a size": (
         "plan --recipe digits --target-size 12kB -q --json",
         lambda r: json.loads(r.out)["bytes"]["bit_packed_small"] == pytest.approx(12_000, rel=0.15),
@@ -372,7 +424,10 @@ def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_
         out.mkdir()
     if "PLANES" in line:
         (tmp_path / "written.yaml").write_text('planes: {"*": 2, conv1: 7, fc.weight: 3}\n')
+    if "TABLE" in line:
+        (tmp_path / "table.json").write_text(json.dumps(TABLE))
     places = {
+        "TABLE": str(tmp_path / "table.json"),
         "PLANES": str(tmp_path / "written.yaml"),
         "RUN": str(digits_run / "model.safetensors"),
         "OUT": str(out),

@@ -6,6 +6,7 @@ Options' own texts are typer's, of its newest release.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli.test_options import TABLE
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -38,7 +40,6 @@ ROWS = [
     "search --recipe digits -o new --quiet --target-size 6kB",
     "search --recipe digits -o new --quiet --target-compression 0.5",
     "search --recipe digits -o new --quiet --target-bops 1000",
-    "search --recipe digits -o new --quiet --target-size 2MB --target-bits 2",
     "search --recipe digits -o new --quiet --target-size 2MB --method lsq",
     "search --recipe digits -o new --quiet --target-size 2MB --finetune-epochs 1",
     "plan resnet18 --target-bits 3",
@@ -48,6 +49,19 @@ ROWS = [
     f"{DIGITS} --set micro_batch=0",
     f"{DIGITS} --set micro_batch=some",
     "search --recipe digits --device gpu",
+    # several targets, and milliseconds
+    "search --recipe digits -o new --quiet --target-size 2MB --target-compression 5",
+    "search --recipe digits -o new --quiet --target-bits 2 --target-bops 1e7 --method csq",
+    "search --recipe digits -o new --quiet --target-bits 2 --target-bops 1000",
+    "search --recipe digits -o new --quiet --target-latency -1",
+    "search --recipe digits -o new --quiet --target-bits 2 --latency-table table.json",
+    "search --recipe digits -o new --quiet --target-latency 5 --latency-table missing.json",
+    "search --recipe digits -o new --quiet --target-latency 5 --latency-table classes.json",
+    "search --recipe digits -o new --quiet --target-latency 5 --latency-table table.json --latency-engine torch",
+    "search --recipe digits -o new --quiet --target-latency 4.5 --latency-table latencies.json --act-bits 8",
+    "search --recipe digits -o new --quiet --target-latency 5 --latency-table latencies.json --input-size 12",
+    "allocate digits_cnn --data digits --no-pretrained -q",
+    "allocate --recipe digits -q --set target_size=1MB",
     # latencies
     "bench",
     "bench resnet99 --engine torch",
@@ -336,6 +350,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (recipes / "unknown_key.yaml").write_text("quantization: {target_bit: 3}\n")
     (recipes / "unknown_section.yaml").write_text("optimiser: {lr: 3}\n")
     (recipes / "broken.yaml").write_text("epochs: [1\nmodel: {\n")
+    (root / "latencies.json").write_text(json.dumps(TABLE))
+    (root / "classes.json").write_text('{"schema_version": 1}')
     (recipes / "list.yaml").write_text("- epochs\n")
     (recipes / "list.json").write_text("[1]")
     (recipes / "other.json").write_text('{"name": "fig2"}')

@@ -23,6 +23,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "a compression": (DIGITS, {"max_steps": 2, "epochs": 2, "quantization.target_compression": 4}),
     "bit operations": (DIGITS, {"max_steps": 2, "epochs": 2, "quantization.target_bops": 5e7}),
+    "milliseconds, measured": (
+        DIGITS,
+        {"max_steps": 2, "epochs": 2, "quantization.target_latency": 1e5, "quantization.latency_engine": "torch"},
+    ),
     "staged, data, layers": (
         DIGITS,
         {
@@ -55,6 +59,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "data.val_limit": 60,
             "quantization.method": "staged",
             "quantization.target_bits": 2.5,
+            "quantization.latency_table": None,  # its other value is tests/cli/test_options.py's
             "quantization.cost": "weights",
             "quantization.max_bits": 6,
             "quantization.state_dtype": "bfloat16",

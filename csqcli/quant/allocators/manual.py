@@ -32,8 +32,10 @@ def written_planes(layers: Sequence[Layer], budget: Budget, planes: Mapping[str,
                 f"`{name}` at {found[name]} planes; its rules allow {few} to {most}", where=_WHERE, hint=hint
             )
     chosen = [found[name] for name in names]
-    if budget.spent(chosen) > budget.allowed:
-        mean, share = budget.mean_planes(chosen), budget.spent(chosen) / max(budget.allowed, 1)
-        what = f"{mean:.4f} planes per weight cost {share:.4g} times what the target of {budget.target:g} allows"
+    for ceiling in budget.ceilings:
+        if ceiling.spent(chosen) <= ceiling.allowed:
+            continue
+        mean, share = budget.mean_planes(chosen), ceiling.spent(chosen) / max(ceiling.allowed, 1)
+        what = f"{mean:.4f} planes per weight cost {share:.4g} times what the target of {ceiling.target:g} allows"
         raise UserError(what, where=_WHERE, hint="raise --target-bits, or lower them")
     return chosen
