@@ -270,7 +270,8 @@ def export(
         output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
         form: ``bit-packed`` (the smallest that is the searched model bit for bit), ``bit-packed-small`` (BatchNorms folded,
             numbers beside the integers in 16 bits; for inference), ``int8-packed`` (read with safetensors and NumPy
-            alone), ``state-dict`` (plain float weights), ``onnx``, ``litert``, or ``package.module:Class`` of your own.
+            alone), ``state-dict`` (plain float weights), ``torchao`` (linear layers in int8, read with torchao), ``onnx``,
+            ``litert``, or ``package.module:Class`` of your own.
         activations: ``onnx`` and ``litert``; ``int8`` needs activation scales in the file.
         target: ``onnx`` only; the engine that the file is made for and verified with (``tensorrt``: verified in ONNX Runtime).
         weights: with ``target="tensorrt"`` and float activations, ``int4`` for linear layers whose integers fit it.

@@ -74,6 +74,9 @@ def export(
         bool, typer.Option("--litert", help="A .tflite for LiteRT: weights of 8, 4 and 2 bits, int8 kernels.")
     ] = False,
     state_dict: Annotated[bool, typer.Option("--state-dict", help="safetensors, plain float state dict.")] = False,
+    torchao: Annotated[
+        bool, typer.Option("--torchao", help="safetensors that torchao reads: linear layers in int8, the rest float.")
+    ] = False,
     form: Annotated[
         str | None, typer.Option(metavar="NAME", help="A form by its name, or package.module:Class of your own.")
     ] = None,
@@ -121,6 +124,7 @@ def export(
         "onnx": onnx,
         "litert": litert,
         "state-dict": state_dict,
+        "torchao": torchao,
     }
     chosen = [name for name, wanted in flags.items() if wanted] + ([form] if form is not None else [])
     if len(chosen) != 1:

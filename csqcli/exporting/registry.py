@@ -34,6 +34,7 @@ CARDS = {
     "bit-packed": FormCard(f"{_FORMS}.safetensors:BitPacked"),
     "bit-packed-small": FormCard(f"{_FORMS}.safetensors:BitPackedSmall"),
     "state-dict": FormCard(f"{_FORMS}.safetensors:StateDict"),
+    "torchao": FormCard(f"{_FORMS}.torchao:Torchao"),
     "onnx": FormCard(f"{_FORMS}.onnx:Onnx", frozenset({"activations", "target", "weights", "calib"})),
     "litert": FormCard(f"{_FORMS}.litert:Litert", frozenset({"activations", "calib", "prefer"})),
 }

@@ -32,7 +32,7 @@ def require(*names: str, extra: str = "onnx") -> list[ModuleType]:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
         missing = error.name or names[0]
-        where = "LiteRT" if extra == "litert" else "ONNX"
+        where = {"litert": "LiteRT", "torchao": "torchao"}.get(extra, "ONNX")
         raise UserError(f"needs the package {missing}", where=where, hint=f"pip install 'csq[{extra}]'") from None
 
 

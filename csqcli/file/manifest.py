@@ -47,7 +47,7 @@ ITEM_BYTES = {  # of the types that a parameter or buffer may have
     "bool": 1,
 }
 
-Form = Literal["compact", "int8-packed", "bit-packed", "state-dict"]  # of a safetensors file, see `layout`
+Form = Literal["compact", "int8-packed", "bit-packed", "state-dict", "torchao"]  # of a safetensors file, see `layout`
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Scale = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 Percent = Annotated[float, Field(ge=0, le=100)]
