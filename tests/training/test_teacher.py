@@ -70,5 +70,7 @@ def test_a_search_that_stays_near_the_features_ends_elsewhere(csq, tmp_path) -> 
     for name, weight in (("without", 0), ("with", 5.0)):
         code, _, error = csq(*common, "-o", tmp_path / name, "--set", f"distill_features={weight}")
         assert code == 0, error
-        weights.append(torch.cat([p.flatten() for p in csqcli.load(tmp_path / name / "model.safetensors").parameters()]))
+        weights.append(
+            torch.cat([p.flatten() for p in csqcli.load(tmp_path / name / "model.safetensors").parameters()])
+        )
     assert not torch.equal(*weights)

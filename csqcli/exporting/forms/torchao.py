@@ -114,18 +114,18 @@ class Torchao(Form):
         state: dict[str, Tensor] = packed | others
         return state
 
+    def twins(self, path: Path, *, threads: int) -> tuple[nn.Module, nn.Module]:
+        return self.open(path), self.subject.model
+
     def latency(self, path: Path) -> tuple[float | None, float | None]:
-        """Milliseconds at batch 1 on one thread, and how many times faster that is than the float model, neither compiled."""
-        packed, image = self.open(path), self.subject.probe.images[:1]
+        """Against the float model, neither compiled; the number of threads is PyTorch's, whoever asks."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with torch.no_grad():
-                runs = [lambda: packed(image), lambda: self.subject.model(image)]
-                seconds = verify.interleaved_medians(runs)
+                return super().latency(path)
         finally:
             torch.set_num_threads(threads)
-        return 1000 * seconds[0], seconds[1] / seconds[0]
 
     def describe(self, path: Path, parity: ParityRecord) -> Manifest:
         return header.read_manifest(path)
