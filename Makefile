@@ -16,7 +16,7 @@ check: lint
 	$(BIN)/pytest -n auto --dist loadfile tests/quant tests/recipe tests/file tests/reporting tests/cli/test_startup.py
 
 test: lint
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check csqcli tests benchmarks docs

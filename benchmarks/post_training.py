@@ -1,7 +1,8 @@
-"""Post-training quantization: what each part of it is worth, and where it stands beside short trainings.
+"""Post-training quantization: what each part of it is worth, which rules for single layers pay, and what a short training adds.
 
     python benchmarks/post_training.py resnet20 --data cifar10-jpeg --checkpoint resnet20_float.safetensors --work runs/ptq-r20
     python benchmarks/post_training.py lite0 --data imagenette --checkpoint tf_efficientnet_lite0.safetensors --work runs/ptq-lite0
+    python benchmarks/post_training.py lite0 … --rows "ptq, 2" "first and last float, 2" "ptq and 3 epochs, 2"
 
 One thread, seed 0, float32; all through `csqcli.pipeline.search`. Every row is a run in a folder of --work: finished ones are read
 from there, so the command goes on where it was stopped. --rows picks some of them by name; rows of training take minutes
@@ -16,6 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+LAYERS = {  # first, last, depthwise
+    "resnet20": ("conv1", "fc", None),
+    "lite0": ("conv_stem", "classifier", "*conv_dw"),
+}
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet20": {
         "model.source": "cifar_resnet20",
@@ -65,7 +70,30 @@ OFF: dict[str, dict[str, Any]] = {
 }
 
 
-def rows() -> dict[str, dict[str, Any]]:
+UNIFORM = {"quantization.allocator": "uniform"}
+
+
+def rules(network: str) -> dict[str, dict[str, Any]]:
+    """What people do to first, last and depthwise layers out of habit. The mean over the layers under quantization is the target
+    all the same, so what these layers get is taken from the others."""
+    first, last, depthwise = LAYERS[network]
+    found: dict[str, dict[str, Any]] = {
+        "first and last float": {"layers.exclude": [first, last]},
+        "first and last 8 planes": {"layers.keep": [first, last]},
+        "uniform planes": UNIFORM,
+        "uniform planes, first and last 8": UNIFORM | {"layers.keep": [first, last]},
+    }
+    if depthwise is not None:
+        found |= {
+            "depthwise float": {"layers.exclude": [depthwise]},
+            "depthwise 8 planes": {"layers.keep": [depthwise]},
+            "depthwise 4 planes or more": {"layers.min_bits": {depthwise: 4}},
+            "uniform planes, first, last and depthwise 8": UNIFORM | {"layers.keep": [first, last, depthwise]},
+        }
+    return found
+
+
+def rows(network: str) -> dict[str, dict[str, Any]]:
     """Overrides of every row, by its name."""
     found = {
         f"{name}, {target}": {"epochs": 0, "quantization.target_bits": target, **more}
@@ -73,9 +101,18 @@ def rows() -> dict[str, dict[str, Any]]:
         for name, more in OFF.items()
         if target in (3, 4) or name == "ptq"
     }
+    for target in (3, 2):
+        for name, more in rules(network).items():
+            found[f"{name}, {target}"] = {"epochs": 0, "quantization.target_bits": target, **more}
     for epochs in (1, 3):
-        for target in (4, 3):
-            found[f"staged {epochs}, {target}"] = {"epochs": epochs, "quantization.target_bits": target, "amp": "bf16"}
+        for target in (4, 3, 2, 1.5):
+            trained = {"epochs": 0, "finetune.epochs": epochs, "batchnorm": "frozen", "data.train_limit": None}
+            found[f"ptq and {epochs} epochs, {target}"] = trained | {"quantization.target_bits": target}
+            found[f"staged {epochs}, {target}"] = {
+                "epochs": epochs,
+                "quantization.target_bits": target,
+                "data.train_limit": None,
+            }
     return found
 
 
@@ -94,7 +131,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", help="names of rows; all if unset")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="laid over every row")
     given = parser.parse_args()
-    table, images = rows(), dict[str, DataSet]()
+    table, images = rows(given.network), dict[str, DataSet]()
     for name in given.rows or table:
         folder = given.work / name.replace(", ", "-").replace(" ", "_")
         more = {key: json.loads(value) for key, _, value in (text.partition("=") for text in given.set)}

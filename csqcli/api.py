@@ -252,7 +252,8 @@ def export(
     *,
     form: str,
     activations: Literal["float", "int8"] = "float",
-    target: Literal["ort", "openvino"] = "ort",
+    target: Literal["ort", "openvino", "tensorrt"] = "ort",
+    weights: Literal["int8", "int4"] = "int8",
     calib: str | None = None,
     prefer: Literal["speed", "size"] = "speed",
     data: str | None = None,
@@ -269,9 +270,11 @@ def export(
         output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
         form: ``bit-packed`` (the smallest that is the searched model bit for bit), ``bit-packed-small`` (BatchNorms folded,
             numbers beside the integers in 16 bits; for inference), ``int8-packed`` (read with safetensors and NumPy
-            alone), ``state-dict`` (plain float weights), ``onnx``, ``litert``, or ``package.module:Class`` of your own.
+            alone), ``state-dict`` (plain float weights), ``torchao`` (linear layers in int8, read with torchao), ``onnx``,
+            ``litert``, or ``package.module:Class`` of your own.
         activations: ``onnx`` and ``litert``; ``int8`` needs activation scales in the file.
-        target: ``onnx`` only; the engine that the file is verified with.
+        target: ``onnx`` only; the engine that the file is made for and verified with (``tensorrt``: verified in ONNX Runtime).
+        weights: with ``target="tensorrt"`` and float activations, ``int4`` for linear layers whose integers fit it.
         calib: with ``int8``, images to measure the outputs of layers on; as ``data`` for :func:`search`.
         prefer: ``litert`` only; the faster kernels or the smaller file, where these differ.
         data: images to compare logits on, and to record the written file's top-1 with.
@@ -296,7 +299,7 @@ def export(
 
     path = Path(file)
     registry.check_name(form, where="csqcli.export")
-    options = {"activations": activations, "target": target, "calib": calib, "prefer": prefer}
+    options = {"activations": activations, "target": target, "weights": weights, "calib": calib, "prefer": prefer}
     registry.check_options(form, options, where=f"csqcli.export, form {form}")
 
     from csqcli.exporting.run import export_file, output_path
@@ -308,6 +311,7 @@ def export(
         form=form,
         activations=activations,
         target=target,
+        weights=weights,
         calib=calib,
         prefer=prefer,
         data_source=data,

@@ -341,8 +341,10 @@ def finetune(
         raise UserError(
             "its BatchNorms are folded for inference; they cannot be trained on", where=str(path), hint=hint
         )
-    if recipe.optimizer.distill:
-        hint = "distill in the search itself (--finetune-epochs), or --set optimizer.distill=0"
+    asked = [name for name in ("distill", "distill_features") if getattr(recipe.optimizer, name)]
+    if asked:
+        without = " ".join(f"--set optimizer.{name}=0" for name in asked)
+        hint = f"distill in the search itself (--finetune-epochs), or {without}"
         raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     check_task(file.manifest.spec)
     images = with_labels_of(file.manifest, open_images(recipe), where=str(path), whole=True)

@@ -14,12 +14,23 @@ from hypothesis import settings
 from PIL import Image
 
 from csqcli.cli import app as cli
+from csqcli.system.heap import keep_freed_memory
 
+keep_freed_memory()  # as the command does, from the first test on
 torch.set_num_threads(1)
 # The same examples at every run, so that a failure belongs to the change that shows it; HYPOTHESIS_PROFILE=default draws new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 os.environ.pop("COLUMNS", None)  # the terminal of whoever runs the tests, as pytest-xdist hands it on
+
+
+_LONG = ("test_model_sweep", "test_distributed", "test_options", "test_faults", "test_sweep", "test_fuzz", "test_onnx")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest go first, or one process would still be at them when the others have nothing left to do."""
+    place = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
 
 
 @pytest.fixture

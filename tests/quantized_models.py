@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from csqcli.file import io
 from csqcli.file.io import QuantizedFile
-from csqcli.file.manifest import ModelRecord
+from csqcli.file.manifest import ActivationEntry, ModelRecord
 from csqcli.models import libraries as sources
-from csqcli.quant import equations
+from csqcli.quant import activations, equations
 from csqcli.quant.hard_layer import HardLayer, hard_layer
 from csqcli.quant.layers import find_layers
 
@@ -140,3 +140,19 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.mean((2, 3))
         return self.fc(x) if float(x.sum()) > 0 else self.fc(-x)
+
+
+def file_with_scales(
+    model: nn.Module, source: str, masks: Sequence[str], *, bits: int | None, num_classes: int = 10
+) -> QuantizedFile:
+    """A quantized file of ``model`` (in eval mode; changed), its layers' inputs calibrated to ``bits`` on seeded noise."""
+    hard = harden(model, masks)
+    config = model.data_config
+    entries = []
+    if bits is not None:
+        rng = torch.Generator().manual_seed(1)
+        batches = [torch.randn(8, *config["input_size"], generator=rng) for _ in range(2)]
+        quantizers = activations.calibrate(model, find_layers(model)[0], batches, bits=bits)
+        entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
+    record = ModelRecord(source=source, library="factory", name=source, num_classes=num_classes, weights_from="random")
+    return io.assemble(model, hard, record=record, data_config=config, target_bits=None, activations=entries)

@@ -1,4 +1,4 @@
-"""What people write against csq's API, checked by ``mypy --strict`` in test_api.py. Not run."""
+"""What people write against csq's API, checked by mypy, strict, in `make lint`. Not run."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from csqcli.cli.search import search
 from csqcli.cli.sensitivity import sensitivity
 from csqcli.cli.sweep import sweep, sweep_run
 from csqcli.errors import UserError, as_line
+from csqcli.system.heap import keep_freed_memory
 from csqcli.system.interrupt import Interrupted, Signals
 from csqcli.system.launcher import is_main_process
 from csqcli.version import __version__
@@ -86,6 +87,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     output.tolerate_any_text()
+    keep_freed_memory()
     with Signals() as signals:
         code = _run(signals)
     sys.exit(code)

@@ -35,6 +35,14 @@ class Target(str, Enum):
 
     ort = "ort"
     openvino = "openvino"
+    tensorrt = "tensorrt"
+
+
+class Weights(str, Enum):
+    """Type of the weights in a graph for TensorRT, of those layers that it can hold."""
+
+    int8 = "int8"
+    int4 = "int4"
 
 
 class Prefer(str, Enum):
@@ -66,13 +74,22 @@ def export(
         bool, typer.Option("--litert", help="A .tflite for LiteRT: weights of 8, 4 and 2 bits, int8 kernels.")
     ] = False,
     state_dict: Annotated[bool, typer.Option("--state-dict", help="safetensors, plain float state dict.")] = False,
+    torchao: Annotated[
+        bool, typer.Option("--torchao", help="safetensors that torchao reads: linear layers in int8, the rest float.")
+    ] = False,
     form: Annotated[
         str | None, typer.Option(metavar="NAME", help="A form by its name, or package.module:Class of your own.")
     ] = None,
     activations: Annotated[
         Activations, typer.Option(help="ONNX and LiteRT; int8 needs activation scales in the file.")
     ] = Activations.float,
-    target: Annotated[Target, typer.Option(help="ONNX only: the engine that verifies the file.")] = Target.ort,
+    target: Annotated[
+        Target, typer.Option(help="ONNX only: the engine that the file is for; tensorrt writes explicit Q/DQ pairs.")
+    ] = Target.ort,
+    weights: Annotated[
+        Weights,
+        typer.Option(help="With --target tensorrt: int4 for linear layers whose integers fit, float activations."),
+    ] = Weights.int8,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -107,6 +124,7 @@ def export(
         "onnx": onnx,
         "litert": litert,
         "state-dict": state_dict,
+        "torchao": torchao,
     }
     chosen = [name for name, wanted in flags.items() if wanted] + ([form] if form is not None else [])
     if len(chosen) != 1:
@@ -115,7 +133,13 @@ def export(
             f"{len(chosen)} forms chosen", where="csq export", hint=f"pass exactly one of {names}, --form NAME"
         )
     registry.check_name(chosen[0], where="--form")
-    options = {"activations": activations.value, "target": target.value, "calib": calib, "prefer": prefer.value}
+    options = {
+        "activations": activations.value,
+        "target": target.value,
+        "weights": weights.value,
+        "calib": calib,
+        "prefer": prefer.value,
+    }
     registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")
     read_manifest(file)  # what is wrong with the file is said before torch is imported
 
@@ -133,6 +157,7 @@ def export(
         form=chosen[0],
         activations=activations.value,
         target=target.value,
+        weights=weights.value,
         calib=calib,
         prefer=prefer.value,
         data_source=data,

@@ -25,13 +25,15 @@ class Options:
     """What `csq export` was told beyond the form."""
 
     activations: Literal["float", "int8"] = "float"
-    target: Literal["ort", "openvino"] = "ort"
+    target: Literal["ort", "openvino", "tensorrt"] = "ort"
+    weights: Literal["int8", "int4"] = "int8"
     calib: str | Tensor | None = None  # images, as --data takes them, or themselves: [N, C, H, W]
     prefer: Literal["speed", "size"] = "speed"
     trust_code: bool = False
 
     def as_mapping(self) -> dict[str, Any]:
-        return {"activations": self.activations, "target": self.target, "calib": self.calib, "prefer": self.prefer}
+        names = ("activations", "target", "weights", "calib", "prefer")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -52,8 +54,10 @@ class Form(ABC):
     takes: ClassVar[frozenset[str]] = frozenset()  # of `registry.OPTIONS`
     takes_basis: ClassVar[bool] = False  # whether it can hold layers whose levels a learned basis gives
 
+    made_for: str | None = None  # the engine that will run the file, where that is not the one that is opened
     engine: str = ""  # name and version of what runs the file; set when it is opened
     tolerance: float = FLOAT_TOLERANCE  # largest logit error, in the logits' standard deviation
+    reference: Probe | None = None  # the logits that are meant, where the form rounds more than the hard model does
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject

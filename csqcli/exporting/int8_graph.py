@@ -10,6 +10,9 @@ BatchNorm after a convolution is folded here, because an engine does not fold it
 and biases, never integers, except that a channel with negative γ has its integers negated: scales must be positive. An
 engine rounds biases to int32 at the product of input and weight scale and overflows silently; where a channel would come
 near, BatchNorm stays, and a layer whose own bias would overflow keeps float weights.
+
+An engine that has signed 8 bits alone (TensorRT) gets int8 for every input: those of at most 7 unsigned bits as they are, those
+of 8 unsigned bits at twice the step, which halves their levels; narrower ranges are clipped in float, before QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy as np
 from csqcli.errors import UserError
 from csqcli.quant.hard_layer import HardLayer
 
+_KEEPS_SIGN = ("MaxPool", "AveragePool", "GlobalAveragePool", "Identity", "Flatten", "Reshape", "Transpose")
 _LEFT_ALONE = {"QuantizeLinear", "BatchNormalization"}  # a trained scale follows; BatchNorm could not be folded
 BIAS_LIMIT = 2.0**30  # int32 holds 2^31; half of it leaves room for the sum that the bias is added to
 UNSEEN = 2.0**-9  # of a bias: less than half of the step at which 8 bits round an output that is as large
@@ -48,6 +52,7 @@ class _Activation:
     scale: float
     low: int
     high: int
+    halved: bool = False  # 8 unsigned bits as 7, at twice the trained step
 
 
 @dataclass
@@ -57,23 +62,27 @@ class Int8Graph:
     proto: Any  # onnx.ModelProto
     weights: dict[str, Int8Weight] = field(default_factory=dict)  # the layers that run in int8
     raised: dict[str, int] = field(default_factory=dict)  # layer -> channels whose scale was raised, see `quantize`
+    halved: list[str] = field(default_factory=list)  # layers whose input has half of the trained levels, see `quantize`
 
 
-def quantize(proto: Any, layers: list[HardLayer], *, raises_scales: bool = False) -> Int8Graph:
+def quantize(
+    proto: Any, layers: list[HardLayer], *, raises_scales: bool = False, signed_only: bool = False
+) -> Int8Graph:
     """Turn rounding chains into Q/DQ pairs and decide which weights become int8. UserError when there is no chain.
 
     A channel whose weights are so small beside its bias that int32 does not hold the bias keeps BatchNorm in the graph, or,
     with ``raises_scales``, gets a larger scale at the same integers, where that moves its output by less than 8 bits show.
+    With ``signed_only`` no input is uint8: see above.
     """
     model = copied(proto)
     editor = Editor(model.graph)
-    activations = editor.add_pairs()
+    activations = editor.add_pairs(signed_only=signed_only)
     if not activations:
         raise UserError(
             "no rounded input was found in the graph", where="--activations int8", hint="use --activations float"
         )
     editor.raises_scales = raises_scales
-    result = Int8Graph(model, raised=editor.raised)
+    result = Int8Graph(model, raised=editor.raised, halved=editor.halved)
     for layer in layers:
         weight = editor.int8_weight(layer, activations)
         if weight is not None:
@@ -125,9 +134,13 @@ def rectifier(node: Any, constants: dict[str, np.ndarray]) -> str | None:
     return None
 
 
-def fold_others(graph: Int8Graph, layers: list[HardLayer]) -> dict[str, Int8Weight]:
-    """BatchNorm folded behind the layers that do not run in int8 as well; their integers, and scales for float arithmetic."""
+def fold_others(graph: Int8Graph, layers: list[HardLayer], *, positive_scales: bool = False) -> dict[str, Int8Weight]:
+    """BatchNorm folded behind the layers that do not run in int8 as well; their integers, and scales for float arithmetic.
+
+    With ``positive_scales`` a BatchNorm stays where a γ of 0 would make a scale 0.
+    """
     editor = Editor(graph.proto.graph)
+    editor.positive_scales = positive_scales
     found = {layer.name: editor.float_weight(layer) for layer in layers if layer.name not in graph.weights}
     editor.drop_unused()
     return found
@@ -183,6 +196,7 @@ class Editor:
         self.graph = graph
         self.constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
         self.raises_scales, self.raised = False, dict[str, int]()
+        self.positive_scales, self.halved = False, list[str]()
         self._index()
 
     def _index(self) -> None:
@@ -193,7 +207,7 @@ class Editor:
                 self.consumers[name].append(node)
         self.outputs = {value.name for value in self.graph.output}
 
-    def add_pairs(self) -> dict[str, _Activation]:
+    def add_pairs(self, *, signed_only: bool = False) -> dict[str, _Activation]:
         """Put a Q/DQ pair, ``{value}_dq``, beside every rounding chain of at most 8 bits; per value its scale and range."""
         from onnx import helper
 
@@ -206,26 +220,49 @@ class Editor:
                 continue
             source, activation = chain
             name = node.output[0]
-            unsigned = activation.low == 0
-            kind = np.uint8 if unsigned else np.int8
+            if signed_only and activation.high > np.iinfo(np.int8).max:
+                activation = _Activation(2 * activation.scale, 0, np.iinfo(np.int8).max, halved=True)
+            kind = np.uint8 if activation.low == 0 and not signed_only else np.int8
+            clip = self._clip(name, source, activation, kind, in_float=signed_only)
+            if clip is not None and signed_only:
+                nodes.append(clip)
+                source = clip.output[0]
             scale = self.add_constant(f"{name}_scale", np.array(activation.scale, dtype=np.float32))
             zero = self.add_constant(f"{name}_zero", np.array(0, dtype=kind))
             quantized = f"{name}_quantized"
             nodes.append(helper.make_node("QuantizeLinear", [source, scale, zero], [quantized]))
-            limits = np.iinfo(kind)
-            if (activation.low, activation.high) != (limits.min, limits.max):
-                bounds = [
-                    self.add_constant(f"{name}_{end}", np.array(value, dtype=kind))
-                    for end, value in (("low", activation.low), ("high", activation.high))
-                ]
-                nodes.append(helper.make_node("Clip", [quantized, *bounds], [f"{quantized}_clipped"]))
-                quantized = f"{quantized}_clipped"
+            if clip is not None and not signed_only:
+                nodes.append(clip)
+                quantized = clip.output[0]
             nodes.append(helper.make_node("DequantizeLinear", [quantized, scale, zero], [f"{name}_dq"]))
             found[name] = activation
         del self.graph.node[:]
         self.graph.node.extend(nodes)
         self._index()
         return found
+
+    def _clip(self, name: str, source: str, activation: _Activation, kind: Any, *, in_float: bool) -> Any:
+        """The node that keeps what is rounded within its range, before or behind QuantizeLinear; None where that does it."""
+        from onnx import helper
+
+        limits, (low, high) = np.iinfo(kind), (activation.low, activation.high)
+        bounded = low == limits.min or (in_float and low == 0 and self._never_negative(source))
+        if bounded and high == limits.max:
+            return None
+        unit = np.float32(activation.scale) if in_float else 1
+        bounds = [
+            self.add_constant(f"{name}_{end}", np.array(value * unit, dtype=np.float32 if in_float else kind))
+            for end, value in (("low", low), ("high", high))
+        ]
+        value = source if in_float else f"{name}_quantized"
+        return helper.make_node("Clip", [value, *bounds], [f"{name}_{'' if in_float else 'quantized_'}clipped"])
+
+    def _never_negative(self, value: str) -> bool:
+        """Whether a rectifier gives a value, or what pools and reshapes what one gives."""
+        node = self.producer.get(value)
+        while node is not None and node.op_type in _KEEPS_SIGN:
+            node = self.producer.get(node.input[0])
+        return node is not None and rectifier(node, self.constants) is not None
 
     def rounding(self, mul: Any) -> tuple[str, _Activation] | None:
         """(what is rounded, how) where ``mul`` ends a chain Div → Round → Clip → Mul with one scale."""
@@ -283,6 +320,7 @@ class Editor:
         spread_sign = sign.reshape([-1] + [1] * (layer.integers.dim() - 1)).astype(np.int32)
         integers = layer.integers.numpy() * spread_sign
         node.input[0] = f"{node.input[0]}_dq"
+        self.halved += [layer.name] if activation.halved else []
         if transposed:
             integers = integers.T
             node.input[1] = layer.name
@@ -339,6 +377,8 @@ class Editor:
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         factor = gamma / np.sqrt(variance + epsilon)
         new_scale, new_bias = np.abs(scale * factor), beta + (bias - mean) * factor
+        if self.positive_scales and not (new_scale > np.finfo(np.float32).tiny).all():
+            return None
         if step is not None and reach is not None and self.raises_scales:
             needed = np.maximum(np.abs(new_bias) / (0.99 * BIAS_LIMIT), 2 * np.finfo(np.float32).tiny) / step
             raised = new_scale < needed

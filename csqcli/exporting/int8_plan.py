@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.exporting import images, int8_graph, onnx_graph
@@ -13,6 +15,7 @@ from csqcli.exporting.form import Options
 from csqcli.exporting.int8_graph import Int8Graph
 from csqcli.exporting.onnx_graph import Graphs
 from csqcli.file.io import QuantizedFile
+from csqcli.quant import activations
 
 _CALIB_IMAGES = 32  # one batch
 
@@ -44,15 +47,22 @@ def check_scales(file: QuantizedFile, options: Options, *, where: str) -> None:
 
 
 def plan_int8(
-    file: QuantizedFile, graphs: Graphs, calib: str | Tensor | None, *, every_layer: bool = False
+    file: QuantizedFile,
+    graphs: Graphs,
+    calib: str | Tensor | None,
+    *,
+    every_layer: bool = False,
+    signed_only: bool = False,
 ) -> Int8Plan:
     """Layers with trained input scales become int8; images of ``calib`` give their outputs a scale where none is.
 
-    ``every_layer`` is `int8_graph.open_outputs`' own, for LiteRT, which has no use for a layer that gives floats.
+    ``every_layer`` is `int8_graph.open_outputs`' own, for LiteRT, which has no use for a layer that gives floats;
+    ``signed_only`` `int8_graph.quantize`'s, for TensorRT, which has no uint8.
     """
-    plan = Int8Plan(int8_graph.quantize(graphs.proto, graphs.used, raises_scales=every_layer))
+    plan = Int8Plan(int8_graph.quantize(graphs.proto, graphs.used, raises_scales=every_layer, signed_only=signed_only))
     scales = {layer.name: layer.scale for layer in file.layers}
     input_scales = {f"{entry.module}.weight": entry.scale for entry in file.manifest.activations}
+    input_scales |= {name: 2 * input_scales[name] for name in plan.graph.halved if name in input_scales}
     plan.bias_units = {
         module_of(name): input_scales[name] * scales[name] for name in plan.graph.weights if name in input_scales
     }
@@ -63,6 +73,19 @@ def plan_int8(
         for value, output_scale in int8_graph.round_outputs(plan.graph, ranges).items():
             plan.rounds_output(layer_of[value], output_scale, file)
     return plan
+
+
+@contextlib.contextmanager
+def halved(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
+    """The hard model with the inputs of ``modules``, of 8 unsigned bits, rounded to 7 at twice their step."""
+    quantizers = [quantizer for name, quantizer in activations.attached(model).items() if name in modules]
+    for quantizer in quantizers:
+        quantizer.bits, quantizer.scale.data = quantizer.bits - 1, quantizer.scale.data * 2
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.bits, quantizer.scale.data = quantizer.bits + 1, quantizer.scale.data / 2
 
 
 def _read(file: QuantizedFile, source: str) -> Tensor:

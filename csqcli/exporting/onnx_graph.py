@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from csqcli.exporting.int8_graph import Int8Graph
 
 OPSET = 20  # Gelu is one operator from here on; ONNX Runtime reads it since 1.17
+INT4_OPSET = 21  # from here on DequantizeLinear takes int4, and a scale per block
 _PREFIX = "model."
 
 
@@ -72,7 +73,7 @@ class Graphs:
                 packed = unpacker.add(name, layer.integers.numpy(), scale.numpy())
                 result.weights[name] = layer.integers.numpy(), layer.weight().numpy()
             result.encodings[name] = packed.encoding, packed.data.size
-        result.proto = _with(plan.proto, unpacker.initializers, unpacker.nodes)
+        result.proto = with_weights(plan.proto, unpacker.initializers, unpacker.nodes)
         return result
 
     def plain(self) -> Any:
@@ -82,7 +83,7 @@ class Graphs:
         from csqcli.exporting import int8_graph
 
         weights = [numpy_helper.from_array(layer.weight().numpy(), layer.name) for layer in self.used]
-        return _with(int8_graph.without_rounding(self.proto), weights, [])
+        return with_weights(int8_graph.without_rounding(self.proto), weights, [])
 
 
 @dataclass
@@ -95,7 +96,7 @@ class PackedGraph:
     int8: list[str] = field(default_factory=list)  # layers that the engine can run in int8
 
 
-def _with(proto: Any, initializers: Sequence[Any], nodes: Sequence[Any]) -> Any:
+def with_weights(proto: Any, initializers: Sequence[Any], nodes: Sequence[Any]) -> Any:
     """A copy of a graph whose weights are no longer inputs but come from ``initializers`` and ``nodes``."""
     import onnx
 
@@ -113,7 +114,12 @@ def _with(proto: Any, initializers: Sequence[Any], nodes: Sequence[Any]) -> Any:
 
 
 def trace(
-    model: nn.Module, layers: Sequence[HardLayer], input_size: Sequence[int], *, batch: int | None = None
+    model: nn.Module,
+    layers: Sequence[HardLayer],
+    input_size: Sequence[int],
+    *,
+    batch: int | None = None,
+    opset: int = OPSET,
 ) -> Graphs:
     """Export the hard model (eval mode, CPU) with a dynamic batch, or for so many images at a time.
 
@@ -132,7 +138,7 @@ def trace(
                 (images,),
                 dynamo=True,
                 optimize=False,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if batch is None else None,
@@ -167,7 +173,8 @@ def trace(
 def weights_in(proto: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(integers, float weight) of one layer as the written graph's own nodes compute them, run by ONNX Runtime.
 
-    Raises ParityError when the graph does not compute the weight exactly once or never uses it.
+    Integers that stand in the graph as they are come from there. Raises ParityError when the graph does not compute the
+    weight exactly once or never uses it.
     """
     import onnx
     import onnxruntime
@@ -177,7 +184,9 @@ def weights_in(proto: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     for node in graph.node:
         for output in node.output:
             producers.setdefault(output, []).append(node)
-    outputs = [f"{name}_integers", name]
+    stored = {value.name: value for value in graph.initializer}
+    given = stored.get(f"{name}_integers")
+    outputs = [name] if given is not None else [f"{name}_integers", name]
     if any(len(producers.get(output, [])) != 1 for output in outputs):
         raise ParityError("is not computed exactly once", where=name)
     if not any(name in node.input for node in graph.node):
@@ -198,8 +207,9 @@ def weights_in(proto: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    integers, weight = session.run(outputs, {})
-    return integers, weight
+    found = session.run(outputs, {})
+    integers = found[0] if given is None else onnx.numpy_helper.to_array(given).astype(np.int8)
+    return integers, found[-1]
 
 
 def measure_ranges(proto: Any, values: Sequence[str], images: Tensor) -> dict[str, tuple[float, float]]:

@@ -24,6 +24,7 @@ class FormCard:
 OPTIONS = {
     "activations": "float",
     "target": "ort",
+    "weights": "int8",
     "calib": None,
     "prefer": "speed",
 }  # of `csq export` that not every form takes; defaults
@@ -33,7 +34,8 @@ CARDS = {
     "bit-packed": FormCard(f"{_FORMS}.safetensors:BitPacked"),
     "bit-packed-small": FormCard(f"{_FORMS}.safetensors:BitPackedSmall"),
     "state-dict": FormCard(f"{_FORMS}.safetensors:StateDict"),
-    "onnx": FormCard(f"{_FORMS}.onnx:Onnx", frozenset({"activations", "target", "calib"})),
+    "torchao": FormCard(f"{_FORMS}.torchao:Torchao"),
+    "onnx": FormCard(f"{_FORMS}.onnx:Onnx", frozenset({"activations", "target", "weights", "calib"})),
     "litert": FormCard(f"{_FORMS}.litert:Litert", frozenset({"activations", "calib", "prefer"})),
 }
 
@@ -49,8 +51,22 @@ def check_options(name: str, options: Mapping[str, Any], *, where: str) -> None:
     """UserError for options that one of csq's forms does not take, and for combinations that mean nothing."""
     if name in CARDS:
         check_taken(CARDS[name].takes, options, where=where)
+    _check_together(options, where="csq export")
+
+
+def _check_together(options: Mapping[str, Any], *, where: str) -> None:
+    """UserError for combinations that mean nothing."""
     if options["calib"] is not None and options["activations"] != "int8":
-        raise UserError("--calib belongs to --activations int8", where="csq export")
+        raise UserError("--calib belongs to --activations int8", where=where)
+    if options["calib"] is not None and options["target"] == "tensorrt":
+        hint = "leave --calib out: TensorRT rounds the outputs of layers where the next layer's trained scale says so"
+        raise UserError("--calib does not go with --target tensorrt", where=where, hint=hint)
+    if options["weights"] == "int4" and options["target"] != "tensorrt":
+        hint = "the other targets have weights packed to what their levels need"
+        raise UserError("--weights int4 belongs to --target tensorrt", where=where, hint=hint)
+    if options["weights"] == "int4" and options["activations"] == "int8":
+        hint = "TensorRT has 4-bit weights beside float activations alone"
+        raise UserError("--weights int4 goes with --activations float", where=where, hint=hint)
 
 
 def check_taken(takes: frozenset[str], options: Mapping[str, Any], *, where: str) -> None:

@@ -26,7 +26,8 @@ def export_file(
     *,
     form: str | type[Form],
     activations: Literal["float", "int8"] = "float",
-    target: Literal["ort", "openvino"] = "ort",
+    target: Literal["ort", "openvino", "tensorrt"] = "ort",
+    weights: Literal["int8", "int4"] = "int8",
     calib: str | None = None,
     prefer: Literal["speed", "size"] = "speed",
     data_source: str | None = None,
@@ -42,8 +43,8 @@ def export_file(
         source: a safetensors file that csq wrote.
         output: the file to write; it gets its name when everything was compared.
         form: the name of a form, ``package.module:Class``, or the class.
-        activations, target, calib: of the graph forms, see `forms.onnx`. ``calib`` gives the images that int8 outputs of
-            layers are measured on, which ONNX Runtime and LiteRT need for their int8 kernels; trained scales stay.
+        activations, target, weights, calib: of the graph forms, see `forms.onnx`. ``calib`` gives the images that int8 outputs
+            of layers are measured on, which ONNX Runtime and LiteRT need for their int8 kernels; trained scales stay.
         prefer: of the LiteRT form: the faster kernels or the smaller file where these differ.
         data_source: images to compare logits on, and to measure the written file's top-1 with.
         val_split: what takes the place of a validation split that they do not have; None takes the file's own.
@@ -56,7 +57,7 @@ def export_file(
     """
     display = display or Display(quiet=True)
     kind = registry.find(form) if isinstance(form, str) else form
-    options = Options(activations, target, calib, prefer, trust_code)
+    options = Options(activations, target, weights, calib, prefer, trust_code)
     registry.check_taken(kind.takes, options.as_mapping(), where=f"csq export --form {kind.name}")
     _check_output(source, output, suffix=kind.suffix)
     with verify.candidate(output, force=force) as path:
@@ -86,7 +87,8 @@ def export_file(
         load_seconds = time.perf_counter() - started
         with torch.no_grad():
             logits = engine(probe.images)
-        error = verify.check_logits(logits, probe, tolerance_in_std=exporter.tolerance, where=str(output))
+        reference = exporter.reference or probe
+        error = verify.check_logits(logits, reference, tolerance_in_std=exporter.tolerance, where=str(output))
         accuracy = hard_accuracy = None
         if loader is not None:
             with display.evaluation("evaluating the written file", loader.batches) as tell:
@@ -110,6 +112,7 @@ def export_file(
             top1=accuracy.top1 if accuracy else None,
             hard_top1=hard_accuracy.top1 if hard_accuracy else None,
             samples=accuracy.samples if accuracy else 0,
+            made_for=exporter.made_for,
             notes=exporter.notes,
             engine=exporter.engine,
             versions={"csq": __version__, "torch": torch.__version__},

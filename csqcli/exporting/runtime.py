@@ -32,19 +32,25 @@ def require(*names: str, extra: str = "onnx") -> list[ModuleType]:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
         missing = error.name or names[0]
-        where = "LiteRT" if extra == "litert" else "ONNX"
+        where = {"litert": "LiteRT", "torchao": "torchao"}.get(extra, "ONNX")
         raise UserError(f"needs the package {missing}", where=where, hint=f"pip install 'csq[{extra}]'") from None
 
 
 class OnnxModel(nn.Module):
     """An ONNX Runtime session (CPU) behind a module's face: images in, logits out."""
 
-    def __init__(self, model: Path | bytes, *, threads: int = 0, where: str = "ONNX") -> None:
-        """``threads`` 0 takes all cores. Raises UserError when the engine refuses the file."""
+    def __init__(self, model: Path | bytes, *, threads: int = 0, where: str = "ONNX", fuses: bool = True) -> None:
+        """``threads`` 0 takes all cores. Raises UserError when the engine refuses the file.
+
+        Without ``fuses`` QuantizeLinear and DequantizeLinear are computed as they stand: the engine's kernels for pairs round
+        float inputs to 8 bits beside integer weights, and saturate on processors without integer dot products.
+        """
         super().__init__()
         (onnxruntime,) = require("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4  # an error is raised, not printed
+        if not fuses:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.where = str(model) if isinstance(model, Path) else where
         try:
             source = str(model) if isinstance(model, Path) else model
@@ -145,7 +151,12 @@ def open_model(path: Path) -> tuple[OnnxModel, Manifest]:
     The engine is given nothing but a graph that is as it was exported, and never a path that it could follow to others.
     """
     proto, manifest = checked_graph(path)
-    return OnnxModel(proto.SerializeToString(), where=str(path)), manifest
+    return OnnxModel(proto.SerializeToString(), where=str(path), fuses=for_its_engine(manifest)), manifest
+
+
+def for_its_engine(manifest: Manifest) -> bool:
+    """Whether ONNX Runtime is what an exported graph is made for, and not only what it is verified in."""
+    return manifest.parity is None or manifest.parity.made_for is None
 
 
 def checked_graph(path: Path) -> tuple[Any, Manifest]:

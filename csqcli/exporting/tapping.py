@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csqcli.errors import UserError
-from csqcli.exporting.runtime import INPUT, OUTPUT, OnnxModel, checked_graph, open_litert
+from csqcli.exporting.runtime import INPUT, OUTPUT, OnnxModel, checked_graph, for_its_engine, open_litert
 
 _PASSES = ("Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity")  # a weight on its way to its operation
 _OPERATIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -29,7 +29,7 @@ class TappedModel:
                 if name not in known:
                     proto.graph.output.append(_value(proto, name))
                     known.add(name)
-        self.model = OnnxModel(proto.SerializeToString(), where=str(path))
+        self.model = OnnxModel(proto.SerializeToString(), where=str(path), fuses=for_its_engine(self.manifest))
         self.engine = self.model.engine
 
     def run(self, images: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:

@@ -32,6 +32,7 @@ from csqcli.file.manifest import (
 from csqcli.system import limits
 
 MANIFEST_TENSOR = "csq_manifest"  # of a bit-packed or LiteRT file: most of its manifest, deflated
+ROWS = "int8-rows"  # encoding of a layer that stands under `torchao_names`
 CODES_TENSOR = "csq_codes"  # of a bit-packed file: all payloads, beside one csq_TYPE per type of its other tensors
 MANIFEST_LIMIT = 2**23  # bytes of that tensor once inflated; a layer takes a few hundred
 _JSON_BYTES, _JSON_VALUES = 2**26, 2**22  # of a manifest's JSON; a channel's scale takes 20 bytes
@@ -78,7 +79,7 @@ def parts(file: Any, path: Path) -> dict[str, int]:
         if name == MANIFEST_TENSOR or dtype is None:
             continue
         part = name.removeprefix("csq_") if name.startswith("csq_") else dtype
-        if name == CODES_TENSOR or name.endswith("_packed"):
+        if name == CODES_TENSOR or name.endswith(("_packed", "_qdata")):
             part = "integers"
         found[part] = found.get(part, 0) + math.prod(tensor.get_shape()) * ITEM_BYTES[dtype]
     return found | {"description": path.stat().st_size - sum(found.values())}
@@ -142,6 +143,12 @@ def tensor_of(file: Any, name: str) -> Any:
     if dtype not in _NUMPY_TYPES:
         raise ValueError(f"{name} is of type {dtype}")
     return file.get_tensor(name)
+
+
+def torchao_names(name: str) -> tuple[str, str]:
+    """The tensors that torchao keeps a packed weight's integers and scales in, when a state dict is in a safetensors file."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}._{leaf}_qdata", f"{module}._{leaf}_scale"
 
 
 def raw_bytes(file: Any, name: str) -> bytes:

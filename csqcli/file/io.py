@@ -184,16 +184,28 @@ def payload_sha256(layers: Sequence[HardLayer]) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, file: QuantizedFile, *, form: Form = "compact", parity: ParityRecord | None = None) -> int:
-    """Write atomically in the given form; the bytes on disk. A certificate that ``file`` was read with is not kept."""
+def write(
+    path: Path,
+    file: QuantizedFile,
+    *,
+    form: Form = "compact",
+    parity: ParityRecord | None = None,
+    rows: Mapping[str, str] | None = None,
+) -> int:
+    """Write atomically in the given form; the bytes on disk. A certificate that ``file`` was read with is not kept.
+
+    ``rows``, of the form torchao: the layers that it gets packed, and what torchao wants to read of each in the metadata.
+    """
     encoded = file.encoded() if form in ("compact", "bit-packed") else None
-    stored = layout.store(file.layers, file.others, form, encoded=encoded)
+    stored = layout.store(file.layers, file.others, form, encoded=encoded, rows=rows or {})
     manifest = _described(file.manifest, stored, form)
     manifest.parity = parity
     with replacing(path) as temporary:
         for _ in range(4):  # the certificate states the size of the file that it is part of
             try:
                 tensors, metadata = _with_manifest(stored.tensors, manifest)
+                if form == "torchao":
+                    metadata |= dict(rows or {}) | {"tensor_names": json.dumps(list(rows or {}))}
                 save_file(tensors, temporary, metadata=metadata)
             except SafetensorError as error:
                 raise UserError(f"cannot be written ({error})", where=str(path)) from None

@@ -4,6 +4,7 @@ compact      what `csq search` writes: codes of `codes`, a tensor per layer
 int8-packed  integers as they are (int8, int16 where |Q| > 127): readable with safetensors and NumPy alone
 bit-packed   the smallest: every payload in one tensor, manifest and float tensors deflated; random access per layer
 state-dict   the float weights under their own names, for any program that loads a state dict
+torchao      the same, but matrices as int8 and scales under the names that torchao gives its packed weights
 
 All are safetensors files. The manifest records each layer's encoding, and reading dispatches on it.
 """
@@ -11,7 +12,7 @@ All are safetensors files. The manifest records each layer's encoding, and readi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from csqcli.errors import UserError
 from csqcli.file import codes
 from csqcli.file.codes import Encoded
 from csqcli.file.deflate import deflate_mixed, inflate
-from csqcli.file.header import CODES_TENSOR, raw_bytes, spans
+from csqcli.file.header import CODES_TENSOR, ROWS, raw_bytes, spans, torchao_names
 from csqcli.file.manifest import ITEM_BYTES, Form, LayerRecord, TensorRecord
 from csqcli.models.checkpoints import is_damaged
 from csqcli.quant.basis import nearest, values_of
@@ -44,18 +45,29 @@ class Stored:
 
 
 def store(
-    layers: Sequence[HardLayer], others: Mapping[str, Tensor], form: Form, *, encoded: Sequence[Encoded] | None = None
+    layers: Sequence[HardLayer],
+    others: Mapping[str, Tensor],
+    form: Form,
+    *,
+    encoded: Sequence[Encoded] | None = None,
+    rows: Collection[str] = (),
 ) -> Stored:
     """Lay ``layers`` and the ``others`` (parameters and buffers that are not quantized) out in ``form``.
 
-    ``encoded`` are the layers' codes, for callers who have them already.
+    ``encoded`` are the layers' codes, for callers who have them already; ``rows`` those layers that torchao gets packed.
     """
     if form in ("compact", "bit-packed"):
         encoded = encoded if encoded is not None else encode_layers(layers)
         return (_store_compact if form == "compact" else _store_bit_packed)(layers, others, encoded)
     stored = Stored(dict(others))
     for layer in layers:
-        if form == "state-dict":
+        if form == "torchao" and layer.name in rows:
+            qdata, scale = torchao_names(layer.name)
+            stored.tensors[qdata] = layer.integers.to(torch.int8).contiguous()
+            stored.tensors[scale] = layer.scale.reshape(-1, 1)
+            stored.encodings.append((ROWS, layer.integers.numel()))
+            continue
+        if form in ("state-dict", "torchao"):
             weight = layer.weight()
             stored.tensors |= {name: weight.clone() for name in (layer.name, *layer.aliases)}
             stored.encodings.append(("float32", 4 * weight.numel()))
@@ -199,6 +211,11 @@ class Reader:
             return _decoded(payload, record), scale
         if record.encoding == "float32":
             return self._from_weight(record, basis)
+        if record.encoding == ROWS:
+            rows, scales = (self._take(part) for part in torchao_names(name))
+            if rows.dtype != torch.int8 or list(rows.shape) != record.shape or scales.dim() != 2 or record.channel_dim:
+                raise ValueError(f"integers of shape {list(rows.shape)} and dtype {rows.dtype}")
+            return rows.to(torch.int32), scales.flatten()
         payload, scale = self._take(f"{name}_packed"), self._take(f"{name}_scale")
         if record.encoding in ("int8", "int16"):
             if payload.dtype != _DTYPES[record.encoding] or list(payload.shape) != record.shape:

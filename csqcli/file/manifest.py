@@ -17,9 +17,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from typing_extensions import Self
@@ -45,7 +47,7 @@ ITEM_BYTES = {  # of the types that a parameter or buffer may have
     "bool": 1,
 }
 
-Form = Literal["compact", "int8-packed", "bit-packed", "state-dict"]  # of a safetensors file, see `layout`
+Form = Literal["compact", "int8-packed", "bit-packed", "state-dict", "torchao"]  # of a safetensors file, see `layout`
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Scale = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -214,6 +216,7 @@ class ParityRecord(Record):
     top1: Percent | None = None  # of this file through its engine
     hard_top1: Percent | None = None  # of the hard model in torch, on the same images
     samples: Count = 0
+    made_for: str | None = None  # the engine that the file is made for, where another one verified it
     notes: list[str] = Field(default_factory=list)  # what the form did that a reader should know
     engine: str  # "onnxruntime 1.32.0"
     versions: dict[str, str] = Field(default_factory=dict)
@@ -222,6 +225,14 @@ class ParityRecord(Record):
     load_seconds: Amount
     latency_ms: Amount | None = None  # batch 1, one thread, median
     latency_ratio: Amount | None = None  # fp32 time / this file's time, interleaved in one run: > 1 is faster
+
+    @model_serializer(mode="wrap")
+    def _as_stored(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``made_for`` is written where it says something, so that all other files keep their bytes."""
+        stored: dict[str, Any] = handler(self)
+        if self.made_for is None:
+            stored.pop("made_for", None)
+        return stored
 
 
 class Manifest(Record):

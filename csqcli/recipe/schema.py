@@ -230,6 +230,9 @@ class OptimizerSettings(Section):
     """Label smoothing of the cross entropy."""
     distill: float = Field(0.0, ge=0, le=1)
     """Share of the loss that follows the float model's predictions (KL divergence) instead of the labels."""
+    distill_features: float = Field(0.0, ge=0, le=LARGE)
+    """Weight of a loss beside it that keeps what the classifier reads near the float model's: the squared distance over the squared
+    length, mean over images."""
     mixup: float = Field(0.0, ge=0)
     """Mixup α (timm); 0 is off. Needs an even batch size."""
     cutmix: float = Field(0.0, ge=0)

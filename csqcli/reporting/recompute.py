@@ -20,12 +20,14 @@ from csqcli.file import codes, sizes
 from csqcli.file.header import (
     CODES_TENSOR,
     GRAPHS,
+    ROWS,
     manifest_of,
     open_safetensors,
     parts,
     read_manifest,
     spans,
     tensor_of,
+    torchao_names,
 )
 from csqcli.file.manifest import LayerRecord, Manifest
 from csqcli.reporting.histogram import Histogram, histogram
@@ -100,9 +102,9 @@ def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]
         return _of_codes(file.get_slice(CODES_TENSOR)[start:end].tobytes(), layer)
     if layer.encoding == "float32":
         return _of_integers(_integers_of(tensor_of(file, layer.name), layer))
-    payload = tensor_of(file, f"{layer.name}_packed")
-    if layer.encoding in ("int8", "int16"):
-        if str(payload.dtype) != layer.encoding:
+    payload = tensor_of(file, torchao_names(layer.name)[0] if layer.encoding == ROWS else f"{layer.name}_packed")
+    if layer.encoding in ("int8", "int16", ROWS):
+        if str(payload.dtype) != layer.encoding.partition("-")[0]:
             raise ValueError(f"integers of type {payload.dtype}")
         return _of_integers(payload)
     return _of_codes(payload.tobytes(), layer)

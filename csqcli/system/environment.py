@@ -14,6 +14,7 @@ EXTRAS = {  # extra of the distribution: the packages that it brings
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "litert": ("ai-edge-litert", "flatbuffers"),
+    "torchao": ("torchao",),
     "hf": ("pyarrow",),
 }
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from csqcli.data.loaders import Loader, Unavailable, stream_seed
@@ -22,6 +21,7 @@ from csqcli.quant.measuring import logits_of
 from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.system import distributed
 from csqcli.training.evaluate import BrokenScores, evaluate
+from csqcli.training.teacher import Teacher
 
 Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None] | None]]
 
@@ -57,8 +57,7 @@ class Trainer:
     amp: bool = False  # bfloat16 autocast of the forward pass
     micro_batch: int | None = None  # images per forward pass; None takes the batch whole
     channels_last: bool = False  # memory format of the images; the model has it already
-    teacher: nn.Module | None = None  # the float model, in eval mode
-    distill: float = 0.0  # share of the loss that follows the teacher
+    teacher: Teacher | None = None
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # timm's Mixup: labels become distributions
     seed: int = 0  # of mixup
     activation_scales: Sequence[nn.Parameter] = ()  # trained, but outside the model
@@ -148,17 +147,7 @@ class Trainer:
             hint = "raise data.batch_size or data.micro_batch"
             raise UserError("BatchNorm cannot train on one image at a time", hint=hint) from error
         loss: Tensor = self.criterion(scores.float(), labels)
-        if self.teacher is None:
-            return loss
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            wanted = logits_of(self.teacher(images))
-        following = F.kl_div(
-            F.log_softmax(scores.float(), dim=1),
-            F.log_softmax(wanted.float(), dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        return (1 - self.distill) * loss + self.distill * following
+        return loss if self.teacher is None else self.teacher.loss(images, scores, loss, amp=self.amp)
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         if self.mixup is None or len(labels) % 2:

@@ -58,6 +58,7 @@ def quantize_after_training(run: Run, layers: Sequence[Layer]) -> list[HardLayer
     work.run_all()
     distributed.copy_from_main(run.model.parameters())
     distributed.copy_from_main(run.model.buffers())
+    run.searched = work.method
     return distributed.from_main(work.method.hard_layers())  # type: ignore[no-any-return]
 
 

@@ -204,7 +204,7 @@ class Run:
 
     def keep_teacher(self) -> None:
         """Distillation follows the model as it is now."""
-        if self.recipe.optimizer.distill:
+        if self.recipe.optimizer.distill or self.recipe.optimizer.distill_features:
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def check_scores(self) -> None:

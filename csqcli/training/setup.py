@@ -37,13 +37,14 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.recipe.schema import USERS_TARGETS, Recipe
+from csqcli.recipe.schema import USERS_TARGETS, OptimizerSettings, Recipe
 from csqcli.system import distributed, memory
 from csqcli.training.evaluate import BrokenScores, evaluate
 from csqcli.training.latencies import NANOSECONDS_PER_MS, Latencies
 from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run, ShippedSize
 from csqcli.training.shared_start import known_importance
+from csqcli.training.teacher import Teacher
 
 Table = tuple[tuple[int, ...], ...]  # [layers][planes]: costs
 _DECAY = 0.1  # of the learning rate at a milestone
@@ -84,8 +85,7 @@ def make_trainer(
         epochs=recipe.epochs,
         steps_per_epoch=steps,
         criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else settings.label_smoothing),
-        teacher=run.teacher,
-        distill=settings.distill,
+        teacher=_teacher(run, settings),
         mixup=mixup,
         seed=recipe.seed,
         clip_grad_norm=settings.clip_grad_norm,
@@ -97,6 +97,12 @@ def make_trainer(
         replica=run.replica(),
         watch_evaluation=run.display.evaluation,
     )
+
+
+def _teacher(run: Run, settings: OptimizerSettings) -> Teacher | None:
+    if run.teacher is None or not (settings.distill or settings.distill_features):
+        return None
+    return Teacher(run.teacher, run.model, distill=settings.distill, features=settings.distill_features)
 
 
 def method_card(recipe: Recipe, layers: Sequence[Layer], start: Sequence[HardLayer] | None) -> MethodCard:

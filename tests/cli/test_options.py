@@ -245,6 +245,11 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "export QUANTIZED_INPUTS --onnx --activations int8 --calib digits --target ort -o OUT/a.onnx",
         lambda r: "calibrated" in r.out,
     ),
+    "torchao": ("export RUN --torchao -o OUT/a.safetensors", lambda r: "layers are int8 in torchao" in r.out),
+    "tensorrt": (
+        "export RUN --onnx --target tensorrt --weights int4 -o OUT/a.onnx",
+        lambda r: "for TensorRT" in r.out and "layers have int4 weights" in r.out,
+    ),
     "litert": (
         "export QUANTIZED_INPUTS --litert --activations int8 --calib digits --prefer size -o OUT/a.tflite",
         lambda r: "layers run in int8" in r.out,
@@ -413,6 +418,8 @@ def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_
     if "--litert" in line:
         pytest.importorskip("ai_edge_litert")
         pytest.importorskip("onnxscript")
+    if "--torchao" in line:
+        pytest.importorskip("torchao")
     if "tensorboard" in line:
         pytest.importorskip("tensorboard")
     out = tmp_path / "out"

@@ -16,6 +16,7 @@ from csqcli.quant.catalog import CARDS, PAPER, CSQSettings, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
+from csqcli.quant.methods.ptq import PostTraining
 from csqcli.quant.methods.staged import Staged
 from csqcli.quant.methods.uniform import LearnedStep, StraightThrough
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
@@ -440,3 +441,33 @@ def test_the_finetune_of_a_search_keeps_where_latents_stand_between_levels() -> 
     on.harden(0)
     for before, after in zip(delivered, on.hard_layers(), strict=True):
         assert torch.equal(before.integers, after.integers)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**16), st.lists(st.integers(1, 4), min_size=3, max_size=3))
+def test_training_after_ptq_begins_at_the_float_weights_as_far_as_their_integers_allow(
+    seed: int, planes: list[int]
+) -> None:
+    model = small_model(seed)
+    layers, _ = find_layers(model)
+    plan = plan_for(layers, 4.0, SCHEDULE, planes=planes)
+    weights = [layer.parameter.detach().double().clone() for layer in layers]
+    found = PostTraining(layers, plan)
+    generator = torch.Generator().manual_seed(seed)
+    for index, (layer, k) in enumerate(zip(layers, planes, strict=True)):  # integers that need not be the nearest
+        shift = torch.randint(-1, 2, layer.parameter.shape, generator=generator)
+        integers = (found.integers[index] + shift).clamp(1 - 2**k, 2**k - 1)
+        found.place(index, integers, found.scales[index])
+    delivered = found.hard_layers()
+
+    on = Staged(layers, Plan(SCHEDULE, plan.budget, start=delivered, searched=found))
+
+    for weight, latent, unit, layer, hard in zip(weights, on.latents, on.units, layers, delivered, strict=True):
+        scale = hard.scale.double().view(-1, *[1] * (weight.dim() - 1))
+        reached = layer.unflatten((latent * unit).flatten()).double() / scale
+        top = 2.0**hard.planes - 1
+        nearest = (weight / scale).clamp(hard.integers - 0.4, hard.integers + 0.4).clamp(-top, top)
+        assert float((reached - nearest).abs().max()) < 0.002
+    on.harden(0)
+    for before, after in zip(delivered, on.hard_layers(), strict=True):
+        assert torch.equal(before.weight(), after.weight())

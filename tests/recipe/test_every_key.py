@@ -109,6 +109,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "optimizer.clip_grad_norm": 1.0,
             "optimizer.label_smoothing": 0.1,
             "optimizer.distill": 0.3,
+            "optimizer.distill_features": 0.5,
             "optimizer.mixup": 0.2,
             "optimizer.cutmix": 0.2,
             "optimizer.on_nonfinite": "rollback",

@@ -33,8 +33,10 @@ class PostTraining(WeightMethod):
         self.planes, self.bits = list(plan.planes), len(plan.budget.table[0]) - 1
         self.integers: list[Tensor] = []  # float, the weight's shape
         self.scales: list[Tensor] = []  # [1] or [channels]
+        self.weights: list[Tensor] = []  # as they were before
         for layer, k in zip(layers, self.planes, strict=True):
-            weight = layer.parameter.detach().float()
+            weight = layer.parameter.detach().float().clone()
+            self.weights.append(weight)
             scale = start_scale(weight, layer, k)
             self.scales.append(scale)
             self.integers.append(quantize(weight, spread(scale, weight, layer.channel_dim), k))
@@ -73,6 +75,9 @@ class PostTraining(WeightMethod):
             )
             for layer, integers, scale, k in rows
         ]
+
+    def unrounded(self) -> list[Tensor]:
+        return self.weights
 
     def fixed_planes(self) -> list[int]:
         return self.planes

@@ -24,10 +24,12 @@ from csqcli.quant.hard_layer import HardLayer, top_planes
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import SoftMasks
 from csqcli.quant.methods.base import Plan, WeightMethod
+from csqcli.quant.methods.ptq import PostTraining
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import Staircase, levels_of, mse_step, quantize
 
 _EXP_AVG_DECAY = 0.9  # Adam's β1
+_INSIDE = 0.4  # of the way between two levels: so far from a level at most that no single step of Adam makes many flip
 
 
 class Staged(WeightMethod):
@@ -65,6 +67,9 @@ class Staged(WeightMethod):
             # as the search left them: where they stand between two levels is in no file
             self.units = list(plan.searched.units)
             self.latents = [latent.clone() for latent in plan.searched.latents]
+        elif plan.start is not None and isinstance(plan.searched, PostTraining):
+            behind = zip(layers, plan.start, plan.searched.unrounded(), self.units, strict=True)
+            self.latents = [_near(weight, hard, layer) / unit for layer, hard, weight, unit in behind]
         self.adam = LatentAdam(
             self.latents, beta1=_EXP_AVG_DECAY, beta2=settings.fisher_decay, state_dtype=plan.state_dtype
         )
@@ -72,6 +77,7 @@ class Staged(WeightMethod):
         if plan.start is not None:
             scales = [hard.scale.view(-1, 1).to(device) for hard in plan.start]
             self._set_planes([hard.mask for hard in plan.start], scales)
+            self._keep_in_range()
         elif plan.planes is not None:
             self._fix_planes(plan.planes)
         else:
@@ -121,6 +127,9 @@ class Staged(WeightMethod):
         scales = [self._mse_scale(latent * unit, layer, max(k, 1)) for layer, latent, unit, k in rows]
         self._set_planes([top_planes(k, self.bits) for k in planes], scales)
         self.search = None
+        self._keep_in_range()
+
+    def _keep_in_range(self) -> None:
         for latent, stairs in zip(self.latents, self.stairs, strict=True):
             latent.clamp_(-stairs.edge, stairs.edge)
 
@@ -190,8 +199,7 @@ class Staged(WeightMethod):
                 self.stairs[index].scale if kept else self._mse_scale(value, self.layers[index], max(count, 1))
             )
         self._set_planes([top_planes(count, self.bits) for count in planes], scales)
-        for latent, stairs in zip(self.latents, self.stairs, strict=True):
-            latent.clamp_(-stairs.edge, stairs.edge)
+        self._keep_in_range()
         self.materialise(step)
 
     @torch.no_grad()
@@ -259,3 +267,11 @@ class Staged(WeightMethod):
         """[channels, 1] or [1, 1] for a value of shape [outer, channels, inner]."""
         shared = not self.settings.per_channel or layer.weights == value.shape[1]  # never a scale per weight
         return mse_step(value, planes, channel_dim=None if shared else 1).view(-1, 1)
+
+
+def _near(weight: Tensor, hard: HardLayer, layer: Layer) -> Tensor:
+    """The point nearest to each of ``weight`` that rounds to the delivered integer, [outer, channels, inner]."""
+    scale = hard.scale.view(-1, 1).to(weight.device)
+    ratio = layer.by_channel(layer.flat(weight)).float() / scale
+    integers = layer.by_channel(layer.flat(hard.integers.to(ratio)))
+    return ratio.clamp(integers - _INSIDE, integers + _INSIDE) * scale

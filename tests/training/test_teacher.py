@@ -1,0 +1,76 @@
+"""Staying near the float model: the distance of what the classifier reads, and what follows from it for a run."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import csqcli
+from csqcli.errors import UserError
+from csqcli.training.teacher import Teacher, feature_distance
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+
+def test_the_distance_of_features_is_that_of_its_formula_in_float64() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=(6, 9)), rng.normal(size=(6, 9))
+    wanted = np.mean(((ours - theirs) ** 2).sum(1) / (theirs**2).sum(1))
+    found = feature_distance(torch.tensor(ours).float(), torch.tensor(theirs).float())
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+    assert torch.isfinite(feature_distance(torch.ones(2, 3), torch.zeros(2, 3)))
+
+
+def test_the_whole_loss_is_labels_predictions_and_features_at_their_weights() -> None:
+    float_model, model = network(0).eval().requires_grad_(False), network(1)
+    teacher = Teacher(copy.deepcopy(float_model), model, distill=0.25, features=3.0)
+    images, labels = torch.randn(8, 3, 6, 6), torch.randint(0, 5, (8,))
+    scores = model(images)
+    found = teacher.loss(images, scores, nn.functional.cross_entropy(scores, labels), amp=False)
+
+    with torch.no_grad():
+        ours, theirs = model[:-1](images).double().numpy(), float_model[:-1](images).double().numpy()
+        p, q = scores.double().softmax(1).numpy(), float_model(images).double().softmax(1).numpy()
+    cross = -np.log(p[np.arange(8), labels.numpy()]).mean()
+    divergence = (q * (np.log(q) - np.log(p))).sum(1).mean()
+    distance = (((ours - theirs) ** 2).sum(1) / (theirs**2).sum(1)).mean()
+    assert float(found.detach()) == pytest.approx(0.75 * cross + 0.25 * divergence + 3 * distance, rel=1e-4)
+
+    found.backward()
+    assert model[0].weight.grad is not None
+    copy.deepcopy(model)  # nothing of the graph stays behind
+
+
+def test_a_model_equal_to_the_float_one_is_at_distance_zero() -> None:
+    model = network()
+    teacher = Teacher(copy.deepcopy(model).eval(), model, distill=0.0, features=1.0)
+    images = torch.randn(4, 3, 6, 6)
+    scores = model(images)
+    assert float(teacher.loss(images, scores, torch.zeros(()), amp=False).detach()) == 0
+
+
+def test_a_model_without_one_classifier_is_told_what_to_leave_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(UserError) as error:
+        Teacher(model, model, distill=0.0, features=1.0)
+    assert re.search("optimizer.distill_features", error.value.line())
+
+
+def test_a_search_that_stays_near_the_features_ends_elsewhere(csq, tmp_path) -> None:
+    common = ("search", "--recipe", "digits", "--epochs", 1, "--target-bits", 2, "-q", "--set", "max_steps=6")
+    weights = []
+    for name, weight in (("without", 0), ("with", 5.0)):
+        code, _, error = csq(*common, "-o", tmp_path / name, "--set", f"distill_features={weight}")
+        assert code == 0, error
+        weights.append(
+            torch.cat([p.flatten() for p in csqcli.load(tmp_path / name / "model.safetensors").parameters()])
+        )
+    assert not torch.equal(*weights)
