@@ -166,7 +166,7 @@ def _measured(
         network = _network(file, model, setting, rounded=rounded)
     sums = {form: sum(_narrowest(row["latency"], forms[: at + 1]) for row in rows) for at, form in enumerate(forms)}
     return {
-        "engine_version": network.pop("engine"),
+        "engine_version": network.pop("engine") or setting.engine,
         "forms": list(forms),
         "network": network,
         "sum_ms": sums,

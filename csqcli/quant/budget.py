@@ -155,11 +155,15 @@ def _said(amount: int, unit: str, *, bare: bool = False) -> str:
 def all_of(budgets: Sequence[Budget]) -> Budget:
     """One budget that keeps all of ``budgets``, which are of the same layers and rules; the tightest comes first.
 
-    Tightest is the one that so many planes in every layer would exhaust first. Of one, itself.
+    Tightest is the one that so many planes in every layer would exhaust first. The target that is said is that of mean planes,
+    where one was asked for. Of one budget, itself.
     """
     first = min(budgets, key=lambda budget: budget.target)
     rest = [ceiling for budget in budgets if budget is not first for ceiling in budget.ceilings]
-    return replace(first, also=(*first.also, *rest)) if rest else first
+    if not rest:
+        return first
+    said = next((budget.target for budget in budgets if budget.allowance is None), first.target)
+    return replace(first, target=said, also=(*first.also, *rest))
 
 
 def make_budget(

@@ -125,10 +125,20 @@ def test_the_tightest_budget_comes_first_and_all_are_checked() -> None:
     wide = Budget(3.0, (10, 20), limits, table)
     narrow = Budget(1.5, (10, 20), limits, table, 45, "bytes", beside=5)
     both = all_of([wide, narrow])
-    assert both.ceilings[0].allowed == 45
+    assert (both.ceilings[0].allowed, both.target) == (45, 3.0)  # the mean planes that were asked for are what is said
     assert [ceiling.allowed for ceiling in both.also] == [90]
     assert both.fits([1, 1])
     assert not both.fits([3, 1])
     milliseconds = Budget(0.5, (10, 20), limits, ((0, 9, 9, 9), (0, 9, 9, 9)), 17, NANOSECONDS, beside=3 * 10**6)
     with pytest.raises(UserError, match=r"a target of 3 ms cannot be met: at the fewest planes it takes about 3 ms"):
         all_of([wide, milliseconds]).check_feasible()
+
+
+def test_the_same_planes_everywhere_are_refused_where_a_budget_does_not_allow_them() -> None:
+    from csqcli.quant.allocators.base import uniform
+
+    limits, table = PlaneLimits((1, 1), (3, 3)), ((0, 10, 20, 30), (0, 20, 40, 60))
+    two = Budget(2.0, (10, 20), limits, table)
+    assert uniform(all_of([two, Budget(2.5, (10, 20), limits, table, 75, "bytes")])) == [2, 2]
+    with pytest.raises(UserError, match="2 planes in every layer are not within all of the targets"):
+        uniform(all_of([two, Budget(1.5, (10, 20), limits, table, 45, "bytes")]))

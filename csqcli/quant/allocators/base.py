@@ -82,4 +82,8 @@ def uniform(budget: Budget) -> list[int]:
         hint = f"take a whole number from 1 to {bits}, or a method or --allocator that mixes them"
         raise UserError(f"the same planes in every layer; {target:g} is not possible", hint=hint)
     rules = zip(budget.limits.min_planes, budget.limits.max_planes, strict=True)
-    return [min(max(int(target), few, 1), most) for few, most in rules]
+    planes = [min(max(int(target), few, 1), most) for few, most in rules]
+    if budget.also and not budget.fits(planes):
+        what = f"{target:g} planes in every layer are not within all of the targets"
+        raise UserError(what, hint="raise the other targets, or take an --allocator that mixes planes")
+    return planes
