@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,9 @@ def diff(
     ``float_`` is a checkpoint, a csq file or run, or a model's name for the library's own weights; ``quantized`` a run's folder, a
     safetensors file of csq, or an ONNX or LiteRT export alone; ``export`` such an export of it beside, of which LiteRT gives
     logits alone. SQNR is 10·log10(Σa²/Σ(a − b)²) in
-    dB, a the float model's output of the layer (before BatchNorm) and b the other's for the same images: ``hard`` and
-    ``engine`` as errors add up from layer to layer, ``own`` of the hard layer alone, given the float model's input. Outputs of a
-    model that was trained on differ by what it learned, too.
+    dB, a the float model's output of the layer (before BatchNorm; behind it, for ``engine``, where the export has it folded into
+    the layer) and b the other's for the same images: ``hard`` and ``engine`` as errors add up from layer to layer, ``own`` of
+    the hard layer alone, given the float model's input. Outputs of a model that was trained on differ by what it learned, too.
 
     Returns ``float``, ``quantized``, ``engine`` (its name and version, or null), ``images``, ``logits`` (``hard`` and ``engine`` in dB,
     ``agreement`` and ``engine_agreement`` of top-1 with the float model's in percent), ``layers`` (``name``, ``weights``, ``planes``,
@@ -119,7 +119,13 @@ def diff(
         display=display,
     )
     names = [layer.name for layer in manifest.layers]
-    comparison = _Comparison(reference, hard, tapped, names)
+    norms: dict[str, str] = {}
+    if tapped is not None and tapped.folded:
+        from csqcli.exporting.folding import norms_behind
+
+        found = norms_behind(reference, names, manifest.data_config["input_size"])
+        norms = {name: found.get(name, "") for name in tapped.folded}
+    comparison = _Comparison(reference, hard, tapped, names, norms)
     with display.step("comparing layers", len(batches)) as tell:
         for done, (pixels, _) in enumerate(batches, 1):
             comparison.add(pixels)
@@ -135,7 +141,16 @@ def diff(
 class _Comparison:
     """Powers of every layer, batch by batch."""
 
-    def __init__(self, reference: nn.Module, hard: nn.Module | None, tapped: Any, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        reference: nn.Module,
+        hard: nn.Module | None,
+        tapped: Any,
+        names: Sequence[str],
+        norms: Mapping[str, str],
+    ) -> None:
+        """``norms``: the BatchNorm whose output the engine gives for a layer; "" where it is not known which."""
+        self.norms = dict(norms)
         self.reference, self.hard, self.tapped, self.names = reference, hard, tapped, list(names)
         self.powers = {kind: {name: _Power() for name in names} for kind in ("own", "hard", "engine")}
         self.logits = {kind: _Power() for kind in ("hard", "engine")}
@@ -157,7 +172,17 @@ class _Comparison:
                 self._layer("own", name, wanted[name], outputs)
         if self.tapped is not None:
             engine_scores, found = self.tapped.run(images)
-            self._compare("engine", wanted, found, scores, engine_scores)
+            given = dict(wanted)
+            for name, norm in self.norms.items():
+                given[name] = [self._normalised(norm, output) for output in wanted[name]] if norm else []
+            self._compare("engine", given, found, scores, engine_scores)
+
+    def _normalised(self, norm: str, output: Tensor) -> Tensor:
+        """What a BatchNorm of the float model makes of an output, without an activation that its module may have."""
+        module: Any = self.reference.get_submodule(norm)
+        statistics = module.running_mean, module.running_var, module.weight, module.bias
+        with torch.no_grad():
+            return nn.functional.batch_norm(output, *statistics, eps=module.eps)
 
     def _compare(
         self, kind: str, wanted: dict[str, list[Tensor]], found: dict[str, list[Tensor]], scores: Tensor, others: Tensor

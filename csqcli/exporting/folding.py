@@ -74,6 +74,14 @@ def fold(file: QuantizedFile, model: nn.Module, input_size: Sequence[int]) -> Fo
     return folding
 
 
+@torch.no_grad()
+def norms_behind(model: nn.Module, layers: Sequence[str], input_size: Sequence[int]) -> dict[str, str]:
+    """Quantized layers → the BatchNorm that alone reads what each gives. ``model`` is in eval mode."""
+    before = _layers_before(model, layers, input_size)
+    names = {id(module): name for name, module in model.named_modules()}
+    return {layer: names[norm] for norm, (layer, _) in before.items()}
+
+
 def in_16_bits(file: QuantizedFile) -> QuantizedFile:
     """Every float32 number beside the integers rounded to a float16 times a power of two of its tensor's."""
     layers = [

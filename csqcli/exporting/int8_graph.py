@@ -285,46 +285,81 @@ class Editor:
         return division.input[0], _Activation(float(scale.reshape(())), low, high)
 
     def int8_weight(self, layer: HardLayer, activations: dict[str, _Activation]) -> Int8Weight | None:
-        """The int8 form of a weight, with its graph edited to match; None where it has to stay float."""
-        users = self.consumers[layer.name]
-        if len(users) != 1 or int(layer.integers.abs().max()) > 127:
+        """The int8 form of a weight, with its graph edited to match; None where it has to stay float.
+
+        A weight that several operations read becomes int8 if each of them could have it alone; their BatchNorms stay.
+        """
+        if not self.consumers[layer.name] or int(layer.integers.abs().max()) > 127:
             return None
-        node, transposed = users[0], False
-        if node.op_type == "Transpose" and layer.integers.dim() == 2 and len(self.consumers[node.output[0]]) == 1:
-            node, transposed = self.consumers[node.output[0]][0], True
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[0] not in activations:
+        nodes, transposed = self.consumers[layer.name], False
+        through = nodes[0]
+        if len(nodes) == 1 and through.op_type == "Transpose" and layer.integers.dim() == 2:
+            nodes, transposed = self.consumers[through.output[0]], True
+        value = through.output[0] if transposed else layer.name
+        if len(nodes) > 1 and self.raises_scales:  # LiteRT writes one tensor per operation
             return None
-        if node.input[1] not in (layer.name, users[0].output[0]) or transposed != (node.op_type == "MatMul"):
+        rounded = [self._rounded_input(node, activations) for node in nodes]
+        if any(name is None for name in rounded) or not nodes:
             return None
-        attributes = {a.name: a for a in node.attribute}
-        if node.op_type == "Gemm" and not ("transB" in attributes and attributes["transB"].i):
+        if not all(self._multiplies(node, value, layer, transposed=transposed) for node in nodes):
             return None
-        if layer.scale.numel() > 1 and layer.channel_dim != 0:
-            return None
-        channels = layer.integers.shape[0]
+        channels = layer.integers.shape[layer.channel_dim]
         scale = np.broadcast_to(layer.scale.numpy().astype(np.float64), (channels,))
-        step = activations[node.input[0]].scale
-        bias = self._bias(node)
-        if bias is None:
-            return None
-        activation = activations[node.input[0]]
-        reach = float(max(-activation.low, activation.high)) * layer.integers.abs().flatten(1).sum(1).double().numpy()
-        folded = self._fold_batchnorm(node, scale, bias, step, reach)
-        if folded is None and not holds(bias, step * scale):
-            return None
-        sign = np.ones(channels)
+        sign, folded = np.ones(channels), None
+        for node, name in zip(nodes, rounded, strict=True):
+            activation, bias = activations[name or ""], self._bias(node)
+            if bias is None:
+                return None
+            if len(nodes) == 1:
+                others = [d for d in range(layer.integers.dim()) if d != layer.channel_dim]
+                sums = layer.integers.abs().sum(others).double().numpy()
+                reach = float(max(-activation.low, activation.high)) * sums
+                folded = self._fold_batchnorm(node, scale, bias, activation.scale, reach)
+            per_channel = scale if bias.size in (1, channels) else scale.min()  # grouped and transposed
+            if folded is None and not holds(bias, activation.scale * per_channel):
+                return None
         if folded is not None:
             scale, sign = folded
         elif layer.scale.numel() == 1 and not transposed:
             scale = scale[0]
-        spread_sign = sign.reshape([-1] + [1] * (layer.integers.dim() - 1)).astype(np.int32)
-        integers = layer.integers.numpy() * spread_sign
-        node.input[0] = f"{node.input[0]}_dq"
-        self.halved += [layer.name] if activation.halved else []
-        if transposed:
-            integers = integers.T
-            node.input[1] = layer.name
-        return Int8Weight(np.ascontiguousarray(integers), np.asarray(scale, dtype=np.float32), int(transposed))
+        spread_sign = [1] * layer.integers.dim()
+        spread_sign[layer.channel_dim] = channels
+        integers = layer.integers.numpy() * sign.reshape(spread_sign).astype(np.int32)
+        for node, name in zip(nodes, rounded, strict=True):
+            self._read_rounded(node, name or "")
+            if transposed:
+                node.input[1] = layer.name
+        self.halved += [layer.name] if any(activations[name or ""].halved for name in rounded) else []
+        axis = 1 - layer.channel_dim if transposed else layer.channel_dim
+        return Int8Weight(np.ascontiguousarray(integers.T if transposed else integers), scale.astype(np.float32), axis)
+
+    def _multiplies(self, node: Any, value: str, layer: HardLayer, *, transposed: bool) -> bool:
+        """Whether ``node`` multiplies by the weight that ``value`` is, its output channels where a scale per channel fits."""
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or list(node.input).index(value) != 1:
+            return False
+        attributes = {a.name: a for a in node.attribute}
+        if node.op_type == "Gemm" and not ("transB" in attributes and attributes["transB"].i):
+            return False
+        wanted = 1 if node.op_type == "ConvTranspose" else 0
+        fits = layer.scale.numel() == 1 or layer.channel_dim == wanted
+        return transposed == (node.op_type == "MatMul") and fits
+
+    def _rounded_input(self, node: Any, activations: dict[str, _Activation]) -> str | None:
+        """The rounded value that ``node`` reads, as it is or with its dimensions in another order; None if it reads another."""
+        if not node.input or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            return None
+        value = node.input[0].removesuffix("_dq")
+        while value not in activations and value in self.producer and self.producer[value].op_type == "Transpose":
+            if self.raises_scales:
+                return None
+            value = self.producer[value].input[0].removesuffix("_dq")
+        return value if value in activations else None
+
+    def _read_rounded(self, node: Any, value: str) -> None:
+        """Let ``node`` read the Q/DQ pair beside a rounded value, with the Transposes on the way."""
+        while node.input[0] != value and not node.input[0].endswith("_dq"):
+            node = self.producer[node.input[0]]
+        node.input[0] = f"{value}_dq"
 
     def float_weight(self, layer: HardLayer) -> Int8Weight:
         """A layer that stays float, BatchNorm folded where it can be; the graph is then edited. Its integers may be wide."""
@@ -367,7 +402,9 @@ class Editor:
         With the ``step`` of an int8 input, biases have to fit int32; ``reach`` is the largest sum of products per channel.
         """
         users = self.consumers[conv.output[0]]
-        if conv.op_type != "Conv" or len(users) != 1 or users[0].op_type != "BatchNormalization":
+        groups = next((a.i for a in conv.attribute if a.name == "group"), 1)
+        takes = conv.op_type == "Conv" or (conv.op_type == "ConvTranspose" and groups == 1)
+        if not takes or len(users) != 1 or users[0].op_type != "BatchNormalization":
             return None
         norm = users[0]
         values = [self.constants.get(name) for name in norm.input[1:]]

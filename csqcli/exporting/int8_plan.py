@@ -36,7 +36,8 @@ class Int8Plan:
         scale = next(layer.scale for layer in file.layers if layer.name == name)
         folded = torch.from_numpy(self.graph.weights[name].scale)  # BatchNorm multiplies what the module gives
         self.output_units[module_of(name)] = output_scale * scale / folded
-        self.calibrated.append(name)
+        if name not in self.calibrated:  # a layer that is used twice has two outputs
+            self.calibrated.append(name)
 
 
 def check_scales(file: QuantizedFile, options: Options, *, where: str) -> None:

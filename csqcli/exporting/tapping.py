@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from csqcli.errors import UserError
 from csqcli.exporting.runtime import INPUT, OUTPUT, OnnxModel, checked_graph, for_its_engine, open_litert
+from csqcli.file.manifest import Manifest
 
 _PASSES = ("Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity")  # a weight on its way to its operation
 _OPERATIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -23,6 +25,7 @@ class TappedModel:
         """UserError for files that csq did not export, or that the engine refuses."""
         proto, self.manifest = checked_graph(path)
         self.taps = layer_outputs(proto.graph, [layer.name for layer in self.manifest.layers])
+        self.folded = folded_layers(proto.graph, self.manifest)
         known = {value.name for value in proto.graph.output}
         for names in self.taps.values():
             for name in names:
@@ -43,12 +46,33 @@ class TappedModel:
         return by_name[OUTPUT], {layer: [by_name[name] for name in outputs] for layer, outputs in self.taps.items()}
 
 
+def folded_layers(graph: Any, manifest: Manifest) -> set[str]:
+    """Layers whose BatchNorm is in the graph's weights and bias: their output is the BatchNorm's, not the layer's own.
+
+    Where it is folded, the scales in the graph are no longer the layer's (`int8_graph`, `explicit_graph`).
+    """
+    from onnx import numpy_helper
+
+    constants = {value.name: value for value in graph.initializer}
+    found = set()
+    for layer in manifest.layers:
+        stored = constants.get(f"{layer.name}_scale")
+        if stored is None:
+            continue
+        scale = np.unique(numpy_helper.to_array(stored))
+        wanted = np.unique(np.asarray(layer.scale, dtype=np.float32))
+        if not np.array_equal(scale, wanted):
+            found.add(layer.name)
+    return found
+
+
 class LogitsOfLiteRt:
     """An exported .tflite, as a `TappedModel` of no layer: its layers give what stands after BatchNorm and activation."""
 
     def __init__(self, path: Path) -> None:
         """UserError for files that csq did not export, or that the engine refuses."""
         self.model, self.manifest = open_litert(path)
+        self.folded: set[str] = set()
         self.engine = self.model.engine
 
     def run(self, images: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:

@@ -123,6 +123,29 @@ def test_an_export_is_compared_in_its_engine_and_only_with_its_own_file(digits_r
     assert "holds other integers than the quantized file" in err
 
 
+def test_a_folded_batchnorm_is_compared_behind_it(tmp_path: Path) -> None:
+    """An int8 graph has BatchNorm in the convolution: against the convolution's own output it would differ by the folding."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file = Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"
+    export = tmp_path / "a.onnx"
+    csqcli.export(file, export, form="onnx", activations="int8")
+    found = csqcli.diff("builtin:digits_float", file, "digits", export=export, val_limit=30)
+    config = io.read(file).manifest.data_config
+    pixels = open_data("digits", train=False, val_limit=30).val.pixels
+    assert pixels is not None
+    images = (pixels.float() / 255 - config["mean"][0]) / config["std"][0]
+    classes = [str(d) for d in range(10)]
+    float_ = load_for("digits_cnn", classes, checkpoint=open_checkpoint("builtin:digits_float")).loaded.model
+    norms = {name: module for name, module in float_.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert len(norms) == 3
+    _, wanted = recorded(float_, images, list(norms))
+    _, hard = recorded(csqcli.load(file), images, list(norms))
+    rows = {row["name"]: row for row in found["layers"]}
+    for number, name in enumerate(norms, 1):  # rounding that flips in the engine costs little beside four bits
+        assert rows[f"conv{number}.weight"]["engine"] == pytest.approx(decibels(wanted[name], hard[name]), abs=1.0)
+
+
 def test_compare_shows_runs_exports_and_reports_side_by_side(digits_run: Path, tmp_path: Path, csq) -> None:
     other, packed = tmp_path / "other", tmp_path / "packed.safetensors"
     command = ("search", "--recipe", "digits", "--target-bits", 3, "--method", "ste", "--quiet", "--epochs", 1)

@@ -256,3 +256,63 @@ def test_calibration_without_int8_activations_is_refused(digits_run: Path, tmp_p
     code, _, error = csq("export", digits_run / "model.safetensors", *arguments)
     assert code == 2
     assert "--calib belongs to --activations int8" in error
+
+
+class Unusual(nn.Module):
+    """Transposed convolutions, one with BatchNorm and one grouped; packed attention; a layer that is called twice."""
+
+    data_config: dict = Chain.data_config
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 2, stride=2)
+        self.up, self.norm = nn.ConvTranspose2d(16, 12, 2, stride=2), nn.BatchNorm2d(12)
+        self.down = nn.ConvTranspose2d(12, 16, 3, padding=1, groups=2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.again = nn.Linear(16, 16)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.up(torch.relu(self.stem(x)))))
+        x = self.down(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x)[0]
+        x = self.again(torch.relu(self.again(x)))
+        return self.head(x.mean(1))
+
+
+def _unusual() -> QuantizedFile:
+    torch.manual_seed(0)
+    model = models.shake(Unusual()).eval()
+    with torch.no_grad():
+        model.norm.weight[0], model.norm.weight[1] = 0.3, -0.4
+    return models.file_with_scales(model, "tests.exporting.test_int8:Unusual", NARROW, bits=8)
+
+
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+def test_transposed_packed_and_twice_read_weights_run_in_int8(tmp_path: Path, target: str) -> None:
+    file = _unusual()
+    parity, proto = _export(tmp_path, file, target=target)
+    # attention.out_proj is computed inside of nn.MultiheadAttention: no module is called whose input could be rounded
+    rest = {layer.name for layer in file.layers} - set(parity.layers_int8)
+    assert rest == {"attention.out_proj.weight"}
+    up = next(node for node in proto.graph.node if node.output[0] == "up.weight")
+    assert {a.name: a.i for a in up.attribute} == {"axis": 1}
+    layer = next(layer for layer in file.layers if layer.name == "up.weight")
+    gamma, variance = (file.others[f"norm.{part}"].numpy() for part in ("weight", "running_var"))
+    wanted = float(layer.scale) * np.abs(gamma) / np.sqrt(variance + 1e-5)
+    assert np.allclose(_constant(proto, up.input[1]), wanted, rtol=1e-6)
+    assert sum("again.weight" in node.input for node in proto.graph.node) == 2
+    assert not any(node.op_type == "BatchNormalization" for node in proto.graph.node)
+
+
+def test_unusual_layers_in_int8_compute_the_hard_model_itself(tmp_path: Path) -> None:
+    file = _unusual()
+    _, proto = _export(tmp_path, file)
+    images = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        wanted = _model(file)(images).numpy()
+    assert np.median(np.abs(logits - wanted).max(axis=1) / wanted.std()) < 5e-3
