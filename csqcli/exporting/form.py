@@ -86,6 +86,10 @@ class Form(ABC):
     def open(self, path: Path) -> nn.Module:
         """The file in the engine that will run it: images [N, C, H, W] in, logits [N, classes] out. Sets ``engine``."""
 
+    def begins_at(self, path: Path) -> str | None:
+        """The first layer whose output is not the hard model's, for a file whose logits are not; None where it cannot be told."""
+        return None
+
     def latency(self, path: Path) -> tuple[float | None, float | None]:
         """Milliseconds for one image on one thread, and fp32 time / this time; None where that means nothing."""
         return None, None
