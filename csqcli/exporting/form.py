@@ -91,6 +91,10 @@ class Form(ABC):
         """The file in its engine on so many threads, and the same network in fp32 there; None where that means nothing."""
         return None
 
+    def begins_at(self, path: Path) -> str | None:
+        """The first layer whose output is not the hard model's, for a file whose logits are not; None where it cannot be told."""
+        return None
+
     def latency(self, path: Path) -> tuple[float | None, float | None]:
         """Milliseconds for one image on one thread, and fp32 time / this time; None where that means nothing."""
         pair = self.twins(path, threads=1)

@@ -331,7 +331,9 @@ class Editor:
                 node.input[1] = layer.name
         self.halved += [layer.name] if any(activations[name or ""].halved for name in rounded) else []
         axis = 1 - layer.channel_dim if transposed else layer.channel_dim
-        return Int8Weight(np.ascontiguousarray(integers.T if transposed else integers), scale.astype(np.float32), axis)
+        return Int8Weight(
+            np.ascontiguousarray(integers.T if transposed else integers), np.asarray(scale, np.float32), axis
+        )
 
     def _multiplies(self, node: Any, value: str, layer: HardLayer, *, transposed: bool) -> bool:
         """Whether ``node`` multiplies by the weight that ``value`` is, its output channels where a scale per channel fits."""

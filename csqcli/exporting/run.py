@@ -12,6 +12,7 @@ from csqcli.data.specs import ValSplit
 from csqcli.errors import UserError
 from csqcli.exporting import images, registry, verify
 from csqcli.exporting.form import Form, Options, Subject
+from csqcli.exporting.verify import ParityError
 from csqcli.file import io, layout, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
@@ -88,7 +89,12 @@ def export_file(
         with torch.no_grad():
             logits = engine(probe.images)
         reference = exporter.reference or probe
-        error = verify.check_logits(logits, reference, tolerance_in_std=exporter.tolerance, where=str(output))
+        try:
+            error = verify.check_logits(logits, reference, tolerance_in_std=exporter.tolerance, where=str(output))
+        except ParityError as mismatch:
+            layer = exporter.begins_at(path)
+            mismatch.what += f"; outputs begin to differ at {layer}" if layer is not None else ""
+            raise
         accuracy = hard_accuracy = None
         if loader is not None:
             with display.evaluation("evaluating the written file", loader.batches) as tell:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from csqcli.errors import UserError
 from csqcli.exporting.runtime import INPUT, OUTPUT, OnnxModel, checked_graph, for_its_engine, open_litert
@@ -23,7 +24,17 @@ class TappedModel:
 
     def __init__(self, path: Path) -> None:
         """UserError for files that csq did not export, or that the engine refuses."""
-        proto, self.manifest = checked_graph(path)
+        self._tap(*checked_graph(path), where=str(path))
+
+    @classmethod
+    def of(cls, proto: Any, manifest: Manifest, *, where: str) -> Self:
+        """As of a file, for a ModelProto of which there is no certificate yet; its graph gets the layers as outputs."""
+        tapped = cls.__new__(cls)
+        tapped._tap(proto, manifest, where=where)
+        return tapped
+
+    def _tap(self, proto: Any, manifest: Manifest, *, where: str) -> None:
+        self.manifest = manifest
         self.taps = layer_outputs(proto.graph, [layer.name for layer in self.manifest.layers])
         self.folded = folded_layers(proto.graph, self.manifest)
         known = {value.name for value in proto.graph.output}
@@ -32,7 +43,7 @@ class TappedModel:
                 if name not in known:
                     proto.graph.output.append(_value(proto, name))
                     known.add(name)
-        self.model = OnnxModel(proto.SerializeToString(), where=str(path), fuses=for_its_engine(self.manifest))
+        self.model = OnnxModel(proto.SerializeToString(), where=where, fuses=for_its_engine(self.manifest))
         self.engine = self.model.engine
 
     def run(self, images: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:

@@ -18,7 +18,7 @@ from csqcli.exporting.verify import ParityError
 from csqcli.file import header
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import METADATA_KEY, Manifest, ParityRecord
-from csqcli.quant.measuring import logits_of
+from csqcli.quant.measuring import calls_of, logits_of, owner_of
 from csqcli.system import files
 
 if TYPE_CHECKING:
@@ -145,6 +145,27 @@ class Onnx(Form):
 
     def open(self, path: Path) -> nn.Module:
         return self._engine(path)
+
+    def begins_at(self, path: Path) -> str | None:
+        """By the layers' outputs in ONNX Runtime, in the graph's order; those with a folded BatchNorm are passed over."""
+        import onnx
+
+        from csqcli.exporting.tapping import TappedModel
+
+        tapped = TappedModel.of(onnx.load(path), self.manifest, where=str(path))
+        owners = {name: owner_of(name) for name in tapped.taps if name not in tapped.folded}
+        found = tapped.run(self.probe.images)[1]
+        with torch.no_grad():
+            calls = calls_of(self.subject.model, self.probe.images, owners.values())[1]
+        order = {name: n for n, node in enumerate(self.packed.proto.graph.node) for name in node.output}
+        for name in sorted(owners, key=lambda name: order[tapped.taps[name][0]]):
+            wanted = [call.output for call in calls.get(owners[name], ())]
+            if [one.shape for one in wanted] != [one.shape for one in found[name]]:
+                continue
+            for a, b in zip(wanted, found[name], strict=True):
+                if not float((a - b).abs().max()) <= self.tolerance * float(a.std()) + 1e-6:
+                    return name
+        return None
 
     def twins(self, path: Path, *, threads: int) -> tuple[nn.Module, nn.Module] | None:
         if self.options.target == "tensorrt":  # ONNX Runtime's time on a processor says nothing of it
