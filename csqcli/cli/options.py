@@ -73,13 +73,15 @@ PretrainedOption = Annotated[
     typer.Option("--pretrained/--no-pretrained", help="Library weights when no checkpoint is given."),
 ]
 TargetBopsOption = Annotated[
-    float | None,
-    typer.Option("--target-bops", help="Instead, or too: bit operations of one image, e.g. 5e9."),
+    str | None,
+    typer.Option("--target-bops", metavar="NUMBER", help="Instead, or too: bit operations of one image, e.g. 5G."),
 ]
 TargetLatencyOption = Annotated[
     float | None,
     typer.Option(
-        "--target-latency", metavar="MS", help="Instead, or too: milliseconds of one image on this machine, by a table."
+        "--target-latency",
+        metavar="MS",
+        help="Instead, or too: milliseconds that the layers of one image take together on this machine, by a table.",
     ),
 ]
 LatencyTableOption = Annotated[

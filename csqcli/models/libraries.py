@@ -202,7 +202,7 @@ def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) ->
 
 
 def _no_weights(spec: ModelSpec, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    reason = str(error).strip().splitlines()[0][:120].rstrip() if str(error).strip() else type(error).__name__
     return UserError(
         f"pretrained weights could not be had, no network or not in the local cache ({reason})",
         where=spec.source,

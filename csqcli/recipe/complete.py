@@ -23,7 +23,10 @@ def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
         hint = "pass --target-bits, --target-bops or --target-latency"
         raise UserError("a budget of bytes is about a file, and none is written here", hint=hint)
     if quantization.in_users_unit:
-        if card.name != "staged" and (quantization.in_bytes or card.name != POST_TRAINING):
+        if card.name == POST_TRAINING and quantization.in_bytes:
+            hint = "pass --target-bits, --target-bops or --target-latency, or --epochs 3 to train"
+            raise UserError("a budget of bytes needs training, and with 0 epochs nothing is trained", hint=hint)
+        if card.name not in ("staged", POST_TRAINING):
             hint = "leave --method out, or pass --target-bits"
             raise UserError(f"{card.name} takes mean bits only, not a budget of bytes, operations or time", hint=hint)
         if recipe.finetune.epochs:

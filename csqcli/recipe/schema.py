@@ -113,7 +113,7 @@ class QuantizationSettings(Section):
     target_compression: float | None = Field(None, gt=1)
     """How many times smaller than the float model (4 bytes a number) that file must be at least."""
     target_bops: float | None = Field(None, gt=0)
-    """Bit operations of one image that the model must not exceed."""
+    """Bit operations of one image that the model must not exceed, as a number or as `5G`, `800M`."""
     target_latency: float | None = Field(None, gt=0, le=1e9)
     """Milliseconds for one image that the layers' latencies must not exceed together, from a table that `csq bench` measured."""
     latency_table: Annotated[str | None, USERS_ONLY] = None
@@ -157,6 +157,12 @@ class QuantizationSettings(Section):
         if self.act_bits not in (1, 32) and self.act_method == "xnor":
             raise ValueError(f"act_method xnor has act_bits 1, not {self.act_bits}")
         return self
+
+    @field_validator("target_bops", mode="before")
+    @classmethod
+    def _operations_of_text(cls, value: Any) -> Any:
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMG])\s*", value) if isinstance(value, str) else None
+        return value if found is None else float(found[1]) * _UNITS[found[2]]
 
     @field_validator("target_size", mode="before")
     @classmethod

@@ -67,12 +67,13 @@ def _layer_columns(manifest: Manifest, marks: Glyphs) -> list[Column]:
 def _course(history: Sequence[Any], marks: Glyphs, width: int) -> list[str]:
     """Mean bits and accuracy over training as sparklines, where more than one epoch is known."""
     found: list[str] = []
-    for label, key, unit in (("mean bits", "mean_bits", "bits"), ("top-1", "val_top1", "%")):
+    for label, key, unit in (("mean bits", "mean_bits", ""), ("top-1", "val_top1", " %")):
         values = training.values(history, key)
         if len(values) > 1:
-            line = spark(values, marks, most=max(8, min(60, width - LABEL - 20)))
+            # as precise as what is printed: the last digits of a mean that stands still are no course
+            line = spark([float(f"{value:.3g}") for value in values], marks, most=max(8, min(60, width - LABEL - 20)))
             found.append(
-                f"{'training' if not found else '':<{LABEL}}{line} {label} {values[0]:.3g} → {values[-1]:.4g} {unit}"
+                f"{'training' if not found else '':<{LABEL}}{line} {label} {values[0]:.3g} → {values[-1]:.4g}{unit}"
             )
     return found
 
@@ -113,7 +114,7 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
     if sizes.file_bytes:
         ratio = sizes.float_bytes / sizes.file_bytes
         lines.append(
-            f"file         {sizes.file_bytes:,} bytes, float {sizes.float_bytes:,}: {ratio:.2f}× smaller ({printable(manifest.form)})"
+            f"file         {sizes.file_bytes:,} bytes, float {sizes.float_bytes:,}: {_times(ratio)} ({printable(manifest.form)})"
         )
         lines += _parts_line(manifest)
     if parity := manifest.parity:
@@ -136,6 +137,11 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
     return lines
 
 
+def _times(ratio: float) -> str:
+    """How many times smaller, or larger where it is."""
+    return f"{ratio:.2f}× smaller" if ratio >= 1 or not ratio else f"{1 / ratio:.2f}× larger"
+
+
 def _is_post_training(manifest: Manifest) -> bool:
     """Whether the recipe in the file says that nothing was trained. Anybody may have written it, so nothing is taken for granted."""
 
@@ -154,7 +160,8 @@ def export_lines(manifest: Manifest) -> list[str]:
     absent = [printable(name) for name in parity.layers_absent]
     size = manifest.sizes.file_bytes or 0
     ratio = manifest.sizes.float_bytes / size if size else 0.0
-    lines = [f"{printable(manifest.form)}: {size:,} bytes, {ratio:.2f}× smaller than float", *_parts_line(manifest)]
+    form = "bit-packed-small" if manifest.folded else printable(manifest.form)
+    lines = [f"{form}: {size:,} bytes, {_times(ratio)} than float", *_parts_line(manifest)]
     lines += [f"note         {printable(note)}" for note in parity.notes]
     if wide:
         lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")

@@ -40,6 +40,8 @@ ROWS = [
     "search --recipe digits -o new --quiet --target-size 6kB",
     "search --recipe digits -o new --quiet --target-compression 0.5",
     "search --recipe digits -o new --quiet --target-bops 1000",
+    "search --recipe digits -o new --quiet --target-bops 5X",
+    "search --recipe digits -o new --quiet --epochs 0 --target-size 12kB",
     "search --recipe digits -o new --quiet --target-size 2MB --method lsq",
     "search --recipe digits -o new --quiet --target-size 2MB --finetune-epochs 1",
     "plan resnet18 --target-bits 3",

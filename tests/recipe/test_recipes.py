@@ -292,3 +292,8 @@ def test_a_recipe_inside_a_file_names_nothing_that_is_read_imported_or_started()
 def test_beside_rounded_activations_integers_fit_int8(settings: dict[str, float], planes: int) -> None:
     recipe = resolve("short", {f"quantization.{key}": value for key, value in settings.items()})
     assert recipe.quantization.max_bits == planes
+
+
+@pytest.mark.parametrize(("said", "operations"), [("5G", 5e9), ("800M", 8e8), ("1.5k", 1500.0), ("2e9", 2e9), (7, 7.0)])
+def test_bit_operations_are_a_number_or_a_round_one(said: object, operations: float) -> None:
+    assert resolve("digits", {"quantization.target_bops": said}).quantization.target_bops == operations
