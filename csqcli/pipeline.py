@@ -299,7 +299,8 @@ def _ship(file: Path, output: Path, form: str, *, display: Display) -> int:
     written = io.read(output)
     parity = written.manifest.parity
     assert parity is not None
-    parity.load_seconds = _LONG_SECONDS
+    parity.load_seconds, parity.file_bytes = _LONG_SECONDS, 0
+    written.manifest.sizes.file_bytes = file.stat().st_size  # as in what was written; reading put its own size there
     twin = output.with_name(f".{output.name}.twin")
     try:
         return (

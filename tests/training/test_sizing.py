@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,3 +82,16 @@ def test_an_allowance_is_what_the_knapsack_may_spend() -> None:
     assert allocate(importance, budget) == [0, 3]
     # 90 bytes are all three planes; 45 are half of that; 75 lie half way between two (60) and three (90)
     assert [uniform_target(table, allowance) for allowance in (90, 45, 75, 500)] == [3.0, 1.5, 2.5, 3.0]
+
+
+def test_the_size_that_is_fitted_to_does_not_depend_on_how_long_loading_took(
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = set()
+    for seconds in (1.0, 0.5, 0.007, 0.0071884420030983165):
+        clock = itertools.cycle([0.0, seconds])
+        monkeypatch.setattr("csqcli.exporting.run.time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
+        small = tmp_path / "small.safetensors"
+        sizes.add(pipeline._ship(digits_run / "model.safetensors", small, "bit-packed-small", display=QUIET))
+        assert small.stat().st_size <= max(sizes)
+    assert len(sizes) == 1
