@@ -3,7 +3,8 @@
     python benchmarks/photographs.py --data imagenette --checkpoint tf_efficientnet_lite0.safetensors --work runs/photographs
     python benchmarks/photographs.py … --rows "staged 2" "uniform 2" "lsq 2, 0.002"
 
-Every row is a search by the recipe `photographs` (3 epochs, BatchNorm frozen), one thread, from the checkpoint named: the published one, or
+Every row is a search by the recipe `photographs` (3 epochs near the float network's features, BatchNorm frozen) without
+its epoch in float, one thread, from the checkpoint named: the published one, or
 better the file of `csq search … --method float`, so that no row has to learn the data first. `staged` and `uniform` (staged
 without its search) train latents by their own Adam; `ste`, `lsq` and `parq` train weights by the base optimizer, at the rates
 shown, all of them: none is chosen. Hard top-1 of the file as reloaded, over all validation images, and the bytes that ship.
@@ -53,6 +54,7 @@ def main() -> None:
         "data.source": given.data,
         "data.input_size": 128,
         "data.workers": 1,
+        "adaptation.epochs": 0,
         "threads": 1,
         "seed": given.seed,
     }

@@ -35,6 +35,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "data.train_limit": 4000,
         "data.val_limit": 1000,
         "data.workers": 1,
+        "adaptation.epochs": 0,
     },
 }
 OFF: dict[str, dict[str, Any]] = {

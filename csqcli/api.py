@@ -364,13 +364,13 @@ def bench(
         found = csqcli.bench("resnet18", engine="ort")
         print(found["network"]["fp32"]["ms"], found["sum_ms"]["int8"])
     """
-    from csqcli.exporting.engines import ENGINES, choose
+    from csqcli.exporting.engines import ENGINES, ENGINES_OF, choose
 
     if engine is not None and engine not in ENGINES:
         raise UserError(f"no engine `{engine}`", where="engine", hint=f"one of {', '.join(ENGINES)}")
     path = Path(what)
-    is_file = path.exists() or path.suffix in (".safetensors", ".onnx", ".tflite")
-    among = {".onnx": ("ort", "openvino"), ".tflite": ("litert",)}.get(path.suffix, tuple(ENGINES))
+    is_file = path.exists() or path.suffix in (".safetensors", *ENGINES_OF)
+    among = ENGINES_OF.get(path.suffix, tuple(ENGINES))
     display = _display(progress)
     if is_file:
         from csqcli.file.header import read_manifest

@@ -18,6 +18,7 @@ from csqcli.quant import activations, equations
 from csqcli.quant.hard_layer import HardLayer, hard_layer
 from csqcli.quant.layers import find_layers
 
+SMALL_IMAGES: dict[str, Any] = {"input_size": (3, 12, 12), "mean": (0.5,), "std": (0.25,), "interpolation": "bilinear"}
 MASKS = ("11000000", "10010000", "11110000", "00000001", "11111111")  # contiguous, with a hole, one plane, 9-bit span
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.exporting import float_twins, layer_graphs, registry, runtime, verify
-from csqcli.exporting.engines import ENGINES
+from csqcli.exporting.engines import ENGINES, ENGINES_OF
 from csqcli.exporting.form import Options, Subject
 from csqcli.exporting.run import check_basis
 from csqcli.exporting.timing import Timing, interleaved
@@ -29,17 +29,16 @@ from csqcli.models import libraries
 from csqcli.models.coverage import Call, Operations, count_macs
 from csqcli.models.spec import ModelSpec
 from csqcli.quant import activations
-from csqcli.quant.hard_layer import hard_layer, top_planes
 from csqcli.quant.layers import Layer, find_layers, layers_named
 from csqcli.quant.measuring import logits_of
-from csqcli.quant.passes.rounding import mse_step, quantize
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.ptq import PostTraining
 from csqcli.system.environment import processor
 from csqcli.system.progress import Display
 from csqcli.training.opening import check_task
 from csqcli.version import __version__
 
 SCHEMA_VERSION = 1
-ENGINES_OF = {".onnx": ("ort", "openvino"), ".tflite": ("litert",)}  # that run an exported file
 _LEAST_SECONDS = 2e-3  # of a layer's turn
 _PLANES, _BITS = 7, 8  # at which a float model is rounded: the most that int8 holds
 
@@ -129,13 +128,10 @@ def _form_of(engine: str) -> str:
 @torch.no_grad()
 def _rounded(model: nn.Module, spec: ModelSpec, config: Mapping[str, Any], layers: Sequence[Layer]) -> QuantizedFile:
     """The network as a file of 7 planes and 8-bit inputs; it has those weights and inputs itself from then on."""
-    hard = []
-    for layer in layers:
-        value = layer.by_channel(layer.flat(layer.parameter.detach())).float()
-        scale = mse_step(value, _PLANES, channel_dim=None if layer.weights == value.shape[1] else 1)
-        integers = layer.unflatten(quantize(value, scale.view(-1, 1), _PLANES).to(torch.int32).flatten())
-        hard.append(hard_layer(layer, integers, scale, top_planes(_PLANES, _PLANES)))
-        layer.parameter.copy_(hard[-1].weight())
+    plan = plan_for(layers, _PLANES, Schedule(0, 1), bits=_PLANES, planes=[_PLANES] * len(layers))
+    method = PostTraining(layers, plan)  # every weight at its nearest level
+    method.harden(0)
+    hard = method.hard_layers()
     noise = _noise(config["input_size"], 4)
     classes = logits_of(model(noise[:1])).shape[1]
     quantizers = activations.calibrate(model, layers, [noise], bits=_BITS)

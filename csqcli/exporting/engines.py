@@ -26,6 +26,8 @@ ENGINES = {  # the first that is installed is the default
     "litert": Engine("LiteRT", (*_ONNX, "ai_edge_litert", "flatbuffers"), "litert", ("fp32", "int8", "int4", "int2")),
     "torch": Engine("PyTorch", (), "", ("fp32",)),
 }
+# By suffix: those that run an exported file.
+ENGINES_OF = {".onnx": ("ort", "openvino"), ".tflite": ("litert",)}
 
 
 def choose(engine: str | None, *, among: Iterable[str] = tuple(ENGINES), where: str = "--engine") -> str:

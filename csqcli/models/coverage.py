@@ -22,9 +22,8 @@ class Call:
 
     kind: Literal["convolution", "linear"]
     input: tuple[int, ...]  # [1, channels, *sides] as the operation gets it, padded or not; [rows, inputs]
-    weight: tuple[
-        int, ...
-    ]  # [outputs, inputs / groups, *kernel] ([inputs, outputs / groups, …] transposed); [outputs, inputs]
+    # [outputs, inputs / groups, *kernel] ([inputs, outputs / groups, …] transposed); [outputs, inputs]
+    weight: tuple[int, ...]
     bias: bool = False
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()

@@ -152,6 +152,13 @@ def _said(amount: int, unit: str, *, bare: bool = False) -> str:
     return f"{amount:,}" if bare else f"{amount:,} {unit}"
 
 
+def latency_rows(table: Sequence[Sequence[int]], limits: PlaneLimits) -> tuple[tuple[int, ...], ...]:
+    """A table of nanoseconds in which a layer that must have a plane costs nothing before it has one, and one that need not have any
+    costs as much without: an engine runs it all the same."""
+    few = limits.min_planes
+    return tuple((0 if least else row[0], *row[1:]) for row, least in zip(table, few, strict=True))
+
+
 def all_of(budgets: Sequence[Budget]) -> Budget:
     """One budget that keeps all of ``budgets``, which are of the same layers and rules; the tightest comes first.
 

@@ -12,11 +12,8 @@ from csqcli.system.plugins import Registry
 
 WEIGHTS = "weights"
 FLOAT_FORM = "fp32"
-FORM_PLANES = {
-    "int2": 1,
-    "int4": 3,
-    "int8": 7,
-}  # narrowest first: a type of n bits holds ±(2^(n−1) − 1), so n − 1 planes
+# Narrowest first: a type of n bits holds ±(2^(n−1) − 1), so n − 1 planes.
+FORM_PLANES = {"int2": 1, "int4": 3, "int8": 7}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from csqcli.errors import UserError
 from csqcli.system import launcher
 
 # What torch asks for is met within 12 % by most models; processes grow by 1.1 to 1.6 times as much, because glibc holds on
-# to freed blocks below 32 MiB. 1.3 is in the middle (docs/performance.md). A GPU's allocator was not measured.
+# to freed blocks: below 32 MiB, in csq's own process below 128 (`heap`). 1.3 is in the middle (docs/performance.md). A GPU's
+# allocator was not measured.
 _ALLOCATOR = {"cpu": 1.3}
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -16,7 +16,6 @@ from csqcli.file.loading import activation_entries, hard_model
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import logits_of
-from csqcli.recipe.schema import Recipe
 from csqcli.reporting.build import build as build_report
 from csqcli.system import distributed
 from csqcli.system.run_files import MODEL_FILE
@@ -76,19 +75,6 @@ def publish(
     return file, gap
 
 
-_LEFT_OUT = ("target_latency", "latency_table", "latency_engine")  # of `quantization`, where they are unset
-
-
-def _stored(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a file holds it: without the settings of a budget in milliseconds where there is none, so that the files of
-    all other runs are, byte for byte, those of before there were any; a budget in bytes counts them too."""
-    found = recipe.to_dict()
-    for key in _LEFT_OUT:
-        if found["quantization"][key] is None:
-            del found["quantization"][key]
-    return found
-
-
 def assembled(run: Run, layers: Sequence[HardLayer], left_float: list[dict[str, Any]]) -> QuantizedFile:
     """The file of the run's model with ``layers`` as they are now."""
     return io.assemble(
@@ -104,7 +90,7 @@ def assembled(run: Run, layers: Sequence[HardLayer], left_float: list[dict[str, 
         activations=activation_entries(run.activations.records() if run.activations is not None else ()),
         left_float=left_float,
         environment=environment(),
-        recipe=_stored(run.recipe),
+        recipe=run.recipe.to_dict(),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import platform
@@ -41,6 +40,7 @@ from csqcli.training.inputs import warn_of_last_bits, weights_hash
 from csqcli.training.latencies import Latencies
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.run_state import RunRecord, RunState
+from csqcli.training.teacher import Teacher
 from csqcli.version import __version__
 
 CALIBRATION_BATCHES = 4
@@ -75,7 +75,7 @@ class Run:
     saved: RunState | None = None  # the state to go on from, until a phase took it
     activations: ActivationQuantizers | None = None
     mean_act_bits: float | None = None  # of searched widths, over what their budget counts
-    teacher: nn.Module | None = None
+    teacher: Teacher | None = None
     operations: Operations | None = None
     planes_told: bool = False
     ships: ShippedSize | None = None  # of a budget in bytes
@@ -204,8 +204,9 @@ class Run:
 
     def keep_teacher(self) -> None:
         """Distillation follows the model as it is now."""
-        if self.recipe.optimizer.distill or self.recipe.optimizer.distill_features:
-            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        distill, features = self.recipe.optimizer.distill, self.recipe.optimizer.distill_features
+        if distill or features:
+            self.teacher = Teacher(self.model, distill=distill, features=features)
 
     def check_scores(self) -> None:
         """Before anything is spent on the model: UserError unless it gives one score per class."""

@@ -23,9 +23,9 @@ from csqcli.quant.budget import (
     BYTES,
     NANOSECONDS,
     Budget,
-    PlaneLimits,
     all_of,
     allocate,
+    latency_rows,
     make_budget,
     plane_limits,
     uniform_target,
@@ -37,14 +37,13 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.recipe.schema import USERS_TARGETS, OptimizerSettings, Recipe
+from csqcli.recipe.schema import USERS_TARGETS, Recipe
 from csqcli.system import distributed, memory
 from csqcli.training.evaluate import BrokenScores, evaluate
 from csqcli.training.latencies import NANOSECONDS_PER_MS, Latencies
 from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run, ShippedSize
 from csqcli.training.shared_start import known_importance
-from csqcli.training.teacher import Teacher
 
 Table = tuple[tuple[int, ...], ...]  # [layers][planes]: costs
 _DECAY = 0.1  # of the learning rate at a milestone
@@ -85,7 +84,7 @@ def make_trainer(
         epochs=recipe.epochs,
         steps_per_epoch=steps,
         criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else settings.label_smoothing),
-        teacher=_teacher(run, settings),
+        teacher=run.teacher,
         mixup=mixup,
         seed=recipe.seed,
         clip_grad_norm=settings.clip_grad_norm,
@@ -97,12 +96,6 @@ def make_trainer(
         replica=run.replica(),
         watch_evaluation=run.display.evaluation,
     )
-
-
-def _teacher(run: Run, settings: OptimizerSettings) -> Teacher | None:
-    if run.teacher is None or not (settings.distill or settings.distill_features):
-        return None
-    return Teacher(run.teacher, run.model, distill=settings.distill, features=settings.distill_features)
 
 
 def method_card(recipe: Recipe, layers: Sequence[Layer], start: Sequence[HardLayer] | None) -> MethodCard:
@@ -276,13 +269,6 @@ def latency_reached(run: Counted, recipe: Recipe, layers: Sequence[Layer], plane
     """Milliseconds that so many planes per layer come to, by the latencies that a run's budget counts with."""
     [found] = [ceiling for ceiling in budget_of(run, recipe, layers).ceilings if ceiling.unit == NANOSECONDS]
     return (found.spent(planes) + found.beside) / NANOSECONDS_PER_MS
-
-
-def latency_rows(table: Table, limits: PlaneLimits) -> Table:
-    """A table of nanoseconds in which a layer that must have a plane costs nothing before it has one, and one that need not have any
-    costs as much without: an engine runs it all the same."""
-    few = limits.min_planes
-    return tuple((0 if least else row[0], *row[1:]) for row, least in zip(table, few, strict=True))
 
 
 def _is_fresh(recipe: Recipe) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,14 +19,15 @@ _LEAST = 1e-6  # squared length of features below which their distance is not ta
 class Teacher:
     """A frozen float copy of the model under quantization, and the loss of being away from it."""
 
-    def __init__(self, float_model: nn.Module, model: nn.Module, *, distill: float, features: float) -> None:
-        """``distill``: share of the loss that follows the predictions. ``features``: weight of the distance of the features.
-        UserError where ``features`` is not 0 and no single layer gives the model's scores."""
-        self.model, self.distill, self.features = float_model, distill, features
+    def __init__(self, model: nn.Module, *, distill: float, features: float) -> None:
+        """A copy of ``model`` as it is now. ``distill``: share of the loss that follows its predictions. ``features``: weight of
+        the distance of the features. UserError where ``features`` is not 0 and no single layer gives the model's scores."""
+        self.distill, self.features = distill, features
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._taps: list[_Tap] = []
         if features:
             try:
-                self._taps = [_Tap(net.get_submodule(head_of(net))) for net in (model, float_model)]
+                self._taps = [_Tap(net.get_submodule(head_of(net))) for net in (model, self.model)]
             except UserError as error:
                 hint = "leave optimizer.distill_features at 0, or distill the predictions: optimizer.distill"
                 raise UserError(error.what, where="optimizer.distill_features", hint=hint) from None
@@ -56,9 +58,9 @@ class _Tap:
 
     def __init__(self, layer: nn.Module) -> None:
         self._read: Tensor | None = None
-        layer.register_forward_pre_hook(self._note)
+        layer.register_forward_hook(self._note)  # behind the pre-hooks that round a layer's input
 
-    def _note(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _note(self, layer: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         self._read = inputs[0]
 
     def taken(self) -> Tensor:

@@ -41,15 +41,20 @@ def decibels(wanted: Tensor, found: Tensor) -> float:
     return 10 * np.log10((a**2).sum() / ((a - b) ** 2).sum())
 
 
-def test_ratios_are_those_of_outputs_recorded_by_hand(digits_run: Path) -> None:
-    file = digits_run / "model.safetensors"
-    found = csqcli.diff("builtin:digits_float", digits_run, "digits", val_limit=30, batch_size=7)
+def _thirty_digits(file: Path) -> tuple[torch.Tensor, nn.Module]:
+    """Validation images as the file's data config has them, and the float model that it was made from."""
     config = io.read(file).manifest.data_config
     pixels = open_data("digits", train=False, val_limit=30).val.pixels
     assert pixels is not None
-    images = (pixels.float() / 255 - config["mean"][0]) / config["std"][0]
     classes = [str(d) for d in range(10)]
-    float_ = load_for("digits_cnn", classes, checkpoint=open_checkpoint("builtin:digits_float")).loaded.model
+    model = load_for("digits_cnn", classes, checkpoint=open_checkpoint("builtin:digits_float")).loaded.model
+    return (pixels.float() / 255 - config["mean"][0]) / config["std"][0], model
+
+
+def test_ratios_are_those_of_outputs_recorded_by_hand(digits_run: Path) -> None:
+    file = digits_run / "model.safetensors"
+    found = csqcli.diff("builtin:digits_float", digits_run, "digits", val_limit=30, batch_size=7)
+    images, float_ = _thirty_digits(file)
     hard = csqcli.load(file)
     names = ["conv1", "conv2", "conv3", "fc"]
     inputs, wanted = recorded(float_, images, names)
@@ -131,12 +136,7 @@ def test_a_folded_batchnorm_is_compared_behind_it(tmp_path: Path) -> None:
     export = tmp_path / "a.onnx"
     csqcli.export(file, export, form="onnx", activations="int8")
     found = csqcli.diff("builtin:digits_float", file, "digits", export=export, val_limit=30)
-    config = io.read(file).manifest.data_config
-    pixels = open_data("digits", train=False, val_limit=30).val.pixels
-    assert pixels is not None
-    images = (pixels.float() / 255 - config["mean"][0]) / config["std"][0]
-    classes = [str(d) for d in range(10)]
-    float_ = load_for("digits_cnn", classes, checkpoint=open_checkpoint("builtin:digits_float")).loaded.model
+    images, float_ = _thirty_digits(file)
     norms = {name: module for name, module in float_.named_modules() if isinstance(module, nn.BatchNorm2d)}
     assert len(norms) == 3
     _, wanted = recorded(float_, images, list(norms))

@@ -38,12 +38,7 @@ WIDTHS = ("11100000", "11000000", "11110000", "10000000")  # largest |Q|: 7, 3, 
 class Small(nn.Module):
     """A stem, a depthwise and a pointwise convolution, a linear layer in the middle, a head; a skip whose sum is rounded."""
 
-    data_config: ClassVar[dict] = {
-        "input_size": (3, 12, 12),
-        "mean": (0.5,),
-        "std": (0.25,),
-        "interpolation": "bilinear",
-    }
+    data_config: ClassVar[dict] = models.SMALL_IMAGES
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

@@ -38,12 +38,7 @@ WIDE = ("11111111", "11000000")
 class Mixed(nn.Module):
     """Signed and unsigned inputs, a BatchNorm behind negative γ, and linear layers on three and on two dimensions."""
 
-    data_config: ClassVar[dict] = {
-        "input_size": (3, 12, 12),
-        "mean": (0.5,),
-        "std": (0.25,),
-        "interpolation": "bilinear",
-    }
+    data_config: ClassVar[dict] = models.SMALL_IMAGES
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

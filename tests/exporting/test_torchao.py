@@ -31,12 +31,7 @@ needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 class Small(nn.Module):
     """A convolution, a parameter of the network's own, linear layers; one is tied, one is read by attention itself."""
 
-    data_config: ClassVar[dict] = {
-        "input_size": (3, 12, 12),
-        "mean": (0.5,),
-        "std": (0.25,),
-        "interpolation": "bilinear",
-    }
+    data_config: ClassVar[dict] = models.SMALL_IMAGES
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

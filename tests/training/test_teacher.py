@@ -30,8 +30,9 @@ def test_the_distance_of_features_is_that_of_its_formula_in_float64() -> None:
 
 
 def test_the_whole_loss_is_labels_predictions_and_features_at_their_weights() -> None:
-    float_model, model = network(0).eval().requires_grad_(False), network(1)
-    teacher = Teacher(copy.deepcopy(float_model), model, distill=0.25, features=3.0)
+    model, float_model = network(0), network(0).eval()
+    teacher = Teacher(model, distill=0.25, features=3.0)
+    model.load_state_dict(network(1).state_dict())  # as training moves it away
     images, labels = torch.randn(8, 3, 6, 6), torch.randint(0, 5, (8,))
     scores = model(images)
     found = teacher.loss(images, scores, nn.functional.cross_entropy(scores, labels), amp=False)
@@ -51,7 +52,7 @@ def test_the_whole_loss_is_labels_predictions_and_features_at_their_weights() ->
 
 def test_a_model_equal_to_the_float_one_is_at_distance_zero() -> None:
     model = network()
-    teacher = Teacher(copy.deepcopy(model).eval(), model, distill=0.0, features=1.0)
+    teacher = Teacher(model, distill=0.0, features=1.0)
     images = torch.randn(4, 3, 6, 6)
     scores = model(images)
     assert float(teacher.loss(images, scores, torch.zeros(()), amp=False).detach()) == 0
@@ -60,8 +61,19 @@ def test_a_model_equal_to_the_float_one_is_at_distance_zero() -> None:
 def test_a_model_without_one_classifier_is_told_what_to_leave_out() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     with pytest.raises(UserError) as error:
-        Teacher(model, model, distill=0.0, features=1.0)
+        Teacher(model, distill=0.0, features=1.0)
     assert re.search("optimizer.distill_features", error.value.line())
+
+
+def test_an_input_that_is_rounded_for_the_classifier_is_compared_as_it_is_read() -> None:
+    model = network()
+    teacher = Teacher(model, distill=0.0, features=1.0)
+    model[-1].register_forward_pre_hook(
+        lambda layer, inputs: (torch.zeros_like(inputs[0]),)
+    )  # as --act-bits, afterwards
+    images = torch.randn(4, 3, 6, 6)
+    found = teacher.loss(images, model(images), torch.zeros(()), amp=False)
+    assert float(found.detach()) == pytest.approx(1.0)  # ‖0 − h*‖² / ‖h*‖²
 
 
 def test_a_search_that_stays_near_the_features_ends_elsewhere(csq, tmp_path) -> None:
@@ -74,3 +86,11 @@ def test_a_search_that_stays_near_the_features_ends_elsewhere(csq, tmp_path) -> 
             torch.cat([p.flatten() for p in csqcli.load(tmp_path / name / "model.safetensors").parameters()])
         )
     assert not torch.equal(*weights)
+
+
+def test_search_and_finetune_of_one_run_follow_the_same_features(csq, tmp_path) -> None:
+    rounded = ("--act-bits", 8, "--finetune-epochs", 1, "--set", "distill_features=1", "--set", "max_steps=2")
+    recipe = ("--recipe", "digits", "--epochs", 1, "--target-bits", 2)
+    code, _, error = csq("search", *recipe, *rounded, "-q", "-o", tmp_path / "run")
+    assert code == 0, error
+    assert "finetune" in (tmp_path / "run" / "report.json").read_text()

@@ -26,7 +26,7 @@ ROUNDING_TOLERANCE = (
 )
 
 
-class _Safetensors(Form):
+class SafetensorsForm(Form):
     """A layout of `file.layout`; a loaded file runs as the float model that it is."""
 
     suffix = ".safetensors"
@@ -55,20 +55,20 @@ class _Safetensors(Form):
         return header.read_manifest(path)
 
 
-class Int8Packed(_Safetensors):
+class Int8Packed(SafetensorsForm):
     """Integers as int8, int16 where |Q| > 127: readable with safetensors and NumPy alone."""
 
     name = layout = "int8-packed"
 
 
-class BitPacked(_Safetensors):
+class BitPacked(SafetensorsForm):
     """The smallest form."""
 
     name = layout = "bit-packed"
     takes_basis = True
 
 
-class BitPackedSmall(_Safetensors):
+class BitPackedSmall(SafetensorsForm):
     """The smallest: BatchNorms folded, and all numbers but the integers in 16 bits. For inference."""
 
     name, layout = "bit-packed-small", "bit-packed"
@@ -91,7 +91,7 @@ class BitPackedSmall(_Safetensors):
         self.notes += [f"{name} kept as it is: {why}" for name, why in folding.kept.items()]
 
 
-class StateDict(_Safetensors):
+class StateDict(SafetensorsForm):
     """Plain float weights under their own names."""
 
     name = layout = "state-dict"

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.exporting import verify
-from csqcli.exporting.form import Form, Options, Subject
+from csqcli.exporting.form import Options, Subject
+from csqcli.exporting.forms.safetensors import SafetensorsForm
 from csqcli.exporting.runtime import require
 from csqcli.exporting.verify import ParityError
-from csqcli.file import header, io, loading
+from csqcli.file import io, loading
 from csqcli.file.io import QuantizedFile
-from csqcli.file.manifest import Manifest, ParityRecord
+from csqcli.file.manifest import ParityRecord
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.measuring import calls_of
 
@@ -26,10 +27,10 @@ _SUPPORT = "torchao.prototype.safetensors.safetensors_support"
 _INT8_MAX = 127
 
 
-class Torchao(Form):
+class Torchao(SafetensorsForm):
     """Linear layers as torchao's Int8Tensor, from the searched integers and scales; all other weights in float, exactly."""
 
-    name, suffix = "torchao", ".safetensors"
+    name = layout = "torchao"
 
     @classmethod
     def require(cls, options: Options) -> None:
@@ -82,13 +83,7 @@ class Torchao(Form):
 
     def check(self, path: Path) -> None:
         """By csq's own reader, and what torchao makes of the file: integers, scales and weights, bit for bit."""
-        try:
-            written = io.read(path)
-        except UserError as error:
-            raise ParityError(f"cannot be read back: {error.what}", where=str(path)) from None
-        for found, wanted in zip(written.layers, self.file.layers, strict=True):
-            verify.check_layer(found, wanted)
-        verify.check_others(written.others, self.file.others)
+        super().check(path)
         state = self._state(path)
         for layer in self.file.layers:
             tensor: Any = state[layer.name]
@@ -126,9 +121,6 @@ class Torchao(Form):
                 return super().latency(path)
         finally:
             torch.set_num_threads(threads)
-
-    def describe(self, path: Path, parity: ParityRecord) -> Manifest:
-        return header.read_manifest(path)
 
 
 def _torchao() -> list[ModuleType]:
