@@ -82,7 +82,7 @@ def test_the_teacher_is_the_adapted_model(tmp_path: Path, monkeypatch: pytest.Mo
     original = phase.train
 
     def watching(run: Any, name: str, *rest: Any, **more: Any) -> Any:
-        teachers.append((name, run.teacher and {k: v.clone() for k, v in run.teacher.state_dict().items()}))
+        teachers.append((name, run.teacher and {k: v.clone() for k, v in run.teacher.model.state_dict().items()}))
         return original(run, name, *rest, **more)
 
     monkeypatch.setattr(phase, "train", watching)
