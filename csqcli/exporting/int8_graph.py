@@ -9,7 +9,7 @@ DequantizeLinear to int8 without a word.
 BatchNorm after a convolution is folded here, because an engine does not fold it into int8 weights. That changes scales
 and biases, never integers, except that a channel with negative γ has its integers negated: scales must be positive. An
 engine rounds biases to int32 at the product of input and weight scale and overflows silently; where a channel would come
-near, BatchNorm stays, and a layer whose own bias would overflow keeps float weights.
+near, the channel's scale is raised, or BatchNorm stays, and a layer whose own bias would overflow keeps float weights.
 
 An engine that has signed 8 bits alone (TensorRT) gets int8 for every input: those of at most 7 unsigned bits as they are, those
 of 8 unsigned bits at twice the step, which halves their levels; narrower ranges are clipped in float, before QuantizeLinear.
@@ -65,14 +65,13 @@ class Int8Graph:
     halved: list[str] = field(default_factory=list)  # layers whose input has half of the trained levels, see `quantize`
 
 
-def quantize(
-    proto: Any, layers: list[HardLayer], *, raises_scales: bool = False, signed_only: bool = False
-) -> Int8Graph:
+def quantize(proto: Any, layers: list[HardLayer], *, one_reader: bool = False, signed_only: bool = False) -> Int8Graph:
     """Turn rounding chains into Q/DQ pairs and decide which weights become int8. UserError when there is no chain.
 
-    A channel whose weights are so small beside its bias that int32 does not hold the bias keeps BatchNorm in the graph, or,
-    with ``raises_scales``, gets a larger scale at the same integers, where that moves its output by less than 8 bits show.
-    With ``signed_only`` no input is uint8: see above.
+    A channel whose weights are so small beside its bias that int32 does not hold the bias gets a larger scale at the same
+    integers, where that moves its output by less than 8 bits show; elsewhere its layer's BatchNorm stays in the graph, as it does
+    ``signed_only``, where biases are float. Then no input is uint8: see above. With ``one_reader`` (LiteRT) a weight that
+    several operations read stays float.
     """
     model = copied(proto)
     editor = Editor(model.graph)
@@ -81,7 +80,7 @@ def quantize(
         raise UserError(
             "no rounded input was found in the graph", where="--activations int8", hint="use --activations float"
         )
-    editor.raises_scales = raises_scales
+    editor.raises_scales, editor.one_reader = not signed_only, one_reader
     result = Int8Graph(model, raised=editor.raised, halved=editor.halved)
     for layer in layers:
         weight = editor.int8_weight(layer, activations)
@@ -94,9 +93,9 @@ def quantize(
 def open_outputs(graph: Int8Graph, *, every_layer: bool = False) -> dict[str, str]:
     """Layers in int8 whose output nothing rounds, by the value to round: ``{value: layer}``.
 
-    ONNX Runtime computes a convolution in int8 only where its output is int8 too. The value is taken after a Relu that
+    ONNX Runtime computes a convolution in int8 only where its output is int8 too. The value is taken after a ReLU or ReLU6 that
     is the convolution's only reader; one that a trained scale already rounds is left alone. LiteRT wants that of
-    ``every_layer``, linear ones too: their value is taken after the bias, and after a ReLU6 as well.
+    ``every_layer``, linear ones too: their value is taken after the bias.
     """
     editor, found = Editor(graph.proto.graph), {}
     for node in graph.proto.graph.node:
@@ -108,8 +107,7 @@ def open_outputs(graph: Int8Graph, *, every_layer: bool = False) -> dict[str, st
         if node.op_type == "MatMul" and len(readers) == 1 and editor.added_constant(readers[0], value) is not None:
             value = readers[0].output[0]
             readers = editor.consumers[value]
-        after = rectifier(readers[0], editor.constants) if len(readers) == 1 else None
-        if after == "RELU" or (after and every_layer):
+        if len(readers) == 1 and rectifier(readers[0], editor.constants):
             value = readers[0].output[0]
             readers = editor.consumers[value]
         if value not in editor.outputs and readers and not {r.op_type for r in readers} & _LEFT_ALONE:
@@ -195,7 +193,7 @@ class Editor:
 
         self.graph = graph
         self.constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
-        self.raises_scales, self.raised = False, dict[str, int]()
+        self.raises_scales, self.raised, self.one_reader = False, dict[str, int](), False
         self.positive_scales, self.halved = False, list[str]()
         self._index()
 
@@ -296,7 +294,7 @@ class Editor:
         if len(nodes) == 1 and through.op_type == "Transpose" and layer.integers.dim() == 2:
             nodes, transposed = self.consumers[through.output[0]], True
         value = through.output[0] if transposed else layer.name
-        if len(nodes) > 1 and self.raises_scales:  # LiteRT writes one tensor per operation
+        if len(nodes) > 1 and self.one_reader:  # LiteRT writes one tensor per operation
             return None
         rounded = [self._rounded_input(node, activations) for node in nodes]
         if any(name is None for name in rounded) or not nodes:
@@ -352,7 +350,7 @@ class Editor:
             return None
         value = node.input[0].removesuffix("_dq")
         while value not in activations and value in self.producer and self.producer[value].op_type == "Transpose":
-            if self.raises_scales:
+            if self.one_reader:
                 return None
             value = self.producer[value].input[0].removesuffix("_dq")
         return value if value in activations else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,10 +57,11 @@ def plan_int8(
 ) -> Int8Plan:
     """Layers with trained input scales become int8; images of ``calib`` give their outputs a scale where none is.
 
-    ``every_layer`` is `int8_graph.open_outputs`' own, for LiteRT, which has no use for a layer that gives floats;
+    ``every_layer`` is `int8_graph.open_outputs`' own, for LiteRT, which has no use for a layer that gives floats and takes a
+    tensor for each operation;
     ``signed_only`` `int8_graph.quantize`'s, for TensorRT, which has no uint8.
     """
-    plan = Int8Plan(int8_graph.quantize(graphs.proto, graphs.used, raises_scales=every_layer, signed_only=signed_only))
+    plan = Int8Plan(int8_graph.quantize(graphs.proto, graphs.used, one_reader=every_layer, signed_only=signed_only))
     scales = {layer.name: layer.scale for layer in file.layers}
     input_scales = {f"{entry.module}.weight": entry.scale for entry in file.manifest.activations}
     input_scales |= {name: 2 * input_scales[name] for name in plan.graph.halved if name in input_scales}
@@ -74,6 +75,17 @@ def plan_int8(
         for value, output_scale in int8_graph.round_outputs(plan.graph, ranges).items():
             plan.rounds_output(layer_of[value], output_scale, file)
     return plan
+
+
+def notes_of_raised(raised: Mapping[str, int], int8: Collection[str]) -> list[str]:
+    """What a certificate says of channels whose scale was raised, in layers that run in int8: a line, or none."""
+    counts = [count for name, count in raised.items() if name in int8]
+    if not counts:
+        return []
+    return [
+        f"{sum(counts)} channels of {len(counts)} layers have weights too small beside their bias for an int32 bias: their scale "
+        "is raised, integers kept, which moves their outputs by less than a step"
+    ]
 
 
 @contextlib.contextmanager

@@ -143,8 +143,20 @@ def test_folding_batchnorm_negates_channels_of_negative_gamma_and_nothing_else(t
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1e-12, -1e-9])
-def test_a_bias_that_would_overflow_int32_keeps_its_batchnorm(tmp_path: Path, gamma: float) -> None:
-    parity, proto = _export(tmp_path, _file(gamma=gamma))
+def test_a_bias_that_would_overflow_int32_raises_its_channel_s_scale(tmp_path: Path, gamma: float) -> None:
+    file = _file(gamma=gamma)
+    parity, proto = _export(tmp_path, file)
+    assert "BatchNormalization" not in [node.op_type for node in proto.graph.node]
+    assert "conv2.weight" in parity.layers_int8
+    assert any("scale is raised" in note for note in parity.notes)
+    assert parity.max_logit_error <= parity.tolerance_in_std * parity.logit_std + 1e-6
+
+
+def test_a_channel_that_cannot_be_raised_unseen_keeps_its_batchnorm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_graph, "UNSEEN", 0.0)
+    parity, proto = _export(tmp_path, _file(gamma=1e-12))
     assert [node.op_type for node in proto.graph.node].count("BatchNormalization") == 1
     assert "conv2.weight" in parity.layers_int8  # its integers are int8 all the same
     assert parity.max_logit_error <= parity.tolerance_in_std * parity.logit_std + 1e-6
@@ -222,20 +234,37 @@ class Residual(nn.Module):
         self.head = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(x + self.branch_norm(self.branch(x)))
+        x = self.rectify(self.norm(self.stem(x)))
+        x = self.rectify(x + self.branch_norm(self.branch(x)))
         return self.head(x.mean((2, 3)))
 
+    def rectify(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
 
-def test_calibration_scales_only_outputs_that_no_trained_scale_rounds(tmp_path: Path, image_folder: Path) -> None:
+
+class ResidualOfRelu6(Residual):
+    """The same with the rectifier of mobile networks."""
+
+    def rectify(self, x: Tensor) -> Tensor:
+        return nn.functional.relu6(x)
+
+
+@pytest.mark.parametrize("network", [Residual, ResidualOfRelu6])
+def test_calibration_scales_only_outputs_that_no_trained_scale_rounds(
+    tmp_path: Path, image_folder: Path, network: type[Residual]
+) -> None:
     torch.manual_seed(0)
-    model = models.shake(Residual()).eval()
+    model = models.shake(network()).eval()
     model.norm.weight.data[0] = model.branch_norm.weight.data[0] = 0.5  # type: ignore[union-attr,operator]
     hard = models.harden(model, NARROW)
     quantizers = activations.calibrate(model, find_layers(model)[0], [torch.randn(8, 3, 12, 12)], bits=8)
     entries = [ActivationEntry(**vars(record)) for record in quantizers.records()]
     record = ModelRecord(
-        source="x", library="factory", name="tests.exporting.test_int8:Residual", num_classes=2, weights_from="random"
+        source="x",
+        library="factory",
+        name=f"tests.exporting.test_int8:{network.__name__}",
+        num_classes=2,
+        weights_from="random",
     )
     file = io.assemble(
         model, hard, record=record, data_config=Residual.data_config, target_bits=None, activations=entries

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from csqcli.errors import UserError
-from csqcli.exporting import int8_graph, litert_graph, onnx_graph, runtime, tflite, verify
+from csqcli.exporting import int8_graph, int8_plan, litert_graph, onnx_graph, runtime, tflite, verify
 from csqcli.exporting.form import Form, Options, Subject
 from csqcli.exporting.int8_graph import Int8Graph
 from csqcli.exporting.int8_plan import Int8Plan, check_scales, plan_int8
@@ -81,12 +81,7 @@ class Litert(Form):
             self.notes.append(
                 f"{len(rest)} layers run in float because nothing rounds what they give; --calib measures scales for them"
             )
-        raised = {name: count for name, count in self.raised.items() if name in self.int8}
-        if raised:
-            self.notes.append(
-                f"{sum(raised.values())} channels of {len(raised)} layers have weights too small beside their bias for an "
-                "int32 bias: their scale is raised, integers kept, which moves their outputs by less than a step"
-            )
+        self.notes += int8_plan.notes_of_raised(self.raised, self.int8)
         if rest and self.options.calib is not None:
             self.notes.append(f"in float: {', '.join(rest)}")
 

@@ -13,7 +13,7 @@ from torch import nn
 from csqcli.exporting import int8_graph, runtime, verify
 from csqcli.exporting.form import Form, Options, Subject
 from csqcli.exporting.int8_graph import Int8Graph
-from csqcli.exporting.int8_plan import Int8Plan, check_scales, halved, module_of, plan_int8
+from csqcli.exporting.int8_plan import Int8Plan, check_scales, halved, module_of, notes_of_raised, plan_int8
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header
 from csqcli.file.io import QuantizedFile
@@ -63,6 +63,7 @@ class Onnx(Form):
             self.calibrated = plan.calibrated
         self.packed = self._explicit(plan) if explicit else self.graphs.packed(plan.graph)
         self.int8 = self.packed.int8
+        self.notes += notes_of_raised(plan.graph.raised, self.int8)
         if self.file.manifest.activations:  # twice what rounding alone moves the hard model's logits
             with halved(subject.model, [module_of(name) for name in plan.graph.halved]):
                 if plan.graph.halved:
