@@ -1,6 +1,6 @@
 """Tables of docs/export.md: bytes, exactness, load time and latency of every exported form.
 
-    python benchmarks/export.py [--json FILE] [--repeats 3] [--litert] [MODEL …]
+    python benchmarks/export.py [--json FILE] [--repeats 3] [--litert] [--planes K] [MODEL …]
 
 ``--litert`` measures the LiteRT form alone, against LiteRT's own fp32.
 
@@ -52,18 +52,19 @@ TARGETS = ("ort", "openvino")
 PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "ai-edge-litert")
 
 
-def make_file(source: str) -> QuantizedFile:
-    """A random network with 2, 3 or 4 planes per layer, 3 per weight at most."""
+def make_file(source: str, planes: int | None = None) -> QuantizedFile:
+    """A random network with 2, 3 or 4 planes per layer, 3 per weight at most; or ``planes`` in every layer."""
     torch.manual_seed(0)
     spec = sources.parse(source)
     model = sources.build(spec, num_classes=1000).eval()
     layers, left_float = find_layers(model)
     _randomise(model, {id(layer.parameter) for layer in layers})
     hard: list[HardLayer] = []
-    for layer, planes in zip(layers, _planes([layer.weights for layer in layers]), strict=True):
+    mixed = _planes([layer.weights for layer in layers])
+    for layer, bits in zip(layers, [planes] * len(layers) if planes else mixed, strict=True):
         scale = max_abs_scale(layer.parameter)
-        integers = equations.quantize_integers(layer.parameter.detach(), scale, planes)
-        hard.append(hard_layer(layer, integers, scale / (2**planes - 1), torch.ones(planes, dtype=torch.bool)))
+        integers = equations.quantize_integers(layer.parameter.detach(), scale, bits)
+        hard.append(hard_layer(layer, integers, scale / (2**bits - 1), torch.ones(bits, dtype=torch.bool)))
     record = ModelRecord(
         source=spec.source, library=spec.library, name=spec.name, num_classes=1000, weights_from="random"
     )
@@ -72,7 +73,7 @@ def make_file(source: str) -> QuantizedFile:
         hard,
         record=record,
         data_config=sources.data_config(model, spec),
-        target_bits=MEAN_BITS,
+        target_bits=planes or MEAN_BITS,
         left_float=[vars(tensor) for tensor in left_float],
     )
 
@@ -105,9 +106,9 @@ def _randomise(model: nn.Module, quantized: set[int]) -> None:
             module.running_var.uniform_(0.5, 1.5)
 
 
-def measure(source: str, folder: Path, *, repeats: int) -> dict[str, Any]:
+def measure(source: str, folder: Path, *, repeats: int, planes: int | None = None) -> dict[str, Any]:
     """One row of the tables."""
-    file = make_file(source)
+    file = make_file(source, planes)
     searched = folder / "model.safetensors"
     sizes = file.manifest.sizes
     floats = sum(value.numel() * value.element_size() for value in file.others.values())
@@ -135,9 +136,9 @@ def measure(source: str, folder: Path, *, repeats: int) -> dict[str, Any]:
     return row
 
 
-def measure_litert(source: str, folder: Path, *, repeats: int) -> dict[str, Any]:
+def measure_litert(source: str, folder: Path, *, repeats: int, planes: int | None = None) -> dict[str, Any]:
     """One row of the LiteRT table: weights alone, and int8 activations made for speed and for size."""
-    file = make_file(source)
+    file = make_file(source, planes)
     rounded = _rounding_activations(file, folder)
     calib = str(_noise_images(folder / "images"))
     int8 = {"activations": "int8", "calib": calib}
@@ -260,6 +261,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="ONNX exports per model and engine")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--litert", action="store_true", help="the LiteRT form alone")
+    parser.add_argument("--planes", type=int, choices=range(1, 8), help="in every layer, instead of 2, 3 and 4 mixed")
     arguments = parser.parse_args()
     about = machine() | {"repeats": arguments.repeats}
     print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
@@ -267,7 +269,7 @@ def main() -> None:
     for source in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             take = measure_litert if arguments.litert else measure
-            rows.append(take(source, Path(folder), repeats=arguments.repeats))
+            rows.append(take(source, Path(folder), repeats=arguments.repeats, planes=arguments.planes))
     (print_litert if arguments.litert else print_tables)(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")

@@ -30,7 +30,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "lite0": {
         "model.source": "timm:tf_efficientnet_lite0",
-        "model.head": "subset",
         "data.input_size": 128,
         "data.train_limit": 4000,
         "data.val_limit": 1000,
