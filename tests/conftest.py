@@ -15,9 +15,12 @@ from PIL import Image
 
 from csqcli.cli import app as cli
 from csqcli.system.heap import keep_freed_memory
+from tests import commands
 
+commands.make_once()
 keep_freed_memory()  # as the command does, from the first test on
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: workers share the cores already
 # The same examples at every run, so that a failure belongs to the change that shows it; HYPOTHESIS_PROFILE=default draws new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

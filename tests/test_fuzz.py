@@ -33,13 +33,16 @@ from csqcli.recipe import resolve as recipe
 from csqcli.system import limits as untrusted
 from csqcli.system.allocation import AllocationLimit
 from tests.fuzz import runner, tensors, text, values
+from tests.fuzz.corpus import build_corpus
 from tests.quantized_models import make_file
 
 SHARED = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def test_five_hundred_hostile_inputs_work_or_are_refused_in_one_line() -> None:
-    counts = runner.run(500, seed=2)
+def test_five_hundred_hostile_inputs_work_or_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    build_corpus(tmp_path / "corpus")
+    counts = runner.run(500, seed=2, corpus=tmp_path / "corpus")
     failures = {outcome: count for outcome, count in counts.items() if outcome.startswith("FAILED")}
     assert not failures
     assert sum(counts.values()) == 500

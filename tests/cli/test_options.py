@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
 
@@ -449,9 +450,14 @@ def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its inner workings
-def test_compile_trains(csq, tmp_path: Path) -> None:
+def test_compile_trains(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, and no machine code made of it: tests/training/test_loop.py trains with that."""
+    compiled, honest = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), honest(model, backend="eager"))[1])
     code, _, err = csq(*SEARCH.replace("OUT", str(tmp_path / "run")).split(), "--compile")
+    torch._dynamo.reset()
     assert code == 0, err
+    assert len(compiled) == 1
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["compile"] is True
 
 

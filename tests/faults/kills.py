@@ -22,6 +22,7 @@ from tests.faults.runs import (
     SAVES,
     SHORT,
     STATES,
+    STEPS,
     Ended,
     Run,
     check_folder,
@@ -70,7 +71,8 @@ class KillCycles:
         self.state_dict = file_io.read(self.source).state_dict()
 
     def _finetune(self) -> tuple[object, ...]:
-        return ("finetune", self.source, "--data", "digits", "--epochs", 3, "--quiet", *SAVES)
+        few = ("--epochs", 3, "--set", f"max_steps={STEPS}", "--quiet")
+        return ("finetune", self.source, "--data", "digits", *few, *SAVES)
 
     def _export(self, form: str, output: Path) -> tuple[object, ...]:
         return ("export", self.source, f"--{form}", "-o", output, "--force")

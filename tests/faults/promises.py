@@ -25,10 +25,23 @@ from csqcli.system.lock import LOCK_FILE
 from csqcli.training import deliver
 from csqcli.training.loop import Trainer
 from tests.faults.hooks import at_step, both, die, dying_between_the_renames, nan_at
-from tests.faults.runs import FINISHED, FORMS, MODEL, SAVES, SHORT, STATES, Ended, Hook, Run, check_folder, csq, refused
+from tests.faults.runs import (
+    FINISHED,
+    FORMS,
+    MODEL,
+    SAVES,
+    SHORT,
+    STATES,
+    STEPS,
+    Ended,
+    Hook,
+    Run,
+    check_folder,
+    csq,
+    refused,
+)
 
 PLAIN = ("search", *SHORT)
-STEPS = 20  # per epoch of the digits recipe
 STREAMED = (
     *("search", "plain_models:group_norm_cnn", "--no-pretrained", "--target-bits", "3", "--epochs", "2", "--quiet"),
     *("--set", "input_size=72", "--set", "batch_size=4", "--set", "threads=1"),

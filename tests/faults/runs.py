@@ -22,12 +22,15 @@ from csqcli.exporting import run as _exports  # noqa: F401  # imported here, so 
 from csqcli.file import io as file_io
 from csqcli.system import files
 from csqcli.training import run_folder
+from tests import commands
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # plain_models
+commands.make_once()
 
 Hook = Callable[[], None]
 MODEL, STATES = run_folder.MODEL_FILE, (run_folder.RESUME_FILE, run_folder.PREVIOUS_FILE)
-SHORT = ("--recipe", "digits", "--target-bits", "1.5", "--epochs", "3", "--quiet")
+STEPS = 8  # per epoch
+SHORT = ("--recipe", "digits", "--target-bits", "1.5", "--epochs", "3", "--set", f"max_steps={STEPS}", "--quiet")
 SAVES = ("--set", "save_every_minutes=0.0003")  # every 18 ms, so that kills fall into saves too
 FINISHED = ["metrics.jsonl", MODEL, "recipe.yaml", "report.json"]
 FORMS = ("bit-packed", "int8-packed", "state-dict")

@@ -14,6 +14,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+from tests import commands
 from tests.fuzz.cases import Case
 from tests.fuzz.readers import command
 from tests.fuzz.watch import Hang, Watch
@@ -32,6 +33,7 @@ def child(corpus: Path, seed: int, first: int, last: int, keep: Path | None) -> 
     import csqcli.pipeline
     from csqcli.cli import app as cli  # noqa: F401
 
+    commands.make_once()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
