@@ -15,9 +15,10 @@ from PIL import Image
 
 from csqcli.cli import app as cli
 from csqcli.system.heap import keep_freed_memory
-from tests import commands
+from tests import commands, traces
 
 commands.make_once()
+traces.remember()
 keep_freed_memory()  # as the command does, from the first test on
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: workers share the cores already
