@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,49 +23,88 @@ from csqcli.system import distributed, launcher, memory
 TESTS = Path(__file__).parents[1]
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "csqcli")
+RANKS = """
+import os, sys, traceback
+{imports}
+other, code = os.fork(), 1  # when all is imported: once for both
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
+try:
+    {body}
+    code = 0
+except SystemExit as end:
+    code = end.code or 0
+except BaseException:
+    traceback.print_exc()
+if other:
+    code = os.waitpid(other, 0)[1] or code
+sys.stderr.flush()
+os._exit(bool(code))
+"""
 
 
-def command(output: Path, batch_size: int, *more: str, launcher: tuple[str, ...] = TORCHRUN) -> list[str]:
-    start = () if "--checkpoint" in more else ("--no-pretrained",)
-    arguments = [
-        *("search", "plain_models:group_norm_cnn", *start, "--data", "digits", "--target-bits", "2.5"),
-        *("--epochs", "2", "--set", f"batch_size={batch_size}", "--set", "threads=1", "--quiet", "-o", str(output)),
-    ]
-    return [sys.executable, *launcher, "csqcli", *arguments, *more]
+def search(output: Path, start: Path, batch_size: int) -> list[str]:
+    """From a checkpoint planes are fixed early, before sums in another order have grown to a plane's difference."""
+    return [
+        *("search", "plain_models:group_norm_cnn", "--checkpoint", str(start), "--data", "digits", "--target-bits", "2.5"),
+        *("--epochs", "4", "--set", f"batch_size={batch_size}", "--set", "save_every_minutes=0.001"),
+        *("--set", "threads=1", "--quiet", "-o", str(output)),
+    ]  # fmt: skip
 
 
-def run(arguments: list[str], output: Path) -> dict:
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def in_two_processes(body: str, *arguments: str, imports: str) -> None:
+    """What torchrun does for two, without its own process and with one start of PyTorch between them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", RANKS.format(imports=imports, body=body), *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT | group, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads((output / "report.json").read_text())
 
 
-def test_two_processes_end_like_one_with_the_doubled_batch(tmp_path: Path) -> None:
+def train_in_two(arguments: list[str]) -> None:
+    imports = "import csqcli.pipeline, plain_models; from csqcli.cli.app import main"
+    in_two_processes("main()", *arguments, imports=imports)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    save_file(plain_models.group_norm_cnn().state_dict(), tmp_path / "float.safetensors")
-    # from a checkpoint planes are fixed early, before sums in another order have grown to a plane's difference
-    start = ("--checkpoint", str(tmp_path / "float.safetensors"))
-    alone = run(command(tmp_path / "one", 64, *start, launcher=("-m",)), tmp_path / "one")
-    together = run(command(tmp_path / "two", 32, *start), tmp_path / "two")
-    assert [layer["mask"] for layer in together["layers"]] == [layer["mask"] for layer in alone["layers"]]
-    assert together["budget"]["mean_bits"] == alone["budget"]["mean_bits"] <= 2.5
-    assert together["accuracy"]["samples"] == 500
-    assert together["accuracy"]["float_top1"] == alone["accuracy"]["float_top1"]
-    for one, two in zip(*(_layers(tmp_path / name) for name in ("one", "two")), strict=True):
-        differing = (one != two).float().mean()
+    path = tmp_path_factory.mktemp("start") / "float.safetensors"
+    save_file(plain_models.group_norm_cnn().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def together(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes, left alone."""
+    output = tmp_path_factory.mktemp("together") / "run"
+    train_in_two(search(output, start, 32))
+    return output
+
+
+def test_two_processes_end_like_one_with_the_doubled_batch(csq, start: Path, together: Path, tmp_path: Path) -> None:
+    code, _, err = csq(*search(tmp_path / "alone", start, 64))
+    assert code == 0, err
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "alone", together))
+    assert [layer["mask"] for layer in two["layers"]] == [layer["mask"] for layer in one["layers"]]
+    assert two["budget"]["mean_bits"] == one["budget"]["mean_bits"] <= 2.5
+    assert two["accuracy"]["samples"] == 500
+    assert two["accuracy"]["float_top1"] == one["accuracy"]["float_top1"]
+    for alone, of_two in zip(*(_layers(folder) for folder in (tmp_path / "alone", together)), strict=True):
+        differing = (alone != of_two).float().mean()
         assert differing < 0.05  # sums in another order flip few roundings
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+    assert {p.name for p in together.iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()}
 
 
-def test_processes_that_are_told_to_stop_save_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_processes_that_are_told_to_stop_save_the_same_step_and_go_on_bit_for_bit(
+    start: Path, together: Path, tmp_path: Path
+) -> None:
     """SIGTERM to the launcher, as a scheduler sends it."""
-    longer = ["--epochs", "8", "--set", "save_every_minutes=0.01"]
-    run(command(tmp_path / "unbroken", 32, *longer), tmp_path / "unbroken")
     output = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(output, 32, *longer), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, *TORCHRUN, *search(output, start, 32)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (output / "resume.pt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -74,21 +114,16 @@ def test_processes_that_are_told_to_stop_save_the_same_step_and_go_on_bit_for_bi
     assert err.count("csq: stopped and saved (") == 1
     state = torch.load(output / "resume.pt", weights_only=True)
     assert f"epoch {state['epoch'] + 1}, batch {state['batch']})" in err
-    run(command(output, 32, *longer, "--resume"), output)
-    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "stopped")]
-    assert written[0] == written[1]
+    train_in_two([*search(output, start, 32), "--resume"])
+    assert (output / "model.safetensors").read_bytes() == (together / "model.safetensors").read_bytes()
 
 
-def test_all_processes_learn_the_smallest_value(tmp_path: Path) -> None:
-    script = tmp_path / "smallest.py"
-    script.write_text(
-        "import torch\nfrom csqcli.system import distributed\nshard, device = distributed.start(torch.device('cpu'))\n"
-        "assert distributed.all_reduce_min(2**40 + 7 - shard.rank, device) == 2**40 + 6\ndistributed.stop()\n"
+def test_all_processes_learn_the_smallest_value() -> None:
+    in_two_processes(
+        "shard, device = distributed.start(torch.device('cpu')); "
+        "assert distributed.all_reduce_min(2**40 + 7 - shard.rank, device) == 2**40 + 6; distributed.stop()",
+        imports="import torch; from csqcli.system import distributed",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 def _layers(folder: Path) -> list[torch.Tensor]:
