@@ -65,8 +65,17 @@ class Progress:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def check(source: str, folder: Path, progress: Progress, *, method: str = "staged") -> None:
+def check(
+    source: str,
+    folder: Path,
+    progress: Progress,
+    *,
+    method: str = "staged",
+    arguments: Mapping[str, Any] | None = None,
+) -> None:
     """One model through csq; AssertionError, or whatever is raised on the way, when a claim does not hold.
+
+    ``arguments`` go to the model's constructor.
 
     1. `csq inspect`'s coverage: at least one weight, and multiply-accumulates counted.
     2. The model at step 0 is the 8-bit rounded model: every weight integers · step within half a step of the original
@@ -75,7 +84,7 @@ def check(source: str, folder: Path, progress: Progress, *, method: str = "stage
     4. Hardened: at most 3 planes per weight.
     5. Saved and loaded: the same outputs to the last bit, state dict strict and equal; bit-packed likewise.
     """
-    spec = sources.parse(source)
+    spec = sources.parse(source, arguments)
     task = sources.task_of(spec)
     torch.manual_seed(0)
     model = sources.build(spec, num_classes=CLASSES).float()
@@ -146,7 +155,7 @@ def check(source: str, folder: Path, progress: Progress, *, method: str = "stage
 
     progress.stage = "save"
     model.eval()
-    csqcli.save(model, optimizer, path, source=source, num_classes=CLASSES, data_config=config)
+    csqcli.save(model, optimizer, path, source=source, num_classes=CLASSES, arguments=arguments, data_config=config)
     facts["file_bytes"] = path.stat().st_size
     expected, state = run(model, task, images), model.state_dict()
     assert all(tensor.isfinite().all() for tensor in expected), "the hard model gives NaN or infinite values"
