@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,26 @@ def at_step(epoch: int, batch: int, action: Callable[[Trainer], None]) -> Hook:
 def die(_: Trainer) -> None:
     """What the out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def told_to_stop(
+    first: signal.Signals, second: signal.Signals | None = None, *, gap: float = 0.0
+) -> Callable[[Trainer], None]:
+    """Signals from another process, as Ctrl-C and schedulers send them: one before the next step, one so many seconds later."""
+
+    def action(_: Trainer) -> None:
+        run = os.getpid()
+        sent, send = os.pipe()
+        if os.fork() == 0:
+            os.kill(run, first)
+            os.write(send, b".")
+            if second is not None:
+                time.sleep(gap)
+                os.kill(run, second)
+            os._exit(0)
+        os.read(sent, 1)
+
+    return action
 
 
 def dying_between_the_renames() -> None:

@@ -24,7 +24,7 @@ from csqcli.system import files
 from csqcli.system.lock import LOCK_FILE
 from csqcli.training import deliver
 from csqcli.training.loop import Trainer
-from tests.faults.hooks import at_step, both, die, dying_between_the_renames, nan_at
+from tests.faults.hooks import at_step, both, die, dying_between_the_renames, nan_at, told_to_stop
 from tests.faults.runs import (
     FINISHED,
     FORMS,
@@ -154,6 +154,30 @@ class Faults:
         assert (folder / LOCK_FILE).exists()  # but nobody holds it
         self._goes_on(folder)
         return "the second is told the pid of the first; a killed holder's lock is free"
+
+    def told_to_stop(self, folder: Path) -> str:
+        """SIGTERM and Ctrl-C save the step; a second signal that comes while it is saved leaves a whole state all the same."""
+        folder.mkdir()
+        for one, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            run = folder / one.name
+            ended = csq(*PLAIN, "-o", run, hook=at_step(1, 3, told_to_stop(one)))
+            assert (ended.code, ended.err.count("\n")) == (code, 1), ended
+            assert ended.err.startswith("csq: stopped and saved ("), ended
+            assert "--resume" in ended.err
+            state = torch.load(run / STATES[0], weights_only=True)
+            assert f"epoch {state['epoch'] + 1}, batch {state['batch']}" in ended.err
+            self._goes_on(run)
+        for number, (second, gap) in enumerate(((signal.SIGINT, 0.0), (signal.SIGTERM, 0.01))):
+            run = folder / str(number)
+            twice = told_to_stop(signal.SIGTERM, second, gap=gap)
+            ended = csq(*PLAIN, *SAVES, "-o", run, hook=at_step(1, 3, twice))
+            assert ended.code in (130, 143), ended
+            assert ended.err.count("\n") == 1, ended
+            assert ended.err.startswith(("csq: stopped and saved (", "csq: interrupted; ")), ended
+            assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
+            assert [name for name in STATES if (run / name).exists()]
+            self._goes_on(run, *PLAIN, *SAVES, wanted=self.saving)
+        return "one line that says how to go on; --resume ends in the same bytes"
 
     def damaged_state(self, folder: Path) -> str:
         def killed(name: str) -> list[Path]:

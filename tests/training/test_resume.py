@@ -1,8 +1,7 @@
-"""A run that is asked to stop and resumed ends in the same bytes as one that was left alone; faults.py has kill -9."""
+"""A process that is asked to stop is resumed to the bytes of one that was left alone; tests/faults has all other ways to end."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from csqcli.system import files
+from csqcli import pipeline
+from csqcli.recipe.resolve import resolve
+from csqcli.system.progress import Display
 
 ARGUMENTS = [
     "search",
@@ -26,78 +27,34 @@ ARGUMENTS = [
     "2",
     "--quiet",
 ]
-SAVES = ["--set", "save_every_minutes=0.003"]  # every 180 ms, so that signals fall into saves too
-
-
-def start(output: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "csqcli", *ARGUMENTS, *SAVES, "-o", str(output), *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_training(process: subprocess.Popen[str], output: Path, since: float) -> bool:
-    """Until a state newer than ``since`` is on disk; False when the process ended first."""
-    state = output / "resume.pt"
-    while process.poll() is None:
-        try:
-            if state.stat().st_mtime > since:
-                return True
-        except FileNotFoundError:
-            pass
-        time.sleep(0.005)
-    return False
+SAVES = {"save_every_minutes": 0.003}  # every 180 ms, so that signals fall into saves too
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     output = tmp_path_factory.mktemp("unbroken")
-    process = start(output)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    recipe = resolve("digits", {"quantization.target_bits": 1.5, "epochs": 4, "finetune.epochs": 2, **SAVES})
+    pipeline.search(recipe, output, display=Display(quiet=True))
     return (output / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_polite_signal_saves_the_step_and_says_how_to_go_on(
-    unbroken: bytes, tmp_path: Path, signum: signal.Signals, code: int
+def test_a_process_that_is_told_to_stop_saves_the_step_and_says_how_to_go_on(
+    csq, unbroken: bytes, tmp_path: Path
 ) -> None:
-    process = start(tmp_path)
-    assert wait_for_training(process, tmp_path, 0)
-    process.send_signal(signum)
+    command = [*ARGUMENTS, *(word for key, value in SAVES.items() for word in ("--set", f"{key}={value}"))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csqcli", *command, "-o", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (tmp_path / "resume.pt").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert err.startswith("csq: stopped and saved (")
     assert "--resume" in err
     assert err.count("\n") == 1
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     assert f"epoch {state['epoch'] + 1}, batch {state['batch']}" in err
-    if signum == signal.SIGINT:  # the state is the same; one resumed run is enough
-        return
-    process = start(tmp_path, "--resume")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    code, _, err = csq(*command, "-o", tmp_path, "--resume")
+    assert code == 0, err
     assert (tmp_path / "model.safetensors").read_bytes() == unbroken
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "gap"),
-    [
-        (signal.SIGTERM, signal.SIGINT, 0),
-        (signal.SIGTERM, signal.SIGTERM, 0.01),
-    ],
-)
-def test_two_signals_are_one_line_and_leave_a_whole_state(
-    tmp_path: Path, first: signal.Signals, second: signal.Signals, gap: float
-) -> None:
-    process = start(tmp_path)
-    assert wait_for_training(process, tmp_path, 0)
-    process.send_signal(first)
-    time.sleep(gap)
-    process.send_signal(second)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, 143), err
-    assert err.count("\n") == 1, err
-    assert err.startswith(("csq: stopped and saved (", "csq: interrupted; "))
-    assert all(files.is_intact(state) for state in tmp_path.glob("resume*.pt"))
-    assert list(tmp_path.glob("resume*.pt"))
-    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
