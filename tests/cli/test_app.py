@@ -177,7 +177,7 @@ def test_layer_rules_reach_the_file(csq, tmp_path: Path) -> None:
     assert report["left_float"] == [{"name": "conv1.weight", "shape": [16, 1, 3, 3], "why": "excluded by the recipe"}]
 
 
-@pytest.mark.parametrize("source", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+@pytest.mark.parametrize("source", ["timm:test_resnet", "torchvision:squeezenet1_1"])
 def test_an_image_folder_and_a_library_model_work_together(
     csq, tmp_path: Path, image_folder: Path, source: str
 ) -> None:

@@ -352,10 +352,9 @@ INVOCATIONS |= {  # many targets
         "sweep --recipe digits --targets 3 --max-drop 50 --epochs 0 --set images=64 --calib IMAGES -o OUT -q",
         lambda r: "smallest     within 50 points of float: ptq-1bit" in r.out and "ptq-2bit" in r.out,
     ),
-    "sweep of a fresh model, in a process": (
-        "sweep digits_cnn --data digits --no-pretrained --targets 3 --cold --epochs 1 --set max_steps=1 --set threads=1 "
-        "--jobs 1 --launcher local -o OUT -q",
-        lambda r: "csq-3bit" in r.out and (r.folder / "csq-3bit.log").is_file(),
+    "sweep of a fresh model": (
+        "sweep digits_cnn --data digits --no-pretrained --targets 3 --cold --epochs 1 --set max_steps=1 -o OUT -q",
+        lambda r: "csq-3bit" in r.out,
     ),
 }
 INVOCATIONS |= {  # around the runs: a recipe to edit, the machine, the shell
@@ -376,7 +375,9 @@ BY_ITSELF = {  # exercised in a test of their own, below or elsewhere
     ("search", "--compile"): "test_compile_trains",
     ("plan", "--compile"): "the search's own",
     ("sweep", "--compile"): "the search's own",
+    ("sweep", "--jobs"): "tests/sweeping/test_sweep.py: it starts processes",
     ("sweep", "-j"): "--jobs in short",
+    ("sweep", "--launcher"): "tests/sweeping/test_sweep.py, with --jobs",
     ("sweep", "--launcher-set"): "tests/sweeping/test_sweep.py; a cluster is needed",
     ("plan", "--no-pretrained"): "tests/training/test_planning.py",
     ("inspect", "--pretrained"): "test_pretrained_weights_that_cannot_be_had_are_one_line",

@@ -156,16 +156,23 @@ def test_torchaos_description_of_a_layer_is_what_the_layout_test_has_by_hand(tmp
 @needs_torchao
 def test_the_documented_reader_needs_no_csq(tmp_path: Path) -> None:
     """The code in docs/export.md, in a process that cannot import csq."""
-    file = models.make_file("timm:vit_tiny_patch16_224", NARROW)
+    file = models.make_file("timm:test_vit", NARROW)
     io.write(tmp_path / "model.safetensors", file)
     run.export_file(tmp_path / "model.safetensors", tmp_path / "a.safetensors", form="torchao")
     text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     block = text.split("### torchao")[1].split("```python\n")[1].split("```")[0]
+    for written, here in (
+        ("model.safetensors", str(tmp_path / "a.safetensors")),
+        ("vit_tiny_patch16_224", "test_vit"),
+        ("num_classes=1000", "num_classes=10"),
+    ):
+        assert written in block
+        block = block.replace(written, here)
     script = f"""
 import sys
 sys.modules["csqcli"] = None
-{block.replace("model.safetensors", str(tmp_path / "a.safetensors")).replace("num_classes=1000", "num_classes=10")}
-print(type(model.blocks[0].mlp.fc1.weight).__name__, model(torch.zeros(1, 3, 224, 224)).shape[1])
+{block}
+print(type(model.blocks[0].mlp.fc1.weight).__name__, model(torch.zeros(1, 3, 160, 160)).shape[1])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr

@@ -325,10 +325,15 @@ def test_cores_are_shared_out_and_gpus_go_round() -> None:
     assert found == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "7", "4")]
 
 
-def test_processes_of_their_own_give_the_same_bytes(tmp_path: Path) -> None:
-    settings = {"targets": [2], "epochs": 0, "images": 64}
-    here = sweep(tmp_path / "here", **settings)
-    there = sweep(tmp_path / "there", jobs=2, **settings)
+def test_processes_of_their_own_give_the_same_bytes(csq: Any, tmp_path: Path) -> None:
+    here = sweep(tmp_path / "here", targets=[2], epochs=0, images=64)
+    settings = ("--set", "max_steps=4", "--set", "threads=1", "--set", "images=64")
+    code, out, err = csq(
+        *("sweep", "--recipe", "digits", "--targets", 2, "--epochs", 0, *settings, "--jobs", 2, "--launcher", "local"),
+        *("-o", tmp_path / "there", "--json", "-q"),
+    )
+    assert code == 0, err
+    there = json.loads(out)
     assert model(tmp_path / "there" / "ptq-2bit") == model(tmp_path / "here" / "ptq-2bit")
     assert {**there["runs"][0], "bytes": 0, "compression": 0} == {**here["runs"][0], "bytes": 0, "compression": 0}
     assert abs(there["runs"][0]["bytes"] - here["runs"][0]["bytes"]) <= 16  # the certificate says how long loading took
