@@ -12,8 +12,11 @@ demo: $(VENV)/.installed
 	$(BIN)/csq evaluate runs/demo/model.safetensors --data digits
 	$(BIN)/csq export runs/demo/model.safetensors --bit-packed
 
+# Equations, methods, recipes, the file, reports and command lines that only describe or refuse. Left out: whatever trains a network
+# from start to end, exports to an engine, starts processes or compiles kernels; and cli, data, exporting, models, system, training.
 check: lint
-	$(BIN)/pytest -n auto --dist loadfile tests/quant tests/recipe tests/file tests/reporting tests/cli/test_startup.py
+	$(BIN)/pytest -n auto --dist loadfile tests/quant tests/recipe tests/file tests/reporting tests/cli/test_startup.py \
+	  --ignore tests/quant/test_kernels.py --ignore tests/quant/test_activation_widths.py --ignore tests/recipe/test_every_key.py
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder

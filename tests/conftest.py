@@ -28,7 +28,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 os.environ.pop("COLUMNS", None)  # the terminal of whoever runs the tests, as pytest-xdist hands it on
 
 
-_LONG = ("test_model_sweep", "test_distributed", "test_options", "test_faults", "test_sweep", "test_fuzz", "test_onnx")
+_LONG = (
+    *("test_model_sweep", "test_faults", "test_int8", "test_distributed", "test_options", "test_fuzz", "test_kernels"),
+    *("test_onnx", "test_loop", "test_sweep", "test_litert", "test_tensorrt", "test_bench", "test_app", "test_latent"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
