@@ -57,8 +57,8 @@ def diff(
     """
     from csqcli import api
     from csqcli.file.header import read_manifest
-    from csqcli.reporting.build import model_of
     from csqcli.system.progress import Display
+    from csqcli.system.run_files import model_of
 
     if data is None:
         raise UserError("no data given", hint=hint())

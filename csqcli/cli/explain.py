@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +15,7 @@ from csqcli.cli.options import (
     LogOption,
     LookLimitOption,
     QuietOption,
+    RunArgument,
     TrustOption,
     ValSplitOption,
     val_split,
@@ -25,7 +25,7 @@ from csqcli.errors import UserError
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a safetensors file that csq wrote.")],
+    run: RunArgument,
     data: DataOption = None,
     val_split_: ValSplitOption = None,
     val_limit: LookLimitOption = 512,
@@ -42,8 +42,8 @@ def explain(
     Example: csq explain runs/resnet18 --data /imagenet
     """
     from csqcli.file.header import GRAPHS, read_manifest
-    from csqcli.reporting.build import model_of
     from csqcli.system.progress import Display
+    from csqcli.system.run_files import model_of
 
     if data is None:
         raise UserError("no data given", hint=hint())

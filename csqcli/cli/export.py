@@ -11,10 +11,10 @@ import typer
 from csqcli.cli import output
 from csqcli.cli.options import (
     LOG_EVERY,
-    FileArgument,
     JsonOption,
     LogOption,
     QuietOption,
+    RunArgument,
     TrustOption,
     ValLimitOption,
     ValSplitOption,
@@ -53,10 +53,12 @@ class Prefer(str, Enum):
 
 
 def export(
-    file: FileArgument,
+    file: RunArgument,
     output_file: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="File to write; FILE's name + the form if unset."),
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="File to write; beside the model if unset, named by the form."
+        ),
     ] = None,
     int8_packed: Annotated[
         bool,
@@ -112,10 +114,11 @@ def export(
 ) -> None:
     """Write a file that is small or runs elsewhere, read it back and compare it with the hard model.
 
-    Example: csq export runs/resnet18/model.safetensors --bit-packed
+    Example: csq export runs/resnet18 --bit-packed
     """
     from csqcli.exporting import registry
     from csqcli.file.header import read_manifest
+    from csqcli.system.run_files import model_of
 
     flags = {
         "int8-packed": int8_packed,
@@ -141,6 +144,7 @@ def export(
         "prefer": prefer.value,
     }
     registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")
+    file = model_of(file)
     read_manifest(file)  # what is wrong with the file is said before torch is imported
 
     from csqcli.reporting.terminal import export_lines

@@ -48,7 +48,9 @@ class EngineName(str, Enum):
     torch = "torch"
 
 
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or a safetensors file that csq wrote.")
+]
 DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
 DeviceOption = Annotated[
     str | None,

@@ -29,7 +29,8 @@ def report(
 
     Example: csq report runs/resnet18 --html report.html
     """
-    from csqcli.reporting.build import describe, history_beside, model_of
+    from csqcli.reporting.build import describe, history_beside
+    from csqcli.system.run_files import model_of
 
     file = model_of(run)
     if html is not None and html.suffix.lower() not in (".html", ".htm"):

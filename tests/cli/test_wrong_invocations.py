@@ -279,11 +279,17 @@ ROWS = [
     *(
         f"{command} {file}{options}"
         for command, options in (("report", ""), ("evaluate", " --data digits"), ("finetune", " --data digits -o new"))
-        for file in ("run", "nowhere.safetensors", "text.txt", "float.safetensors", "noise.safetensors", "cut.safetensors")
-        if (command, file) != ("report", "run")  # a report takes a run's folder
+        for file in ("nowhere.safetensors", "text.txt", "float.safetensors", "noise.safetensors", "cut.safetensors")
     ),
-    "report empty",
-    "report unfinished",
+    *(
+        f"{command} {folder}{options}"
+        for command, options in (
+            *(("report", ""), ("bench", ""), ("export", " --bit-packed"), ("evaluate", " --data digits")),
+            *(("explain", " --data digits"), ("diff float.safetensors", " --data digits"), ("compare run", "")),
+            ("finetune", " --data digits -o new"),
+        )
+        for folder in ("empty", "unfinished", "several")
+    ),
     "report run --html run/model.safetensors",
     "report run --html nowhere/page.html",
     "report run --svg text.txt",
@@ -300,7 +306,6 @@ ROWS = [
     "evaluate text.onnx --data digits",
     "inspect run",
     "inspect run/model.safetensors",
-    "export run --bit-packed",
     "export nowhere.safetensors --bit-packed",
     "export text.txt --bit-packed -o new.safetensors",
     "export float.safetensors --bit-packed",
@@ -335,6 +340,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (root / "truncated_checkpoint.pth").write_bytes(b"PK\x03\x04 and no more")
     (root / "unfinished").mkdir()
     (root / "unfinished" / "resume.pt").write_bytes(b"half a state")
+    (root / "unfinished" / "recipe.yaml").write_text("epochs: 3\n")
+    for name in ("staged-2bit", "staged-3bit"):
+        (root / "several" / name).mkdir(parents=True)
+        (root / "several" / name / "model.safetensors").write_bytes(quantized)
     (root / "text.txt").write_text("nothing to see\n")
     (root / "text.onnx").write_text("nothing to see\n")
     (root / "exists.safetensors").write_bytes(quantized)
