@@ -90,4 +90,4 @@ def finetune(
     report = pipeline.finetune(
         file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code
     )
-    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json, display=display)

@@ -160,7 +160,7 @@ def search(
         from csqcli.system.run_files import MODEL_FILE
 
     report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
-    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json, display=display)
 
 
 def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:

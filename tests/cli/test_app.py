@@ -97,6 +97,35 @@ def test_search_writes_what_it_promises(digits_run: Path) -> None:
     assert yaml.safe_load((digits_run / "recipe.yaml").read_text())["quantization"]["target_bits"] == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "commands"),
+    [
+        (("--target-bits", 2), ["csq evaluate RUN --data digits", "csq export RUN --bit-packed"]),
+        (("--target-size", "12kB"), ["csq evaluate RUN/model-bit-packed-small.safetensors --data digits"]),
+        (
+            ("--target-bits", 2, "--act-bits", 8),
+            ["csq evaluate RUN --data digits", "csq export RUN --onnx --activations int8 --calib digits"],
+        ),
+        (("--method", "float"), ["csq evaluate RUN --data digits"]),
+    ],
+)
+def test_a_search_ends_with_commands_that_go_on_with_its_model(
+    csq, tmp_path: Path, options: tuple[str, ...], commands: list[str]
+) -> None:
+    search = ("search", "--recipe", "digits", *options, "--epochs", 1, "--set", "max_steps=4", "--output", tmp_path)
+    code, out, err = csq(*search)
+    said = [line.removeprefix("next: ") for line in err.splitlines() if line.startswith("next: ")]
+    assert (code, said) == (0, [command.replace("RUN", str(tmp_path)) for command in commands])
+    assert "next:" not in out
+    for command in said:
+        if "--onnx" in command:
+            pytest.importorskip("onnxscript")
+            pytest.importorskip("onnxruntime")
+        assert csq(*shlex.split(command)[1:])[0] == 0
+    for silent in ("--quiet", "--json"):
+        assert "next:" not in "".join(csq(*search, "--resume", silent)[1:])
+
+
 def test_evaluate_equals_what_search_reported(csq, digits_run: Path) -> None:
     code, out, _ = csq("evaluate", digits_run / "model.safetensors", "--data", "digits", "--json", "--batch-size", 77)
     assert code == 0
