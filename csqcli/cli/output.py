@@ -146,7 +146,7 @@ def _next_commands(file: Path, manifest: Manifest, report: Mapping[str, Any]) ->
     return [evaluation, f"csq export {run} {form}{trusted}"]
 
 
-def print_plan(plan: Mapping[str, Any], *, json_wanted: bool) -> None:
+def print_plan(plan: Mapping[str, Any], *, json_wanted: bool, verbose: bool) -> None:
     """What `csq plan` and `csq search --dry-run` print: the plan for people, or as it is."""
     from csqcli.reporting.terminal import print_plan
 
@@ -155,4 +155,4 @@ def print_plan(plan: Mapping[str, Any], *, json_wanted: bool) -> None:
     if json_wanted:
         as_json(plan)
     else:
-        print_plan(plan, console())
+        print_plan(plan, console(), verbose=verbose)

@@ -135,6 +135,9 @@ def search(
     Example: csq search resnet18 --target-bits 3 --data /imagenet --output runs/resnet18
     """
     options = dict(locals())
+    if dry_run:
+        print_plan_of(options)
+        return
     from csqcli.api import search_folder
     from csqcli.recipe.complete import check_complete
     from csqcli.recipe.resolve import resolve
@@ -143,15 +146,6 @@ def search(
     resolved = resolve(recipe, search_settings(options))
     check_complete(resolved)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
-    if dry_run:
-        display.say(
-            f"recipe {recipe}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
-        )
-        with display.step("loading PyTorch"):
-            from csqcli import pipeline
-
-        print_plan(pipeline.plan(resolved, display=display), json_wanted=as_json)
-        return
     target = output or search_folder(resolved)
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
 
@@ -161,6 +155,24 @@ def search(
 
     report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
     result_of_run(target / MODEL_FILE, report, json_wanted=as_json, display=display)
+
+
+def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
+    """Print the plan of the search that these options of it ask for."""
+    from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.resolve import resolve
+    from csqcli.system.progress import Display
+
+    resolved = resolve(options["recipe"], search_settings(options))
+    check_complete(resolved)
+    display = Display(quiet=options["quiet"] or not is_main_process(), log_every=options["log_every"])
+    display.say(
+        f"recipe {options['recipe']}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
+    )
+    with display.step("loading PyTorch"):
+        from csqcli import pipeline
+
+    print_plan(pipeline.plan(resolved, display=display), json_wanted=options["as_json"], verbose=verbose)
 
 
 def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:

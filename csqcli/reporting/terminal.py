@@ -6,6 +6,7 @@ cursor or hide text.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from csqcli.reporting.layout import (
     spark,
 )
 from csqcli.reporting.words import layer_names, short
-from csqcli.system.progress import duration
+from csqcli.system.progress import counted, duration
 
 _LEAST_REASON = 34  # columns, of why a tensor stays float
 
@@ -234,12 +235,13 @@ def budget_line(budget: Mapping[str, Any]) -> str:
     return f"{'budget':<{LABEL}}{said}"
 
 
-def print_plan(plan: Mapping[str, Any], console: Console) -> None:
-    """What `csq plan` prints, from ``pipeline.plan``: the recipe, a row per tensor, then bytes, memory and time."""
+def print_plan(plan: Mapping[str, Any], console: Console, *, verbose: bool = False) -> None:
+    """What `csq plan` prints, from ``pipeline.plan``: a summary; ``verbose`` adds a row per tensor and the recipe as resolved."""
+    more = f"{'more':<{LABEL}}every tensor and the whole recipe: `csq plan … --verbose`"
+    print_lines([*_plan_lines(plan), *([] if verbose else [more])], console)
+    if not verbose:
+        return
     marks = glyphs(console)
-    recipe = yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True, width=max(console.width, 60))
-    for line in recipe.splitlines():
-        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     console.print()
     layers, left = plan["layers"], plan["left_float"]
     if layers or left:
@@ -256,23 +258,44 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
             )
         print_columns(columns, console, marks)
         console.print()
-    print_lines(_plan_lines(plan), console)
+    recipe = yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True, width=max(console.width, 60))
+    for line in recipe.splitlines():
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    recipe, layers, left = plan["recipe"], plan["layers"], plan["left_float"]
     size, memory, time = plan["bytes"], plan["memory"], plan["time"]
     why = f" (chosen by auto: {plan['method_why']})" if plan["method_why"] else ""
-    lines = [f"{'method':<{LABEL}}{plan['recipe']['quantization']['method']}{why}"]
-    if plan["layers"]:
+    data, phases = recipe["data"], (recipe["adaptation"]["epochs"], recipe["epochs"], recipe["finetune"]["epochs"])
+    named = zip(phases, ("in float", "of the search", "with the planes fixed"), strict=True)
+    epochs = [f"{counted(number, 'epoch')} {name}" for number, name in named if number]
+    rows = [
+        ("model", printable(f"{recipe['model']['source']} on {data['source']}")),
+        ("method", f"{recipe['quantization']['method']}{why}"),
+        ("training", f"{', '.join(epochs)}, batches of {counted(data['batch_size'], 'image')}"),
+    ]
+    if layers:
+        weights = sum(layer["weights"] for layer in layers)
+        rows.append(("quantized", f"{counted(len(layers), 'weight tensor')}, {weights:,} weights"))
+    whys = Counter(printable(tensor["why"]) for tensor in left)
+    rows += [("left float", f"{counted(number, 'tensor')}: {reason}") for reason, number in whys.most_common()]
+    if layers:
         asked = f" of {plan['target_mean_bits']:g}" if plan["target_mean_bits"] is not None else ""
-        lines.append(f"{'bits':<{LABEL}}{plan['mean_bits']:.2f}{asked}, planes as far as a few steps tell")
-    small = f", {size['bit_packed_small']:,} bytes as bit-packed-small" if size["bit_packed_small"] is not None else ""
-    lines.append(f"{'file':<{LABEL}}about {size['model']:,} bytes{small}")
+        found = sorted(Counter(layer["planes"] for layer in layers).items())
+        kinds = ", ".join(f"{counted(number, 'tensor')} at {planes}" for planes, number in found)
+        rows.append(("bits", f"{plan['mean_bits']:.2f}{asked}, planes as far as a few steps tell: {kinds}"))
+    small = size["bit_packed_small"]
+    shipped = f"; {small:,} bytes by `csq export --bit-packed-small`" if small is not None else ""
     free = f", {memory['free_bytes'] / 2**30:.1f} GiB are free" if memory["free_bytes"] is not None else ""
     needed = f"{memory['bytes'] / 2**30:.1f} GiB" if memory["bytes"] >= 2**30 else f"{memory['bytes'] / 2**20:.0f} MiB"
-    lines.append(f"{'memory':<{LABEL}}about {needed} for steps of {memory['images']} images at once{free}")
-    lines.append(
-        f"{'time':<{LABEL}}about {duration(time['seconds'])}: {time['steps']:,} steps of {time['step_seconds']:.3f} s, "
-        f"{time['evaluations']} evaluations of {time['evaluation_seconds']:.1f} s"
-    )
-    return lines
+    rows += [
+        ("file", f"about {size['model']:,} bytes{shipped}"),
+        ("memory", f"about {needed} for steps of {counted(memory['images'], 'image')} at once{free}"),
+        (
+            "time",
+            f"about {duration(time['seconds'])}: {counted(time['steps'], 'step')} of {time['step_seconds']:.2g} s, "
+            f"{counted(time['evaluations'], 'evaluation')} of {time['evaluation_seconds']:.2g} s",
+        ),
+    ]
+    return [f"{label:<{LABEL}}{text}" for label, text in rows]

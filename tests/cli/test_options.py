@@ -333,7 +333,14 @@ INVOCATIONS |= {  # what a run would come to
     ),
     "plan of a compression": ("plan --recipe digits --target-compression 5 -q", lambda r: "bits " in r.out),
     "plan of bops": ("plan --recipe digits --target-bops 4e7 -q", lambda r: "bits " in r.out),
-    "plan in short": ("plan --recipe digits --target-bits 2 -q", lambda r: "as bit-packed-small" in r.out),
+    "plan in short": (
+        "plan --recipe digits --target-bits 2 -q",
+        lambda r: "by `csq export --bit-packed-small`" in r.out and "search_share" not in r.out,
+    ),
+    "plan in full": (
+        "plan --recipe digits --target-bits 2 -q --verbose",
+        lambda r: "conv3.weight" in r.out and "  search_share: 0.1" in r.out.splitlines(),
+    ),
 }
 INVOCATIONS |= {  # many targets
     "sweep": (
