@@ -35,7 +35,7 @@ from csqcli.cli.options import (
 
 
 def allocate(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for search.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for search.")] = None,
     allocator: Annotated[
         str | None,
         typer.Option(help="A name that `csq methods` lists, or package.module:function; importance if unset."),
@@ -68,7 +68,7 @@ def allocate(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the planes that an allocator gives every layer, without training.
+    """Print the bits that each layer would get, without training.
 
     Example: csq allocate resnet18 --allocator hawq-v2 --target-bits 3 --data /imagenet
     """

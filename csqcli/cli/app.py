@@ -36,7 +36,10 @@ from csqcli.version import __version__
 
 app = typer.Typer(
     name="csq",
-    help="Quantize pretrained vision checkpoints to the mean bits you type, by bi-level continuous sparsification.",
+    help=(
+        "Quantize pretrained image classifiers to the mean bits you type, by bi-level continuous sparsification (CSQ).\n\n"
+        "To begin: `csq doctor`, then `csq search --recipe digits --target-bits 2`, which takes seconds and downloads nothing."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -36,7 +36,9 @@ def bench(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Latency in an engine on this machine, of the network and layer by layer, in fp32 and in the forms that csq exports.
+    """Measure latency on this machine, whole and by layer.
+
+    In an inference engine, in fp32 and in the forms that csq exports, all in turns.
 
     Example: csq bench resnet18 --engine ort
     """

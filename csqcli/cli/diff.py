@@ -51,7 +51,9 @@ def diff(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Signal-to-noise of every layer's output against the float model's, worst first.
+    """Compare every layer's output with the float model's.
+
+    As signal-to-noise ratios in dB, worst first.
 
     Example: csq diff resnet18 runs/resnet18 --data /imagenet
     """

@@ -15,7 +15,9 @@ _GIB = 2**30
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Versions, extras, devices, memory and disk, and a self-test of some seconds on every kind of device.
+    """Check the installation and the machine.
+
+    Versions, extras, devices, memory and disk, and a self-test of some seconds on every kind of device.
 
     Example: csq doctor
     """

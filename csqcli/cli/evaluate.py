@@ -27,7 +27,7 @@ from csqcli.errors import UserError
 def evaluate(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN]", help="A run's folder or any file that csq wrote; with --model any checkpoint."),
+        typer.Argument(metavar="RUN", help="A run's folder or any file that csq wrote; with --model any checkpoint."),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help=f"Images, of which the validation split is used: {help_text()}")
@@ -49,7 +49,9 @@ def evaluate(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1 and top-5 of the hard model, as reloaded from the file; with --model of a float checkpoint.
+    """Measure the accuracy of a model that csq wrote.
+
+    Top-1 and top-5 of the weights as they are in the file; with --model, of a float checkpoint.
 
     Example: csq evaluate runs/resnet18 --data /imagenet
     """

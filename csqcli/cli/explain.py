@@ -37,7 +37,9 @@ def explain(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Why each layer has its planes: what each saves, what one less and one more would do, and the best swaps.
+    """Say why each layer has the bits that it has.
+
+    What each of its planes saves, what one less and one more would do, and the best swaps between layers.
 
     Example: csq explain runs/resnet18 --data /imagenet
     """

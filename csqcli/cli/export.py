@@ -112,7 +112,9 @@ def export(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a file that is small or runs elsewhere, read it back and compare it with the hard model.
+    """Write a model in a form that is small or runs elsewhere.
+
+    What was written is read back and compared with the searched model before it gets its name.
 
     Example: csq export runs/resnet18 --bit-packed
     """

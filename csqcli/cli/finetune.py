@@ -53,7 +53,9 @@ def finetune(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a quantized file's integers on, planes fixed; keeps the better of the two models.
+    """Train a quantized model further, its bits fixed.
+
+    Keeps the better of the two models: never a worse one than it was given.
 
     Example: csq finetune runs/resnet18 --data /imagenet --epochs 5
     """

@@ -22,7 +22,7 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write a recipe to edit, every setting with its meaning and default.
+    """Write a recipe to edit, with every setting explained.
 
     Example: csq init resnet18 --target-bits 3 --data /imagenet -o mine.yaml
     """

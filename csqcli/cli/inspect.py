@@ -28,7 +28,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What csq would quantize in a model, and what stays float and why.
+    """Show what csq would quantize in a model, and what not.
 
     Example: csq inspect resnet18 --exclude "fc*"
     """

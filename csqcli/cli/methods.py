@@ -9,7 +9,10 @@ _TAKES = {"target": "a target", "planes": "planes of an allocator", "either": "a
 
 
 def methods(as_json: JsonOption = False) -> None:
-    """Weight methods, allocators and costs: what each does, what it takes, where it is from.
+    """List the methods, allocators and costs to choose from.
+
+    A method trains the weights, an allocator decides each layer's planes before training, a cost says what a plane takes
+    of the budget.
 
     Example: csq methods --json
     """

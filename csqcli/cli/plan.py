@@ -18,7 +18,9 @@ _VerboseOption = Annotated[
 
 
 def plan(*, verbose: bool, **options: Any) -> None:
-    """Say what a search would do and come to, from a few of its own steps: recipe, layers, bytes, memory, time. Writes nothing.
+    """Say what a search would come to: bytes, memory, time.
+
+    It takes a few of the search's own steps, and writes nothing.
 
     Example: csq plan resnet18 --target-bits 3 --data /imagenet
     """

@@ -25,7 +25,9 @@ def report(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Per-layer bits, sizes and accuracy; needs neither model code nor data.
+    """Show the bits, sizes and accuracy of a model.
+
+    Layer by layer and in all, in the terminal or as a page. Needs neither the model's code nor data.
 
     Example: csq report runs/resnet18 --html report.html
     """

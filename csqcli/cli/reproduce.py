@@ -29,7 +29,9 @@ def reproduce(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Rerun a table or figure of the paper: train what is missing, resume what was stopped, write the table.
+    """Rerun a table or figure of the paper.
+
+    Trains what is missing, resumes what was stopped, and writes the table.
 
     Example: csq reproduce table4 --data cifar10:/cifar --model cifar_resnet20 --scale 0.1
     """

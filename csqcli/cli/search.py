@@ -46,7 +46,7 @@ def search(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="timm or torchvision name, timm:NAME, torchvision:NAME, or package.module:factory."
+            metavar="MODEL", help="timm or torchvision name, timm:NAME, torchvision:NAME, or package.module:factory."
         ),
     ] = None,
     target_bits: Annotated[
@@ -130,7 +130,10 @@ def search(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search a mixed-precision model within a budget and write it.
+    """Find how many bits each layer needs, and write that model.
+
+    The budget is the mean over all weights (--target-bits), or bytes, operations or milliseconds. A layer of k planes
+    holds integers of k binary digits and a sign; a layer of 0 planes is all zeros.
 
     Example: csq search resnet18 --target-bits 3 --data /imagenet --output runs/resnet18
     """

@@ -97,7 +97,10 @@ _AT_ONCE = 64  # jobs that wait in a cluster's queue or run, where nobody says
 
 
 def sweep(**options: Any) -> None:
-    """Search one model at many targets, what they share done once, and write the trade-off as a page.
+    """Search one model at many targets, and plot the trade-off.
+
+    What the runs share is done once; what is there already is not run again. The trade-off is written as a page, and
+    as pareto.json.
 
     Example: csq sweep resnet18 --targets 1,1.5,2,3,4 --data /imagenet --output runs/sweep
     """

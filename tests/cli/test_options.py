@@ -488,6 +488,20 @@ def test_init_replaces_nothing_by_itself(csq, tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "epochs: 3\n"
 
 
+@pytest.mark.parametrize("group", [(), ("recipes",)])
+def test_no_summary_of_a_command_is_cut_at_80_columns(csq, monkeypatch: pytest.MonkeyPatch, group) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    root: Any = typer.main.get_command(app)
+    commands = (root.commands[group[0]] if group else root).commands
+    lines = csq(*group, "--help")[1].partition("Commands:\n")[2].splitlines()
+    summaries = dict(line.split(None, 1) for line in lines)
+    for name, command in commands.items():
+        if not command.hidden:
+            said = " ".join(command.help.split())
+            assert said.startswith(summaries[name]), name
+            assert not summaries[name].endswith("..."), name
+
+
 def test_every_command_shows_an_example_of_itself() -> None:
     commands = getattr(typer.main.get_command(app), "commands", {})
     missing = [
