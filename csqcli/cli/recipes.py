@@ -6,8 +6,9 @@ import typer
 
 from csqcli.cli import output
 from csqcli.cli.options import JsonOption
+from csqcli.cli.suggesting import Commands
 
-app = typer.Typer(help="List, show and describe recipes.", rich_markup_mode=None)
+app = typer.Typer(cls=Commands, help="List, show and describe recipes.", rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)

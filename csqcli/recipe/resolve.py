@@ -225,8 +225,9 @@ def _checked(model: Any, values: Any, *, where: str, card: MethodCard, inside: s
         if problem["type"] == "extra_forbidden":
             leaf = str(problem["loc"][-1])
             owner = _owner(leaf, other_than=card)
-            hint = _suggest(leaf, card) or "see `csq recipes schema`"
-            if owner is not None and not _suggest(leaf, card):
+            likely = did_you_mean(leaf, _beside(key)) or _suggest(leaf, card)
+            hint = likely or "see `csq recipes schema`"
+            if owner is not None and not likely:
                 raise _foreign(key, owner, card, where=where) from None
             raise UserError(f"unknown key `{key}`", where=where, hint=hint) from None
         given = problem.get("input")
@@ -404,7 +405,17 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _suggest(key: str, card: MethodCard) -> str:
     leaves = _leaves(card)
-    return did_you_mean(key, [leaf.rsplit(".", 1)[-1] for leaf in leaves]) or did_you_mean(key, leaves)
+    short = [leaf.rsplit(".", 1)[-1] for leaf in leaves]
+    first, then = (leaves, short) if "." in key else (short, leaves)
+    return did_you_mean(key, first) or did_you_mean(key, then)
+
+
+def _beside(key: str) -> set[str]:
+    """The keys that a recipe may have where this dotted one is: the names of its sections, or those within one."""
+    section = key.rpartition(".")[0]
+    dotted = [*Recipe.leaves(), *(f"{c.section}.{name}" for c in CARDS.values() for name in c.settings.model_fields)]
+    inside = [leaf.removeprefix(f"{section}.") for leaf in dotted if not section or leaf.startswith(f"{section}.")]
+    return {name.partition(".")[0] for name in inside}
 
 
 def _leaves(card: MethodCard) -> list[str]:

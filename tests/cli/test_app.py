@@ -264,7 +264,8 @@ def test_an_image_folder_and_a_library_model_work_together(
         (("search", "--recipe", "digits", "--target-bits", "three"), "Invalid value for '--target-bits':"),
         (("evaluate", "nothing.safetensors", "--data", "digits"), "nothing.safetensors: no such file"),
         (("report", "pyproject.toml"), "pyproject.toml: not a safetensors file"),
-        (("serach",), "No such command 'serach'"),
+        (("serach",), "no command `serach`; did you mean `search`?"),
+        (("search", "--taget-bits", "3"), "csq search: no option `--taget-bits`; did you mean `--target-bits`?"),
     ],
 )  # fmt: skip
 def test_wrong_invocations_are_one_line_and_exit_code_2(csq, tmp_path: Path, arguments, complaint: str) -> None:

@@ -233,6 +233,8 @@ ROWS = [
     "search --recipe digit",
     "search --recipe recipes/unknown_key.yaml",
     "search --recipe recipes/unknown_section.yaml",
+    "search --recipe recipes/british.yaml",
+    "search --recipe recipes/neighbour.yaml",
     "search --recipe recipes/broken.yaml",
     "search --recipe recipes/list.yaml",
     "search --recipe recipes",
@@ -360,6 +362,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     recipes.mkdir()
     (recipes / "unknown_key.yaml").write_text("quantization: {target_bit: 3}\n")
     (recipes / "unknown_section.yaml").write_text("optimiser: {lr: 3}\n")
+    (recipes / "british.yaml").write_text("quantisation: {target_bits: 3}\n")
+    (recipes / "neighbour.yaml").write_text("data: {batchsize: 3}\n")
     (recipes / "broken.yaml").write_text("epochs: [1\nmodel: {\n")
     (root / "latencies.json").write_text(json.dumps(TABLE))
     (root / "classes.json").write_text('{"schema_version": 1}')
