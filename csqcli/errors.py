@@ -94,6 +94,11 @@ def no_such_file(path: Path) -> UserError:
     return UserError("is a folder", where=str(path), hint=hint)
 
 
+def install(extra: str) -> str:
+    """``pip install 'csq[onnx]'``: what puts the packages of an extra beside csq, whichever way csq was installed."""
+    return f"pip install 'csq[{extra}]'"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``did you mean `x`?`` for the nearest known words, nearest first, or an empty string.
 

@@ -9,7 +9,7 @@ import typer
 
 from csqcli.cli import output
 from csqcli.cli.options import JsonOption
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 
 
 def report(
@@ -20,9 +20,7 @@ def report(
     svg: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each figure of that page into a folder, for papers.")
     ] = None,
-    png: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The same as PNG; needs `pip install 'csq[png]'`.")
-    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help=f"The same as PNG; needs `{install('png')}`.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the bits, sizes and accuracy of a model.
