@@ -128,7 +128,7 @@ def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool, d
         lines(map(budget_line, report.get("budgets", ())), indent=13)
         line(f"wrote {file}")
         for command in _next_commands(file, manifest, report):
-            display.say(f"next: {command}")
+            display.say(f"next: {command}", whole=True)
 
 
 def _next_commands(file: Path, manifest: Manifest, report: Mapping[str, Any]) -> list[str]:
