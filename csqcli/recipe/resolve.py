@@ -27,7 +27,7 @@ from csqcli.quant.catalog import (
 )
 from csqcli.quant.costs import costs
 from csqcli.recipe import legacy
-from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, Recipe
+from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, ZEROQ, Recipe
 from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 
@@ -207,6 +207,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     if recipe.data.calib is not None and (card.trains or recipe.adaptation.epochs or recipe.finetune.epochs):
         hint = "pass --epochs 0 (post-training quantization), without --float-epochs and --finetune-epochs"
         raise UserError("data.calib: images without labels cannot be trained on", where=where, hint=hint)
+    _check_zeroq(settings, recipe.data.calib, where)
     if ":" not in recipe.quantization.cost:
         costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")
     if recipe.quantization.allocator is not None:
@@ -303,6 +304,15 @@ def _check_epochs(epochs: int, card: MethodCard, where: str) -> None:
     if not card.trains and epochs > 0:
         hint = "take 0, or --finetune-epochs to train on what it finds"
         raise UserError(f"epochs: `{card.name}` trains nothing (got {epochs})", where=where, hint=hint)
+
+
+def _check_zeroq(settings: MethodSettings, calib: str | None, where: str) -> None:
+    """UserError for settings of images that are not made; a recipe that is written out states their defaults."""
+    fields = type(settings).model_fields
+    for key in (name for name in fields if name.startswith(f"{ZEROQ}_") and calib != ZEROQ):
+        if getattr(settings, key) != fields[key].default:
+            hint = f"pass --calib {ZEROQ}, or leave it out"
+            raise UserError(f"ptq.{key}: is for images that --calib {ZEROQ} makes", where=where, hint=hint)
 
 
 def _set(raw: dict[str, Any], key: str, value: Any, where: str) -> None:

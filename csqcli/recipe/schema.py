@@ -18,6 +18,7 @@ from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
+ZEROQ = "zeroq"  # what data.calib takes in place of a folder
 INT8_PLANES = 7  # integers up to ±127
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 USERS_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")

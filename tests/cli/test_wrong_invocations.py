@@ -44,6 +44,8 @@ ROWS = [
     "search --recipe digits -o new --quiet --epochs 0 --target-size 12kB",
     "search --recipe digits -o new --quiet --target-size 2MB --method lsq",
     "search --recipe digits -o new --quiet --target-size 2MB --finetune-epochs 1",
+    "search --recipe digits -o new --quiet --target-bops 5G --finetune-epochs 1",
+    "search --recipe digits -o new --quiet --target-bits 3 --epochs 0 --set zeroq_steps=9",
     "plan resnet18 --target-bits 3",
     f"{DIGITS} --batch-size many",
     f"{DIGITS} --batch-size 0",
