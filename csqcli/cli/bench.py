@@ -24,7 +24,9 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of the engine.")] = 1,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Turns that medians are taken of.")] = 15,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Times that each form is measured; medians are shown.")
+    ] = 15,
     input_size: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Of a model: side of the images in pixels; its own if unset.")
     ] = None,

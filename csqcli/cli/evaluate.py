@@ -33,7 +33,10 @@ def evaluate(
         str | None, typer.Option("--data", help=f"Images, of which the validation split is used: {help_text()}")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The float model of a checkpoint, or of the library's own weights without RUN.")
+        str | None,
+        typer.Option(
+            help="Measure this float model instead: RUN is its checkpoint; without RUN, the library's own weights."
+        ),
     ] = None,
     weights: WeightsOption = None,
     input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels, with --model.")] = None,

@@ -29,7 +29,7 @@ def explain(
     data: DataOption = None,
     val_split_: ValSplitOption = None,
     val_limit: LookLimitOption = 512,
-    swaps: Annotated[int, typer.Option(min=0, max=10_000, help="Swaps of one plane that are measured.")] = 12,
+    swaps: Annotated[int, typer.Option(min=0, max=10_000, help="Swaps of a plane between two layers to try out.")] = 12,
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
     trust_code: TrustOption = False,

@@ -83,7 +83,7 @@ def export(
         str | None, typer.Option(metavar="NAME", help="A form by its name, or package.module:Class of your own.")
     ] = None,
     activations: Annotated[
-        Activations, typer.Option(help="ONNX and LiteRT; int8 needs activation scales in the file.")
+        Activations, typer.Option(help="ONNX and LiteRT only; int8 needs a model that was searched with --act-bits.")
     ] = Activations.float,
     target: Annotated[
         Target, typer.Option(help="ONNX only: the engine that the file is for; tensorrt writes explicit Q/DQ pairs.")
@@ -95,7 +95,7 @@ def export(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="With --activations int8: images to scale outputs of layers, which ort and LiteRT want in int8."
+            help="With --activations int8: images to find the range of layers' outputs on, which ort and LiteRT need."
         ),
     ] = None,
     prefer: Annotated[

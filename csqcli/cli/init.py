@@ -13,9 +13,11 @@ from csqcli.errors import UserError
 
 
 def init(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for search.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="The recipe to start from: a shipped name, or a YAML file.")] = "short",
-    target_bits: Annotated[float | None, typer.Option(help="Mean planes per weight not to exceed.")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Mean bits (planes) per weight not to exceed.")] = None,
     data: DataOption = None,
     method: Annotated[str | None, typer.Option(help="As for search; its settings are written too.")] = None,
     settings: SetOption = None,

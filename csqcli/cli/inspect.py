@@ -12,7 +12,9 @@ from csqcli.errors import UserError
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for search.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
+    ],
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Load the library's weights.")
     ] = False,

@@ -15,7 +15,7 @@ from csqcli.system.launcher import is_main_process
 
 def reproduce(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="table1, table4, fig2, …; without one, a list of them.")
+        str | None, typer.Argument(metavar="NAME", help="table1, table4, fig2, …; without one, a list of them.")
     ] = None,
     data: DataOption = None,
     model: Annotated[str | None, typer.Option(help="Another network than the paper's, for a trial.")] = None,

@@ -50,15 +50,20 @@ def search(
         ),
     ] = None,
     target_bits: Annotated[
-        float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
+        float | None, typer.Option(help="Mean bits (planes) per weight not to exceed; fractions are fine.")
     ] = None,
     target_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Instead, or too: bytes of the file that ships, e.g. 2MB or 500kB."),
+        typer.Option(
+            metavar="SIZE",
+            help="In place of --target-bits or beside it: bytes of the exported file, e.g. 2MB or 500kB.",
+        ),
     ] = None,
     target_compression: Annotated[
         float | None,
-        typer.Option(help="Instead, or too: how many times smaller than the float model that file must be."),
+        typer.Option(
+            help="In place of --target-bits or beside it: how many times smaller than float that file must be."
+        ),
     ] = None,
     target_bops: TargetBopsOption = None,
     target_latency: TargetLatencyOption = None,
@@ -69,7 +74,7 @@ def search(
         str | None,
         typer.Option(
             metavar="DIR|zeroq",
-            help="With --epochs 0: a folder of images to calibrate on, without labels; zeroq makes them from BatchNorm.",
+            help="With --epochs 0: a folder of images to calibrate on, without labels; zeroq makes images from BatchNorm's statistics.",
         ),
     ] = None,
     val_split_: ValSplitOption = None,
@@ -94,7 +99,8 @@ def search(
     planes: PlanesOption = None,
     trials: TrialsOption = None,
     cost: Annotated[
-        str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
+        str | None,
+        typer.Option(help="What the budget counts: weights, bops (bit operations) or package.module:function."),
     ] = None,
     act_bits: Annotated[
         str | None,

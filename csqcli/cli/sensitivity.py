@@ -31,7 +31,9 @@ from csqcli.errors import UserError
 
 
 def sensitivity(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for search.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
+    ] = None,
     data: DataOption = None,
     val_split_: ValSplitOption = None,
     val_limit: LookLimitOption = 256,

@@ -32,19 +32,27 @@ class Where(str, Enum):
 
 _OWN: dict[str, Any] = {
     "targets": (
-        Annotated[str | None, typer.Option(metavar="T,T,…", help="Targets of mean planes, e.g. 1,1.5,2,3,4.")],
+        Annotated[
+            str | None,
+            typer.Option(metavar="T,T,…", help="Mean bits (planes) per weight, a run for each: 1,1.5,2,3,4."),
+        ],
         None,
     ),
     "max_drop": (
         Annotated[
             float | None,
-            typer.Option(metavar="POINTS", help="Look on for the smallest file at most so far below the float top-1."),
+            typer.Option(
+                metavar="POINTS", help="Also find the smallest file whose top-1 is at most so many points below float."
+            ),
         ],
         None,
     ),
     "with_": (
         Annotated[
-            str | None, typer.Option("--with", metavar="M,M,…", help="Methods to put beside, e.g. ste,lsq,parq.")
+            str | None,
+            typer.Option(
+                "--with", metavar="M,M,…", help="Methods to run at the same targets for comparison, e.g. ste,lsq,parq."
+            ),
         ],
         None,
     ),
@@ -53,13 +61,15 @@ _OWN: dict[str, Any] = {
             bool,
             typer.Option(
                 "--warm/--cold",
-                help="Begin lower targets with the highest one's weights and train for fewer epochs, or each with the float model.",
+                help="Begin each lower target with the highest one's weights and train it for fewer epochs, or with the float model.",
             ),
         ],
         False,
     ),
     "warm_epochs": (
-        Annotated[int | None, typer.Option(min=1, help="Epochs of a run that does; 0.4 of --epochs if unset.")],
+        Annotated[
+            int | None, typer.Option(min=1, help="Epochs of the runs that --warm shortens; 0.4 of --epochs if unset.")
+        ],
         None,
     ),
     "output": (
@@ -79,13 +89,18 @@ _OWN: dict[str, Any] = {
         None,
     ),
     "launcher": (
-        Annotated[Where, typer.Option(help="Where those processes are: here, or on a Slurm cluster through submitit.")],
+        Annotated[
+            Where, typer.Option(help="Where the processes of --jobs run: here, or on a Slurm cluster through submitit.")
+        ],
         Where.local,
     ),
     "launcher_set": (
         Annotated[
             list[str] | None,
-            typer.Option(metavar="KEY=VALUE", help="A setting of submitit, e.g. slurm_partition=gpu. Repeatable."),
+            typer.Option(
+                metavar="KEY=VALUE",
+                help="With --launcher slurm: a setting of submitit, e.g. slurm_partition=gpu. Repeatable.",
+            ),
         ],
         None,
     ),
