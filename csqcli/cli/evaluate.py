@@ -60,7 +60,7 @@ def evaluate(
     """
     from csqcli import api
     from csqcli.file.header import read_manifest
-    from csqcli.system.progress import Display
+    from csqcli.system.progress import Display, counted
     from csqcli.system.run_files import model_of
 
     if data is None:
@@ -92,4 +92,6 @@ def evaluate(
     else:
         present = result["top1_present"]
         among = f"  among the data's classes {present:.2f} %" if present is not None else ""
-        output.line(f"top-1 {result['top1']:.2f} %{among}  top-5 {result['top5']:.2f} %  of {result['samples']} images")
+        output.line(
+            f"top-1 {result['top1']:.2f} %{among}  top-5 {result['top5']:.2f} %  of {counted(result['samples'], 'image')}"
+        )

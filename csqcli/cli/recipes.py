@@ -26,7 +26,8 @@ def list_recipes(as_json: JsonOption = False) -> None:
     if as_json:
         output.as_json(found)
     else:
-        output.lines([f"{recipe['name']:<20} {recipe['description']}" for recipe in found], indent=21)
+        width = max(len(recipe["name"]) for recipe in found)
+        output.lines([f"{recipe['name']:<{width}}  {recipe['description']}" for recipe in found], indent=width + 2)
 
 
 @app.command()

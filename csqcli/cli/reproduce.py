@@ -37,11 +37,12 @@ def reproduce(
     """
     from csqcli.recipe.resolve import parse_assignments
     from csqcli.reproducing.experiments import EXPERIMENTS, find_experiment
+    from csqcli.system.progress import counted
 
     if name is None:
         for experiment in EXPERIMENTS.values():
             runs = sum(row.trained for row in experiment.rows)
-            output.line(f"{experiment.name:<16} {experiment.title} ({runs} runs a seed)")
+            output.line(f"{experiment.name:<16} {experiment.title} ({counted(runs, 'run')} a seed)")
         return
     experiment = find_experiment(name)
     more: dict[str, Any] = parse_assignments(settings or []) | given({"data.source": data, "model.source": model})
@@ -55,7 +56,7 @@ def reproduce(
                 reproducing.command(experiment, row, seed, recipe, more, reproducing.folder_of(target, row, seed))
             )
         epochs = sum(recipe.epochs + recipe.finetune.epochs for _, _, recipe in planned)
-        output.line(f"# {len(planned)} runs, {epochs:,} epochs in all")
+        output.line(f"# {counted(len(planned), 'run')}, {counted(epochs, 'epoch')} in all")
         return
     from csqcli.reproducing import page
     from csqcli.system.files import write_text

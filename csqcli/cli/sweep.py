@@ -120,7 +120,7 @@ def sweep(**options: Any) -> None:
     Example: csq sweep resnet18 --targets 1,1.5,2,3,4 --data /imagenet --output runs/sweep
     """
     from csqcli.sweeping.plan import Sweep, words
-    from csqcli.system.progress import Display
+    from csqcli.system.progress import Display, counted
 
     own = {name: options.pop(name) for name in _OWN}
     _check(own)
@@ -138,7 +138,7 @@ def sweep(**options: Any) -> None:
     display = Display(quiet=own["quiet"] or not is_main_process(), log_every=own["log_every"])
     display.say(
         f"recipe {planned.recipe}: {planned.base.model.source} on {planned.base.data.source}, "
-        f"{len(members)} runs, into {planned.folder}"
+        f"{counted(len(members), 'run')}, into {planned.folder}"
     )
     for what in planned.left_out():
         display.say(f"left out: {what}")

@@ -101,10 +101,10 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         if manifest.activations:
             widths = sorted({entry.bits for entry in manifest.activations})
             lines.append(
-                f"activations  {len(manifest.activations)} layer inputs at {'/'.join(map(str, widths))} bits, static scales"
+                f"activations  {counted(len(manifest.activations), 'layer input')} at {'/'.join(map(str, widths))} bits, static scales"
             )
         if manifest.left_float:
-            lines.append(f"left float   {len(manifest.left_float)} tensors of two or more dimensions")
+            lines.append(f"left float   {counted(len(manifest.left_float), 'tensor')} of two or more dimensions")
     if compute := manifest.compute:
         size = "×".join(map(str, compute.input_size))
         share = 100 * compute.quantized_macs / max(compute.macs, 1)
@@ -120,7 +120,7 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         lines += _parts_line(manifest)
     if parity := manifest.parity:
         lines.append(
-            f"verified     {parity.layers_matched} layers bit-exact, logits within {parity.max_logit_error:.1e} "
+            f"verified     {counted(parity.layers_matched, 'layer')} bit-exact, logits within {parity.max_logit_error:.1e} "
             f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {printable(parity.engine)}{mark}"
         )
     if accuracy.hard_top1 is not None:
@@ -128,7 +128,9 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         if accuracy.unit_steps_top1 is not None:
             soft += f" (unit steps {accuracy.unit_steps_top1:.2f})"
         start = f"float {accuracy.float_top1:.2f}{soft} → " if accuracy.float_top1 is not None else ""
-        lines.append(f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {accuracy.samples} images{mark}")
+        lines.append(
+            f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {counted(accuracy.samples, 'image')}{mark}"
+        )
     if accuracy.hard_top1_present is not None:
         before = accuracy.float_top1_present
         start = f"float {before:.2f} → " if before is not None else ""
@@ -165,20 +167,22 @@ def export_lines(manifest: Manifest) -> list[str]:
     lines = [f"{form}: {size:,} bytes, {_times(ratio)} than float", *_parts_line(manifest)]
     lines += [f"note         {printable(note)}" for note in parity.notes]
     if wide:
-        lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")
+        lines.append(f"int16        {counted(len(wide), 'layer')} beyond ±127: {', '.join(wide)}")
     if parity.layers_int8:
         lines.append(f"int8         {len(parity.layers_int8)} of {len(manifest.layers)} layers run in int8")
     if parity.calibrated:
-        lines.append(f"calibrated   {len(parity.calibrated)} layers' outputs, rounded beyond what was trained")
+        lines.append(
+            f"calibrated   outputs of {counted(len(parity.calibrated), 'layer')}, rounded beyond what was trained"
+        )
     if absent:
-        lines.append(f"left out     {len(absent)} layers unused at inference: {', '.join(absent)}")
+        lines.append(f"left out     {counted(len(absent), 'layer')} unused at inference: {', '.join(absent)}")
     lines.append(
-        f"verified     {parity.layers_matched} layers bit-exact; logits within {parity.max_logit_error:.1e} "
+        f"verified     {counted(parity.layers_matched, 'layer')} bit-exact; logits within {parity.max_logit_error:.1e} "
         f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {parity.engine}, loads in {parity.load_seconds:.2f} s"
     )
     if parity.top1 is not None:
         before = f", the hard model's {parity.hard_top1:.2f}" if parity.hard_top1 is not None else ""
-        lines.append(f"top-1        {parity.top1:.2f} % of {parity.samples} images{before}")
+        lines.append(f"top-1        {parity.top1:.2f} % of {counted(parity.samples, 'image')}{before}")
     if parity.latency_ms is not None:
         lines.append(
             f"latency      {parity.latency_ms:.2f} ms, fp32 / this {parity.latency_ratio:.2f}× (batch 1, one thread)"
@@ -196,21 +200,21 @@ def print_coverage(found: Mapping[str, Any], console: Console) -> None:
     marks = glyphs(console)
     rows = [*found["layers"], *found["left_float"]]
     macs = ["never called" if row["macs"] is None else f"{row['macs']:,}" for row in found["layers"]]
-    counted = [f"{row['weights']:,}" for row in found["layers"]]
+    weights = [f"{row['weights']:,}" for row in found["layers"]]
     float_ = [""] * len(found["left_float"])
     columns = [
         Column("tensor", [printable(row["name"]) for row in rows], shrinks=LEAST_NAME),
         Column("shape", ["×".join(map(str, row["shape"])) for row in rows], rank=2),
-        Column("weights", [*counted, *float_], right=True),
+        Column("weights", [*weights, *float_], right=True),
         Column("MACs", [*macs, *float_], rank=1, right=True),
     ]
     if float_:
         whys = [f"float: {row['why']}" for row in found["left_float"]]
-        columns.append(Column("", [*("quantized" for _ in counted), *whys], shrinks=_LEAST_REASON))
+        columns.append(Column("", [*("quantized" for _ in weights), *whys], shrinks=_LEAST_REASON))
     print_columns(columns, console, marks)
     console.print()
     line = (
-        f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
+        f"{counted(len(found['layers']), 'weight tensor')}: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
         f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates "
         f"for {'×'.join(map(str, found['input_size']))}"
     )

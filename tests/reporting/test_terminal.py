@@ -114,7 +114,7 @@ def test_coverage_lists_what_stays_float_and_why() -> None:
     text = out.getvalue()
     assert "never called" in text
     assert "float: no weight of a layer" in text
-    assert "90.00 % of 240 parameters" in text
+    assert "1 weight tensor: 90.00 % of 240 parameters" in text
 
 
 def test_json_of_every_command_that_lists_is_json(csq) -> None:
@@ -198,3 +198,13 @@ def test_a_plan_in_full_goes_on_with_the_tensors_and_ends_in_the_recipe() -> Non
     first_tensor = next(number for number, line in enumerate(lines) if line.startswith("conv1.weight"))
     assert len(summary) < first_tensor < lines.index("model:")
     assert lines[-1] == "  epochs: 0"
+
+
+def test_shipped_recipes_stand_in_one_column_whatever_the_longest_is_called(
+    csq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    lines = csq("recipes")[1].splitlines()
+    begins = {line.index(line.split(None, 1)[1]) for line in lines}
+    assert len(lines) > 5
+    assert len(begins) == 1
