@@ -123,7 +123,7 @@ def finetune(
     """Train a quantized file's integers on, planes fixed; the better of the two models is written.
 
     Args:
-        file: what ``search``, ``finetune`` or ``save`` wrote, in any safetensors form of ``export``.
+        file: what ``search``, ``finetune`` or ``save`` wrote, in any safetensors form of ``export``; or a run's folder.
         data: as for :func:`search`.
         epochs: of this training; None takes those of the file's recipe, or 5.
         output: folder for the result; None takes ``runs/NAME-finetuned``, NAME that of the file's folder.
@@ -138,12 +138,13 @@ def finetune(
 
     Example::
 
-        report = csqcli.finetune("runs/resnet18/model.safetensors", data="/imagenet", epochs=3, output="runs/tuned")
+        report = csqcli.finetune("runs/resnet18", data="/imagenet", epochs=3, output="runs/tuned")
     """
     from csqcli.file import header
     from csqcli.recipe.resolve import resolve_stored
+    from csqcli.system.run_files import model_of
 
-    path = Path(file)
+    path = model_of(file)
     manifest = header.read_manifest(path)
     named = {
         "data.source": data,
@@ -186,8 +187,8 @@ def evaluate(
     """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it; or of a float model.
 
     Args:
-        file: any file that csq wrote; ONNX ones run in ONNX Runtime, .tflite ones in LiteRT, on the CPU. With ``model`` any
-            checkpoint, or None for the library's own weights.
+        file: a run's folder, or any file that csq wrote; ONNX ones run in ONNX Runtime, .tflite ones in LiteRT, on the
+            CPU. With ``model`` any checkpoint, or None for the library's own weights.
         data: as for :func:`search`; only the validation images are read.
         model: the float model to put the checkpoint's weights into, as for :func:`search`.
         weights: with ``model``, which ones where the checkpoint holds averaged (``ema``) and ``raw`` ones.
@@ -209,9 +210,10 @@ def evaluate(
 
     Example::
 
-        print(csqcli.evaluate("runs/digits/model.safetensors", "digits")["top1"])
+        print(csqcli.evaluate("runs/digits", "digits")["top1"])
     """
     from csqcli import pipeline
+    from csqcli.system.run_files import model_of
 
     if model is not None:
         of_model = pipeline.evaluate_checkpoint(
@@ -233,7 +235,7 @@ def evaluate(
         given = "weights" if weights != "auto" else "input_size"
         raise UserError("is for float models", where=given, hint="name one by --model; a csq file knows its own")
     accuracy, manifest = pipeline.evaluate_file(
-        Path(file),
+        model_of(file),
         data,
         device=device,
         batch_size=batch_size,
@@ -266,7 +268,7 @@ def export(
     """Write a file that is small or runs elsewhere, read it back and compare it with the hard model.
 
     Args:
-        file: any safetensors file that csq wrote.
+        file: a run's folder, or any safetensors file that csq wrote.
         output: file to write; None takes the file's name and the form: ``model-onnx.onnx``.
         form: ``bit-packed`` (the smallest that is the searched model bit for bit), ``bit-packed-small`` (BatchNorms folded,
             numbers beside the integers in 16 bits; for inference), ``int8-packed`` (read with safetensors and NumPy
@@ -292,12 +294,13 @@ def export(
 
     Example::
 
-        csqcli.export("runs/digits/model.safetensors", "digits.onnx", form="onnx", data="digits")
+        csqcli.export("runs/digits", "digits.onnx", form="onnx", data="digits")
     """
     from csqcli.exporting import registry
     from csqcli.reporting.build import build, describe
+    from csqcli.system.run_files import model_of
 
-    path = Path(file)
+    path = model_of(file)
     registry.check_name(form, where="csqcli.export")
     options = {"activations": activations, "target": target, "weights": weights, "calib": calib, "prefer": prefer}
     registry.check_options(form, options, where=f"csqcli.export, form {form}")
@@ -374,7 +377,7 @@ def bench(
     display = _display(progress)
     if is_file:
         from csqcli.file.header import read_manifest
-        from csqcli.reporting.build import model_of
+        from csqcli.system.run_files import model_of
 
         if input_size is not None or num_classes is not None:
             name = "input_size" if input_size is not None else "num_classes"
@@ -398,7 +401,7 @@ def report(file: str | Path) -> Report:
     """What a file says of itself: bits, sizes and accuracy, per layer and in all. Needs neither model code nor data.
 
     Args:
-        file: any file that csq wrote, ONNX ones included.
+        file: a run's folder, or any file that csq wrote, ONNX ones included.
 
     Returns:
         The report as in ``report.json``; ``history`` holds a line per epoch when ``metrics.jsonl`` lies beside the file.
@@ -409,12 +412,13 @@ def report(file: str | Path) -> Report:
 
     Example::
 
-        for layer in csqcli.report("runs/digits/model.safetensors")["layers"]:
+        for layer in csqcli.report("runs/digits")["layers"]:
             print(layer["name"], layer["bits"])
     """
     from csqcli.reporting.build import describe
+    from csqcli.system.run_files import model_of
 
-    return describe(Path(file))
+    return describe(model_of(file))
 
 
 def inspect(
@@ -668,10 +672,10 @@ def explain(
             print(swap["give"], swap["take"], swap["measured"])
     """
     from csqcli.analysis.explaining import explain as explained
-    from csqcli.reporting.build import model_of
+    from csqcli.system.run_files import model_of
 
     return explained(
-        model_of(Path(run)),
+        model_of(run),
         data,
         images=val_limit,
         measured_swaps=swaps,
@@ -763,7 +767,7 @@ def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = 
     """The hard model of a quantized file, in eval mode.
 
     Args:
-        path: any safetensors file that csq wrote.
+        path: a run's folder, or any safetensors file that csq wrote.
         into: a module of the same architecture to load the dequantized weights into, strictly, and to put the file's
             activation quantizers on, in the place of those that it has. On any device; in any wrapper of torch.compile,
             data parallelism or weight averaging. None builds the architecture that the file names, on the CPU.
@@ -778,14 +782,16 @@ def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = 
 
     Example::
 
-        model = csqcli.load("runs/digits/model.safetensors")
-        csqcli.load("runs/digits/model.safetensors", into=my_model)
+        model = csqcli.load("runs/digits")
+        csqcli.load("runs/digits", into=my_model)
     """
     from csqcli.file import io, loading
+    from csqcli.system.run_files import model_of
 
+    file = model_of(path)
     if into is None:
-        return loading.load_file(path, trust_code=trust_code)
-    loading.load_into(into, io.read(path), where=str(path))
+        return loading.load_file(file, trust_code=trust_code)
+    loading.load_into(into, io.read(file), where=str(file))
     return into.eval()
 
 

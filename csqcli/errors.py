@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _MAX_LINE = 2000  # characters; names out of damaged files can be any length
+_ALIKE, _AS_GOOD, _SUGGESTED = 0.6, 0.08, 3  # likeness of what is suggested, and how far from the nearest
 _LOADER_DIED = (
     re.compile(  # torch's own words; an exception inside a worker says "in DataLoader worker process 0" instead
         r"DataLoader worker (\(pid(\(s\))? [\d, ]+\)|gone\b|exited)|Pin memory thread"
@@ -93,7 +94,23 @@ def no_such_file(path: Path) -> UserError:
     return UserError("is a folder", where=str(path), hint=hint)
 
 
+def install(extra: str) -> str:
+    """``pip install 'csq[onnx]'``: what puts the packages of an extra beside csq, whichever way csq was installed."""
+    return f"pip install 'csq[{extra}]'"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``did you mean `x`?`` for the nearest known word, or an empty string."""
-    close = difflib.get_close_matches(word, sorted(set(known)), n=3, cutoff=0.6)
+    """``did you mean `x`?`` for the nearest known words, nearest first, or an empty string.
+
+    Three at most, and none that is much farther than the first. What begins with the word is near.
+    """
+    likeness = {name: _likeness(word, name) for name in sorted(set(known))}
+    close = sorted((name for name in likeness if likeness[name][0] >= _ALIKE), key=likeness.__getitem__, reverse=True)
+    close = [name for name in close[:_SUGGESTED] if likeness[name][0] >= likeness[close[0]][0] - _AS_GOOD]
     return f"did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else ""
+
+
+def _likeness(word: str, name: str) -> tuple[float, float]:
+    """0 to 1, 1 for the same word; and among those that are as near, the shorter ones first."""
+    ratio = difflib.SequenceMatcher(None, name, word).ratio()
+    return max(ratio, 0.9 if len(word) > 2 and name.startswith(word) else 0.0), ratio

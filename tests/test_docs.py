@@ -40,6 +40,24 @@ def test_every_command_parses(path: Path) -> None:
         )  # UsageError for an option that is gone, or a value of another kind
 
 
+def test_extras_are_named_in_one_form_as_pip_takes_it() -> None:
+    """Where a page speaks of the folder of csq's source `'.[onnx]'`, elsewhere `'csq[onnx]'`, which finds csq however it came."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("\n\n")[0], flags=re.MULTILINE))
+    sources = sorted((ROOT / "csqcli").rglob("*.py"))
+    named = []
+    for path in (*DOCUMENTS, ROOT / "CHANGELOG.md", *sources):
+        text = path.read_text(encoding="utf-8")
+        form = "." if "pip install .\n" in text else "csq"
+        for found in re.findall(r"pip\s+install\s+(\S*?\[\w+\]\S?)", text):
+            extra = found.partition("[")[2].partition("]")[0]
+            assert found == f"'{form}[{extra}]'", path
+            assert extra in extras, path
+            named.append(extra)
+        assert path.name == "errors.py" or "pip install 'csq[{" not in text, f"{path}: csqcli.errors.install says it"
+    assert len(named) >= 10
+
+
 def test_the_quickstart_runs(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("onnxscript")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csqcli.errors import machine_fault
+from csqcli.errors import did_you_mean, machine_fault
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,20 @@ def test_debug_shows_the_traceback_before_the_line(csq, monkeypatch: pytest.Monk
     code, _, err = csq("report", "nothing.safetensors")
     assert (code, "Traceback" in err) == (2, True)
     assert err.splitlines()[-1].startswith("csq: error: nothing.safetensors: no such file")
+
+
+@pytest.mark.parametrize(
+    ("typed", "known", "said"),
+    [
+        ("serch", ["bench", "search"], "did you mean `search`?"),  # half of bench is in it, too
+        ("target_bit", ["target_act_bits", "target_bits", "target_size"], "did you mean `target_bits`?"),
+        ("hawq", ["haq", "hawq-v1", "hawq-v2", "uniform"], "did you mean `hawq-v1` or `hawq-v2` or `haq`?"),
+        ("eval", ["evaluate", "explain", "export"], "did you mean `evaluate`?"),
+        ("optimizer", ["optimizer.schedule", "optimizer.lr"], "did you mean `optimizer.lr` or `optimizer.schedule`?"),
+        ("frobnicate", ["bench", "search"], ""),
+    ],
+)
+def test_the_nearest_name_is_suggested_first_and_none_that_is_much_farther(
+    typed: str, known: list[str], said: str
+) -> None:
+    assert did_you_mean(typed, known) == said

@@ -22,9 +22,9 @@ from csqcli.file.manifest import Manifest
 from csqcli.models.fitting import load_for
 from csqcli.models.spec import parse
 from csqcli.quant.measuring import Call, calls_of, evaluating, first_tensor, owner_of
-from csqcli.reporting.build import model_of
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
+from csqcli.system.run_files import model_of
 
 _BUILTIN = "builtin:"
 _CHECKPOINTS = (".safetensors", ".pth", ".pt", ".th", ".tar")

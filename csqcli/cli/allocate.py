@@ -35,12 +35,14 @@ from csqcli.cli.options import (
 
 
 def allocate(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for search.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
+    ] = None,
     allocator: Annotated[
         str | None,
         typer.Option(help="A name that `csq methods` lists, or package.module:function; importance if unset."),
     ] = None,
-    target_bits: Annotated[float | None, typer.Option(help="Mean planes per weight not to exceed.")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Mean bits (planes) per weight not to exceed.")] = None,
     target_bops: TargetBopsOption = None,
     target_latency: TargetLatencyOption = None,
     latency_table: LatencyTableOption = None,
@@ -53,7 +55,8 @@ def allocate(
     pretrained: PretrainedOption = None,
     recipe: RecipeOption = "short",
     cost: Annotated[
-        str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
+        str | None,
+        typer.Option(help="What the budget counts: weights, bops (bit operations) or package.module:function."),
     ] = None,
     planes: PlanesOption = None,
     trials: TrialsOption = None,
@@ -68,7 +71,7 @@ def allocate(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the planes that an allocator gives every layer, without training.
+    """Print the bits that each layer would get, without training.
 
     Example: csq allocate resnet18 --allocator hawq-v2 --target-bits 3 --data /imagenet
     """

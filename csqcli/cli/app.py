@@ -27,6 +27,7 @@ from csqcli.cli.report import report
 from csqcli.cli.reproduce import reproduce
 from csqcli.cli.search import search
 from csqcli.cli.sensitivity import sensitivity
+from csqcli.cli.suggesting import Commands, no_such_option
 from csqcli.cli.sweep import sweep, sweep_run
 from csqcli.errors import UserError, as_line
 from csqcli.system.heap import keep_freed_memory
@@ -36,7 +37,11 @@ from csqcli.version import __version__
 
 app = typer.Typer(
     name="csq",
-    help="Quantize pretrained vision checkpoints to the mean bits you type, by bi-level continuous sparsification.",
+    cls=Commands,
+    help=(
+        "Quantize pretrained image classifiers to the mean bits you type, by bi-level continuous sparsification (CSQ).\n\n"
+        "To begin: `csq doctor`, then `csq search --recipe digits --target-bits 2`, which takes seconds and downloads nothing."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -109,6 +114,8 @@ def _run(signals: Signals) -> int:
         return 0
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "csq"
+        if isinstance(error, click.NoSuchOption) and error.ctx:
+            _fail(no_such_option(error.option_name, error.ctx).line())
         _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`")
     except typer.Exit as error:
         return error.exit_code

@@ -24,7 +24,9 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of the engine.")] = 1,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Turns that medians are taken of.")] = 15,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Times that each form is measured; medians are shown.")
+    ] = 15,
     input_size: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Of a model: side of the images in pixels; its own if unset.")
     ] = None,
@@ -36,7 +38,9 @@ def bench(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Latency in an engine on this machine, of the network and layer by layer, in fp32 and in the forms that csq exports.
+    """Measure latency on this machine, whole and by layer.
+
+    In an inference engine, in fp32 and in the forms that csq exports, all in turns.
 
     Example: csq bench resnet18 --engine ort
     """

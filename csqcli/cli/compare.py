@@ -14,11 +14,13 @@ from csqcli.cli.options import JsonOption
 def compare(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="A B ...", help="Runs' folders, files that csq wrote, and report.json files."),
+        typer.Argument(metavar="RUN", help="Runs' folders, files that csq wrote, and report.json files."),
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Two or more quantized models side by side: planes and bytes of every layer, accuracy, what differs.
+    """Show two or more quantized models side by side.
+
+    Planes and bytes of every layer, accuracy, and which settings differ.
 
     Example: csq compare runs/a runs/b
     """

@@ -51,14 +51,16 @@ def diff(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Signal-to-noise of every layer's output against the float model's, worst first.
+    """Compare every layer's output with the float model's.
+
+    As signal-to-noise ratios in dB, worst first.
 
     Example: csq diff resnet18 runs/resnet18 --data /imagenet
     """
     from csqcli import api
     from csqcli.file.header import read_manifest
-    from csqcli.reporting.build import model_of
     from csqcli.system.progress import Display
+    from csqcli.system.run_files import model_of
 
     if data is None:
         raise UserError("no data given", hint=hint())

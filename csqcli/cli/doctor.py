@@ -9,13 +9,15 @@ from typing import Any
 
 from csqcli.cli import output
 from csqcli.cli.options import JsonOption
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 
 _GIB = 2**30
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Versions, extras, devices, memory and disk, and a self-test of some seconds on every kind of device.
+    """Check the installation and the machine.
+
+    Versions, extras, devices, memory and disk, and a self-test of some seconds on every kind of device.
 
     Example: csq doctor
     """
@@ -64,7 +66,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for extra, packages in found["extras"].items():
         missing = [name for name, version in packages.items() if version is None]
         have = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-        lines.append(row(f"[{extra}]", f"not installed: pip install 'csq[{extra}]'" if missing else have))
+        lines.append(row(f"[{extra}]", f"not installed: {install(extra)}" if missing else have))
     lines.append(row("processor", f"{found['cpus']} cores, {found['threads']} threads used"))
     for device in found["devices"]:
         free = device["free_bytes"]

@@ -26,13 +26,17 @@ from csqcli.errors import UserError
 
 def evaluate(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A file that csq wrote, or with --model any checkpoint.")
+        Path | None,
+        typer.Argument(metavar="RUN", help="A run's folder or any file that csq wrote; with --model any checkpoint."),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help=f"Images, of which the validation split is used: {help_text()}")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The float model of a checkpoint, or of the library's own weights without FILE.")
+        str | None,
+        typer.Option(
+            help="Measure this float model instead: RUN is its checkpoint; without RUN, the library's own weights."
+        ),
     ] = None,
     weights: WeightsOption = None,
     input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels, with --model.")] = None,
@@ -48,19 +52,23 @@ def evaluate(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1 and top-5 of the hard model, as reloaded from the file; with --model of a float checkpoint.
+    """Measure the accuracy of a model that csq wrote.
 
-    Example: csq evaluate runs/resnet18/model.safetensors --data /imagenet
+    Top-1 and top-5 of the weights as they are in the file; with --model, of a float checkpoint.
+
+    Example: csq evaluate runs/resnet18 --data /imagenet
     """
     from csqcli import api
     from csqcli.file.header import read_manifest
-    from csqcli.system.progress import Display
+    from csqcli.system.progress import Display, counted
+    from csqcli.system.run_files import model_of
 
     if data is None:
         raise UserError("no data given", hint=hint())
     if file is None and model is None:
-        raise UserError("no file given", hint="name one that csq wrote, or a float model by --model")
+        raise UserError("no run or file given", hint="name one that csq wrote, or a float model by --model")
     if file is not None and model is None:
+        file = model_of(file)
         read_manifest(file)  # what is wrong with the file is said before torch is imported
     display = Display(quiet=quiet, log_every=log_every, names_steps=False)
     with display.step("loading PyTorch"):
@@ -84,4 +92,6 @@ def evaluate(
     else:
         present = result["top1_present"]
         among = f"  among the data's classes {present:.2f} %" if present is not None else ""
-        output.line(f"top-1 {result['top1']:.2f} %{among}  top-5 {result['top5']:.2f} %  of {result['samples']} images")
+        output.line(
+            f"top-1 {result['top1']:.2f} %{among}  top-5 {result['top5']:.2f} %  of {counted(result['samples'], 'image')}"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +15,7 @@ from csqcli.cli.options import (
     LogOption,
     LookLimitOption,
     QuietOption,
+    RunArgument,
     TrustOption,
     ValSplitOption,
     val_split,
@@ -25,11 +25,11 @@ from csqcli.errors import UserError
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a safetensors file that csq wrote.")],
+    run: RunArgument,
     data: DataOption = None,
     val_split_: ValSplitOption = None,
     val_limit: LookLimitOption = 512,
-    swaps: Annotated[int, typer.Option(min=0, max=10_000, help="Swaps of one plane that are measured.")] = 12,
+    swaps: Annotated[int, typer.Option(min=0, max=10_000, help="Swaps of a plane between two layers to try out.")] = 12,
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
     trust_code: TrustOption = False,
@@ -37,13 +37,15 @@ def explain(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Why each layer has its planes: what each saves, what one less and one more would do, and the best swaps.
+    """Say why each layer has the bits that it has.
+
+    What each of its planes saves, what one less and one more would do, and the best swaps between layers.
 
     Example: csq explain runs/resnet18 --data /imagenet
     """
     from csqcli.file.header import GRAPHS, read_manifest
-    from csqcli.reporting.build import model_of
     from csqcli.system.progress import Display
+    from csqcli.system.run_files import model_of
 
     if data is None:
         raise UserError("no data given", hint=hint())

@@ -11,10 +11,10 @@ import typer
 from csqcli.cli import output
 from csqcli.cli.options import (
     LOG_EVERY,
-    FileArgument,
     JsonOption,
     LogOption,
     QuietOption,
+    RunArgument,
     TrustOption,
     ValLimitOption,
     ValSplitOption,
@@ -53,10 +53,12 @@ class Prefer(str, Enum):
 
 
 def export(
-    file: FileArgument,
+    file: RunArgument,
     output_file: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="File to write; FILE's name + the form if unset."),
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="File to write; beside the model if unset, named by the form."
+        ),
     ] = None,
     int8_packed: Annotated[
         bool,
@@ -81,7 +83,7 @@ def export(
         str | None, typer.Option(metavar="NAME", help="A form by its name, or package.module:Class of your own.")
     ] = None,
     activations: Annotated[
-        Activations, typer.Option(help="ONNX and LiteRT; int8 needs activation scales in the file.")
+        Activations, typer.Option(help="ONNX and LiteRT only; int8 needs a model that was searched with --act-bits.")
     ] = Activations.float,
     target: Annotated[
         Target, typer.Option(help="ONNX only: the engine that the file is for; tensorrt writes explicit Q/DQ pairs.")
@@ -93,7 +95,7 @@ def export(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="With --activations int8: images to scale outputs of layers, which ort and LiteRT want in int8."
+            help="With --activations int8: images to find the range of layers' outputs on, which ort and LiteRT need."
         ),
     ] = None,
     prefer: Annotated[
@@ -110,12 +112,15 @@ def export(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a file that is small or runs elsewhere, read it back and compare it with the hard model.
+    """Write a model in a form that is small or runs elsewhere.
 
-    Example: csq export runs/resnet18/model.safetensors --bit-packed
+    What was written is read back and compared with the searched model before it gets its name.
+
+    Example: csq export runs/resnet18 --bit-packed
     """
     from csqcli.exporting import registry
     from csqcli.file.header import read_manifest
+    from csqcli.system.run_files import model_of
 
     flags = {
         "int8-packed": int8_packed,
@@ -141,6 +146,7 @@ def export(
         "prefer": prefer.value,
     }
     registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")
+    file = model_of(file)
     read_manifest(file)  # what is wrong with the file is said before torch is imported
 
     from csqcli.reporting.terminal import export_lines

@@ -12,12 +12,12 @@ from csqcli.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
-    FileArgument,
     ForceOption,
     JsonOption,
     LogOption,
     QuietOption,
     ResumeOption,
+    RunArgument,
     SetOption,
     TrackOption,
     TrustOption,
@@ -31,7 +31,7 @@ from csqcli.system.launcher import is_main_process
 
 
 def finetune(
-    file: FileArgument,
+    file: RunArgument,
     data: DataOption = None,
     val_split_: ValSplitOption = None,
     epochs: Annotated[
@@ -39,7 +39,7 @@ def finetune(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder; runs/NAME-finetuned if unset, NAME that of FILE's folder."),
+        typer.Option("--output", "-o", help="Folder; runs/NAME-finetuned if unset, NAME that of RUN's folder."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
     batch_size: BatchOption = None,
@@ -53,16 +53,20 @@ def finetune(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a quantized file's integers on, planes fixed; keeps the better of the two models.
+    """Train a quantized model further, its bits fixed.
 
-    Example: csq finetune runs/resnet18/model.safetensors --data /imagenet --epochs 5
+    Keeps the better of the two models: never a worse one than it was given.
+
+    Example: csq finetune runs/resnet18 --data /imagenet --epochs 5
     """
     from csqcli.api import FINETUNE_EPOCHS, finetune_folder
     from csqcli.file.header import read_manifest
     from csqcli.recipe.complete import check_data_given
     from csqcli.recipe.resolve import parse_assignments, resolve_stored
     from csqcli.system.progress import Display
+    from csqcli.system.run_files import MODEL_FILE, model_of
 
+    file = model_of(file)
     manifest = read_manifest(file)
     typed = {
         "data.source": data,
@@ -84,9 +88,8 @@ def finetune(
 
     with display.step("loading PyTorch"):
         from csqcli import pipeline
-        from csqcli.system.run_files import MODEL_FILE
 
     report = pipeline.finetune(
         file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code
     )
-    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json, display=display)

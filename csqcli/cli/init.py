@@ -13,16 +13,18 @@ from csqcli.errors import UserError
 
 
 def init(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for search.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="The recipe to start from: a shipped name, or a YAML file.")] = "short",
-    target_bits: Annotated[float | None, typer.Option(help="Mean planes per weight not to exceed.")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Mean bits (planes) per weight not to exceed.")] = None,
     data: DataOption = None,
     method: Annotated[str | None, typer.Option(help="As for search; its settings are written too.")] = None,
     settings: SetOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write a recipe to edit, every setting with its meaning and default.
+    """Write a recipe to edit, with every setting explained.
 
     Example: csq init resnet18 --target-bits 3 --data /imagenet -o mine.yaml
     """

@@ -12,7 +12,9 @@ from csqcli.errors import UserError
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for search.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
+    ],
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Load the library's weights.")
     ] = False,
@@ -28,7 +30,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What csq would quantize in a model, and what stays float and why.
+    """Show what csq would quantize in a model, and what not.
 
     Example: csq inspect resnet18 --exclude "fc*"
     """

@@ -9,7 +9,10 @@ _TAKES = {"target": "a target", "planes": "planes of an allocator", "either": "a
 
 
 def methods(as_json: JsonOption = False) -> None:
-    """Weight methods, allocators and costs: what each does, what it takes, where it is from.
+    """List the methods, allocators and costs to choose from.
+
+    A method trains the weights, an allocator decides each layer's planes before training, a cost says what a plane takes
+    of the budget.
 
     Example: csq methods --json
     """
@@ -37,20 +40,20 @@ def methods(as_json: JsonOption = False) -> None:
         return
     rows = ["Methods (--method NAME, or package.module:Class)"]
     rows.append(
-        f"  {AUTO:<12} ptq at 0 epochs, staged below {LONG_SCHEDULE} from a checkpoint, csq beyond and from scratch"
+        f"  {AUTO:<14} ptq at 0 epochs, staged below {LONG_SCHEDULE} from a checkpoint, csq beyond and from scratch"
     )
     for card in CARDS.values():
-        rows.append(f"  {card.name:<12} {card.summary}")
+        rows.append(f"  {card.name:<14} {card.summary}")
         if card.name != "float":
             settings = ", ".join(card.settings.model_fields) or "none"
-            rows.append(f"  {'':<12} takes {_TAKES[card.takes]}; settings: {settings}")
+            rows.append(f"  {'':<14} takes {_TAKES[card.takes]}; settings: {settings}")
         if card.citation:
-            rows.append(f"  {'':<12} {card.citation}")
+            rows.append(f"  {'':<14} {card.citation}")
     rows.append("Allocators (--allocator NAME, or package.module:function)")
     for allocator in ALLOCATORS.values():
-        rows.append(f"  {allocator.name:<12} {allocator.summary}")
+        rows.append(f"  {allocator.name:<14} {allocator.summary}")
         if allocator.citation:
-            rows.append(f"  {'':<12} {allocator.citation}")
+            rows.append(f"  {'':<14} {allocator.citation}")
     rows.append("Costs (--cost NAME, or package.module:function)")
-    rows += [f"  {name:<12} {costs.help[name]}" for name in costs.names()]
-    output.lines(rows, indent=15)
+    rows += [f"  {name:<14} {costs.help[name]}" for name in costs.names()]
+    output.lines(rows, indent=17)

@@ -48,7 +48,9 @@ class EngineName(str, Enum):
     torch = "torch"
 
 
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.safetensors that csq wrote.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or a safetensors file that csq wrote.")
+]
 DataOption = Annotated[str | None, typer.Option("--data", help=f"Images: {help_text()}")]
 DeviceOption = Annotated[
     str | None,
@@ -56,10 +58,16 @@ DeviceOption = Annotated[
 ]
 LogOption = Annotated[
     float,
-    typer.Option("--log-every", metavar="SECONDS", min=0.1, help="A line of progress, where stderr is no terminal."),
+    typer.Option(
+        "--log-every",
+        metavar="SECONDS",
+        min=0.1,
+        help="Time between two lines of progress where stderr is no terminal.",
+    ),
 ]
 WeightsOption = Annotated[
-    Weights | None, typer.Option("--weights", help="Where a checkpoint holds averaged (EMA) and raw ones: which.")
+    Weights | None,
+    typer.Option("--weights", help="Which weights of a checkpoint that holds averaged (EMA) and raw ones."),
 ]
 CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="Weights: .safetensors, .pth, .pt, .th or .tar.")
@@ -74,27 +82,37 @@ PretrainedOption = Annotated[
 ]
 TargetBopsOption = Annotated[
     str | None,
-    typer.Option("--target-bops", metavar="NUMBER", help="Instead, or too: bit operations of one image, e.g. 5G."),
+    typer.Option(
+        "--target-bops",
+        metavar="NUMBER",
+        help="In place of --target-bits or beside it: bit operations of one image, e.g. 5G.",
+    ),
 ]
 TargetLatencyOption = Annotated[
     float | None,
     typer.Option(
         "--target-latency",
         metavar="MS",
-        help="Instead, or too: milliseconds that the layers of one image take together on this machine, by a table.",
+        help="In place of --target-bits or beside it: milliseconds that all layers take for one image on this machine.",
     ),
 ]
 LatencyTableOption = Annotated[
     str | None,
     typer.Option(
-        "--latency-table", metavar="FILE", help="That table, of `csq bench MODEL --json`; measured first if unset."
+        "--latency-table",
+        metavar="FILE",
+        help="With --target-latency: what `csq bench MODEL --json` printed; measured first if unset.",
     ),
 ]
 LatencyEngineOption = Annotated[
     EngineName | None,
-    typer.Option("--latency-engine", help="Engine to measure it in; the first that is installed if unset."),
+    typer.Option(
+        "--latency-engine", help="With --target-latency: engine to measure in; the first that is installed if unset."
+    ),
 ]
-RecipeOption = Annotated[str, typer.Option("--recipe", help="Shipped recipe name, or a YAML file.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="A shipped recipe, as `csq recipes` lists them, or a YAML file.")
+]
 BatchOption = Annotated[
     str | None,
     typer.Option(
@@ -117,14 +135,17 @@ SetOption = Annotated[
 ]
 PlanesOption = Annotated[
     Path | None,
-    typer.Option("--planes", metavar="FILE", help="Planes by weight, as `csq allocate --output FILE` writes them."),
+    typer.Option("--planes", metavar="FILE", help="Planes of each layer, as `csq allocate --output FILE` writes them."),
 ]
 TrialsOption = Annotated[int | None, typer.Option("--trials", help="Networks that the allocator haq measures.")]
 LookLimitOption = Annotated[
     int, typer.Option("--val-limit", min=1, help="Use only this many validation images, spread evenly.")
 ]
 ValLimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")]
-TrustOption = Annotated[bool, typer.Option("--trust-code", help="Let the file import the factory that it names.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Let the file import the package.module:factory that it names, which runs code."),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a finished or unfinished run.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
 TrackOption = Annotated[

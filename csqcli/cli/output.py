@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from csqcli.system.launcher import is_main_process
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from csqcli.file.manifest import Manifest
+    from csqcli.system.progress import Display
 
 _PLAIN = {
     "×": "x",
@@ -109,8 +113,8 @@ def lines(texts: Iterable[str], *, indent: int) -> None:
     print_lines(map(printable, texts), console(), indent=indent)
 
 
-def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool) -> None:
-    """What `csq search` and `csq finetune` print at the end: the report for people, or as it is."""
+def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool, display: Display) -> None:
+    """What `csq search` and `csq finetune` print at the end: the report for people, with commands to go on with, or as it is."""
     from csqcli.file.header import read_manifest
     from csqcli.reporting.terminal import budget_line, print_report
 
@@ -119,12 +123,30 @@ def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool) -
     if json_wanted:
         as_json(report)
     else:
-        print_report(read_manifest(file), console(), history=report["history"])
+        manifest = read_manifest(file)
+        print_report(manifest, console(), history=report["history"])
         lines(map(budget_line, report.get("budgets", ())), indent=13)
         line(f"wrote {file}")
+        for command in _next_commands(file, manifest, report):
+            display.say(f"next: {command}", whole=True)
 
 
-def print_plan(plan: Mapping[str, Any], *, json_wanted: bool) -> None:
+def _next_commands(file: Path, manifest: Manifest, report: Mapping[str, Any]) -> list[str]:
+    """What one does with the model of a run: measure it, and write the file that ships, if the run's budget has not."""
+    run, data = shlex.quote(str(file.parent)), shlex.quote(str(report["recipe"]["data"]["source"]))
+    trusted = " --trust-code" if manifest.spec.library == "factory" else ""
+    shipped = [file.with_name(budget["file"]) for budget in report.get("budgets", ()) if "file" in budget]
+    if shipped:
+        return [f"csq evaluate {shlex.quote(str(shipped[0]))} --data {data}{trusted}"]
+    evaluation = f"csq evaluate {run} --data {data}{trusted}"
+    if not manifest.layers:
+        return [evaluation]
+    rounded = manifest.activations and all(entry.bits <= 8 for entry in manifest.activations)
+    form = f"--onnx --activations int8 --calib {data}" if rounded else "--bit-packed"
+    return [evaluation, f"csq export {run} {form}{trusted}"]
+
+
+def print_plan(plan: Mapping[str, Any], *, json_wanted: bool, verbose: bool) -> None:
     """What `csq plan` and `csq search --dry-run` print: the plan for people, or as it is."""
     from csqcli.reporting.terminal import print_plan
 
@@ -133,4 +155,4 @@ def print_plan(plan: Mapping[str, Any], *, json_wanted: bool) -> None:
     if json_wanted:
         as_json(plan)
     else:
-        print_plan(plan, console())
+        print_plan(plan, console(), verbose=verbose)

@@ -6,8 +6,9 @@ import typer
 
 from csqcli.cli import output
 from csqcli.cli.options import JsonOption
+from csqcli.cli.suggesting import Commands
 
-app = typer.Typer(help="List, show and describe recipes.", rich_markup_mode=None)
+app = typer.Typer(cls=Commands, help="List, show and describe recipes.", rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)
@@ -25,7 +26,8 @@ def list_recipes(as_json: JsonOption = False) -> None:
     if as_json:
         output.as_json(found)
     else:
-        output.lines([f"{recipe['name']:<20} {recipe['description']}" for recipe in found], indent=21)
+        width = max(len(recipe["name"]) for recipe in found)
+        output.lines([f"{recipe['name']:<{width}}  {recipe['description']}" for recipe in found], indent=width + 2)
 
 
 @app.command()

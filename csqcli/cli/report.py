@@ -9,7 +9,7 @@ import typer
 
 from csqcli.cli import output
 from csqcli.cli.options import JsonOption
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 
 
 def report(
@@ -20,16 +20,17 @@ def report(
     svg: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each figure of that page into a folder, for papers.")
     ] = None,
-    png: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The same as PNG; needs `pip install 'csq[png]'`.")
-    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help=f"The same as PNG; needs `{install('png')}`.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Per-layer bits, sizes and accuracy; needs neither model code nor data.
+    """Show the bits, sizes and accuracy of a model.
+
+    Layer by layer and in all, in the terminal or as a page. Needs neither the model's code nor data.
 
     Example: csq report runs/resnet18 --html report.html
     """
-    from csqcli.reporting.build import describe, history_beside, model_of
+    from csqcli.reporting.build import describe, history_beside
+    from csqcli.system.run_files import model_of
 
     file = model_of(run)
     if html is not None and html.suffix.lower() not in (".html", ".htm"):

@@ -15,7 +15,7 @@ from csqcli.system.launcher import is_main_process
 
 def reproduce(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="table1, table4, fig2, …; without one, a list of them.")
+        str | None, typer.Argument(metavar="NAME", help="table1, table4, fig2, …; without one, a list of them.")
     ] = None,
     data: DataOption = None,
     model: Annotated[str | None, typer.Option(help="Another network than the paper's, for a trial.")] = None,
@@ -29,17 +29,20 @@ def reproduce(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Rerun a table or figure of the paper: train what is missing, resume what was stopped, write the table.
+    """Rerun a table or figure of the paper.
+
+    Trains what is missing, resumes what was stopped, and writes the table.
 
     Example: csq reproduce table4 --data cifar10:/cifar --model cifar_resnet20 --scale 0.1
     """
     from csqcli.recipe.resolve import parse_assignments
     from csqcli.reproducing.experiments import EXPERIMENTS, find_experiment
+    from csqcli.system.progress import counted
 
     if name is None:
         for experiment in EXPERIMENTS.values():
             runs = sum(row.trained for row in experiment.rows)
-            output.line(f"{experiment.name:<16} {experiment.title} ({runs} runs a seed)")
+            output.line(f"{experiment.name:<16} {experiment.title} ({counted(runs, 'run')} a seed)")
         return
     experiment = find_experiment(name)
     more: dict[str, Any] = parse_assignments(settings or []) | given({"data.source": data, "model.source": model})
@@ -53,7 +56,7 @@ def reproduce(
                 reproducing.command(experiment, row, seed, recipe, more, reproducing.folder_of(target, row, seed))
             )
         epochs = sum(recipe.epochs + recipe.finetune.epochs for _, _, recipe in planned)
-        output.line(f"# {len(planned)} runs, {epochs:,} epochs in all")
+        output.line(f"# {counted(len(planned), 'run')}, {counted(epochs, 'epoch')} in all")
         return
     from csqcli.reproducing import page
     from csqcli.system.files import write_text

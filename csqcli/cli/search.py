@@ -46,19 +46,24 @@ def search(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="timm or torchvision name, timm:NAME, torchvision:NAME, or package.module:factory."
+            metavar="MODEL", help="timm or torchvision name, timm:NAME, torchvision:NAME, or package.module:factory."
         ),
     ] = None,
     target_bits: Annotated[
-        float | None, typer.Option(help="Mean planes per weight not to exceed; fractions are fine.")
+        float | None, typer.Option(help="Mean bits (planes) per weight not to exceed; fractions are fine.")
     ] = None,
     target_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Instead, or too: bytes of the file that ships, e.g. 2MB or 500kB."),
+        typer.Option(
+            metavar="SIZE",
+            help="In place of --target-bits or beside it: bytes of the exported file, e.g. 2MB or 500kB.",
+        ),
     ] = None,
     target_compression: Annotated[
         float | None,
-        typer.Option(help="Instead, or too: how many times smaller than the float model that file must be."),
+        typer.Option(
+            help="In place of --target-bits or beside it: how many times smaller than float that file must be."
+        ),
     ] = None,
     target_bops: TargetBopsOption = None,
     target_latency: TargetLatencyOption = None,
@@ -69,7 +74,7 @@ def search(
         str | None,
         typer.Option(
             metavar="DIR|zeroq",
-            help="With --epochs 0: a folder of images to calibrate on, without labels; zeroq makes them from BatchNorm.",
+            help="With --epochs 0: a folder of images to calibrate on, without labels; zeroq makes images from BatchNorm's statistics.",
         ),
     ] = None,
     val_split_: ValSplitOption = None,
@@ -94,7 +99,8 @@ def search(
     planes: PlanesOption = None,
     trials: TrialsOption = None,
     cost: Annotated[
-        str | None, typer.Option(help="What planes cost: weights, bops or package.module:function.")
+        str | None,
+        typer.Option(help="What the budget counts: weights, bops (bit operations) or package.module:function."),
     ] = None,
     act_bits: Annotated[
         str | None,
@@ -130,11 +136,17 @@ def search(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search a mixed-precision model within a budget and write it.
+    """Find how many bits each layer needs, and write that model.
+
+    The budget is the mean over all weights (--target-bits), or bytes, operations or milliseconds. A layer of k planes
+    holds integers of k binary digits and a sign; a layer of 0 planes is all zeros.
 
     Example: csq search resnet18 --target-bits 3 --data /imagenet --output runs/resnet18
     """
     options = dict(locals())
+    if dry_run:
+        print_plan_of(options)
+        return
     from csqcli.api import search_folder
     from csqcli.recipe.complete import check_complete
     from csqcli.recipe.resolve import resolve
@@ -143,15 +155,6 @@ def search(
     resolved = resolve(recipe, search_settings(options))
     check_complete(resolved)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
-    if dry_run:
-        display.say(
-            f"recipe {recipe}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
-        )
-        with display.step("loading PyTorch"):
-            from csqcli import pipeline
-
-        print_plan(pipeline.plan(resolved, display=display), json_wanted=as_json)
-        return
     target = output or search_folder(resolved)
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
 
@@ -160,7 +163,25 @@ def search(
         from csqcli.system.run_files import MODEL_FILE
 
     report = pipeline.search(resolved, target, display=display, force=force, resume=resume)
-    result_of_run(target / MODEL_FILE, report, json_wanted=as_json)
+    result_of_run(target / MODEL_FILE, report, json_wanted=as_json, display=display)
+
+
+def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
+    """Print the plan of the search that these options of it ask for."""
+    from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.resolve import resolve
+    from csqcli.system.progress import Display
+
+    resolved = resolve(options["recipe"], search_settings(options))
+    check_complete(resolved)
+    display = Display(quiet=options["quiet"] or not is_main_process(), log_every=options["log_every"])
+    display.say(
+        f"recipe {options['recipe']}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
+    )
+    with display.step("loading PyTorch"):
+        from csqcli import pipeline
+
+    print_plan(pipeline.plan(resolved, display=display), json_wanted=options["as_json"], verbose=verbose)
 
 
 def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,9 @@ from csqcli.errors import UserError
 
 
 def sensitivity(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for search.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
+    ] = None,
     data: DataOption = None,
     val_split_: ValSplitOption = None,
     val_limit: LookLimitOption = 256,
@@ -48,7 +50,9 @@ def sensitivity(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Loss and top-1 with each layer alone rounded, at each width, before any training.
+    """Measure what rounding each layer alone costs.
+
+    Loss and top-1 with that one layer rounded, at each width, before any training.
 
     Example: csq sensitivity resnet18 --data /imagenet
     """

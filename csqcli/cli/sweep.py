@@ -32,19 +32,27 @@ class Where(str, Enum):
 
 _OWN: dict[str, Any] = {
     "targets": (
-        Annotated[str | None, typer.Option(metavar="T,T,…", help="Targets of mean planes, e.g. 1,1.5,2,3,4.")],
+        Annotated[
+            str | None,
+            typer.Option(metavar="T,T,…", help="Mean bits (planes) per weight, a run for each: 1,1.5,2,3,4."),
+        ],
         None,
     ),
     "max_drop": (
         Annotated[
             float | None,
-            typer.Option(metavar="POINTS", help="Look on for the smallest file at most so far below the float top-1."),
+            typer.Option(
+                metavar="POINTS", help="Also find the smallest file whose top-1 is at most so many points below float."
+            ),
         ],
         None,
     ),
     "with_": (
         Annotated[
-            str | None, typer.Option("--with", metavar="M,M,…", help="Methods to put beside, e.g. ste,lsq,parq.")
+            str | None,
+            typer.Option(
+                "--with", metavar="M,M,…", help="Methods to run at the same targets for comparison, e.g. ste,lsq,parq."
+            ),
         ],
         None,
     ),
@@ -53,13 +61,15 @@ _OWN: dict[str, Any] = {
             bool,
             typer.Option(
                 "--warm/--cold",
-                help="Begin lower targets with the highest one's weights and train for fewer epochs, or each with the float model.",
+                help="Begin each lower target with the highest one's weights and train it for fewer epochs, or with the float model.",
             ),
         ],
         False,
     ),
     "warm_epochs": (
-        Annotated[int | None, typer.Option(min=1, help="Epochs of a run that does; 0.4 of --epochs if unset.")],
+        Annotated[
+            int | None, typer.Option(min=1, help="Epochs of the runs that --warm shortens; 0.4 of --epochs if unset.")
+        ],
         None,
     ),
     "output": (
@@ -79,13 +89,18 @@ _OWN: dict[str, Any] = {
         None,
     ),
     "launcher": (
-        Annotated[Where, typer.Option(help="Where those processes are: here, or on a Slurm cluster through submitit.")],
+        Annotated[
+            Where, typer.Option(help="Where the processes of --jobs run: here, or on a Slurm cluster through submitit.")
+        ],
         Where.local,
     ),
     "launcher_set": (
         Annotated[
             list[str] | None,
-            typer.Option(metavar="KEY=VALUE", help="A setting of submitit, e.g. slurm_partition=gpu. Repeatable."),
+            typer.Option(
+                metavar="KEY=VALUE",
+                help="With --launcher slurm: a setting of submitit, e.g. slurm_partition=gpu. Repeatable.",
+            ),
         ],
         None,
     ),
@@ -97,12 +112,15 @@ _AT_ONCE = 64  # jobs that wait in a cluster's queue or run, where nobody says
 
 
 def sweep(**options: Any) -> None:
-    """Search one model at many targets, what they share done once, and write the trade-off as a page.
+    """Search one model at many targets, and plot the trade-off.
+
+    What the runs share is done once; what is there already is not run again. The trade-off is written as a page, and
+    as pareto.json.
 
     Example: csq sweep resnet18 --targets 1,1.5,2,3,4 --data /imagenet --output runs/sweep
     """
     from csqcli.sweeping.plan import Sweep, words
-    from csqcli.system.progress import Display
+    from csqcli.system.progress import Display, counted
 
     own = {name: options.pop(name) for name in _OWN}
     _check(own)
@@ -120,7 +138,7 @@ def sweep(**options: Any) -> None:
     display = Display(quiet=own["quiet"] or not is_main_process(), log_every=own["log_every"])
     display.say(
         f"recipe {planned.recipe}: {planned.base.model.source} on {planned.base.data.source}, "
-        f"{len(members)} runs, into {planned.folder}"
+        f"{counted(len(members), 'run')}, into {planned.folder}"
     )
     for what in planned.left_out():
         display.say(f"left out: {what}")

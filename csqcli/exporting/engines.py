@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def choose(engine: str | None, *, among: Iterable[str] = tuple(ENGINES), where: 
         engine = next((name for name in names if not _missing(name)), names[0])
     missing = _missing(engine)
     if missing:
-        hint = f"pip install 'csq[{ENGINES[engine].extra}]'"
-        raise UserError(f"{ENGINES[engine].title} needs the package {missing[0]}", where=where, hint=hint)
+        what = f"{ENGINES[engine].title} needs the package {missing[0]}"
+        raise UserError(what, where=where, hint=install(ENGINES[engine].extra))
     return engine
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 from csqcli.file import header
 from csqcli.file.header import parse_manifest
 from csqcli.file.manifest import METADATA_KEY, Manifest
@@ -33,7 +33,7 @@ def require(*names: str, extra: str = "onnx") -> list[ModuleType]:
     except ImportError as error:
         missing = error.name or names[0]
         where = {"litert": "LiteRT", "torchao": "torchao"}.get(extra, "ONNX")
-        raise UserError(f"needs the package {missing}", where=where, hint=f"pip install 'csq[{extra}]'") from None
+        raise UserError(f"needs the package {missing}", where=where, hint=install(extra)) from None
 
 
 class OnnxModel(nn.Module):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from csqcli.errors import UserError, did_you_mean
+from csqcli.errors import UserError, did_you_mean, install
 from csqcli.system.plugins import import_attribute
 from csqcli.system.settings import LARGE, Section
 
@@ -482,7 +482,7 @@ def find_allocator(name: str, *, where: str = "--allocator") -> AllocatorCard:
     card = ALLOCATORS[name]
     if card.package and importlib.util.find_spec(card.package) is None:
         what = f"`{name}` needs the package {card.package}"
-        raise UserError(what, where=where, hint=f"pip install 'csq[{name}]'")
+        raise UserError(what, where=where, hint=install(name))
     return card
 
 

@@ -30,8 +30,12 @@ def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
             hint = "leave --method out, or pass --target-bits"
             raise UserError(f"{card.name} takes mean bits only, not a budget of bytes, operations or time", hint=hint)
         if recipe.finetune.epochs:
-            hint = "give the search more --epochs, or `csq finetune` the file without a target"
-            raise UserError("finetune.epochs would change the size that was reached", hint=hint)
+            if quantization.in_bytes:
+                hint = "give the search more --epochs, or `csq finetune` the file without a target"
+                raise UserError("finetune.epochs would change the size that was reached", hint=hint)
+            hint = "give the search more --epochs, or `csq finetune` its file, which keeps the planes"
+            what = "finetune.epochs go with a budget of mean bits, not with one of operations or time"
+            raise UserError(what, hint=hint)
     if recipe.model.warm_start is not None and (not card.trains or card.name == "float"):
         hint = "leave model.warm_start out, or train"
         raise UserError(f"{card.name} begins with the float model, not with a quantized one", hint=hint)

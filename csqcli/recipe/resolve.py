@@ -27,7 +27,7 @@ from csqcli.quant.catalog import (
 )
 from csqcli.quant.costs import costs
 from csqcli.recipe import legacy
-from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, Recipe
+from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, ZEROQ, Recipe
 from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 
@@ -207,6 +207,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     if recipe.data.calib is not None and (card.trains or recipe.adaptation.epochs or recipe.finetune.epochs):
         hint = "pass --epochs 0 (post-training quantization), without --float-epochs and --finetune-epochs"
         raise UserError("data.calib: images without labels cannot be trained on", where=where, hint=hint)
+    _check_zeroq(settings, recipe.data.calib, where)
     if ":" not in recipe.quantization.cost:
         costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")
     if recipe.quantization.allocator is not None:
@@ -225,8 +226,9 @@ def _checked(model: Any, values: Any, *, where: str, card: MethodCard, inside: s
         if problem["type"] == "extra_forbidden":
             leaf = str(problem["loc"][-1])
             owner = _owner(leaf, other_than=card)
-            hint = _suggest(leaf, card) or "see `csq recipes schema`"
-            if owner is not None and not _suggest(leaf, card):
+            likely = did_you_mean(leaf, _beside(key)) or _suggest(leaf, card)
+            hint = likely or "see `csq recipes schema`"
+            if owner is not None and not likely:
                 raise _foreign(key, owner, card, where=where) from None
             raise UserError(f"unknown key `{key}`", where=where, hint=hint) from None
         given = problem.get("input")
@@ -302,6 +304,15 @@ def _check_epochs(epochs: int, card: MethodCard, where: str) -> None:
     if not card.trains and epochs > 0:
         hint = "take 0, or --finetune-epochs to train on what it finds"
         raise UserError(f"epochs: `{card.name}` trains nothing (got {epochs})", where=where, hint=hint)
+
+
+def _check_zeroq(settings: MethodSettings, calib: str | None, where: str) -> None:
+    """UserError for settings of images that are not made; a recipe that is written out states their defaults."""
+    fields = type(settings).model_fields
+    for key in (name for name in fields if name.startswith(f"{ZEROQ}_") and calib != ZEROQ):
+        if getattr(settings, key) != fields[key].default:
+            hint = f"pass --calib {ZEROQ}, or leave it out"
+            raise UserError(f"ptq.{key}: is for images that --calib {ZEROQ} makes", where=where, hint=hint)
 
 
 def _set(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -404,7 +415,17 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _suggest(key: str, card: MethodCard) -> str:
     leaves = _leaves(card)
-    return did_you_mean(key, [leaf.rsplit(".", 1)[-1] for leaf in leaves]) or did_you_mean(key, leaves)
+    short = [leaf.rsplit(".", 1)[-1] for leaf in leaves]
+    first, then = (leaves, short) if "." in key else (short, leaves)
+    return did_you_mean(key, first) or did_you_mean(key, then)
+
+
+def _beside(key: str) -> set[str]:
+    """The keys that a recipe may have where this dotted one is: the names of its sections, or those within one."""
+    section = key.rpartition(".")[0]
+    dotted = [*Recipe.leaves(), *(f"{c.section}.{name}" for c in CARDS.values() for name in c.settings.model_fields)]
+    inside = [leaf.removeprefix(f"{section}.") for leaf in dotted if not section or leaf.startswith(f"{section}.")]
+    return {name.partition(".")[0] for name in inside}
 
 
 def _leaves(card: MethodCard) -> list[str]:

@@ -7,7 +7,7 @@ after the method; its model stands in `quant.catalog`, or beside a method from o
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
@@ -18,10 +18,13 @@ from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
+ZEROQ = "zeroq"  # what data.calib takes in place of a folder
 INT8_PLANES = 7  # integers up to ±127
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 USERS_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")
 BYTE_TARGETS = ("target_size", "target_compression")
+ShippedForm = Literal["bit-packed-small", "bit-packed"]
+SHIPPED_FORMS: tuple[str, ...] = get_args(ShippedForm)  # those of `csq export` that a budget of bytes may be about
 
 
 class ModelSettings(Section):
@@ -120,7 +123,7 @@ class QuantizationSettings(Section):
     """File of `csq bench MODEL --json`; unset, the run measures its own when it starts."""
     latency_engine: Literal["ort", "openvino", "litert", "torch"] | None = None
     """Engine that the run measures in; unset the first that is installed."""
-    ship_as: Literal["bit-packed-small", "bit-packed"] = "bit-packed-small"
+    ship_as: ShippedForm = "bit-packed-small"
     """The form of the file that ships, which `target_size` and `target_compression` are about; it lies beside the model."""
     cost: str = WEIGHTS
     """What planes cost: `weights` (elements), `bops`, or `package.module:function`.

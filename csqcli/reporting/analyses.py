@@ -12,6 +12,7 @@ from csqcli.reporting import charts
 from csqcli.reporting.charts import Figure, Series
 from csqcli.reporting.layout import LEAST_NAME, Column, glyphs, print_columns, print_lines
 from csqcli.reporting.words import layer_names, short
+from csqcli.system.progress import counted
 
 
 def names_of(rows: Any) -> list[str]:
@@ -107,7 +108,9 @@ def _bench_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"sum          of the layers, each alone, in the next wider form where it has none: {sums}")
         left = [row for row in found["layers"] if row["why"]]
         if left:
-            lines.append(f"left out     {len(left)} layers, {printable(left[0]['name'])} first: {left[0]['why']}")
+            lines.append(
+                f"left out     {counted(len(left), 'layer')}, {printable(left[0]['name'])} first: {left[0]['why']}"
+            )
     lines.append(
         f"measured     {printable(found['engine_version'] or found['engine'])}, {threads} thread{'s' if threads > 1 else ''}, "
         f"batch {found['batch']}, images of {size}, medians of {found['repeats']} turns, quartiles in brackets"
@@ -126,7 +129,12 @@ def print_sensitivity(found: Mapping[str, Any], console: Console) -> None:
         Column("layer", names_of(rows), shrinks=LEAST_NAME),
         Column("weights", [f"{row['weights']:,}" for row in rows], rank=2, right=True),
         *(
-            Column(f"{width} pl", [f"{rise[at]:+.4f}" for rise in rises], rank=0 if at in (0, last) else 1, right=True)
+            Column(
+                counted(width, "plane"),
+                [f"{rise[at]:+.4f}" for rise in rises],
+                rank=0 if at in (0, last) else 1,
+                right=True,
+            )
             for at, width in enumerate(widths)
         ),
         Column(f"top-1 at {widths[0]}", [f"{row['top1'][0]:.2f}" for row in rows], rank=1, right=True),
@@ -137,7 +145,7 @@ def print_sensitivity(found: Mapping[str, Any], console: Console) -> None:
     lines = [
         f"float        loss {found['loss']:.4f}, top-1 {found['top1']:.2f} % of {found['images']} images",
         f"columns      rise of the loss with that layer alone at so many planes ({', '.join(map(str, widths))})",
-        f"worst        {names_of(rows)[worst]} at {widths[0]}: {rises[worst][0]:+.4f}",
+        f"worst        {names_of(rows)[worst]} at {counted(widths[0], 'plane')}: {rises[worst][0]:+.4f}",
     ]
     print_lines(lines, console)
 
@@ -159,7 +167,7 @@ def sensitivity_figure(found: Mapping[str, Any]) -> Figure:
         series,
         description=(
             f"Rise of the loss over the float model's {found['loss']:.4g} on {found['images']} images, one layer at a time; "
-            f"most at {widths[0]}: {names_of([worst])[0]}, {worst['loss'][0] - found['loss']:+.4g}."
+            f"most at {counted(widths[0], 'plane')}: {names_of([worst])[0]}, {worst['loss'][0] - found['loss']:+.4g}."
         ),
         x_label="layer, from input to output",
         y_label="rise of the loss",

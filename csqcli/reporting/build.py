@@ -10,9 +10,8 @@ from csqcli.file.manifest import Manifest
 from csqcli.reporting.recompute import recomputed
 from csqcli.system.files import read_regular
 from csqcli.system.limits import read_json
-from csqcli.system.run_files import METRICS_FILE, MODEL_FILE, PREVIOUS_FILE, RESUME_FILE
+from csqcli.system.run_files import METRICS_FILE
 
-_OF_A_RUN = (METRICS_FILE, RESUME_FILE, PREVIOUS_FILE)  # what a run leaves before it has a model
 _HISTORY_BYTES = 2**26  # a line takes a few hundred
 _LINE_VALUES = 2**14  # a mask per layer among them
 
@@ -29,16 +28,6 @@ def describe(path: Path) -> dict[str, Any]:
     """
     found = recomputed(path)
     return build(found.manifest, history_beside(path)) | {"as_stated": found.as_stated}
-
-
-def model_of(run: Path) -> Path:
-    """The file to report on: that of a run's folder, or ``run`` itself. UserError for the folder of an unfinished run."""
-    inside = run / MODEL_FILE
-    if not run.is_dir() or inside.is_file():
-        return inside if run.is_dir() else run
-    unfinished = any((run / name).is_file() for name in _OF_A_RUN)
-    hint = "the same command with --resume goes on with it" if unfinished else "give a run's folder, or a file"
-    raise UserError(f"holds {'an unfinished run' if unfinished else f'no {MODEL_FILE}'}", where=str(run), hint=hint)
 
 
 def history_beside(file: Path) -> list[dict[str, Any]]:

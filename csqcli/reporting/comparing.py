@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from csqcli.errors import UserError
 from csqcli.file.manifest import LayerRecord, Manifest, from_json_object
-from csqcli.reporting.build import model_of
 from csqcli.reporting.recompute import recomputed
 from csqcli.system.files import read_regular
 from csqcli.system.limits import read_json
+from csqcli.system.run_files import model_of
 
 _REPORT_BYTES, _REPORT_VALUES = 2**28, 2**22
 _NOT_COMPARED = ("description", "data.workers", "device", "threads", "model.checkpoint")  # say nothing of a result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 
 _ZOOM = 3  # pixels to one of the drawing: 300 dpi in a column of 7 inches
 _WHERE = "--png"
@@ -16,7 +16,7 @@ def png(svg: str) -> bytes:
     try:
         import resvg_py
     except ImportError:
-        hint = "pip install 'csq[png]', or take --svg"
+        hint = f"{install('png')}, or take --svg"
         raise UserError("needs the package resvg_py", where=_WHERE, hint=hint) from None
     if resvg_py.svg_to_bytes(svg_string=_BLANK.format(_LETTER)) == resvg_py.svg_to_bytes(svg_string=_BLANK.format("")):
         hint = "install one, such as DejaVu or Liberation, or take --svg"

@@ -6,6 +6,7 @@ cursor or hide text.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from csqcli.reporting.layout import (
     spark,
 )
 from csqcli.reporting.words import layer_names, short
-from csqcli.system.progress import duration
+from csqcli.system.progress import counted, duration
 
 _LEAST_REASON = 34  # columns, of why a tensor stays float
 
@@ -100,10 +101,10 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         if manifest.activations:
             widths = sorted({entry.bits for entry in manifest.activations})
             lines.append(
-                f"activations  {len(manifest.activations)} layer inputs at {'/'.join(map(str, widths))} bits, static scales"
+                f"activations  {counted(len(manifest.activations), 'layer input')} at {'/'.join(map(str, widths))} bits, static scales"
             )
         if manifest.left_float:
-            lines.append(f"left float   {len(manifest.left_float)} tensors of two or more dimensions")
+            lines.append(f"left float   {counted(len(manifest.left_float), 'tensor')} of two or more dimensions")
     if compute := manifest.compute:
         size = "×".join(map(str, compute.input_size))
         share = 100 * compute.quantized_macs / max(compute.macs, 1)
@@ -119,7 +120,7 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         lines += _parts_line(manifest)
     if parity := manifest.parity:
         lines.append(
-            f"verified     {parity.layers_matched} layers bit-exact, logits within {parity.max_logit_error:.1e} "
+            f"verified     {counted(parity.layers_matched, 'layer')} bit-exact, logits within {parity.max_logit_error:.1e} "
             f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {printable(parity.engine)}{mark}"
         )
     if accuracy.hard_top1 is not None:
@@ -127,7 +128,9 @@ def totals(manifest: Manifest, *, as_stated: bool = False) -> list[str]:
         if accuracy.unit_steps_top1 is not None:
             soft += f" (unit steps {accuracy.unit_steps_top1:.2f})"
         start = f"float {accuracy.float_top1:.2f}{soft} → " if accuracy.float_top1 is not None else ""
-        lines.append(f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {accuracy.samples} images{mark}")
+        lines.append(
+            f"top-1        {start}hard {accuracy.hard_top1:.2f} % of {counted(accuracy.samples, 'image')}{mark}"
+        )
     if accuracy.hard_top1_present is not None:
         before = accuracy.float_top1_present
         start = f"float {before:.2f} → " if before is not None else ""
@@ -164,20 +167,22 @@ def export_lines(manifest: Manifest) -> list[str]:
     lines = [f"{form}: {size:,} bytes, {_times(ratio)} than float", *_parts_line(manifest)]
     lines += [f"note         {printable(note)}" for note in parity.notes]
     if wide:
-        lines.append(f"int16        {len(wide)} layers reach beyond ±127: {', '.join(wide)}")
+        lines.append(f"int16        {counted(len(wide), 'layer')} beyond ±127: {', '.join(wide)}")
     if parity.layers_int8:
         lines.append(f"int8         {len(parity.layers_int8)} of {len(manifest.layers)} layers run in int8")
     if parity.calibrated:
-        lines.append(f"calibrated   {len(parity.calibrated)} layers' outputs, rounded beyond what was trained")
+        lines.append(
+            f"calibrated   outputs of {counted(len(parity.calibrated), 'layer')}, rounded beyond what was trained"
+        )
     if absent:
-        lines.append(f"left out     {len(absent)} layers unused at inference: {', '.join(absent)}")
+        lines.append(f"left out     {counted(len(absent), 'layer')} unused at inference: {', '.join(absent)}")
     lines.append(
-        f"verified     {parity.layers_matched} layers bit-exact; logits within {parity.max_logit_error:.1e} "
+        f"verified     {counted(parity.layers_matched, 'layer')} bit-exact; logits within {parity.max_logit_error:.1e} "
         f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {parity.engine}, loads in {parity.load_seconds:.2f} s"
     )
     if parity.top1 is not None:
         before = f", the hard model's {parity.hard_top1:.2f}" if parity.hard_top1 is not None else ""
-        lines.append(f"top-1        {parity.top1:.2f} % of {parity.samples} images{before}")
+        lines.append(f"top-1        {parity.top1:.2f} % of {counted(parity.samples, 'image')}{before}")
     if parity.latency_ms is not None:
         lines.append(
             f"latency      {parity.latency_ms:.2f} ms, fp32 / this {parity.latency_ratio:.2f}× (batch 1, one thread)"
@@ -195,21 +200,21 @@ def print_coverage(found: Mapping[str, Any], console: Console) -> None:
     marks = glyphs(console)
     rows = [*found["layers"], *found["left_float"]]
     macs = ["never called" if row["macs"] is None else f"{row['macs']:,}" for row in found["layers"]]
-    counted = [f"{row['weights']:,}" for row in found["layers"]]
+    weights = [f"{row['weights']:,}" for row in found["layers"]]
     float_ = [""] * len(found["left_float"])
     columns = [
         Column("tensor", [printable(row["name"]) for row in rows], shrinks=LEAST_NAME),
         Column("shape", ["×".join(map(str, row["shape"])) for row in rows], rank=2),
-        Column("weights", [*counted, *float_], right=True),
+        Column("weights", [*weights, *float_], right=True),
         Column("MACs", [*macs, *float_], rank=1, right=True),
     ]
     if float_:
         whys = [f"float: {row['why']}" for row in found["left_float"]]
-        columns.append(Column("", [*("quantized" for _ in counted), *whys], shrinks=_LEAST_REASON))
+        columns.append(Column("", [*("quantized" for _ in weights), *whys], shrinks=_LEAST_REASON))
     print_columns(columns, console, marks)
     console.print()
     line = (
-        f"{len(found['layers'])} weight tensors: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
+        f"{counted(len(found['layers']), 'weight tensor')}: {100 * found['parameter_share']:.2f} % of {found['parameters']:,} "
         f"parameters, {100 * found['mac_share']:.2f} % of {found['macs']:,} multiply-accumulates "
         f"for {'×'.join(map(str, found['input_size']))}"
     )
@@ -234,12 +239,13 @@ def budget_line(budget: Mapping[str, Any]) -> str:
     return f"{'budget':<{LABEL}}{said}"
 
 
-def print_plan(plan: Mapping[str, Any], console: Console) -> None:
-    """What `csq plan` prints, from ``pipeline.plan``: the recipe, a row per tensor, then bytes, memory and time."""
+def print_plan(plan: Mapping[str, Any], console: Console, *, verbose: bool = False) -> None:
+    """What `csq plan` prints, from ``pipeline.plan``: a summary; ``verbose`` adds a row per tensor and the recipe as resolved."""
+    more = f"{'more':<{LABEL}}every tensor and the whole recipe: `csq plan … --verbose`"
+    print_lines([*_plan_lines(plan), *([] if verbose else [more])], console)
+    if not verbose:
+        return
     marks = glyphs(console)
-    recipe = yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True, width=max(console.width, 60))
-    for line in recipe.splitlines():
-        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     console.print()
     layers, left = plan["layers"], plan["left_float"]
     if layers or left:
@@ -256,23 +262,44 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
             )
         print_columns(columns, console, marks)
         console.print()
-    print_lines(_plan_lines(plan), console)
+    recipe = yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True, width=max(console.width, 60))
+    for line in recipe.splitlines():
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    recipe, layers, left = plan["recipe"], plan["layers"], plan["left_float"]
     size, memory, time = plan["bytes"], plan["memory"], plan["time"]
     why = f" (chosen by auto: {plan['method_why']})" if plan["method_why"] else ""
-    lines = [f"{'method':<{LABEL}}{plan['recipe']['quantization']['method']}{why}"]
-    if plan["layers"]:
+    data, phases = recipe["data"], (recipe["adaptation"]["epochs"], recipe["epochs"], recipe["finetune"]["epochs"])
+    named = zip(phases, ("in float", "of the search", "with the planes fixed"), strict=True)
+    epochs = [f"{counted(number, 'epoch')} {name}" for number, name in named if number]
+    rows = [
+        ("model", printable(f"{recipe['model']['source']} on {data['source']}")),
+        ("method", f"{recipe['quantization']['method']}{why}"),
+        ("training", f"{', '.join(epochs)}, batches of {counted(data['batch_size'], 'image')}"),
+    ]
+    if layers:
+        weights = sum(layer["weights"] for layer in layers)
+        rows.append(("quantized", f"{counted(len(layers), 'weight tensor')}, {weights:,} weights"))
+    whys = Counter(printable(tensor["why"]) for tensor in left)
+    rows += [("left float", f"{counted(number, 'tensor')}: {reason}") for reason, number in whys.most_common()]
+    if layers:
         asked = f" of {plan['target_mean_bits']:g}" if plan["target_mean_bits"] is not None else ""
-        lines.append(f"{'bits':<{LABEL}}{plan['mean_bits']:.2f}{asked}, planes as far as a few steps tell")
-    small = f", {size['bit_packed_small']:,} bytes as bit-packed-small" if size["bit_packed_small"] is not None else ""
-    lines.append(f"{'file':<{LABEL}}about {size['model']:,} bytes{small}")
+        found = sorted(Counter(layer["planes"] for layer in layers).items())
+        kinds = ", ".join(f"{counted(number, 'tensor')} at {planes}" for planes, number in found)
+        rows.append(("bits", f"{plan['mean_bits']:.2f}{asked}, planes as far as a few steps tell: {kinds}"))
+    small = size["bit_packed_small"]
+    shipped = f"; {small:,} bytes by `csq export --bit-packed-small`" if small is not None else ""
     free = f", {memory['free_bytes'] / 2**30:.1f} GiB are free" if memory["free_bytes"] is not None else ""
     needed = f"{memory['bytes'] / 2**30:.1f} GiB" if memory["bytes"] >= 2**30 else f"{memory['bytes'] / 2**20:.0f} MiB"
-    lines.append(f"{'memory':<{LABEL}}about {needed} for steps of {memory['images']} images at once{free}")
-    lines.append(
-        f"{'time':<{LABEL}}about {duration(time['seconds'])}: {time['steps']:,} steps of {time['step_seconds']:.3f} s, "
-        f"{time['evaluations']} evaluations of {time['evaluation_seconds']:.1f} s"
-    )
-    return lines
+    rows += [
+        ("file", f"about {size['model']:,} bytes{shipped}"),
+        ("memory", f"about {needed} for steps of {counted(memory['images'], 'image')} at once{free}"),
+        (
+            "time",
+            f"about {duration(time['seconds'])}: {counted(time['steps'], 'step')} of {time['step_seconds']:.2g} s, "
+            f"{counted(time['evaluations'], 'evaluation')} of {time['evaluation_seconds']:.2g} s",
+        ),
+    ]
+    return [f"{label:<{LABEL}}{text}" for label, text in rows]

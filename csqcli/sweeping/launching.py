@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 from csqcli.sweeping.plan import START, Member
 from csqcli.system.progress import Display, counted
 
@@ -112,7 +112,7 @@ class Submitit:
         try:
             import submitit
         except ImportError:
-            hint = "pip install 'csq[slurm]'"
+            hint = install("slurm")
             raise UserError("needs the package submitit", where="--launcher slurm", hint=hint) from None
         try:
             self._executor = submitit.AutoExecutor(folder=self.folder, cluster=self.cluster)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from csqcli.errors import printable
 
 LOG_EVERY = 60.0  # seconds between two lines of a step that goes on, where nothing can be drawn
+_GAP = "  "
 _REDRAWN_EVERY = 0.5  # seconds; reading a loss waits for the device
 
 
@@ -50,6 +53,13 @@ class _Pace:
         return self.seconds / self.units if self.units else None
 
 
+class _Done(MofNCompleteColumn):
+    """``3/20``, and nothing for a step that is not counted."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text()
+
+
 class Display:
     """Progress on stderr, so that stdout carries results only."""
 
@@ -75,11 +85,21 @@ class Display:
             0  # of the run: steps; evaluations, each of so many batches
         )
 
-    def say(self, text: str) -> None:
-        """One line; names of files and classes cannot steer the terminal."""
-        if not self.quiet:
-            self._said_at = self.clock()
-            self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
+    def say(self, text: str, *, whole: bool = False) -> None:
+        """One line; names of files and classes cannot steer the terminal.
+
+        On a terminal a long one is broken between words; one that is to be copied stays ``whole``.
+        """
+        if self.quiet:
+            return
+        self._said_at = self.clock()
+        for part in [printable(text)] if whole or self._columns is None else _broken(printable(text), self._columns):
+            self.console.print(part, highlight=False, soft_wrap=True, markup=False)
+
+    @property
+    def _columns(self) -> int | None:
+        """Columns of the terminal; None where there is none, and a line may be of any length."""
+        return self.console.width if self.console.is_terminal else None
 
     @contextlib.contextmanager
     def step(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
@@ -127,7 +147,7 @@ class Display:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
+            _Done(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[numbers]}"),
         )
@@ -205,8 +225,9 @@ class Display:
         """After every epoch, with its metrics line."""
         self._epoch = line["epoch"]
         self._training.begin()  # the evaluation is no part of the next step
-        more = f"  {self._left_text()}" if self._epoch < self._of_epochs and self._left_text() else ""
-        self.say(f"epoch {self._epoch:>3} of {self._of_epochs}  {summary(line, self._target)}{more}")
+        left = self._left_text() if self._epoch < self._of_epochs else ""
+        parts = [(f"epoch {self._epoch:>3} of {self._of_epochs}", 0), *summary(line, self._target)]
+        self.say(fitted([*parts, *([(left, 0)] if left else [])], self._columns))
         if self._live is not None:
             self._live.update(self._epochs, completed=self._epoch)
             self._live.update(self._steps, completed=0)
@@ -220,14 +241,30 @@ def _share(done: int, total: int | None) -> str:
     return f"{done:,} of {total:,}" if total else f"{done:,}"
 
 
-def summary(line: dict[str, Any], target_bits: float | None) -> str:
-    """The numbers of one metrics line, short."""
-    parts = [f"loss {line['train_loss']:.4f}", f"top-1 {line['val_top1']:.2f} %"]
+def summary(line: dict[str, Any], target_bits: float | None) -> list[tuple[str, int]]:
+    """The numbers of one metrics line, short, each with its rank: how early it is left out where columns are few, 0 never."""
+    parts = [(f"loss {line['train_loss']:.4f}", 1), (f"top-1 {line['val_top1']:.2f} %", 0)]
     if "mean_bits" in line:
         aim = f" of {target_bits:g}" if target_bits is not None else ""
-        parts.append(f"bits {line['mean_bits']:.2f}{aim}")
-    parts += [f"lr {line['lr']:.3g}", f"{line['images_per_second']:.0f} img/s"]
-    return "  ".join(parts)
+        parts.append((f"bits {line['mean_bits']:.2f}{aim}", 0))
+    return [*parts, (f"lr {line['lr']:.3g}", 3), (f"{line['images_per_second']:.0f} img/s", 2)]
+
+
+def fitted(parts: Sequence[tuple[str, int]], columns: int | None) -> str:
+    """Parts with their ranks, in order, in so many columns: those of the highest rank are left out first."""
+    kept = list(parts)
+    while columns is not None and len(_GAP.join(text for text, _ in kept)) > columns:
+        last = max(kept, key=lambda part: part[1])
+        if last[1] == 0:
+            break
+        kept.remove(last)
+    return _GAP.join(text for text, _ in kept)
+
+
+def _broken(text: str, columns: int) -> list[str]:
+    """``text`` in lines of at most so many columns, but for longer words."""
+    options = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+    return textwrap.wrap(text, max(columns, 20), subsequent_indent=_GAP, **options) or [""]  # type: ignore[arg-type]
 
 
 def planes_fixed(planes: Sequence[int], mean_bits: float, target_bits: float | None) -> str:

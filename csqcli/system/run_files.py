@@ -1,4 +1,12 @@
-"""The names of what stands in a run's folder, for those who look into one without PyTorch."""
+"""What stands in a run's folder: names, and the model of one, for those who look into it without PyTorch."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from csqcli.errors import UserError
+from csqcli.system.lock import LOCK_FILE
 
 MODEL_FILE = "model.safetensors"
 FLOAT_FILE = "float.safetensors"
@@ -9,3 +17,21 @@ METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume.previous.pt"
+
+_OF_A_RUN = (METRICS_FILE, RESUME_FILE, PREVIOUS_FILE, LOCK_FILE)  # what there is of a run before it has a model
+
+
+def model_of(run: str | Path) -> Path:
+    """The model's file where a run's folder is named, and ``run`` itself where a file is. UserError for a folder without one."""
+    folder = Path(run)
+    if not folder.is_dir() or (folder / MODEL_FILE).is_file():
+        return folder / MODEL_FILE if folder.is_dir() else folder
+    if any((folder / name).is_file() for name in _OF_A_RUN):
+        hint = "to go on, repeat the command that began it with --resume"
+        if (folder / RECIPE_FILE).is_file():
+            recipe, output = (shlex.quote(str(path)) for path in (folder / RECIPE_FILE, folder))
+            hint += f"; of a search that is `csq search --recipe {recipe} --output {output} --resume`"
+        raise UserError("holds an unfinished run", where=str(folder), hint=hint)
+    inside = sorted(file.parent for file in folder.glob(f"*/{MODEL_FILE}"))  # a sweep's, or what several runs went into
+    hint = f"name a run in it, as {inside[0]}" if inside else "give a run's folder, or a file"
+    raise UserError(f"holds no {MODEL_FILE}", where=str(folder), hint=hint)

@@ -19,7 +19,6 @@ from csqcli.data.loaders import stream_seed
 from csqcli.data.splits import Images
 from csqcli.errors import UserError
 
-ZEROQ = "zeroq"  # what --calib takes in place of a folder
 DISTILLED_BATCH = 32  # images whose statistics are taken together
 _LR = 0.1  # of Adam on pixels in units of their standard deviation
 _VARIANCE_FLOOR = 1e-8  # below which a deviation has no slope

@@ -13,8 +13,7 @@ from csqcli.models import libraries
 from csqcli.models.fitting import FittedModel, load_for
 from csqcli.models.spec import ModelSpec
 from csqcli.recipe.complete import check_data_given
-from csqcli.recipe.schema import Recipe
-from csqcli.training.distilled_images import ZEROQ
+from csqcli.recipe.schema import ZEROQ, Recipe
 
 _CLASSIFIERS_ONLY = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
 

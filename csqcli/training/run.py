@@ -30,11 +30,11 @@ from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.catalog import GateSettings, PTQSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.methods.base import WeightMethod
-from csqcli.recipe.schema import Recipe
+from csqcli.recipe.schema import ZEROQ, Recipe
 from csqcli.system import distributed
 from csqcli.system.distributed import Shard
 from csqcli.system.progress import Display, counted, planes_fixed
-from csqcli.training.distilled_images import DISTILLED_BATCH, ZEROQ, distill_images
+from csqcli.training.distilled_images import DISTILLED_BATCH, distill_images
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.training.inputs import warn_of_last_bits, weights_hash
 from csqcli.training.latencies import Latencies

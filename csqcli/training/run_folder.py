@@ -14,7 +14,7 @@ from typing import Any
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.recipe.resolve import to_yaml
-from csqcli.recipe.schema import Recipe
+from csqcli.recipe.schema import SHIPPED_FORMS, Recipe
 from csqcli.system import distributed, files
 from csqcli.system.device import pick_device
 from csqcli.system.limits import read_json
@@ -55,6 +55,7 @@ class RunFolder:
         self.finished: dict[str, Any] | None = None  # the report, when --resume finds this very run complete
         self._held = contextlib.ExitStack()
         self._recipe_written = False
+        self._before: set[str] | None = None  # what the run that this one replaces has shipped
         self._trackers: Trackers | None = None
 
     @property
@@ -131,12 +132,21 @@ class RunFolder:
             self.float_file.unlink(missing_ok=True)
             self.latent_file.unlink(missing_ok=True)
             self.latency_file.unlink(missing_ok=True)
+        self._before = self._shipped_before()
         for name in (
             *(MODEL_FILE, FLOAT_FILE, LATENT_FILE, LATENCY_FILE),
             *(REPORT_FILE, METRICS_FILE, RECIPE_FILE, RESUME_FILE),
         ):
             for file in files.leftovers(self.path / name):
                 file.unlink(missing_ok=True)
+
+    def _shipped_before(self) -> set[str] | None:
+        """Names of the files that a finished run in this folder wrote for a budget in bytes; None where there is no such run."""
+        try:
+            report = read_json(files.read_regular(self.path / REPORT_FILE, limit=_REPORT_BYTES), nodes=HISTORY_VALUES)
+            return _shipped_names(report) & {self.shipped_file(form).name for form in SHIPPED_FORMS}
+        except (OSError, ValueError, TypeError, AttributeError, UserError):
+            return None
 
     def _report_of_this_run(self) -> dict[str, Any] | None:
         """The report, where it is one. UserError where it is another run's, or the model is not the one that it is about."""
@@ -199,6 +209,23 @@ class RunFolder:
             facts = {"model_sha256": _sha256(self.model_file), "inputs": self.inputs.model_dump(mode="json")}
             content = report | facts
             files.write_text(self.path / REPORT_FILE, json.dumps(content, indent=2) + "\n")
+            self._remove_older(report)
+
+    def _remove_older(self, report: dict[str, Any]) -> None:
+        """Remove what the run before this one (--force) wrote and this one did not; name what was exported from its model."""
+        if not report.get("history"):
+            (self.path / METRICS_FILE).unlink(missing_ok=True)
+        before, self._before = self._before, None
+        if before is None:
+            return
+        own = _shipped_names(report)
+        for file in sorted(self.path.glob(f"{self.model_file.stem}-*")):
+            if file.name in own:
+                continue
+            if file.name in before:
+                file.unlink()
+            elif file.suffix in (".safetensors", ".onnx", ".tflite"):
+                log.warning("%s: was exported from the model that this run replaced; export it again", file)
 
     def finish(self) -> None:
         """The run is complete: its resume state is no longer needed."""
@@ -206,6 +233,11 @@ class RunFolder:
             for state in reversed(self.states):
                 state.unlink(missing_ok=True)
         distributed.stop()
+
+
+def _shipped_names(report: dict[str, Any]) -> set[str]:
+    """Names of the files that a report's budgets are about."""
+    return {budget["file"] for budget in report.get("budgets", ()) if "file" in budget}
 
 
 def _existing(path: Path) -> set[Path]:

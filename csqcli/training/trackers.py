@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 
 Log = Callable[[Mapping[str, float], int], None]  # numbers by name, and the step
 Close = Callable[[], None]
@@ -51,7 +51,7 @@ def _opened(name: str, folder: Path, recipe: Mapping[str, Any]) -> tuple[Log, Cl
         return _OPENERS[name](folder, recipe)
     except ImportError as error:
         what = f"needs the package {error.name or name}"
-        raise UserError(what, where=f"--log {name}", hint=f"pip install 'csq[{name}]'") from None
+        raise UserError(what, where=f"--log {name}", hint=install(name)) from None
 
 
 def _tensorboard(folder: Path, recipe: Mapping[str, Any]) -> tuple[Log, Close]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import torch
 import yaml
 from quantized_models import make_file
 
+import csqcli
 from csqcli.file import io
 from csqcli.system import memory
 
@@ -94,6 +97,35 @@ def test_search_writes_what_it_promises(digits_run: Path) -> None:
     assert yaml.safe_load((digits_run / "recipe.yaml").read_text())["quantization"]["target_bits"] == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "commands"),
+    [
+        (("--target-bits", 2), ["csq evaluate RUN --data digits", "csq export RUN --bit-packed"]),
+        (("--target-size", "12kB"), ["csq evaluate RUN/model-bit-packed-small.safetensors --data digits"]),
+        (
+            ("--target-bits", 2, "--act-bits", 8),
+            ["csq evaluate RUN --data digits", "csq export RUN --onnx --activations int8 --calib digits"],
+        ),
+        (("--method", "float"), ["csq evaluate RUN --data digits"]),
+    ],
+)
+def test_a_search_ends_with_commands_that_go_on_with_its_model(
+    csq, tmp_path: Path, options: tuple[str, ...], commands: list[str]
+) -> None:
+    search = ("search", "--recipe", "digits", *options, "--epochs", 1, "--set", "max_steps=4", "--output", tmp_path)
+    code, out, err = csq(*search)
+    said = [line.removeprefix("next: ") for line in err.splitlines() if line.startswith("next: ")]
+    assert (code, said) == (0, [command.replace("RUN", str(tmp_path)) for command in commands])
+    assert "next:" not in out
+    for command in said:
+        if "--onnx" in command:
+            pytest.importorskip("onnxscript")
+            pytest.importorskip("onnxruntime")
+        assert csq(*shlex.split(command)[1:])[0] == 0
+    for silent in ("--quiet", "--json"):
+        assert "next:" not in "".join(csq(*search, "--resume", silent)[1:])
+
+
 def test_evaluate_equals_what_search_reported(csq, digits_run: Path) -> None:
     code, out, _ = csq("evaluate", digits_run / "model.safetensors", "--data", "digits", "--json", "--batch-size", 77)
     assert code == 0
@@ -101,6 +133,24 @@ def test_evaluate_equals_what_search_reported(csq, digits_run: Path) -> None:
     assert result["top1"] == report["accuracy"]["hard_top1"]
     assert result["top5"] == report["accuracy"]["hard_top5"]
     assert result["samples"] == 500
+
+
+def test_a_runs_folder_stands_for_its_model(csq, digits_run: Path, tmp_path: Path) -> None:
+    file, out = digits_run / "model.safetensors", tmp_path / "out.safetensors"
+    for command, options in (
+        ("evaluate", ("--data", "digits", "--val-limit", 20, "--json")),
+        ("report", ("--json",)),
+        ("finetune", ("--data", "digits", "--quiet", "--set", "max_steps=1", "--epochs", 1, "--force", "-o", tmp_path)),
+        ("explain", ("--data", "digits", "--val-limit", 20, "--swaps", 0, "--quiet", "--json")),
+    ):
+        of_folder, of_file = csq(command, digits_run, *options), csq(command, file, *options)
+        assert (of_folder[0], of_folder) == (0, of_file), command
+    code, said, _ = csq("export", digits_run, "--bit-packed", "-o", out)
+    assert (code, said.splitlines()[-1]) == (0, f"wrote {out}")
+    assert csqcli.report(digits_run)["payload_sha256"] == csqcli.report(out)["payload_sha256"]
+    assert csqcli.evaluate(digits_run, "digits")["top1"] == csqcli.report(file)["accuracy"]["hard_top1"]
+    weights = csqcli.load(digits_run).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in csqcli.load(out).state_dict().items())
 
 
 def test_the_model_in_memory_and_the_reloaded_one_agree_on_every_logit(digits_run: Path) -> None:
@@ -194,8 +244,6 @@ def test_an_image_folder_and_a_library_model_work_together(
     import timm
     import torchvision
 
-    import csqcli
-
     library, name = source.split(":")
     build = timm.create_model if library == "timm" else torchvision.models.get_model
     plain = build(name, num_classes=2)
@@ -216,7 +264,8 @@ def test_an_image_folder_and_a_library_model_work_together(
         (("search", "--recipe", "digits", "--target-bits", "three"), "Invalid value for '--target-bits':"),
         (("evaluate", "nothing.safetensors", "--data", "digits"), "nothing.safetensors: no such file"),
         (("report", "pyproject.toml"), "pyproject.toml: not a safetensors file"),
-        (("serach",), "No such command 'serach'"),
+        (("serach",), "no command `serach`; did you mean `search`?"),
+        (("search", "--taget-bits", "3"), "csq search: no option `--taget-bits`; did you mean `--target-bits`?"),
     ],
 )  # fmt: skip
 def test_wrong_invocations_are_one_line_and_exit_code_2(csq, tmp_path: Path, arguments, complaint: str) -> None:
@@ -256,12 +305,18 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
     assert code == 130
     assert "--resume" in err
     monkeypatch.setattr(Trainer, "run_epoch", original)
+    code, _, err = csq("evaluate", tmp_path / "broken", "--data", "digits")
+    assert "holds an unfinished run" in err
+    literal = shlex.split(err.split("`")[1])[1:]
+    shutil.copytree(tmp_path / "broken", tmp_path / "copy")
+    literal = [word.replace("broken", "copy") for word in literal]
     code, _, err = csq(*arguments, "-o", tmp_path / "broken")
     assert code == 2
     assert "holds an unfinished run; pass --resume" in err
     code, _, err = csq(*arguments, "--seed", 5, "-o", tmp_path / "broken", "--resume")
     assert code == 2
     assert "was started with other settings" in err
+    assert csq(*literal, "--quiet")[0] == 0
     assert csq(*arguments, "-o", tmp_path / "broken", "--resume")[0] == 0
     before = (tmp_path / "broken" / "report.json").stat().st_mtime_ns
     assert (
@@ -269,9 +324,9 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
     )  # finished: a job that is queued again succeeds
     assert (tmp_path / "broken" / "report.json").stat().st_mtime_ns == before
     assert csq(*arguments, "--seed", 5, "-o", tmp_path / "broken", "--resume")[0] == 2
-    assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
-    ).read_bytes()
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "broken" / "model.safetensors").read_bytes() == whole
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == whole
 
 
 def test_batch_size_takes_a_number_or_auto(

@@ -333,7 +333,14 @@ INVOCATIONS |= {  # what a run would come to
     ),
     "plan of a compression": ("plan --recipe digits --target-compression 5 -q", lambda r: "bits " in r.out),
     "plan of bops": ("plan --recipe digits --target-bops 4e7 -q", lambda r: "bits " in r.out),
-    "plan in short": ("plan --recipe digits --target-bits 2 -q", lambda r: "as bit-packed-small" in r.out),
+    "plan in short": (
+        "plan --recipe digits --target-bits 2 -q",
+        lambda r: "by `csq export --bit-packed-small`" in r.out and "search_share" not in r.out,
+    ),
+    "plan in full": (
+        "plan --recipe digits --target-bits 2 -q --verbose",
+        lambda r: "conv3.weight" in r.out and "  search_share: 0.1" in r.out.splitlines(),
+    ),
 }
 INVOCATIONS |= {  # many targets
     "sweep": (
@@ -479,6 +486,20 @@ def test_init_replaces_nothing_by_itself(csq, tmp_path: Path) -> None:
         f"csq: error: {tmp_path / 'mine.yaml'}: exists already; pass --force to replace it, or -o another",
     )
     assert (tmp_path / "mine.yaml").read_text() == "epochs: 3\n"
+
+
+@pytest.mark.parametrize("group", [(), ("recipes",)])
+def test_no_summary_of_a_command_is_cut_at_80_columns(csq, monkeypatch: pytest.MonkeyPatch, group) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    root: Any = typer.main.get_command(app)
+    commands = (root.commands[group[0]] if group else root).commands
+    lines = csq(*group, "--help")[1].partition("Commands:\n")[2].splitlines()
+    summaries = dict(line.split(None, 1) for line in lines)
+    for name, command in commands.items():
+        if not command.hidden:
+            said = " ".join(command.help.split())
+            assert said.startswith(summaries[name]), name
+            assert not summaries[name].endswith("..."), name
 
 
 def test_every_command_shows_an_example_of_itself() -> None:

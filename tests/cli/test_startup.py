@@ -54,8 +54,8 @@ DESCRIBES = {
     f"report {FILE} --json": '"payload_sha256"',
 }
 WRONG = {
-    "serach": "No such command",
-    "search --target-bit 2": "No such option",
+    "serach": "no command `serach`",
+    "search --target-bit 2": "no option `--target-bit`",
     "search --recipe digits --epochs three": "Invalid value for '--epochs'",
     "search --recipe digits --batch-size many": "neither a number of images nor auto",
     "search --recipe digit": "did you mean `digits`?",

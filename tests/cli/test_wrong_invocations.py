@@ -44,6 +44,8 @@ ROWS = [
     "search --recipe digits -o new --quiet --epochs 0 --target-size 12kB",
     "search --recipe digits -o new --quiet --target-size 2MB --method lsq",
     "search --recipe digits -o new --quiet --target-size 2MB --finetune-epochs 1",
+    "search --recipe digits -o new --quiet --target-bops 5G --finetune-epochs 1",
+    "search --recipe digits -o new --quiet --target-bits 3 --epochs 0 --set zeroq_steps=9",
     "plan resnet18 --target-bits 3",
     f"{DIGITS} --batch-size many",
     f"{DIGITS} --batch-size 0",
@@ -233,6 +235,8 @@ ROWS = [
     "search --recipe digit",
     "search --recipe recipes/unknown_key.yaml",
     "search --recipe recipes/unknown_section.yaml",
+    "search --recipe recipes/british.yaml",
+    "search --recipe recipes/neighbour.yaml",
     "search --recipe recipes/broken.yaml",
     "search --recipe recipes/list.yaml",
     "search --recipe recipes",
@@ -279,11 +283,17 @@ ROWS = [
     *(
         f"{command} {file}{options}"
         for command, options in (("report", ""), ("evaluate", " --data digits"), ("finetune", " --data digits -o new"))
-        for file in ("run", "nowhere.safetensors", "text.txt", "float.safetensors", "noise.safetensors", "cut.safetensors")
-        if (command, file) != ("report", "run")  # a report takes a run's folder
+        for file in ("nowhere.safetensors", "text.txt", "float.safetensors", "noise.safetensors", "cut.safetensors")
     ),
-    "report empty",
-    "report unfinished",
+    *(
+        f"{command} {folder}{options}"
+        for command, options in (
+            *(("report", ""), ("bench", ""), ("export", " --bit-packed"), ("evaluate", " --data digits")),
+            *(("explain", " --data digits"), ("diff float.safetensors", " --data digits"), ("compare run", "")),
+            ("finetune", " --data digits -o new"),
+        )
+        for folder in ("empty", "unfinished", "several")
+    ),
     "report run --html run/model.safetensors",
     "report run --html nowhere/page.html",
     "report run --svg text.txt",
@@ -300,7 +310,6 @@ ROWS = [
     "evaluate text.onnx --data digits",
     "inspect run",
     "inspect run/model.safetensors",
-    "export run --bit-packed",
     "export nowhere.safetensors --bit-packed",
     "export text.txt --bit-packed -o new.safetensors",
     "export float.safetensors --bit-packed",
@@ -335,6 +344,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (root / "truncated_checkpoint.pth").write_bytes(b"PK\x03\x04 and no more")
     (root / "unfinished").mkdir()
     (root / "unfinished" / "resume.pt").write_bytes(b"half a state")
+    (root / "unfinished" / "recipe.yaml").write_text("epochs: 3\n")
+    for name in ("staged-2bit", "staged-3bit"):
+        (root / "several" / name).mkdir(parents=True)
+        (root / "several" / name / "model.safetensors").write_bytes(quantized)
     (root / "text.txt").write_text("nothing to see\n")
     (root / "text.onnx").write_text("nothing to see\n")
     (root / "exists.safetensors").write_bytes(quantized)
@@ -351,6 +364,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     recipes.mkdir()
     (recipes / "unknown_key.yaml").write_text("quantization: {target_bit: 3}\n")
     (recipes / "unknown_section.yaml").write_text("optimiser: {lr: 3}\n")
+    (recipes / "british.yaml").write_text("quantisation: {target_bits: 3}\n")
+    (recipes / "neighbour.yaml").write_text("data: {batchsize: 3}\n")
     (recipes / "broken.yaml").write_text("epochs: [1\nmodel: {\n")
     (root / "latencies.json").write_text(json.dumps(TABLE))
     (root / "classes.json").write_text('{"schema_version": 1}')

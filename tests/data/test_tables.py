@@ -108,7 +108,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     monkeypatch.delitem(__import__("sys").modules, "csqcli.data.tables", raising=False)
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r'needs pyarrow; pip install "csq\[hf\]"'):
+    with pytest.raises(UserError, match=r"needs the package pyarrow; pip install 'csq\[hf\]'"):
         open_data(str(tmp_path))
 
 

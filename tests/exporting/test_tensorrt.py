@@ -156,7 +156,7 @@ def test_inputs_of_eight_unsigned_bits_have_seven_at_twice_their_step(tmp_path: 
     errors = np.abs(_logits(proto, _images()) - seven).max(axis=1) / seven.std()
     assert np.median(errors) < 1e-5
     (note,) = (note for note in manifest.parity.notes if "unsigned" in note)  # type: ignore[union-attr]
-    assert note.startswith("TensorRT has no unsigned 8 bits: the inputs of 1 layers have 7")
+    assert note.startswith("TensorRT has no unsigned 8 bits: the inputs of 1 layer have 7")
 
 
 def test_narrower_inputs_keep_their_trained_scales_and_the_model_its_answers(tmp_path: Path) -> None:

@@ -52,7 +52,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "data.std": [0.4],
             "data.interpolation": "nearest",
             "data.crop_pct": 0.9,
-            "data.calib": None,  # its other value is tests/cli/test_options.py's
             "data.val_split": 0.2,
             "data.val_seed": 3,
             "data.train_limit": 400,
@@ -137,6 +136,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         f"{DIGITS} --epochs 0 --target-bits 2",
         {
             "quantization.method": "ptq",
+            "data.calib": "zeroq",
             "ptq.images": 40,
             "ptq.passes": 2,
             "ptq.rounding": "nearest",

@@ -13,7 +13,7 @@ from rich.console import Console
 from csqcli.file.manifest import Manifest
 from csqcli.reporting import layout
 from csqcli.reporting.layout import ASCII, Column, Glyphs, print_columns, shortened, spark, wrapped
-from csqcli.reporting.terminal import print_coverage, print_report
+from csqcli.reporting.terminal import print_coverage, print_plan, print_report
 
 WIDTHS = (60, 80, 120, 200)
 HISTORY = [{"epoch": n, "mean_bits": 8 / n, "val_top1": 90 + n, "masks": []} for n in range(1, 6)]
@@ -114,7 +114,7 @@ def test_coverage_lists_what_stays_float_and_why() -> None:
     text = out.getvalue()
     assert "never called" in text
     assert "float: no weight of a layer" in text
-    assert "90.00 % of 240 parameters" in text
+    assert "1 weight tensor: 90.00 % of 240 parameters" in text
 
 
 def test_json_of_every_command_that_lists_is_json(csq) -> None:
@@ -147,3 +147,64 @@ def test_a_pipe_is_as_wide_as_columns_says(
     assert code == 0
     assert "mean bits" in out
     assert widest - 60 < max(map(len, out.splitlines())) <= widest
+
+
+PLAN = {
+    "recipe": {
+        "model": {"source": "resnet18"},
+        "data": {"source": "/images", "batch_size": 64},
+        "quantization": {"method": "staged"},
+        **{"adaptation": {"epochs": 1}, "epochs": 5, "finetune": {"epochs": 0}},
+    },
+    "method_why": "",
+    "layers": [
+        {"name": "conv1.weight", "shape": [8, 3, 3, 3], "weights": 216, "planes": 3},
+        {"name": "conv2.weight", "shape": [8, 8, 3, 3], "weights": 576, "planes": 2},
+        {"name": "conv3.weight", "shape": [8, 8, 3, 3], "weights": 576, "planes": 2},
+    ],
+    "left_float": [{"name": "fc.weight", "shape": [10, 8], "why": "excluded by the recipe"}],
+    **{"target_mean_bits": 2.5, "mean_bits": 2.1579},
+    "bytes": {"model": 4321, "bit_packed_small": 1234},
+    "memory": {"bytes": 3 * 2**20, "free_bytes": 2**31, "images": 64},
+    "time": {"steps": 120, "step_seconds": 0.5, "evaluations": 1, "evaluation_seconds": 2, "seconds": 62},
+}
+
+
+def test_a_plan_says_in_a_few_lines_what_is_quantized_how_large_and_how_long() -> None:
+    out = io.StringIO()
+    print_plan(PLAN, Console(file=out, width=80))
+    assert [line.rstrip() for line in out.getvalue().splitlines()] == [
+        "model        resnet18 on /images",
+        "method       staged",
+        "training     1 epoch in float, 5 epochs of the search, batches of 64 images",
+        "quantized    3 weight tensors, 1,368 weights",
+        "left float   1 tensor: excluded by the recipe",
+        "bits         2.16 of 2.5, planes as far as a few steps tell: 2 tensors at 2, 1",
+        "             tensor at 3",
+        "file         about 4,321 bytes; 1,234 bytes by `csq export --bit-packed-small`",
+        "memory       about 3 MiB for steps of 64 images at once, 2.0 GiB are free",
+        "time         about 62 s: 120 steps of 0.5 s, 1 evaluation of 2 s",
+        "more         every tensor and the whole recipe: `csq plan … --verbose`",
+    ]
+
+
+def test_a_plan_in_full_goes_on_with_the_tensors_and_ends_in_the_recipe() -> None:
+    short, full = io.StringIO(), io.StringIO()
+    print_plan(PLAN, Console(file=short, width=80))
+    print_plan(PLAN, Console(file=full, width=80), verbose=True)
+    summary = short.getvalue().splitlines()[:-1]  # all but where there is more
+    lines = full.getvalue().splitlines()
+    assert lines[: len(summary)] == summary
+    first_tensor = next(number for number, line in enumerate(lines) if line.startswith("conv1.weight"))
+    assert len(summary) < first_tensor < lines.index("model:")
+    assert lines[-1] == "  epochs: 0"
+
+
+def test_shipped_recipes_stand_in_one_column_whatever_the_longest_is_called(
+    csq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    lines = csq("recipes")[1].splitlines()
+    begins = {line.index(line.split(None, 1)[1]) for line in lines}
+    assert len(lines) > 5
+    assert len(begins) == 1

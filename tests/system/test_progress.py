@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from csqcli.system.progress import Display, counted, duration, planes_fixed, summary
+from csqcli.system.progress import Display, counted, duration, fitted, planes_fixed, summary
 
 LINE = {
     "epoch": 1,
@@ -129,6 +129,16 @@ def test_a_terminal_shows_bars_with_the_time_left(clock: Clock) -> None:
         assert part in text
 
 
+def test_a_step_that_is_not_counted_shows_no_count(clock: Clock) -> None:
+    shown, out = display(clock, terminal=True)
+    with shown.step("loading PyTorch"):
+        pass
+    with shown.step("evaluating", 7):
+        pass
+    assert "?" not in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "0/7" in out.getvalue()
+
+
 def test_numbers_agree_with_their_nouns() -> None:
     assert [counted(n, "image") for n in (0, 1, 1297)] == ["0 images", "1 image", "1,297 images"]
     assert [counted(n, "class") for n in (1, 2)] == ["1 class", "2 classes"]
@@ -142,7 +152,42 @@ def test_planes_are_told_by_how_many_layers_have_how_many() -> None:
         planes_fixed([2, 2, 3, 0], 1.987, 2)
         == "planes fixed: 1 layer at 0, 2 layers at 2, 1 layer at 3; bits 1.99 of 2"
     )
-    assert "β" not in summary(LINE, 2)
+    assert "β" not in fitted(summary(LINE, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (None, "epoch   1 of 20  loss 0.5000  top-1 97.00 %  bits 2.00 of 2  lr 0.05  9 img/s  about 2 min left"),
+        (90, "epoch   1 of 20  loss 0.5000  top-1 97.00 %  bits 2.00 of 2  9 img/s  about 2 min left"),
+        (80, "epoch   1 of 20  loss 0.5000  top-1 97.00 %  bits 2.00 of 2  about 2 min left"),
+        (70, "epoch   1 of 20  top-1 97.00 %  bits 2.00 of 2  about 2 min left"),
+        (20, "epoch   1 of 20  top-1 97.00 %  bits 2.00 of 2  about 2 min left"),
+    ],
+)
+def test_an_epochs_line_leaves_out_first_what_matters_least(columns: int | None, said: str) -> None:
+    parts = [("epoch   1 of 20", 0), *summary(LINE, 2), ("about 2 min left", 0)]
+    assert fitted(parts, columns) == said
+
+
+def test_no_line_is_wider_than_a_terminal_and_a_log_has_all_of_it(clock: Clock) -> None:
+    long = "method staged: " + "soft masks priced by Fisher importance, " * 4
+    command = f"next: csq evaluate {'/a/long/path' * 9} --data digits"
+    for terminal in (True, False):
+        out = io.StringIO()
+        shown = Display(console=Console(file=out, force_terminal=terminal, width=80), clock=clock)
+        shown.say(long)
+        shown.say(command, whole=True)
+        with shown.training(epochs=20, steps_per_epoch=4, target_bits=2):
+            for step in range(1, 5):
+                clock.now += 100
+                shown.on_step(step, [0.25])
+            shown.on_epoch(LINE)
+        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()
+        assert command in lines
+        assert (long.rstrip() in map(str.rstrip, lines)) != terminal
+        assert any("lr 0.05" in line for line in lines) != terminal
+        assert not terminal or max(len(line) for line in lines if line != command) <= 80
 
 
 @pytest.mark.parametrize("method", ["staged", "csq"])

@@ -45,6 +45,33 @@ def test_a_file_that_no_run_wrote_is_replaced_by_force_only(
     assert (tmp_path / name).read_bytes() != b"mine"
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_rerun_with_force_leaves_no_file_of_the_run_before(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, interrupted: bool
+) -> None:
+    digits = ("search", "--recipe", "digits", "--quiet", "--output", tmp_path)
+    assert csq(*digits, "--target-size", "12kB", "--epochs", 1, "--set", "max_steps=2")[0] == 0
+    assert csq("export", tmp_path, "--int8-packed", "--quiet")[0] == 0
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {"model-bit-packed-small.safetensors", "metrics.jsonl", "model-int8-packed.safetensors"} <= kept
+    again = (*digits, "--force", "--target-bits", 2, "--epochs", 0, "--set", "images=64")
+    if interrupted:  # what was complete stays until there is something to take its place
+        with monkeypatch.context() as patched:
+            patched.setattr("csqcli.pipeline.publish", _interrupt)
+            assert csq(*again)[0] == 130
+        assert kept <= {path.name for path in tmp_path.iterdir()}
+    assert csq(*again)[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("model.safetensors", "report.json", "recipe.yaml"),
+        "model-int8-packed.safetensors",  # somebody's own
+    }
+    assert "model-int8-packed.safetensors: was exported from the model that this run replaced" in caplog.text
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("wrong", [("--checkpoint", "nothing.pth"), ("--set", "layers.exclude=[nothing]")])
 def test_a_start_that_fails_leaves_nothing_behind(csq, tmp_path: Path, wrong: tuple[str, str]) -> None:
     (tmp_path / "there").mkdir()

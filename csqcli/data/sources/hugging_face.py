@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csqcli.data.registry import data_source
-from csqcli.errors import UserError
+from csqcli.errors import UserError, install
 
 if TYPE_CHECKING:
     from csqcli.data.splits import DataSet
@@ -28,7 +28,7 @@ def _recognises(root: Path) -> bool:
 def hugging_face(text: str, *, train: bool) -> DataSet:
     """Images and labels of a table in files whose names or folders say the split; class names are those of its features.
 
-    Rows are read one by one, so order and resume are exact. Needs pyarrow (``pip install "csq[hf]"``), not `datasets`.
+    Rows are read one by one, so order and resume are exact. Needs pyarrow (``pip install 'csq[hf]'``), not `datasets`.
     """
     from csqcli.data.shards import find_shards
 
@@ -40,6 +40,6 @@ def hugging_face(text: str, *, train: bool) -> DataSet:
     try:
         from csqcli.data import tables
     except ImportError:
-        raise UserError("needs pyarrow", where=text, hint='pip install "csq[hf]"') from None
+        raise UserError("needs the package pyarrow", where=text, hint=install("hf")) from None
     wanted = {role: files for role, files in found.items() if role != "train" or train}
     return tables.data_set(wanted, root.parent if root.is_file() else root, label or None, where=text)

@@ -20,6 +20,7 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import METADATA_KEY, Manifest, ParityRecord
 from csqcli.quant.measuring import calls_of, logits_of, owner_of
 from csqcli.system import files
+from csqcli.system.progress import counted
 
 if TYPE_CHECKING:
     from csqcli.exporting.onnx_graph import PackedGraph
@@ -99,8 +100,8 @@ class Onnx(Form):
         self.reference = replace(self.probe, logits=logits)
         moved = float((logits - self.probe.logits).abs().max()) / max(self.probe.spread, 1e-6)
         self.notes.append(
-            f"TensorRT has no unsigned 8 bits: the inputs of {len(layers)} layers have 7, at twice the trained step, which moves "
-            f"the hard model's logits by {moved:.2g} of their standard deviation; errors are measured from there"
+            f"TensorRT has no unsigned 8 bits: the inputs of {counted(len(layers), 'layer')} have 7, at twice the trained step, "
+            f"which moves the hard model's logits by {moved:.2g} of their standard deviation; errors are measured from there"
         )
 
     def write(self, path: Path, parity: ParityRecord | None) -> None:

@@ -20,6 +20,7 @@ from csqcli.file.manifest import Form as Layout
 from csqcli.file.manifest import Manifest, ParityRecord
 from csqcli.quant.basis import nearest
 from csqcli.quant.measuring import logits_of
+from csqcli.system.progress import counted
 
 ROUNDING_TOLERANCE = (
     0.1  # of the logits' standard deviation; trained EfficientNet-lite0 at two planes moves by 0.03 at most
@@ -86,7 +87,8 @@ class BitPackedSmall(SafetensorsForm):
         self.file = in_16_bits(folding.file)  # the model that is written, and whose accuracy is measured
         if folding.norms:
             self.notes.append(
-                f"{folding.norms} BatchNorms folded, with the per-channel steps of {folding.steps} of {len(source.layers)} layers"
+                f"{counted(folding.norms, 'BatchNorm')} folded, "
+                f"with the per-channel steps of {folding.steps} of {len(source.layers)} layers"
             )
         self.notes += [f"{name} kept as it is: {why}" for name, why in folding.kept.items()]
 
