@@ -10,6 +10,18 @@ _BLANK = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20">{}</svg
 _LETTER = '<text x="2" y="16" font-family="Helvetica, Arial, sans-serif" font-size="14">M</text>'
 
 
+_FAMILIES = (  # what stands for sans-serif where the drawing's own families are missing: resvg knows no other than Arial
+    "Arial",
+    "Liberation Sans",
+    "DejaVu Sans",
+    "Noto Sans",
+    "Segoe UI",
+    "Helvetica Neue",
+    "Roboto",
+    "FreeSans",
+)
+
+
 def png(svg: str) -> bytes:
     """The bytes of a PNG of an SVG, at three pixels to one of the drawing. UserError without the package, and on a machine that
     has no font: text would be missing, in silence."""
@@ -18,7 +30,9 @@ def png(svg: str) -> bytes:
     except ImportError:
         hint = f"{install('png')}, or take --svg"
         raise UserError("needs the package resvg_py", where=_WHERE, hint=hint) from None
-    if resvg_py.svg_to_bytes(svg_string=_BLANK.format(_LETTER)) == resvg_py.svg_to_bytes(svg_string=_BLANK.format("")):
-        hint = "install one, such as DejaVu or Liberation, or take --svg"
-        raise UserError("this machine has no font to draw text with", where=_WHERE, hint=hint)
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=_ZOOM))
+    nothing = resvg_py.svg_to_bytes(svg_string=_BLANK.format(""))
+    for family in _FAMILIES:
+        if resvg_py.svg_to_bytes(svg_string=_BLANK.format(_LETTER), sans_serif_family=family) != nothing:
+            return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=_ZOOM, sans_serif_family=family))
+    hint = "install one, such as DejaVu or Liberation, or take --svg"
+    raise UserError("this machine has no font to draw text with", where=_WHERE, hint=hint)

@@ -20,6 +20,7 @@ import typer
 import yaml
 
 from csqcli.cli.app import app
+from tests.drawing import needs_png
 
 SEARCH = "search --recipe digits --target-bits 2 -o OUT --quiet --set max_steps=1 --epochs 1"
 FINETUNE = "finetune RUN --data digits -o OUT --quiet --set max_steps=1 --epochs 1"
@@ -423,7 +424,7 @@ def test_option_works(name: str, csq, digits_run: Path, image_folder: Path, tmp_
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     if "--png" in line:
-        pytest.importorskip("resvg_py")
+        needs_png()
     if "--litert" in line:
         pytest.importorskip("ai_edge_litert")
         pytest.importorskip("onnxscript")

@@ -12,6 +12,7 @@ from PIL import Image
 from csqcli.reporting import charts, svg
 from csqcli.reporting.charts import Figure, Point, Series
 from csqcli.reporting.words import middle, short, size
+from tests.drawing import needs_png
 
 HOSTILE = "</title></svg><script>alert(1)</script>\"'&\x00\x1b[2J\u202e"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -131,7 +132,7 @@ def test_names_are_shortened_in_the_middle_and_numbers_have_units() -> None:
 
 
 def test_a_png_shows_what_the_svg_does_at_three_times_its_size() -> None:
-    pytest.importorskip("resvg_py")
+    needs_png()
     from csqcli.reporting.png import png
 
     drawing = (
