@@ -106,12 +106,13 @@ def rounding_floor(
     bias_units: Mapping[str, Tensor],
     output_units: Mapping[str, Tensor],
     *,
+    relative: float = 1e-6,
     repeats: int = 4,
 ) -> float:
     """How far the hard model's own logits move, in their standard deviations, under changes that no engine avoids.
 
-    Those are one part in 10⁶ of the inputs; one part in 10⁶ of the largest output of each module whose input is rounded,
-    since engines sum in another order; and half a unit ([1] or [channels]) of the outputs of modules: of
+    Those are one part in 10⁶ of the inputs; ``relative`` of the largest output of each module whose input is rounded,
+    since engines sum in another order or numbers are stored in fewer bits; and half a unit ([1] or [channels]) of the outputs of modules: of
     ``bias_units`` (input scale × weight scale), to whose multiples int8 engines round biases, alike at all positions;
     of ``output_units``, to whose multiples the file rounds outputs, at each position on its own. Rounded activations
     then flip to neighbouring integers, and flips cascade.
@@ -120,7 +121,7 @@ def rounding_floor(
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_hook(_jitter(unit, rng, False)) for name, unit in bias_units.items()]
     hooks += [modules[name].register_forward_hook(_jitter(unit, rng, True)) for name, unit in output_units.items()]
-    hooks += [modules[name].register_forward_hook(_noise(rng)) for name in activations.attached(model)]
+    hooks += [modules[name].register_forward_hook(_noise(rng, relative)) for name in activations.attached(model)]
     try:
         moved = 0.0
         for _ in range(repeats):
@@ -147,13 +148,13 @@ def _jitter(unit: Tensor, rng: torch.Generator, everywhere: bool) -> Callable[..
     return hook
 
 
-def _noise(rng: torch.Generator) -> Callable[..., Any]:
-    """A forward hook that moves each output by up to one part in 10⁶ of the largest."""
+def _noise(rng: torch.Generator, relative: float) -> Callable[..., Any]:
+    """A forward hook that moves each output by up to ``relative`` of the largest."""
 
     def hook(module: nn.Module, _: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):
             return None
-        return output + (2e-6 * output.abs().max()) * (torch.rand(output.shape, generator=rng) - 0.5)
+        return output + (2 * relative * output.abs().max()) * (torch.rand(output.shape, generator=rng) - 0.5)
 
     return hook
 
