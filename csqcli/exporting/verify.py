@@ -112,10 +112,10 @@ def rounding_floor(
     """How far the hard model's own logits move, in their standard deviations, under changes that no engine avoids.
 
     Those are one part in 10⁶ of the inputs; ``relative`` of the largest output of each module whose input is rounded,
-    since engines sum in another order or numbers are stored in fewer bits; and half a unit ([1] or [channels]) of the outputs of modules: of
-    ``bias_units`` (input scale × weight scale), to whose multiples int8 engines round biases, alike at all positions;
-    of ``output_units``, to whose multiples the file rounds outputs, at each position on its own. Rounded activations
-    then flip to neighbouring integers, and flips cascade.
+    since engines sum in another order or numbers are stored in fewer bits; and half a unit ([1] or [channels]) of the
+    outputs of modules: of ``bias_units`` (input scale × weight scale), to whose multiples int8 engines round biases, alike at
+    all positions; of ``output_units``, to whose multiples the file rounds outputs, at each position on its own. Rounded
+    activations then flip to neighbouring integers, and flips cascade.
     """
     rng = torch.Generator().manual_seed(0)
     modules = dict(model.named_modules())
