@@ -8,9 +8,7 @@ _ZOOM = 3  # pixels to one of the drawing: 300 dpi in a column of 7 inches
 _WHERE = "--png"
 _BLANK = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20">{}</svg>'
 _LETTER = '<text x="2" y="16" font-family="Helvetica, Arial, sans-serif" font-size="14">M</text>'
-
-
-_FAMILIES = (  # what stands for sans-serif where the drawing's own families are missing: resvg knows no other than Arial
+_FAMILIES = (  # to try for the drawing's sans-serif, in this order: resvg takes Arial for it unless told another
     "Arial",
     "Liberation Sans",
     "DejaVu Sans",

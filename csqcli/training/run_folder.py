@@ -145,7 +145,7 @@ class RunFolder:
         try:
             report = read_json(files.read_regular(self.path / REPORT_FILE, limit=_REPORT_BYTES), nodes=HISTORY_VALUES)
             return _shipped_names(report) & {self.shipped_file(form).name for form in SHIPPED_FORMS}
-        except (OSError, ValueError, TypeError, AttributeError, UserError):
+        except (OSError, ValueError, UserError):
             return None
 
     def _report_of_this_run(self) -> dict[str, Any] | None:
@@ -235,9 +235,11 @@ class RunFolder:
         distributed.stop()
 
 
-def _shipped_names(report: dict[str, Any]) -> set[str]:
-    """Names of the files that a report's budgets are about."""
-    return {budget["file"] for budget in report.get("budgets", ()) if "file" in budget}
+def _shipped_names(report: Any) -> set[str]:
+    """Names of the files that a report's budgets are about; a report.json that anybody wrote may hold anything else."""
+    budgets = report.get("budgets") if isinstance(report, dict) else None
+    names = [budget.get("file") for budget in budgets if isinstance(budget, dict)] if isinstance(budgets, list) else []
+    return {name for name in names if isinstance(name, str)}
 
 
 def _existing(path: Path) -> set[Path]:

@@ -68,6 +68,15 @@ def test_a_rerun_with_force_leaves_no_file_of_the_run_before(
     assert "model-int8-packed.safetensors: was exported from the model that this run replaced" in caplog.text
 
 
+@pytest.mark.parametrize("report", ["[]", "3", '{"budgets": 3}', '{"budgets": [3, {"file": ["model.safetensors"]}]}'])
+def test_force_removes_nothing_by_the_word_of_a_report_that_no_run_wrote(csq, tmp_path: Path, report: str) -> None:
+    (tmp_path / "report.json").write_text(report)
+    (tmp_path / "model-bit-packed-small.safetensors").write_text("mine")
+    code, _, err = csq(*SEARCH, "-o", tmp_path, "--force")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "model-bit-packed-small.safetensors").read_text() == "mine"
+
+
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 

@@ -23,12 +23,9 @@ from csqcli.quant.basis import nearest
 from csqcli.quant.measuring import logits_of
 from csqcli.system.progress import counted
 
-ROUNDING_TOLERANCE = (
-    0.1  # of the logits' standard deviation; trained EfficientNet-lite0 at two planes moves by 0.03 at most
-)
-
-
-_HALF = 2.0**-12  # by how much a number moves at most that is rounded to a float16, as a share of it
+# Of the logits' standard deviation; trained EfficientNet-lite0 at two planes moves by 0.03 at most.
+ROUNDING_TOLERANCE = 0.1
+_HALF = 2.0**-12  # by how much float16 moves a number on average, as a share of it; 2⁻¹¹ at most
 
 
 class SafetensorsForm(Form):
