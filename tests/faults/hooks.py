@@ -52,14 +52,16 @@ def told_to_stop(
 
     def action(_: Trainer) -> None:
         run = os.getpid()
-        sent, send = os.pipe()
+        (asked, ask), (sent, send) = os.pipe(), os.pipe()
         if os.fork() == 0:
+            os.read(asked, 1)  # until the run is out of fork(), whose handlers no other process would have it run
             os.kill(run, first)
             os.write(send, b".")
             if second is not None:
                 time.sleep(gap)
                 os.kill(run, second)
             os._exit(0)
+        os.write(ask, b".")
         os.read(sent, 1)
 
     return action
