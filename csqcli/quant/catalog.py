@@ -78,6 +78,12 @@ class GateSettings(MethodSettings):
     logits (the paper)."""
     refit_scale: bool = True
     """Refit each layer's scale in closed form when β moves, so that the weights stay where they are."""
+    per_channel: bool = True
+    """A scale for every output channel, in the ratios of the channels' own one-plane steps, of which the layer's scale is trained; or
+    one scale per layer (the paper)."""
+    gate_limit: Annotated[float, Field(gt=0, le=LARGE)] | None = 4.0
+    """Most |βm| of a bit once planes are fixed: bits that far out are decided, and a gradient still reaches them. Unset: no limit
+    (the paper)."""
     restart_beta: Annotated[float, Field(gt=0, le=LARGE)] | None = 2.0
     """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
     rounding: Literal["threshold", "nearest"] = "nearest"
@@ -106,6 +112,13 @@ class CSQSettings(GateSettings):
 
 class UniformGateSettings(GateSettings):
     """Knobs of Eq. 3, where no mask is trained."""
+
+
+class StepSettings(MethodSettings):
+    """Knobs of the straight-through baselines."""
+
+    per_channel: bool = False
+    """One scale per output channel instead of one per layer (the papers); networks with depthwise convolutions need it."""
 
 
 class PARQSettings(MethodSettings):
@@ -230,6 +243,8 @@ PAPER = {  # what section IV-A says of the method itself; the old name csq-paper
     "beta_schedule": "epoch",
     "digits": "sign-magnitude",
     "init_scale": 1.0,
+    "per_channel": False,
+    "gate_limit": None,
     "gate_steps": "sgd",
     "precision_count": "sign",
     "fix_masks_at": 1.0,
@@ -307,6 +322,7 @@ CARDS = {
             f"{_METHODS}.uniform:StraightThrough",
             "straight-through gradients at a fixed step, the same planes in every layer unless an allocator decides",
             "planes",
+            StepSettings,
             citation="Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013",
         ),
         MethodCard(
@@ -314,6 +330,7 @@ CARDS = {
             f"{_METHODS}.uniform:LearnedStep",
             "straight-through gradients at a learned step, the same planes in every layer unless an allocator decides",
             "planes",
+            StepSettings,
             citation="Esser et al., Learned Step Size Quantization, ICLR 2020",
         ),
         MethodCard(

@@ -1,4 +1,4 @@
-"""Recipes of csq 0.1, where all methods shared one bag of settings and had other names.
+"""Recipes of earlier versions. In csq 0.1 all methods shared one bag of settings and had other names:
 
     csq         → staged       (the default then, without bit gates)
     csq-paper   → csq          (with the paper's settings, unless the recipe says otherwise)
@@ -6,6 +6,9 @@
 
 A recipe is of that kind when it names `csq-paper` or has one of the old keys; the complete recipe in an old file always has
 all of them. Without old keys, `csq` means what it means today.
+
+In 0.2 gates had one scale per layer and no limit: a section of a gate method that has every key of then, as complete recipes in
+files and run folders do, keeps that meaning.
 """
 
 from __future__ import annotations
@@ -31,13 +34,29 @@ _THEN: dict[str, Any] = {  # what gate methods did before they had a setting for
     "gate_steps": "sgd",
     "restart_beta": None,
     "fix_masks_at": 1.0,
+    "per_channel": False,
+    "gate_limit": None,
 }
+_SINCE_0_2 = {"per_channel": False, "gate_limit": None}  # what gate methods did in 0.2
 OLD_KEYS = frozenset((*_STAGED, *_SEARCHING_GATES))
 _NEW_NAMES = {"csq": "staged", "csq-paper": "csq"}
 
 
 def modernised(raw: dict[str, Any]) -> dict[str, Any]:
     """A recipe's raw mapping in today's names; the same mapping where it is of today already."""
+    return _as_in_0_2(_as_in_0_1(raw))
+
+
+def _as_in_0_2(raw: dict[str, Any]) -> dict[str, Any]:
+    complete = {}
+    for name in ("csq", "csq-uniform"):
+        section = raw.get(name)
+        if isinstance(section, dict) and section.keys() == CARDS[name].settings.model_fields.keys() - _SINCE_0_2.keys():
+            complete[name] = section | _SINCE_0_2
+    return raw | complete
+
+
+def _as_in_0_1(raw: dict[str, Any]) -> dict[str, Any]:
     old = raw.get("quantization")
     if not isinstance(old, dict):
         return raw

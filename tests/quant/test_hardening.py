@@ -20,6 +20,7 @@ from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
 from csqcli.quant.passes.bitplanes import BitPlanes
+from csqcli.quant.passes.rounding import mse_step
 
 CPU = torch.device("cpu")
 
@@ -336,18 +337,19 @@ def test_a_state_saved_before_at_or_after_the_fixing_step_goes_on_alike(stop: in
         assert torch.equal(ours.parameter, theirs.parameter)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("digits", ["signed", "sign-magnitude"])
-def test_fixed_planes_that_restart_lose_nothing_between_their_levels(digits: str) -> None:
+def test_fixed_planes_that_restart_lose_nothing_between_their_levels(digits: str, per_channel: bool) -> None:
     torch.manual_seed(0)
     layers, _ = find_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(20, 30)))
     before = [layer.parameter.detach().clone() for layer in layers]
     plan = plan_for(layers, 2, Schedule(40, 10), planes=[2, 2])
-    UniformCSQ(layers, plan, UniformGateSettings(digits=digits, restart_beta=2.0))
+    UniformCSQ(layers, plan, UniformGateSettings(digits=digits, restart_beta=2.0, per_channel=per_channel))
     for layer, weight in zip(layers, before, strict=True):
-        after = layer.parameter.detach()
-        reach = after.abs().max()  # 3 steps of the two planes
-        torch.testing.assert_close(after, weight.clamp(-reach, reach), atol=1e-5, rtol=1e-4)
-        assert reach > 0.5 * weight.abs().max()
+        after, rows = layer.parameter.detach().flatten(1), weight.flatten(1)
+        reach = after.abs().amax(dim=1, keepdim=True) if per_channel else after.abs().max()  # 3 steps of the two planes
+        torch.testing.assert_close(after, rows.clamp(-reach, reach), atol=1e-5, rtol=1e-4)
+        assert (reach > 0.5 * rows.abs().amax(dim=1, keepdim=True)).all() or not per_channel
 
 
 def test_a_preconditioned_step_moves_the_weights_as_sgd_on_them_does_at_any_scale() -> None:
@@ -355,7 +357,8 @@ def test_a_preconditioned_step_moves_the_weights_as_sgd_on_them_does_at_any_scal
     layer = Layer("w", nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)).view(5, 10)))
     for scale, beta in ((0.3, 1.0), (3.0, 2.0)):
         plan = plan_for([layer], 1, Schedule(10, 10), planes=[1], momentum=0.0, weight_decay=0.0)
-        method = UniformCSQ([layer], plan, UniformGateSettings(gate_steps="preconditioned", beta_initial=beta))
+        settings = UniformGateSettings(gate_steps="preconditioned", beta_initial=beta, per_channel=False)
+        method = UniformCSQ([layer], plan, settings)
         method.planes.pos.zero_()
         method.planes.neg.zero_()
         method.planes.scale.fill_(scale)
@@ -385,6 +388,65 @@ def test_a_soft_count_steers_by_the_planes_that_are_in_the_weights() -> None:
     sizes = torch.tensor([108.0, 96.0], dtype=torch.float64)
     expected = (torch.sigmoid(3.0 * logits.double()).sum(dim=1) @ sizes) / sizes.sum() - 2
     assert float(method._gap(3.0)) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_channels_have_scales_of_their_own_in_the_ratios_of_their_one_plane_steps() -> None:
+    """W_c = s·r_c·q: the delivered scale of every channel over the layer's is that of the float weights' MSE steps."""
+    torch.manual_seed(0)
+    layer = Layer("w", nn.Parameter(torch.randn(6, 40) * torch.logspace(-2, 1, 6).view(6, 1)))
+    steps = torch.cat([mse_step(row, 1, channel_dim=None) for row in layer.parameter.detach()]).double()
+    plan = plan_for([layer], 2, Schedule(10, 10), planes=[2])
+    method = UniformCSQ([layer], plan, UniformGateSettings())
+    method.harden(9)
+    (hard,) = method.hard_layers()
+    assert hard.scale.shape == (6,)
+    torch.testing.assert_close(hard.scale.double() / hard.scale[0], steps / steps[0], atol=0, rtol=1e-5)
+    torch.testing.assert_close(hard.weight(), layer.parameter.detach(), atol=0, rtol=1e-6)
+
+
+def test_gradients_reach_gates_of_channels_with_ratios_as_autograd_says() -> None:
+    """Eq. 4 with W_c = s·r_c·Σ_b …, in float64, against one plain SGD step of the flat passes."""
+    torch.manual_seed(1)
+    layer, beta, lr = Layer("w", nn.Parameter(torch.randn(3, 4))), 2.0, 0.1
+    ratios = torch.tensor([0.5, 1.0, 3.0])
+    planes = BitPlanes([layer], bits=2, device=CPU, ratios=[ratios])
+    planes.pos.normal_()
+    planes.neg.normal_()
+    planes.scale.fill_(0.7)
+    planes.fix_mask(torch.tensor([[True, True]]))
+    pos, neg = (logits.double().clone().requires_grad_() for logits in (planes.pos, planes.neg))
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    digits = torch.sigmoid(beta * pos) - torch.sigmoid(beta * neg)
+    weight = (scale / 3 * (digits[0] + 2 * digits[1])).view(3, 4) * ratios.double().view(3, 1)
+    planes.materialise(beta)
+    torch.testing.assert_close(layer.parameter.detach().double(), weight.detach(), atol=1e-6, rtol=1e-5)
+    slope = torch.randn(3, 4, dtype=torch.float64)
+    (weight * slope).sum().backward()
+    layer.parameter.grad = slope.float()
+    found = planes.update_gates(beta, lr=lr, momentum=0.0, weight_decay=0.0)
+    assert pos.grad is not None
+    assert neg.grad is not None
+    assert scale.grad is not None
+    torch.testing.assert_close(planes.pos.double(), pos.detach() - lr * pos.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(planes.neg.double(), neg.detach() - lr * neg.grad, atol=1e-6, rtol=1e-5)
+    assert float(found.scale[0]) == pytest.approx(float(scale.grad), rel=1e-5)
+
+
+def test_limited_gates_stay_within_reach_of_gradients_and_the_weights_where_they_are() -> None:
+    """|βm| never exceeds the limit once planes are fixed, and with gradients of zero no weight drifts while β grows."""
+    layer = Layer("w", nn.Parameter(torch.randn(5, 30, generator=torch.Generator().manual_seed(2))))
+    plan = plan_for([layer], 2, Schedule(400, 100), planes=[2], weight_decay=0.0)
+    method = UniformCSQ([layer], plan, UniformGateSettings(beta_final=200.0, gate_limit=4.0, harden_at=1.0))
+    method.harden(0)  # decided integers to begin with: what is between levels would harden on the way
+    start = method.hard_layers()
+    on = UniformCSQ([layer], Plan(Schedule(400, 100), plan.budget, start=start, weight_decay=0.0), method.settings)
+    before = layer.parameter.detach().clone()
+    for step in range(399):
+        layer.parameter.grad = torch.zeros_like(layer.parameter)
+        on.collect(step, lr=0.1, lr_share=1.0)
+        assert float(on.planes.pos.abs().max()) * on.beta(step + 1) <= 4.0 + 1e-4
+    on.materialise(399)
+    torch.testing.assert_close(layer.parameter.detach(), before, atol=1e-4, rtol=1e-3)
 
 
 def test_delivered_layers_with_holes_in_their_masks_are_recreated_exactly() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from csqcli.quant import budget
-from csqcli.quant.catalog import CARDS, PAPER, CSQSettings, StagedSettings
+from csqcli.quant.catalog import CARDS, PAPER, CSQSettings, StagedSettings, StepSettings
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
@@ -203,10 +203,14 @@ def test_allocation_of_many_layers_stays_within_the_budget_and_close_to_it() -> 
     assert 3.20 <= mean <= 3.21
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("kind", ["ste", "lsq"])
-def test_uniform_gradients_are_those_of_a_straight_through_graph(kind: str) -> None:
+def test_uniform_gradients_are_those_of_a_straight_through_graph(kind: str, per_channel: bool) -> None:
     model = small_model()
-    method = make(kind, model, target=2)
+    layers, _ = find_layers(model)
+    plan = plan_for(layers, 2, SCHEDULE, planes=[2] * len(layers))
+    method = METHODS[kind](layers, plan, StepSettings(per_channel=per_channel))
+    assert [len(scale) for scale in method.scales] == ([6, 16, 5] if per_channel else [1, 1, 1])
     x = torch.randn(8, 1, 6, 6)
     model(x).square().mean().backward()
     method.collect(0, lr=0.1, lr_share=1.0)
@@ -225,12 +229,13 @@ def test_uniform_gradients_are_those_of_a_straight_through_graph(kind: str) -> N
         f"{name}": v.detach().clone().requires_grad_() for name, v in zip(_names(model), method.latents, strict=True)
     }
     sizes = {name: s.detach().clone().requires_grad_() for name, s in zip(_names(model), method.scales, strict=True)}
-    weights = {name: Round.apply((v / sizes[name]).clamp(-3, 3)) * sizes[name] for name, v in latents.items()}
+    wide = {name: size.view(-1, *[1] * (latents[name].dim() - 1)) for name, size in sizes.items()}
+    weights = {name: Round.apply((v / wide[name]).clamp(-3, 3)) * wide[name] for name, v in latents.items()}
     torch.func.functional_call(twin, weights, (x,)).square().mean().backward()
     for index, name in enumerate(_names(model)):
         torch.testing.assert_close(method.latents[index].grad, latents[name].grad, atol=1e-6, rtol=1e-4)
         if kind == "lsq":
-            scaled = sizes[name].grad / (latents[name].numel() * 3) ** 0.5
+            scaled = sizes[name].grad / (latents[name].numel() / sizes[name].numel() * 3) ** 0.5
             torch.testing.assert_close(method.scales[index].grad, scaled, atol=1e-6, rtol=1e-3)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csqcli.errors import UserError
 from csqcli.quant import equations
 from csqcli.quant.budget import project
 from csqcli.quant.catalog import CSQSettings, GateSettings, UniformGateSettings
@@ -57,7 +56,14 @@ class GateMethod(WeightMethod):
         self.bits = self.planes_of_gates(plan)
         self.logit = settings.logit if settings.logit != "auto" else auto_logit(plan, settings.beta_final)
         signed = settings.digits == "signed"
-        self.planes = BitPlanes(layers, bits=self.bits, device=device, state_dtype=plan.state_dtype, signed=signed)
+        self.planes = BitPlanes(
+            layers,
+            bits=self.bits,
+            device=device,
+            state_dtype=plan.state_dtype,
+            signed=signed,
+            ratios=self._ratios(plan.start),
+        )
         weights = [layer.weights for layer in layers]
         self.device_weights = torch.tensor(weights, dtype=torch.float64, device=device)
         self.plane_cost = self.budget.plane_costs[:, 0].to(device)  # [layers]; of one plane
@@ -76,12 +82,25 @@ class GateMethod(WeightMethod):
             for index, delivered in enumerate(plan.start):
                 self._start_from(index, delivered, beta)
         elif self.fixing_step == 0 and settings.restart_beta is not None:
-            for index, layer in enumerate(layers):
-                self._restart_bits(index, layer.flat(layer.parameter.detach()).float(), starts=(), beta=beta)
+            for index in range(len(layers)):
+                self._restart_bits(index, self._float_weight(index), starts=(), beta=beta)
         else:
-            scales = [self._initial_scale(layer.parameter) for layer in layers]
+            scales = [self._initial_scale(self._float_weight(index)) for index in range(len(layers))]
             self.planes.initialise(logit=self.logit, mask_logit=self.mask_logit, beta=beta, scales=scales)
         self.materialise(0)
+
+    def _ratios(self, start: Sequence[HardLayer] | None) -> list[Tensor] | None:
+        """Per layer [channels]: what each output channel's scale is of the layer's; None for one scale per layer."""
+        if start is not None and any(delivered.scale.numel() > 1 for delivered in start):
+            return [channel_ratios(delivered.scale, layer) for delivered, layer in zip(start, self.layers, strict=True)]
+        if start is not None or not self.settings.per_channel:
+            return None
+        return [channel_ratios(_channel_steps(layer), layer) for layer in self.layers]
+
+    def _float_weight(self, index: int) -> Tensor:
+        """[weights]: what stands in the model now, at one scale for the layer."""
+        layer = self.layers[index]
+        return self.planes.over_ratios(index, layer.flat(layer.parameter.detach()))
 
     @property
     def mask_logit(self) -> float:
@@ -116,18 +135,14 @@ class GateMethod(WeightMethod):
         planes.pos.copy_(found.pos)
         planes.neg.copy_(found.neg)
         planes.scale.copy_(found.scale)
+        planes.ratios = found.ratios
         for index, (layer, delivered) in enumerate(zip(self.layers, start, strict=True)):
-            planes.fit_scale(index, layer.flat(delivered.weight()).to(planes.scale), beta)
+            weight = layer.flat(delivered.weight()).to(planes.scale)
+            planes.fit_scale(index, planes.over_ratios(index, weight), beta)
 
     def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
-        if layer.scale.numel() > 1:
-            raise UserError(
-                "gates train one scale per layer, the file has one per channel",
-                where=layer.name,
-                hint="use --method staged",
-            )
         lowest = int(torch.nonzero(layer.mask).flatten()[0]) if layer.planes else 0
-        full_scale = layer.scale / 2.0**lowest * (2**self.bits - 1)
+        full_scale = _layer_scale(layer.scale) / 2.0**lowest * (2**self.bits - 1)
         integers = (layer.integers << lowest).to(self.planes.pos.device)
         self.planes.set_integers(index, integers, full_scale, logit=self.logit, beta=beta)
 
@@ -156,7 +171,8 @@ class GateMethod(WeightMethod):
         if step + 1 == self.fixing_step:
             self._fix_masks(beta, self.beta(step + 1))
         elif self.settings.refit_scale:
-            planes.refit_scale(beta, self.beta(step + 1))
+            limit = self.settings.gate_limit if planes.fixed_mask is not None else None
+            planes.refit_scale(beta, self.beta(step + 1), limit)
 
     @property
     def reg_strength(self) -> float:
@@ -199,7 +215,8 @@ class GateMethod(WeightMethod):
         planes.scale_momentum.zero_()
 
     def _restart_bits(self, index: int, weight: Tensor, *, starts: Sequence[float], beta: float) -> None:
-        """Bits of one layer anew, on its fixed planes: the soft weight at ``beta`` is ``weight``, clipped to what they reach.
+        """Bits of one layer anew, on its fixed planes: the soft weight at ``beta`` is ``weight`` (at the layer's scale, [weights]),
+        clipped to what they reach.
 
         The scale is the one whose levels are nearest to the weight; what lies between two levels stays in the lowest
         plane's digits, so that nothing is rounded before training has decided it.
@@ -280,7 +297,10 @@ class GateMethod(WeightMethod):
         return self._deliver(self._threshold(self.beta(step))) if self.settings.measure_unit_steps else None
 
     def _deliver(self, hard: _Hardened) -> list[HardLayer]:
-        columns = zip(self.layers, hard.integers, hard.scales, hard.mask, strict=True)
+        scales = list(hard.scales)
+        if self.planes.ratios is not None:
+            scales = [scale * ratio for scale, ratio in zip(scales, self.planes.ratios, strict=True)]
+        columns = zip(self.layers, hard.integers, scales, hard.mask, strict=True)
         return [hard_layer(layer, integers, scale, mask) for layer, integers, scale, mask in columns]
 
     def fixed_planes(self) -> list[int] | None:
@@ -365,6 +385,24 @@ class UniformCSQ(GateMethod):
     @classmethod
     def planes_of_gates(cls, plan: Plan) -> int:
         return max(plan.planes) if plan.planes is not None else super().planes_of_gates(plan)
+
+
+def _channel_steps(layer: Layer) -> Tensor:
+    """[channels]: the one-plane step that suits each output channel; the same for all where a channel is one weight."""
+    weight = layer.parameter.detach()
+    alone = layer.weights == weight.shape[layer.channel_dim]
+    return mse_step(weight, 1, channel_dim=None if alone else layer.channel_dim)
+
+
+def _layer_scale(scales: Tensor) -> Tensor:
+    """[1]: the scale that a layer's channels are measured by, the root of the mean of their squares; one scale is itself."""
+    return scales if scales.numel() == 1 else scales.double().square().mean().sqrt().float().reshape(1)
+
+
+def channel_ratios(scales: Tensor, layer: Layer) -> Tensor:
+    """[channels]: each output channel's scale over :func:`_layer_scale`; ones for a layer that has a single scale."""
+    channels = layer.parameter.shape[layer.channel_dim]
+    return (scales.float() / _layer_scale(scales.float())).expand(channels).clone()
 
 
 def auto_logit(plan: Plan, beta_final: float) -> float:

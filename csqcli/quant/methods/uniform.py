@@ -7,41 +7,53 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from csqcli.quant.methods.latents import LatentMethod
+from csqcli.quant.catalog import StepSettings
+from csqcli.quant.hard_layer import spread
+from csqcli.quant.layers import Layer
+from csqcli.quant.methods.latents import LatentMethod, channel_means
 from csqcli.quant.passes.rounding import quantize, top_integer
 
 
 class StraightThrough(LatentMethod):
-    """A latent weight per weight, rounded at a fixed scale per layer; gradients pass the rounding unchanged.
+    """A latent weight per weight, rounded at a fixed scale per layer or channel; gradients pass the rounding unchanged.
 
-    The scale of a layer is 2·mean|W|/√(2^k−1). The base optimizer trains the latents; their gradients vanish where a latent
+    The scale is 2·mean|W|/√(2^k−1). The base optimizer trains the latents; their gradients vanish where a latent
     lies outside ±(2^k−1) scales. 2^(k+1) − 1 levels at k planes.
     """
 
     name = "ste"
+    Settings = StepSettings
+    settings: StepSettings
     learned_scale: ClassVar[bool] = False
 
     def begin(self) -> None:
         self.scales: list[nn.Parameter] = []
         self.least_scales: list[float] = []
-        for latent, k in zip(self.latents, self.planes, strict=True):
-            mean = latent.detach().abs().mean()
+        for layer, latent, k in zip(self.layers, self.latents, self.planes, strict=True):
+            sizes = latent.detach().abs()
+            mean = channel_means(layer, sizes) if self._by_channel(layer) else sizes.mean().reshape(1)
             start = 2 * torch.where(mean > 0, mean, 1e-8) / top_integer(k) ** 0.5
-            self.scales.append(nn.Parameter(start.reshape(1), requires_grad=self.learned_scale))
-            self.least_scales.append(min(1e-8, float(start) / 1000))
+            self.scales.append(nn.Parameter(start, requires_grad=self.learned_scale))
+            self.least_scales.append(min(1e-8, float(start.min()) / 1000))
+
+    def _by_channel(self, layer: Layer) -> bool:
+        return self.settings.per_channel and self.has_channel_scales(layer)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         scales = [{"params": self.scales, "weight_decay": 0.0}] if self.learned_scale else []
         return [*super().parameter_groups(), *scales]
 
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
-        return quantize(self.latents[index], self.scales[index], self.planes[index]), self.scales[index]
+        return quantize(self.latents[index], self._spread_scale(index), self.planes[index]), self.scales[index]
 
     def latent_gradient(self, index: int, gradient: Tensor) -> Tensor:
         return gradient * (self._ratio(index).abs() <= top_integer(self.planes[index]))
 
     def _ratio(self, index: int) -> Tensor:
-        return self.latents[index] / self.scales[index]
+        return self.latents[index] / self._spread_scale(index)
+
+    def _spread_scale(self, index: int) -> Tensor:
+        return spread(self.scales[index], self.latents[index], self.layers[index].channel_dim)
 
     @torch.no_grad()
     def materialise(self, step: int) -> None:
@@ -74,5 +86,9 @@ class LearnedStep(StraightThrough):
                 continue
             top, ratio = top_integer(self.planes[index]), self._ratio(index)
             slope = torch.where(ratio.abs() <= top, ratio.round() - ratio, ratio.sign() * top)
-            # Eq. 3 of Esser et al., with its gradient scale 1/√(N·top)
-            scale.grad = ((gradient * slope).sum() / (layer.weights * top) ** 0.5).reshape(1)
+            # Eq. 3 of Esser et al., with its gradient scale 1/√(N·top); N weights share the scale
+            share = layer.weights / scale.numel()
+            summed = (
+                channel_means(layer, gradient * slope) * share if self._by_channel(layer) else (gradient * slope).sum()
+            )
+            scale.grad = (summed / (share * top) ** 0.5).reshape(-1)

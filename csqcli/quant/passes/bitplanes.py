@@ -28,7 +28,7 @@ class LayerGradients:
 
     mask: Tensor  # [layers, bits]: dL/d f_β(m_B), i.e. s · 2^b/(2^n−1) · Σ_i g_i d_i
     scale: Tensor  # [layers]: dL/ds
-    squared: Tensor  # [layers]: Σ_i g_i², the layer's Fisher mass
+    squared: Tensor  # [layers]: Σ_i g_i², the layer's Fisher mass; with ratios that of the weight over them
 
 
 class BitPlanes:
@@ -42,9 +42,13 @@ class BitPlanes:
         device: torch.device,
         state_dtype: torch.dtype = torch.float32,
         signed: bool = True,
+        ratios: Sequence[Tensor] | None = None,
     ) -> None:
-        """``state_dtype``: of m_p, m_n and their momenta; float32 or bfloat16. ``signed``: the digits that logits start from."""
+        """``state_dtype``: of m_p, m_n and their momenta; float32 or bfloat16. ``signed``: the digits that logits start from.
+        ``ratios``: per layer [channels], what each output channel's scale is of the layer's; one scale per layer if unset.
+        """
         self.layers, self.bits, self.signed = list(layers), bits, signed
+        self.ratios = None if ratios is None else [ratio.view(-1, 1).to(device) for ratio in ratios]
         total = sum(layer.weights for layer in layers)
         self.pos = torch.empty(bits, total, dtype=state_dtype, device=device)
         self.neg = torch.empty_like(self.pos)
@@ -69,7 +73,8 @@ class BitPlanes:
         """
         self.mask_logits.fill_(mask_logit)
         for index, (layer, scale) in enumerate(zip(self.layers, scales, strict=True)):
-            integers = equations.quantize_integers(layer.parameter.detach(), scale, self.bits)
+            weight = layer.unflatten(self.over_ratios(index, layer.flat(layer.parameter.detach())))
+            integers = equations.quantize_integers(weight, scale, self.bits)
             self.set_integers(index, integers, scale, logit=logit, beta=beta)
 
     def set_integers(
@@ -93,6 +98,12 @@ class BitPlanes:
         if self.fixed_mask is None:
             softness = softness * equations.gate(self.mask_logits[index, 0].cpu(), beta)
         self.scale[index] = float(scale) / softness.to(self.scale.device)
+
+    def over_ratios(self, index: int, weight: Tensor) -> Tensor:
+        """A layer's weight, [weights], at one scale for the layer: each channel's values over its ratio. Float32."""
+        if self.ratios is None:
+            return weight.float()
+        return (self.layers[index].by_channel(weight.float()) / self.ratios[index]).flatten()
 
     def fix_mask(self, mask: Tensor) -> None:
         """From Eq. 5 to Eq. 4: q_B for good (bool [layers, bits]). Planes below a layer's lowest are not visited again."""
@@ -120,16 +131,19 @@ class BitPlanes:
                     where = self.slices[index]
                     pos, neg = self.pos[used, where], self.neg[used, where]
                     self.kernels.soft_weight(pos, neg, per_plane[index, used], beta, weight)
-                    continue
-                for chunk, of_layer in self._chunks_of(index):
-                    on, off = scratch[:, used, : chunk.stop - chunk.start]
-                    _gates(self.pos[used, chunk], beta, on)
-                    _gates(self.neg[used, chunk], beta, off)
-                    weight[of_layer] = per_plane[index, used] @ on.sub_(off)
+                else:
+                    for chunk, of_layer in self._chunks_of(index):
+                        on, off = scratch[:, used, : chunk.stop - chunk.start]
+                        _gates(self.pos[used, chunk], beta, on)
+                        _gates(self.neg[used, chunk], beta, off)
+                        weight[of_layer] = per_plane[index, used] @ on.sub_(off)
+                if self.ratios is not None:
+                    layer.by_channel(weight).mul_(self.ratios[index])
 
     @torch.no_grad()
     def soft_weight(self, index: int, beta: float) -> Tensor:
-        """Eq. 5 (Eq. 4 with a fixed mask) of one layer as [weights], float32, in the order of `Layer.flat`."""
+        """Eq. 5 (Eq. 4 with a fixed mask) of one layer as [weights], float32, in the order of `Layer.flat`; at the layer's scale,
+        without the channels' ratios."""
         per_plane = self.scale[index] * self.plane_weights * self.mask(beta)[index]
         chunks = [per_plane @ equations.soft_digits(*self._logits(chunk), beta) for chunk, _ in self._chunks_of(index)]
         return torch.cat(chunks)
@@ -151,7 +165,8 @@ class BitPlanes:
         multiplies the gates' gradients, and none of those returned.
 
         dL/dm_p[b] = g·c[b]·β·σ'(βm_p[b]) and dL/dm_n[b] = −g·c[b]·β·σ'(βm_n[b]), with
-        c[b] = s·2^b/(2^n−1)·mask[b]; the update is PyTorch's SGD (momentum without dampening, coupled weight decay).
+        c[b] = s·2^b/(2^n−1)·mask[b] and g = dL/dW times the channel's ratio; the update is PyTorch's SGD (momentum without
+        dampening, coupled weight decay).
         """
         gated = self.scale.unsqueeze(1) * self.plane_weights * self.mask(beta)
         if gain is not None:
@@ -166,6 +181,8 @@ class BitPlanes:
             if layer.parameter.grad is None:
                 continue
             gradient, used = layer.flat(layer.parameter.grad), self.used[index]
+            if self.ratios is not None:
+                gradient = (layer.by_channel(gradient) * self.ratios[index]).flatten()
             if self.kernels is not None:
                 state = (buffer[used, self.slices[index]] for buffer in self._state())
                 mask_gradient[index, used], squared[index] = self.kernels.update_gates(
@@ -185,15 +202,23 @@ class BitPlanes:
         return LayerGradients(mask=sums * self.scale.unsqueeze(1), scale=scale_gradient, squared=squared)
 
     @torch.no_grad()
-    def refit_scale(self, old_beta: float, new_beta: float) -> None:
-        """Closed-form scale that best keeps every layer's weight when β moves: s ← s·⟨W_old, W_new⟩/⟨W_new, W_new⟩."""
-        if old_beta == new_beta:
+    def refit_scale(self, old_beta: float, new_beta: float, limit: float | None = None) -> None:
+        """Closed-form scale that best keeps every layer's weight when β moves: s ← s·⟨W_old, W_new⟩/⟨W_new, W_new⟩.
+
+        ``limit``: logits are clamped to |βm| ≤ limit on the way; decided bits then all shrink alike, which the scale takes up.
+        """
+        if old_beta == new_beta and limit is None:
             return
         cross, square = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         old_planes, new_planes = self.plane_weights * self.mask(old_beta), self.plane_weights * self.mask(new_beta)
         for index, chunk in self._chunks():
             pos, neg = self._logits(chunk)
             old = old_planes[index] @ equations.soft_digits(pos, neg, old_beta)
+            if limit is not None:
+                most = limit / new_beta
+                for buffer in (self.pos, self.neg):
+                    buffer[:, chunk].clamp_(-most, most)
+                pos, neg = self._logits(chunk)
             new = new_planes[index] @ equations.soft_digits(pos, neg, new_beta)
             cross[index] += old @ new
             square[index] += new @ new
@@ -241,6 +266,8 @@ class BitPlanes:
         )
         state = {name: getattr(self, name) for name in names}
         state["orders"] = [list(layer.memory_order) for layer in self.layers]
+        if self.ratios is not None:
+            state["ratios"] = self.ratios
         return state if self.fixed_mask is None else state | {"fixed_mask": self.fixed_mask}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -248,6 +275,8 @@ class BitPlanes:
         for name, value in state.items():
             if name == "fixed_mask":
                 self.fix_mask(value)
+            elif name == "ratios":
+                self.ratios = [ratio.to(self.pos.device) for ratio in value]
             elif name != "orders":
                 getattr(self, name).copy_(value)
         for layer, where, order in zip(self.layers, self.slices, orders, strict=True):
