@@ -1,7 +1,7 @@
 """csq beside its rivals on a real network: EfficientNet-lite0 on Imagenette at 128 pixels, equal levels, epochs and loop.
 
-    python benchmarks/photographs.py --data imagenette --checkpoint tf_efficientnet_lite0.safetensors --work runs/photographs
-    python benchmarks/photographs.py … --rows "staged 2" "uniform 2" "lsq 2, 0.002"
+    python benchmarks/accuracy/photographs.py --data imagenette --checkpoint tf_efficientnet_lite0.safetensors --work runs/photographs
+    python benchmarks/accuracy/photographs.py … --rows "staged 2" "uniform 2" "lsq 2, 0.002"
 
 Every row is a search by the recipe `photographs` (3 epochs near the float network's features, BatchNorm frozen) without
 its epoch in float, one thread, from the checkpoint named: the published one, or

@@ -4,8 +4,8 @@ Each network is trained in float on CIFAR-10 first (AdamW 1e-3, cosine, 15 epoch
 same data order for a seed, float32, one thread, hard top-1 of the file as reloaded. The base optimizer trains what is
 not under quantization, and in `ste`, `lsq` and `parq` the quantized weights too; `staged` has its own Adam for those.
 
-    python benchmarks/layer_norm.py vit --data cifar10-jpeg --work runs/layer-norm
-    python benchmarks/layer_norm.py convnext --data cifar10-jpeg --work runs/layer-norm --rows "staged 2, sgd" "staged 2, adamw"
+    python benchmarks/accuracy/layer_norm.py vit --data cifar10-jpeg --work runs/layer-norm
+    python benchmarks/accuracy/layer_norm.py convnext --data cifar10-jpeg --work runs/layer-norm --rows "staged 2, sgd" "staged 2, adamw"
 
 Restartable: finished runs are read from --work. A row of the ViT takes about two minutes of one core, of the ConvNeXt three.
 """

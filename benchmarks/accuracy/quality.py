@@ -4,7 +4,7 @@ Proxy: CIFAR-10 pooled to 16×16, cifar_resnet8 (78k weights), a float checkpoin
 SGD 0.05 with momentum 0.9, cosine, batch 128, weight decay 5e-4, shifted and mirrored images. Same loop, same data order
 for a seed, hard top-1 of the file as reloaded. All through `csqcli.pipeline.search`, nothing is special here.
 
-    python benchmarks/quality.py --data cifar10:DIR --work runs/quality --jobs 2 --json runs/quality/table.json
+    python benchmarks/accuracy/quality.py --data cifar10:DIR --work runs/quality --jobs 2 --json runs/quality/table.json
 
 Restartable: finished runs are read from --work. About an hour on two cores with bfloat16 units, two to three without.
 """

@@ -5,7 +5,7 @@ not: k planes are 2^(k+1) − 1 levels of some methods and 2^k of others (docs/m
 entropy of the integers beside them. Every method has its defaults; where a paper's setting is for another optimizer than
 the proxy's SGD, both are rows.
 
-    python benchmarks/methods.py --data cifar10:DIR --work runs/methods --jobs 2 --act-bits 32 3 --json runs/methods/table.json
+    python benchmarks/accuracy/methods.py --data cifar10:DIR --work runs/methods --jobs 2 --act-bits 32 3 --json runs/methods/table.json
 
 Restartable: finished runs are read from --work. A run takes two to three minutes of one core; 42 rows, three seeds and both
 widths of activations are about ten hours of it. `--only "parq 2" "bsq 2"` runs some rows, `--seeds 1` one seed.
