@@ -71,6 +71,7 @@ def main() -> None:
                 for report in results[row_name(method, epochs, arguments.start)].values()
             ]
             for epochs in lengths
+            if results[row_name(method, epochs, arguments.start)]  # not where every seed diverged
         }
         for method in arguments.methods
     }
@@ -78,7 +79,8 @@ def main() -> None:
     print("|---" * (len(lengths) + 1) + "|")
     for method, curve in curves.items():
         cells = (
-            f"{statistics.mean(top1):.2f} ({', '.join(f'{value:.2f}' for value in top1)})" for top1 in curve.values()
+            f"{statistics.mean(top1):.2f} ({', '.join(f'{value:.2f}' for value in top1)})" if top1 else "diverged"
+            for top1 in map(curve.get, lengths)
         )
         print(f"| {method} | " + " | ".join(cells) + " |")
     if arguments.svg:
