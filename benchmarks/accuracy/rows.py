@@ -137,7 +137,7 @@ class Rows:
                 print(name)
                 continue
             self._line(name, self.search(name, recipe), after)
-        if self.given.json:
+        if self.given.json and not self.given.list:
             self.given.json.write_text(json.dumps(self.lines, indent=2) + "\n")
 
     def search(self, name: str, recipe: Any) -> tuple[Path, dict[str, Any] | str]:
@@ -148,16 +148,17 @@ class Rows:
         from csqcli.training.opening import open_images
 
         folder = self.given.work / f"{name.replace(', ', '-').replace(' ', '_')}-{recipe.seed}"
-        diverged = folder.with_name(f"{folder.name}-diverged.txt")  # a run that diverged early leaves no folder
-        if diverged.exists():
-            return folder, diverged.read_text()
+        diverged = folder.with_name(f"{folder.name}-diverged.json")  # a run that diverged early leaves no folder
+        known = json.loads(diverged.read_text()) if diverged.exists() else {}
+        if known.get("recipe") == recipe.to_dict():
+            return folder, str(known["why"])
         if self.images is None:
             self.images = open_images(recipe)
         try:
             report = pipeline.search(recipe, folder, display=Display(quiet=True), resume=True, images=self.images)
         except NonFinite as error:
             diverged.parent.mkdir(parents=True, exist_ok=True)
-            diverged.write_text(error.line())
+            diverged.write_text(json.dumps({"why": error.line(), "recipe": recipe.to_dict()}, indent=2) + "\n")
             return folder, error.line()
         return folder, report
 
