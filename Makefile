@@ -32,7 +32,7 @@ docs: $(VENV)/.installed-docs
 	@echo "build/site/index.html"
 
 bench: $(VENV)/.installed-dev
-	@echo "each file in benchmarks/ is a command of its own; see its header"; ls benchmarks
+	@echo "each file in benchmarks/ is a command of its own; see its header"; cat benchmarks/README.md
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -130,7 +130,7 @@ def cifar_resnet20(num_classes: int = 10) -> nn.Module:
 
 
 def cifar_resnet8(num_classes: int = 10) -> nn.Module:
-    """One block per stage: the small proxy of benchmarks/quality.py."""
+    """One block per stage: the small proxy of benchmarks/accuracy/quality.py."""
     return CifarResNet(1, num_classes=num_classes)
 
 

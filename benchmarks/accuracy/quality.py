@@ -4,7 +4,7 @@ Proxy: CIFAR-10 pooled to 16×16, cifar_resnet8 (78k weights), a float checkpoin
 SGD 0.05 with momentum 0.9, cosine, batch 128, weight decay 5e-4, shifted and mirrored images. Same loop, same data order
 for a seed, hard top-1 of the file as reloaded. All through `csqcli.pipeline.search`, nothing is special here.
 
-    python benchmarks/quality.py --data cifar10:DIR --work runs/quality --jobs 2 --json runs/quality/table.json
+    python benchmarks/accuracy/quality.py --data cifar10:DIR --work runs/quality --jobs 2 --json runs/quality/table.json
 
 Restartable: finished runs are read from --work. About an hour on two cores with bfloat16 units, two to three without.
 """
@@ -128,7 +128,10 @@ def parser(doc: str | None, work: str) -> argparse.ArgumentParser:
 
 
 def run_all(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
-    """{row: {seed: report}} of every row and seed asked for, from one float checkpoint; finished runs are read."""
+    """{row: {seed: report}} of every row and seed asked for, from one float checkpoint; finished runs are read. Seeds that diverged
+    are left out, and said."""
+    from csqcli.training.loop import NonFinite
+
     os.environ["OMP_NUM_THREADS"] = "1"
     checkpoint = Path(arguments.work) / "float15-0" / "model.safetensors"
     start = {"quantization.method": "float", "model.pretrained": False, "epochs": 15, "optimizer.lr": 0.1}
@@ -145,7 +148,11 @@ def run_all(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> d
                 pending[future] = (name, seed)
         for future in concurrent.futures.as_completed(pending):
             name, seed = pending[future]
-            results[name][seed] = report = future.result()
+            try:
+                results[name][seed] = report = future.result()
+            except NonFinite as error:  # which is a result, too
+                print(f"{name} seed {seed}: {error.line()}", flush=True)
+                continue
             print(
                 f"{name} seed {seed}: {report['budget']['mean_bits']:.3f} bits, {report['accuracy']['hard_top1']:.2f} %",
                 flush=True,
@@ -165,6 +172,8 @@ def table(results: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]
     """Mean, spread (sample standard deviation) and worst budget of every row."""
     rows = []
     for name, by_seed in _with_searches(results).items():
+        if not by_seed:  # every seed diverged
+            continue
         top1 = [by_seed[seed]["accuracy"]["hard_top1"] for seed in sorted(by_seed)]
         bits = [by_seed[seed]["budget"]["mean_bits"] for seed in sorted(by_seed)]
         rows.append(
@@ -198,7 +207,7 @@ def _with_searches(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, d
 def print_table(results: dict[str, dict[int, dict[str, Any]]]) -> None:
     import torch
 
-    seeds = len(next(iter(results.values())))
+    seeds = max(map(len, results.values()))
     print(
         f"\n{platform.processor() or platform.machine()}, torch {torch.__version__}, {seeds} seeds, hard top-1 of the file"
     )

@@ -1,7 +1,7 @@
 """At which schedule do bits beat latents? Methods at 2 planes over the number of epochs, on the proxy of `quality.py`.
 
-    python benchmarks/schedules.py --data cifar10:DIR --work runs/schedules --amp off --svg runs/schedules/from-scratch.svg
-    python benchmarks/schedules.py … --start checkpoint --methods staged csq ste --epochs 3 6 15 30
+    python benchmarks/accuracy/schedules.py --data cifar10:DIR --work runs/schedules --amp off --svg runs/schedules/from-scratch.svg
+    python benchmarks/accuracy/schedules.py … --start checkpoint --methods staged csq ste --epochs 3 6 15 30
 
 From scratch the peak learning rate is 0.1, from the float checkpoint of 15 epochs it is the proxy's 0.05. Hard top-1 of the file as
 reloaded. Restartable: finished runs are read from --work. An epoch takes ten to fifteen seconds of one core, so a curve from
@@ -71,6 +71,7 @@ def main() -> None:
                 for report in results[row_name(method, epochs, arguments.start)].values()
             ]
             for epochs in lengths
+            if results[row_name(method, epochs, arguments.start)]  # not where every seed diverged
         }
         for method in arguments.methods
     }
@@ -78,7 +79,8 @@ def main() -> None:
     print("|---" * (len(lengths) + 1) + "|")
     for method, curve in curves.items():
         cells = (
-            f"{statistics.mean(top1):.2f} ({', '.join(f'{value:.2f}' for value in top1)})" for top1 in curve.values()
+            f"{statistics.mean(top1):.2f} ({', '.join(f'{value:.2f}' for value in top1)})" if top1 else "diverged"
+            for top1 in map(curve.get, lengths)
         )
         print(f"| {method} | " + " | ".join(cells) + " |")
     if arguments.svg:

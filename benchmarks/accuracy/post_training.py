@@ -1,8 +1,8 @@
 """Post-training quantization: what each part of it is worth, which rules for single layers pay, and what a short training adds.
 
-    python benchmarks/post_training.py resnet20 --data cifar10-jpeg --checkpoint resnet20_float.safetensors --work runs/ptq-r20
-    python benchmarks/post_training.py lite0 --data imagenette --checkpoint tf_efficientnet_lite0.safetensors --work runs/ptq-lite0
-    python benchmarks/post_training.py lite0 … --rows "ptq, 2" "first and last float, 2" "ptq and 3 epochs, 2"
+    python benchmarks/accuracy/post_training.py resnet20 --data cifar10-jpeg --checkpoint resnet20_float.safetensors --work runs/ptq-r20
+    python benchmarks/accuracy/post_training.py lite0 --data imagenette --checkpoint tf_efficientnet_lite0.safetensors --work runs/ptq-lite0
+    python benchmarks/accuracy/post_training.py lite0 … --rows "ptq, 2" "first and last float, 2" "ptq and 3 epochs, 2"
 
 One thread, seed 0, float32; all through `csqcli.pipeline.search`. Every row is a run in a folder of --work: finished ones are read
 from there, so the command goes on where it was stopped. --rows picks some of them by name; rows of training take minutes

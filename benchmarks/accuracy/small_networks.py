@@ -1,6 +1,6 @@
 """A small ViT and a small ConvNeXt for CIFAR-10: timm's classes at sizes that train on one core, for layer_norm.py.
 
-csq search benchmarks/small_networks.py:vit --no-pretrained --method float --data cifar10:DIR --input-size 16 …
+csq search benchmarks/accuracy/small_networks.py:vit --no-pretrained --method float --data cifar10:DIR --input-size 16 …
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Every weight method at 1, 2 and 3 planes and equal epochs, on the proxy of `quality.py`: published ones beside csq's own.
 
-Same float checkpoint, loop, data order for a seed, and hard top-1 of the file as reloaded. Planes are counted alike, levels are
-not: k planes are 2^(k+1) − 1 levels of some methods and 2^k of others (docs/methods.md), so the table has them, and the
-entropy of the integers beside them. Every method has its defaults; where a paper's setting is for another optimizer than
-the proxy's SGD, both are rows.
+The rivals' own code (`rivals.py`: torchao's PARQ, Brevitas' learned steps) is among them, at several rates. Same float checkpoint, loop,
+data order for a seed, and hard top-1 of the file as reloaded. Planes are counted alike, levels are not: k planes are 2^(k+1) − 1 levels
+of some methods and 2^k of others (docs/methods.md), so the table has them, and the entropy of the integers beside them. Every method has
+its defaults; where a paper's setting is for another optimizer than the proxy's SGD, both are rows.
 
-    python benchmarks/methods.py --data cifar10:DIR --work runs/methods --jobs 2 --act-bits 32 3 --json runs/methods/table.json
+    python benchmarks/accuracy/methods.py --data cifar10:DIR --work runs/methods --jobs 2 --act-bits 32 3 --json runs/methods/table.json
 
-Restartable: finished runs are read from --work. A run takes two to three minutes of one core; 42 rows, three seeds and both
-widths of activations are about ten hours of it. `--only "parq 2" "bsq 2"` runs some rows, `--seeds 1` one seed.
+Restartable: finished runs are read from --work. A run takes two to three minutes of one core; 66 rows, three seeds and both
+widths of activations are about sixteen hours of it. `--only "parq 2" "bsq 2"` runs some rows, `--seeds 1` one seed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import quality
+import rows as names_of_rows
 
 PLANES = (1, 2, 3)
 ODD = ("dorefa", "pact", "pact, SAWB", "scaled-uniform")  # 2^k levels
+RATES = (("sgd", 0.05), ("sgd", 0.01), ("adamw", 0.001))  # of the rivals' own code
 TERNARY, BINARY = "twn", ("xnor", "xnor, straight-through")
 
 
@@ -38,6 +40,10 @@ def methods() -> dict[str, dict[str, Any]]:
     rows["xnor, straight-through"] = {"quantization.method": "xnor", "xnor.gradient": "straight-through"}
     rows["ste, importance"] = {"quantization.method": "ste", "quantization.allocator": "importance"}
     rows["lsq, importance"] = {"quantization.method": "lsq", "quantization.allocator": "importance"}
+    for name in names_of_rows.LIBRARIES:
+        for kind, rate in RATES:
+            base = names_of_rows.OPTIMIZERS[kind] | {"optimizer.lr": rate}
+            rows[f"{name}, {kind} {rate:g}"] = names_of_rows.METHODS[name] | base
     return rows
 
 
@@ -74,7 +80,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--act-bits", type=int, nargs="+", default=[32], choices=[1, 2, 3, 4, 8, 32])
     arguments = parser.parse_args()
-    results = quality.run_all(rows_of(arguments.epochs, arguments.act_bits), arguments)
+    rows = rows_of(arguments.epochs, arguments.act_bits)
+    arguments.only = arguments.only or names_of_rows.installed(list(rows))
+    results = quality.run_all(rows, arguments)
     table = []
     for bits in arguments.act_bits:
         for name in methods():
