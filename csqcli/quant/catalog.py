@@ -224,11 +224,13 @@ class PTQSettings(MethodSettings):
     rounding: Literal["second-order", "nearest"] = "second-order"
     """To the levels that change the layer's outputs least, or each weight to its nearest."""
     follow_inputs: bool = True
-    """Fit each layer's outputs to the float network's, not to what its own weights would make of inputs that have changed."""
+    """Fit each layer's outputs to the float network's, not to what its own weights would make of inputs that have changed, as far as
+    that holds on images that did not decide it."""
     correct_bias: bool = True
     """Take the mean shift of a layer's outputs out of its bias, where it has one."""
     damping: float = Field(0.01, gt=0, le=LARGE)
-    """Added to the inputs' second moments, as a share of their mean: how little the images are trusted."""
+    """Added to the inputs' second moments, as a share of their mean: how little the images are trusted. It is the least; layers that
+    see few inputs for their weights take more."""
     recovery: float = Field(0.5, gt=0, le=1)
     """Discount of a plane's importance per plane below it, for what better rounding wins back."""
     zeroq_images: int = Field(64, ge=1, le=10**5)

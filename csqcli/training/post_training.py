@@ -31,7 +31,7 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import logits_of
 from csqcli.quant.methods.base import Plan, Schedule
 from csqcli.quant.methods.ptq import PostTraining, start_scale
-from csqcli.quant.second_order import damped, fit, for_moved_inputs
+from csqcli.quant.second_order import damped, fit, for_moved_inputs, held_out_damping, held_out_rounding
 from csqcli.system import distributed
 from csqcli.system.interrupt import Interrupted, StopRequest
 from csqcli.system.progress import planes_fixed
@@ -44,7 +44,7 @@ _BATCH = 64  # images per forward pass
 _FISHER_BATCH = 16  # images whose mean gradient is squared
 _SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
 _SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
-_MOST_COLUMNS = 2**13  # of a layer that is fitted: its moments take the square of that, thrice, in float32
+_MOST_COLUMNS = 2**13  # of a layer that is fitted: its moments take the square of that, seven times, in float32
 _SAVE_SECONDS = 20.0  # between two states
 
 
@@ -75,7 +75,7 @@ def measure_importance(run: Run, layers: Sequence[Layer]) -> tuple[Tensor | None
 
 @dataclass
 class _Moments:
-    """Sums over the input columns of one layer."""
+    """Sums over input columns of one layer."""
 
     second: Tensor  # Σ x̂ x̂ᵀ, [groups, columns, columns]
     cross: Tensor  # Σ (x − x̂) x̂ᵀ
@@ -96,6 +96,15 @@ class _Moments:
         self.mean += columns.sum(dim=-1)
         self.float_mean += float_columns.sum(dim=-1)
         self.count += columns.shape[-1]
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments(
+            self.second + other.second,
+            self.cross + other.cross,
+            self.mean + other.mean,
+            self.float_mean + other.float_mean,
+            self.count + other.count,
+        )
 
 
 @dataclass
@@ -239,13 +248,13 @@ class _Work:
 
     @torch.no_grad()
     def _round_group(self, group: Sequence[int]) -> None:
-        moments = self._collect(group)
+        halves = self._collect(group)
         for index in group:
-            self._round(index, moments[index])
+            self._round(index, halves.pop(index))
 
-    def _collect(self, group: Sequence[int]) -> dict[int, _Moments]:
-        """One pass: moments of the group's inputs; BatchNorms before it settle on the way."""
-        run, moments = self.run, dict[int, _Moments]()
+    def _collect(self, group: Sequence[int]) -> dict[int, list[_Moments]]:
+        """One pass: moments of the group's inputs, over each half of the images; BatchNorms before it settle on the way."""
+        run, halves = self.run, dict[int, list[_Moments]]()
         own = [self.layers[index] for index in group]
         parameters = dict(self.teacher.named_parameters())
         float_layers = [Layer(layer.name, parameters[layer.name]) for layer in own]
@@ -254,10 +263,12 @@ class _Work:
                 float_inputs = self._inputs(self.teacher, float_layers, batch, number)
                 inputs = self._inputs(run.model, own, batch, number)
                 for place, index in enumerate(group):
-                    if index not in moments:
-                        moments[index] = _Moments.like(inputs[place])
-                    moments[index].add(inputs[place], float_inputs[place])
-        return moments
+                    if index not in halves:
+                        halves[index] = [_Moments.like(inputs[place]) for _ in range(2)]
+                    parts = (columns.tensor_split(2, dim=-1) for columns in (inputs[place], float_inputs[place]))
+                    for half, part, float_part in zip(halves[index], *parts, strict=True):
+                        half.add(part, float_part)
+        return halves
 
     def _inputs(self, model: nn.Module, layers: Sequence[Layer], batch: Tensor, offset: int) -> dict[int, Tensor]:
         images = sum(map(len, self.batches))
@@ -267,21 +278,29 @@ class _Work:
             model(batch)
         return recorder.columns
 
-    def _round(self, index: int, moments: _Moments) -> None:
+    def _round(self, index: int, halves: Sequence[_Moments]) -> None:
         layer, k = self.layers[index], self.method.planes[index]
+        moments = halves[0] + halves[1]
         groups, columns = moments.mean.shape
-        weight = layer.parameter.detach().float().reshape(groups, -1, columns)
+        weight = layer.parameter.detach().float().clone().reshape(groups, -1, columns)  # placing overwrites it
         second, cross = moments.second / moments.count, moments.cross / moments.count
         if not bool(torch.isfinite(second).all()):
             hint = "its activations overflow on these images; check the checkpoint"
             raise UserError("the layer's inputs are NaN or infinite", where=layer.name, hint=hint)
-        second = damped(second, self.settings.damping)
-        target = for_moved_inputs(weight, second, cross) if self.settings.follow_inputs else weight
+        damping, seen = self.settings.damping, [half for half in halves if half.count]
+        parts = [(half.second / half.count, half.cross / half.count) for half in seen]
+        target = weight
+        if self.settings.follow_inputs and len(parts) == 2:
+            follow = held_out_damping(weight, parts, damping)
+            target = weight if follow is None else for_moved_inputs(weight, damped(second, follow), cross)
         shaped = target.reshape(layer.parameter.shape)
         scale = start_scale(shaped, layer, k)
         if k and columns > 1 and self.settings.rounding == "second-order":
             start = scale.expand(groups * weight.shape[1]).reshape(groups, -1, 1)
-            integers, fitted = fit(target, second, start, planes=k)
+            if moments.count < columns and len(parts) == 2:
+                own = [moment for moment, _ in parts]
+                damping = held_out_rounding(target, own, start, planes=k, share=damping)
+            integers, fitted = fit(target, damped(second, damping), start, planes=k)
             self.method.place(index, integers.reshape(layer.parameter.shape), fitted.flatten())
         else:
             self.method.write(index)
@@ -308,7 +327,9 @@ class _Work:
         self.done_layers = place
 
     def _settle_norms(self, place: int) -> None:
-        """A pass for the BatchNorms behind the last layers."""
+        """A pass for the BatchNorms behind the last layer, if any."""
+        if all(before <= self.done_layers for before in self.norms.values()):
+            return
         with torch.no_grad(), self._open_norms(place):
             for batch in self.batches:
                 self.teacher(batch)
@@ -345,10 +366,14 @@ class _Work:
 
 
 def _groups(order: Sequence[int], passes: int) -> list[list[int]]:
-    """Consecutive layers in at most so many groups, whose sizes differ by one at most."""
+    """Consecutive layers in at most so many groups, whose sizes differ by one at most. With two or more, the last layer is a group of
+    its own: what a layer does not see of those in its group the layers behind it make up for, and here there are none."""
     count = min(passes, len(order))
-    bounds = [len(order) * number // count for number in range(count + 1)] if count else []
-    return [list(order[a:b]) for a, b in itertools.pairwise(bounds)]
+    if count < 2:
+        return [list(order)] if order else []
+    *front, last = order
+    bounds = [len(front) * number // (count - 1) for number in range(count)]
+    return [*(front[a:b] for a, b in itertools.pairwise(bounds)), [last]]
 
 
 def _positions(layer: Layer, images: int) -> int:

@@ -90,6 +90,78 @@ def test_a_moved_input_is_followed_as_least_squares_do() -> None:
     np.testing.assert_allclose(found[0].numpy(), wanted, atol=1e-4)
 
 
+def moved(samples: int, columns: int, mix: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs [columns, samples] as a float network's last layers give them, and moved: in part by a rule, in part by chance."""
+    rng = np.random.default_rng(seed)
+    before = np.maximum(mix @ rng.normal(size=(columns, samples)) + 0.3, 0)
+    return before, 0.8 * before + 0.3 * before.std() * rng.normal(size=before.shape)
+
+
+def mixed(columns: int, rng: np.random.Generator) -> np.ndarray:
+    """How features come from as many independent causes, some of which matter more than others."""
+    return 10 * rng.normal(size=(columns, columns)) / columns**0.5 * np.arange(1, columns + 1) ** -0.7
+
+
+@pytest.mark.parametrize(("samples", "columns", "few"), [(128, 320, True), (4000, 40, False)])
+def test_moved_inputs_are_followed_as_far_as_it_holds_on_inputs_not_seen(samples: int, columns: int, few: bool) -> None:
+    rng = np.random.default_rng(1)
+    mix, weight = mixed(columns, rng), rng.normal(size=(10, columns))
+    before, after = moved(samples, columns, mix, seed=2)
+    fresh, fresh_after = moved(20_000, columns, mix, seed=3)
+
+    def fresh_error(found: Tensor) -> float:
+        return float(np.square(weight @ fresh - found[0].double().numpy() @ fresh_after).mean())
+
+    halves, w = [], torch.tensor(weight).float().unsqueeze(0)
+    for part in (slice(None, samples // 2), slice(samples // 2, None)):
+        x, xh = before[:, part], after[:, part]
+        sums = (xh @ xh.T / x.shape[1], (x - xh) @ xh.T / x.shape[1])
+        halves.append(tuple(torch.tensor(value).float().unsqueeze(0) for value in sums))
+    second, cross = ((one + other) / 2 for one, other in zip(*halves, strict=True))
+
+    def followed(share: float) -> Tensor:
+        return second_order.for_moved_inputs(w, second_order.damped(second, share), cross)
+
+    share = second_order.held_out_damping(w, halves, 0.01)
+    assert share is not None
+    assert fresh_error(followed(share)) < 0.9 * fresh_error(w)
+    if few:
+        assert share > 0.01
+        assert fresh_error(followed(0.01)) > fresh_error(w)  # what was done before
+    else:
+        assert share == 0.01
+
+
+def test_roundings_of_few_inputs_are_damped_so_that_they_hold_on_inputs_not_seen() -> None:
+    """Fewer inputs (100) than weights in a filter (240); 20,000 others, NumPy in float64."""
+    rng = np.random.default_rng(7)
+    mix, weight = mixed(240, rng), torch.tensor(rng.normal(size=(1, 10, 240))).float()
+    inputs, fresh = (np.maximum(mix @ rng.normal(size=(240, count)) + 0.3, 0) for count in (100, 20_000))
+    halves = [torch.tensor(part @ part.T / 50).float().unsqueeze(0) for part in (inputs[:, :50], inputs[:, 50:])]
+    scale = mse_step(weight[0], 2, channel_dim=0).view(1, 10, 1)
+    share = second_order.held_out_rounding(weight, halves, scale, planes=2, share=0.01)
+    found = {}
+    for damping in (0.01, share):
+        moment = second_order.damped((halves[0] + halves[1]) / 2, damping)
+        integers, fitted = second_order.fit(weight, moment, scale, planes=2)
+        found[damping] = errors(weight, integers, fitted, fresh[None]).sum()
+    nearest = errors(weight, quantize(weight, scale, 2), scale, fresh[None]).sum()
+    assert share > 0.01
+    assert found[share] < found[0.01]
+    assert found[share] < nearest
+
+
+def test_inputs_that_moved_by_chance_alone_are_not_followed() -> None:
+    rng = np.random.default_rng(4)
+    inputs = rng.normal(size=(60, 90))
+    moves = rng.normal(size=(60, 90))  # x − x̂ that has nothing to do with x̂
+    halves = []
+    for part in (slice(None, 45), slice(45, None)):
+        xh, d = inputs[:, part], moves[:, part]
+        halves.append(tuple(torch.tensor(value / 45).float().unsqueeze(0) for value in (xh @ xh.T, d @ xh.T)))
+    assert second_order.held_out_damping(torch.ones(1, 4, 60), halves, 0.01) is None
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [

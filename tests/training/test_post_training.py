@@ -15,6 +15,10 @@ import csqcli
 from csqcli import pipeline
 from csqcli.data.specs import open_data
 from csqcli.models.networks import digits_cnn
+from csqcli.quant.catalog import PTQSettings
+from csqcli.quant.layers import find_layers
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.ptq import PostTraining
 from csqcli.recipe.resolve import resolve
 from csqcli.system.progress import Display
 from csqcli.training import post_training
@@ -143,3 +147,56 @@ def test_a_batchnorm_moves_by_what_became_of_its_inputs_and_not_by_the_images() 
             float_norm(torch.tensor(batch, dtype=torch.float32))
             norm(torch.tensor(batch, dtype=torch.float32))
     torch.testing.assert_close((norm.running_mean, norm.running_var), before)
+
+
+@pytest.mark.parametrize("passes", [2, 5, 16])
+def test_the_last_layer_is_rounded_on_what_all_others_became(passes: int) -> None:
+    groups = post_training._groups(range(9), passes)
+    assert [index for group in groups for index in group] == list(range(9))
+    assert groups[-1] == [8]
+    assert len(groups) == min(passes, 9)
+    assert max(map(len, groups[:-1])) - min(map(len, groups[:-1])) <= 1
+
+
+def test_all_layers_in_one_pass_and_no_layer_at_all_are_possible() -> None:
+    assert post_training._groups(range(3), 1) == [[0, 1, 2]]
+    assert post_training._groups([], 4) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_classifier_that_sees_fewer_images_than_it_has_features_is_no_worse_on_others_than_plain_rounding(
+    seed: int,
+) -> None:
+    """One row per image, 128 of them for 320 features; outputs on 20,000 images not looked at, NumPy in float64."""
+    rng = np.random.default_rng(seed)
+    mix = 10 * rng.normal(size=(320, 320)) / 320**0.5 * np.arange(1, 321) ** -0.7
+
+    def features(images: int) -> tuple[np.ndarray, np.ndarray]:
+        before = np.maximum(mix @ rng.normal(size=(320, images)) + 0.3, 0)
+        return before, 0.8 * before + 0.3 * before.std() * rng.normal(size=before.shape)
+
+    model = nn.Sequential(nn.Linear(320, 10))
+    model[0].weight.data = torch.tensor(rng.normal(size=(10, 320))).float()
+    layers, _ = find_layers(model)
+    weight, bias = (value.detach().double().numpy().copy() for value in (model[0].weight, model[0].bias))
+    method = PostTraining(layers, plan_for(layers, 3, Schedule(0, 1), planes=[3]))
+    method.write(0)
+    nearest = model[0].weight.detach().double().numpy().copy()
+    work = post_training._Work(None, layers)  # type: ignore[arg-type]  # rounding a layer asks nothing of the run
+    model[0].weight.data = torch.tensor(weight).float()
+    work.method, work.settings, work.biases = method, PTQSettings(), {0: model[0].bias}
+    before, after = features(128)
+    columns, float_columns = (torch.tensor(value).float().unsqueeze(0) for value in (after, before))
+    halves = [post_training._Moments.like(columns) for _ in range(2)]
+    for half, part in zip(halves, (slice(None, 64), slice(64, None)), strict=True):
+        half.add(columns[..., part], float_columns[..., part])
+    with torch.no_grad():
+        work._round(0, halves)
+    found, found_bias = (value.detach().double().numpy() for value in (model[0].weight, model[0].bias))
+    means = (weight @ before).mean(axis=1) + bias  # the bias takes up what became of them
+    np.testing.assert_allclose((found @ after).mean(axis=1) + found_bias, means, rtol=1e-3, atol=1e-3)
+    fresh, fresh_after = features(20_000)
+    shift = (weight @ before - nearest @ after).mean(axis=1)  # plain rounding has its bias corrected too
+    wanted = weight @ fresh + bias[:, None]
+    plain = np.square(wanted - (nearest @ fresh_after + (bias + shift)[:, None])).mean()
+    assert np.square(wanted - (found @ fresh_after + found_bias[:, None])).mean() < plain
