@@ -38,6 +38,7 @@ class PlaneLimits:
 
     min_planes: tuple[int, ...]
     max_planes: tuple[int, ...]
+    needed: tuple[str, ...] = ()  # layers that keep a plane because the network ends without them (`quant.needed`)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ class Budget:
             if ceiling.spent(few) <= ceiling.allowed:
                 continue
             hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+            if self.limits.needed:
+                kept = f"{len(self.limits.needed)} of {len(self.weights)} layers"
+                hint = f"raise the target: {kept} keep a plane, because without them all images would score the same"
             if ceiling.unit:
                 asked = _said(ceiling.allowed + ceiling.beside, ceiling.unit)
                 needed = _said(ceiling.spent(few) + ceiling.beside, ceiling.unit, bare=True)
@@ -226,8 +230,12 @@ def plane_limits(
     keep: Sequence[str] = (),
     min_bits: Mapping[str, int] | None = None,
     max_bits: Mapping[str, int] | None = None,
+    needed: Sequence[str] = (),
 ) -> PlaneLimits:
-    """Limits from the recipe's globs: ``keep`` pins a layer at all its planes, ``min_bits``/``max_bits`` bound it."""
+    """Limits from the recipe's globs: ``keep`` pins a layer at all its planes, ``min_bits``/``max_bits`` bound it.
+
+    Layers named in ``needed`` keep one plane, whatever the floor, unless their ceiling is 0.
+    """
     names = [layer.name for layer in layers]
     fewest = dict.fromkeys(names, floor)
     most = dict.fromkeys(names, bits)
@@ -246,7 +254,10 @@ def plane_limits(
                 hint = "change layers.min_bits or layers.max_bits"
                 raise UserError(f"at least {fewest[name]} and at most {most[name]} planes", where=name, hint=hint)
             fewest[name] = most[name]  # an explicit ceiling beats the general floor
-    return PlaneLimits(tuple(fewest[name] for name in names), tuple(most[name] for name in names))
+    for name in needed:
+        fewest[name] = max(fewest[name], min(most[name], 1))
+    few, many = tuple(fewest[name] for name in names), tuple(most[name] for name in names)
+    return PlaneLimits(few, many, tuple(needed))
 
 
 def mean_planes(planes: Sequence[float], weights: Sequence[int]) -> float:

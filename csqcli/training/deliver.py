@@ -147,6 +147,7 @@ def write_report(run: Run, file: QuantizedFile, **more: Any) -> dict[str, Any]:
     """report.json: the manifest as written, the file's size, the history, and ``more``."""
     if run.shard.is_main:
         file.manifest.sizes.file_bytes = run.folder.model_file.stat().st_size
-    report = build_report(file.manifest, run.record.history) | more
+    kept = {} if run.record.needed is None else {"needed": run.record.needed}
+    report = build_report(file.manifest, run.record.history) | kept | more
     run.folder.write_report(report)
     return report

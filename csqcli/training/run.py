@@ -184,6 +184,11 @@ class Run:
         return self.record.latencies
 
     @property
+    def needed(self) -> Sequence[str]:
+        """Layers that the network would end without, where one may lose its last plane."""
+        return self.record.needed or ()
+
+    @property
     def target_bits(self) -> float | None:
         return self.recipe.quantization.target_bits
 

@@ -51,6 +51,7 @@ class RunRecord(BaseModel):
     input_top1: float | None = None  # percent, of the file that a finetune started from
     input_top1_present: float | None = None  # percent, among the data's classes, where the file's model has more
     latencies: Latencies | None = None  # of a budget in milliseconds, once they are known
+    needed: list[str] | None = None  # layers that the network ends without, where layers may lose their last plane
     planes: list[int] | None = None  # of every layer, once an allocator decided them
     step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
 
