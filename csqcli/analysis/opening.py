@@ -31,7 +31,7 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display, counted
 from csqcli.training.evaluate import check_scores
 from csqcli.training.latencies import Latencies
-from csqcli.training.limits import measure_needed
+from csqcli.training.limits import Ways, measure_ways
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.run import CALIBRATION_BATCHES, ShippedSize, data_config
 
@@ -51,7 +51,7 @@ class Opened:
     activations: ActivationQuantizers | None = None
     ships: ShippedSize | None = None  # no file is in sight
     latencies: Latencies | None = None  # of a budget in milliseconds
-    needed: list[str] = field(default_factory=list)  # layers that the network ends without, where layers may go
+    ways: Ways | None = None  # through the network, where layers may lose their last plane
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +62,7 @@ def open_for_search(recipe: Recipe, display: Display) -> Opened:
     """The float model and the batches that a search by this recipe calibrates on: the first ones of its training."""
     opened = _opened(recipe, display, calibrating=True)
     batches = opened.batches
-    opened.needed = measure_needed(recipe, opened.model, opened.layers, lambda: batches[0][0], display=display) or []
+    opened.ways = measure_ways(recipe, opened.model, opened.layers, lambda: batches[0][0], display=display)
     return opened
 
 

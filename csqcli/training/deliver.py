@@ -148,7 +148,7 @@ def write_report(run: Run, file: QuantizedFile, **more: Any) -> dict[str, Any]:
     """report.json: the manifest as written, the file's size, the history, and ``more``."""
     if run.shard.is_main:
         file.manifest.sizes.file_bytes = run.folder.model_file.stat().st_size
-    kept = {} if run.record.needed is None else {"needed": run.record.needed}
+    kept = {} if run.record.ways is None else run.record.ways.model_dump()
     sparsity = {
         layer.name: count_sparsity((layer.integers != 0).numpy(), channel_dim=layer.channel_dim)
         for layer in file.layers

@@ -38,6 +38,7 @@ from csqcli.training.distilled_images import DISTILLED_BATCH, distill_images
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.training.inputs import warn_of_last_bits, weights_hash
 from csqcli.training.latencies import Latencies
+from csqcli.training.limits import Ways
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.run_state import RunRecord, RunState
 from csqcli.training.teacher import Teacher
@@ -184,9 +185,9 @@ class Run:
         return self.record.latencies
 
     @property
-    def needed(self) -> Sequence[str]:
-        """Layers that the network would end without, where one may lose its last plane."""
-        return self.record.needed or ()
+    def ways(self) -> Ways | None:
+        """The ways through the network, where a layer may lose its last plane."""
+        return self.record.ways
 
     @property
     def target_bits(self) -> float | None:

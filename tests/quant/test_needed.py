@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
-from csqcli.quant.budget import PlaneLimits, make_budget, plane_limits
+from csqcli.quant.budget import PlaneLimits, allocate, make_budget, plane_limits, shared_within
 from csqcli.quant.layers import find_layers
-from csqcli.quant.needed import needed_layers
+from csqcli.quant.needed import layers_together, needed_layers
 
 IMAGES = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -108,3 +108,63 @@ def test_a_target_that_needed_layers_do_not_leave_is_refused_and_says_why() -> N
     with pytest.raises(UserError, match=r"target_bits 0.75 cannot be met.* need 1") as raised:
         make_budget(layers, 0.75, limits=kept).check_feasible()
     assert "2 of 2 layers keep a plane" in (raised.value.hint or "")
+
+
+def together(model: nn.Module, names: set[str]) -> list[list[str]]:
+    layers, _ = find_layers(model)
+    groups = layers_together(model, layers, [f"{name}.weight" for name in names], IMAGES)
+    return [[name.removesuffix(".weight") for name in group] for group in groups]
+
+
+def test_layers_of_one_branch_go_together_and_others_alone() -> None:
+    torch.manual_seed(0)
+    model = Ways().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert together(model, {"inner", "outer", "wide", "back"}) == [["inner", "outer"], ["wide", "back"]]
+    assert together(model, {"inner", "outer", "wide", "narrow", "unused"}) == [["inner", "outer"]]
+    assert together(model, set()) == []
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_chain_of_three_on_a_branch_is_one_group_and_a_gate_on_it_is_its_own() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+            self.reduce, self.expand, self.head = nn.Linear(6, 2), nn.Linear(2, 6), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            branch = torch.relu(self.b(torch.relu(self.a(x))))
+            branch = branch * torch.sigmoid(self.expand(torch.tanh(self.reduce(branch))))
+            return self.head(x + self.c(branch))
+
+    torch.manual_seed(0)
+    groups = together(Gated(), {"a", "b", "c", "reduce", "expand"})
+    assert groups == [
+        ["a", "b", "c"],
+        ["reduce", "expand"],
+    ]  # without the gate's layers the branch goes on at a fixed gate
+
+
+def test_a_group_gets_planes_for_all_its_layers_or_for_none() -> None:
+    layers, _ = find_layers(nn.Sequential(*(nn.Linear(10, 10, bias=False) for _ in range(5))))
+    kept = plane_limits(layers, bits=2, floor=0, together=[["0.weight", "1.weight"], ["2.weight", "3.weight"]])
+    importance = torch.tensor([[9.0, 1.0], [1.0, 0.5], [4.0, 3.0], [5.0, 0.1], [2.0, 1.9]], dtype=torch.float64)
+    # 10 for the first two, 9 for the next two; without groups 0 and 3 would be bought first
+    shared = shared_within(importance, make_budget(layers, 1, bits=2, limits=kept))
+    assert shared[:, 0].tolist() == [5.0, 5.0, 4.5, 4.5, 2.0]
+    assert shared[:, 1].tolist() == importance[:, 1].tolist()
+    by_target = {t: allocate(importance, make_budget(layers, t, bits=2, limits=kept)) for t in (0.4, 0.6, 0.8, 1.0)}
+    assert by_target[0.4] == [1, 1, 0, 0, 0]
+    assert by_target[0.6] == [1, 1, 0, 0, 1]  # no half of the second group for what is left
+    assert by_target[0.8] == [1, 1, 1, 1, 0]
+    assert by_target[1.0] == [1, 1, 2, 1, 0]
+
+
+def test_a_group_of_which_a_rule_keeps_a_layer_is_none() -> None:
+    layers, _ = find_layers(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 4)))
+    groups = [["0.weight", "1.weight"]]
+    assert plane_limits(layers, bits=8, floor=0, together=groups).together == ((0, 1),)
+    assert plane_limits(layers, bits=8, floor=0, together=groups, min_bits={"1": 2}).together == ()
+    assert plane_limits(layers, bits=8, floor=0, together=groups, max_bits={"0": 0}).together == ()

@@ -192,4 +192,18 @@ def test_with_a_floor_of_zero_the_report_names_the_layers_that_must_stay(tmp_pat
     found = pipeline.search(resolve("digits", SHORT | {"layers.floor": 0}), tmp_path / "run", display=QUIET)
     names = ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
     assert found["needed"] == names == json.loads((tmp_path / "run" / "report.json").read_text())["needed"]
+    assert found["together"] == []
     assert all(layer["bits"] >= 1 for layer in found["layers"])
+
+
+def test_with_a_floor_of_zero_a_residual_branch_goes_whole(tmp_path: Path) -> None:
+    model = {"model.source": "cifar_resnet8", "model.checkpoint": None, "model.pretrained": False, "data.input_size": 8}
+    settings = model | {"layers.floor": 0, "quantization.target_bits": 0.2, "max_steps": 4, "epochs": 1}
+    found = pipeline.search(resolve("digits", settings), tmp_path / "run", display=QUIET)
+    bits = {layer["name"].removesuffix(".weight"): layer["bits"] for layer in found["layers"]}
+    assert len(found["together"]) == 3
+    for group in found["together"]:
+        assert len({bits[name.removesuffix(".weight")] > 0 for name in group}) == 1
+    assert min(bits[name.removesuffix(".weight")] for name in found["needed"]) >= 1
+    assert found["budget"]["mean_bits"] <= 0.2
+    assert found["sparsity"]["empty_layers"] == sum(count == 0 for count in bits.values()) > 0
