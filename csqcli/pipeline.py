@@ -39,6 +39,7 @@ from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
 from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
+from csqcli.training.limits import measure_ways
 from csqcli.training.loop import Trainer
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.planning import try_out
@@ -93,6 +94,7 @@ def search(
             layers, left_float = run.find_layers()
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
+            _know_ways(run, layers)
             check_written_planes(run, recipe, layers)
             rehearse(run, layers, left)
             if warm is not None:
@@ -211,6 +213,15 @@ def _deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) ->
     raise UserError(what, where=str(run.folder.model_file), hint="ask for more, or for fewer --target-bits")
 
 
+def _know_ways(run: Run, layers: list[Layer]) -> None:
+    """Where layers may lose their last plane: measure the ways through the network; a resumed run has them."""
+    if run.record.ways is None:
+        found = measure_ways(
+            run.recipe, run.model, layers, lambda: next(iter(run.calibration_batches()))[0], display=run.display
+        )
+        run.record.ways = distributed.from_main(found)
+
+
 def _know_latencies(run: Run, layers: list[Layer]) -> None:
     """Set what a budget in milliseconds counts with: the table that is named, or measured now; a resumed run has it."""
     if not layers or run.recipe.quantization.target_latency is None or run.record.latencies is not None:
@@ -275,6 +286,7 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
             layers, left_float = run.find_layers()
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
+            _know_ways(run, layers)
             rehearse(run, layers, left)
             run.keep_teacher()
             _know_latencies(run, layers)

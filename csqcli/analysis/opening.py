@@ -31,6 +31,7 @@ from csqcli.system.device import pick_device
 from csqcli.system.progress import Display, counted
 from csqcli.training.evaluate import check_scores
 from csqcli.training.latencies import Latencies
+from csqcli.training.limits import Ways, measure_ways
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.run import CALIBRATION_BATCHES, ShippedSize, data_config
 
@@ -50,6 +51,7 @@ class Opened:
     activations: ActivationQuantizers | None = None
     ships: ShippedSize | None = None  # no file is in sight
     latencies: Latencies | None = None  # of a budget in milliseconds
+    ways: Ways | None = None  # through the network, where layers may lose their last plane
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +60,10 @@ class Opened:
 
 def open_for_search(recipe: Recipe, display: Display) -> Opened:
     """The float model and the batches that a search by this recipe calibrates on: the first ones of its training."""
-    return _opened(recipe, display, calibrating=True)
+    opened = _opened(recipe, display, calibrating=True)
+    batches = opened.batches
+    opened.ways = measure_ways(recipe, opened.model, opened.layers, lambda: batches[0][0], display=display)
+    return opened
 
 
 def open_for_looking(recipe: Recipe, display: Display, *, images: int) -> Opened:

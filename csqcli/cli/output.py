@@ -116,6 +116,7 @@ def lines(texts: Iterable[str], *, indent: int) -> None:
 def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool, display: Display) -> None:
     """What `csq search` and `csq finetune` print at the end: the report for people, with commands to go on with, or as it is."""
     from csqcli.file.header import read_manifest
+    from csqcli.reporting.recompute import recomputed
     from csqcli.reporting.terminal import budget_line, print_report
 
     if not is_main_process():
@@ -124,7 +125,7 @@ def result_of_run(file: Path, report: Mapping[str, Any], *, json_wanted: bool, d
         as_json(report)
     else:
         manifest = read_manifest(file)
-        print_report(manifest, console(), history=report["history"])
+        print_report(manifest, console(), history=report["history"], sparsity=recomputed(file).sparsity)
         lines(map(budget_line, report.get("budgets", ())), indent=13)
         line(f"wrote {file}")
         for command in _next_commands(file, manifest, report):

@@ -54,6 +54,7 @@ def report(
         from csqcli.reporting.recompute import recomputed
         from csqcli.reporting.terminal import print_report
 
-        print_report(recomputed(file).manifest, output.console(), history=history_beside(file), as_stated=True)
+        found, lines = recomputed(file), history_beside(file)
+        print_report(found.manifest, output.console(), history=lines, sparsity=found.sparsity, as_stated=True)
     for name in written:
         output.line(f"wrote {name}")

@@ -114,6 +114,17 @@ def count_encoded(data: bytes, encoding: str, weights: int) -> np.ndarray:
     return counts
 
 
+def nonzero_encoded(data: bytes, encoding: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Where an encoded layer's integers are not 0: bool of ``shape``. ValueError as in :func:`decode`."""
+    weights = math.prod(shape)
+    packed, width = _packed(data, encoding, weights)
+    if width == 16:
+        return decode(data, encoding, shape) != 0
+    byte = np.arange(256)
+    table = np.stack([(byte >> shift) & (2**width - 1) != WIDTHS[width] for shift in range(0, 8, width)], axis=1)
+    return table[packed].reshape(-1)[:weights].reshape(shape)
+
+
 def count(integers: np.ndarray, *, low: int | None = None, high: int | None = None) -> np.ndarray:
     """How often each integer from ``low`` to ``high`` occurs; unset, those are the least and the greatest one."""
     flat = integers.reshape(-1)

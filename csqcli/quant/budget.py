@@ -38,6 +38,8 @@ class PlaneLimits:
 
     min_planes: tuple[int, ...]
     max_planes: tuple[int, ...]
+    needed: tuple[str, ...] = ()  # layers that keep a plane because the network ends without them (`quant.needed`)
+    together: tuple[tuple[int, ...], ...] = ()  # layers that have a plane each or none at all
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ class Budget:
             if ceiling.spent(few) <= ceiling.allowed:
                 continue
             hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+            if self.limits.needed:
+                kept = f"{len(self.limits.needed)} of {len(self.weights)} layers"
+                hint = f"raise the target: {kept} keep a plane, because without them all images would score the same"
             if ceiling.unit:
                 asked = _said(ceiling.allowed + ceiling.beside, ceiling.unit)
                 needed = _said(ceiling.spent(few) + ceiling.beside, ceiling.unit, bare=True)
@@ -226,8 +231,14 @@ def plane_limits(
     keep: Sequence[str] = (),
     min_bits: Mapping[str, int] | None = None,
     max_bits: Mapping[str, int] | None = None,
+    needed: Sequence[str] = (),
+    together: Sequence[Sequence[str]] = (),
 ) -> PlaneLimits:
-    """Limits from the recipe's globs: ``keep`` pins a layer at all its planes, ``min_bits``/``max_bits`` bound it."""
+    """Limits from the recipe's globs: ``keep`` pins a layer at all its planes, ``min_bits``/``max_bits`` bound it.
+
+    Layers named in ``needed`` keep one plane, whatever the floor, unless their ceiling is 0. Those of a group of ``together``
+    lose their last plane together, unless a rule keeps one of them or takes it away.
+    """
     names = [layer.name for layer in layers]
     fewest = dict.fromkeys(names, floor)
     most = dict.fromkeys(names, bits)
@@ -246,7 +257,12 @@ def plane_limits(
                 hint = "change layers.min_bits or layers.max_bits"
                 raise UserError(f"at least {fewest[name]} and at most {most[name]} planes", where=name, hint=hint)
             fewest[name] = most[name]  # an explicit ceiling beats the general floor
-    return PlaneLimits(tuple(fewest[name] for name in names), tuple(most[name] for name in names))
+    for name in needed:
+        fewest[name] = max(fewest[name], min(most[name], 1))
+    few, many = tuple(fewest[name] for name in names), tuple(most[name] for name in names)
+    groups = [tuple(map(names.index, group)) for group in together]
+    free = [group for group in groups if all(few[layer] == 0 < many[layer] for layer in group)]
+    return PlaneLimits(few, many, tuple(needed), tuple(free))
 
 
 def mean_planes(planes: Sequence[float], weights: Sequence[int]) -> float:
@@ -310,7 +326,31 @@ def allocate(importance: Tensor, budget: Budget) -> list[int]:
     ``importance`` [layers, bits] is what each further plane of a layer saves, planes taken in order. The budget is
     divided into at most 50,000 cells and costs are rounded up, so the result is never over it; what rounding
     left unused is then given to the planes that save most per cost. Several budgets are shared out by `program`.
+    Of layers that are of use only together (`limits.together`) the budget's end may leave a part: the group
+    that saves least per cost among them goes, and what it had is shared out again.
     """
+    importance = shared_within(importance, budget)
+    while True:
+        planes = _allocate(importance, budget)
+        parts = [group for group in budget.limits.together if len({planes[layer] > 0 for layer in group}) == 2]
+        if not parts:
+            return planes
+        first_costs = budget.plane_costs[:, 0].clamp_min(1)
+        least = min(parts, key=lambda group: float(importance[group[0], 0]) / float(first_costs[group[0]]))
+        most = tuple(0 if layer in least else many for layer, many in enumerate(budget.limits.max_planes))
+        budget = replace(budget, limits=replace(budget.limits, max_planes=most))
+
+
+def shared_within(importance: Tensor, budget: Budget) -> Tensor:
+    """Importance [layers, bits] with the first planes of layers that are of use only together at what they save together per cost."""
+    shared = importance.clone()
+    for group in map(list, budget.limits.together):
+        costs = budget.plane_costs[group, 0].clamp_min(1).to(importance)
+        shared[group, 0] = importance[group, 0].sum() / costs.sum() * costs
+    return shared
+
+
+def _allocate(importance: Tensor, budget: Budget) -> list[int]:
     budget.check_feasible()
     if budget.also:
         value = importance.detach().to("cpu", torch.float64).cumsum(dim=1).numpy()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from csqcli.quant import equations
-from csqcli.quant.budget import Budget, allocate
+from csqcli.quant.budget import Budget, allocate, shared_within
 from csqcli.quant.layers import Layer
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import plane_errors, plane_shares, soft_planes
@@ -67,7 +67,7 @@ class SoftMasks:
 
     def solve(self, importance: Tensor, beta: float) -> Tensor:
         """Soft masks σ(β(log I − log λ)) with λ such that they cost what the target allows. Float32 [layers, bits]."""
-        logits = (importance / self.costs.clamp_min(1)).clamp_min(1e-30).log()
+        logits = (shared_within(importance, self.budget) / self.costs.clamp_min(1)).clamp_min(1e-30).log()
         one_plane = self.costs[:, :1].sum()
 
         def masks(log_price: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from csqcli.errors import UserError
 from csqcli.file.manifest import Manifest
 from csqcli.reporting.recompute import recomputed
+from csqcli.reporting.sparsity import LayerSparsity, described
 from csqcli.system.files import read_regular
 from csqcli.system.limits import read_json
 from csqcli.system.run_files import METRICS_FILE
@@ -16,9 +18,14 @@ _HISTORY_BYTES = 2**26  # a line takes a few hundred
 _LINE_VALUES = 2**14  # a mask per layer among them
 
 
-def build(manifest: Manifest, history: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """The report of a run: the manifest, with the file's measured size, and a line per epoch."""
-    return manifest.model_dump(mode="json") | {"history": history or []}
+def build(
+    manifest: Manifest,
+    history: list[dict[str, Any]] | None = None,
+    *,
+    sparsity: Mapping[str, LayerSparsity] | None = None,
+) -> dict[str, Any]:
+    """The report of a run: the manifest, with the file's measured size, the sparsity of its layers, and a line per epoch."""
+    return manifest.model_dump(mode="json") | {"sparsity": described(sparsity or {}), "history": history or []}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -27,7 +34,8 @@ def describe(path: Path) -> dict[str, Any]:
     Raises UserError for a file that is not csq's or is damaged.
     """
     found = recomputed(path)
-    return build(found.manifest, history_beside(path)) | {"as_stated": found.as_stated}
+    report = build(found.manifest, history_beside(path), sparsity=found.sparsity)
+    return report | {"as_stated": found.as_stated}
 
 
 def history_beside(file: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from csqcli.file.header import (
 )
 from csqcli.file.manifest import LayerRecord, Manifest
 from csqcli.reporting.histogram import Histogram, histogram
+from csqcli.reporting.sparsity import LayerSparsity, count_sparsity
 
 AS_STATED = ("accuracy", "compute.macs", "classes", "trained_outputs", "left_float", "environment", "recipe", "parity")
 _AS_STATED_IN_GRAPHS = ("sizes.entropy_bits_per_weight", "sizes.float_bytes")  # its integers are inside of a graph
@@ -44,6 +45,7 @@ class Recomputed(NamedTuple):
     histograms: dict[
         str, Histogram
     ]  # of each layer's integers; none for an ONNX or LiteRT file, whose integers are inside of a graph
+    sparsity: dict[str, LayerSparsity]  # of each layer; none, likewise
 
 
 def recomputed(path: Path) -> Recomputed:
@@ -51,13 +53,14 @@ def recomputed(path: Path) -> Recomputed:
 
     Raises UserError for a file that is not csq's, and where a layer's bytes are not what the manifest says.
     """
+    sparse: dict[str, LayerSparsity] = {}
     if path.suffix in GRAPHS:
         manifest = read_manifest(path)
         found, float_bytes = None, manifest.sizes.float_bytes
     else:
         with open_safetensors(path) as file:
             manifest = manifest_of(file, path)
-            found = _integers(file, manifest, path)
+            found, sparse = _integers(file, manifest, path)
             float_bytes = 4 * _elements(file, manifest)
             manifest.sizes.parts = parts(file, path)
         manifest.sizes.file_bytes = path.stat().st_size
@@ -70,30 +73,31 @@ def recomputed(path: Path) -> Recomputed:
     if manifest.compute is not None:
         size, macs = manifest.compute.input_size, manifest.compute.macs
         manifest.compute = sizes.compute(manifest.layers, manifest.activations, input_size=size, macs=macs)
-    return Recomputed(manifest, [*AS_STATED, *(_AS_STATED_IN_GRAPHS if found is None else ())], found or {})
+    return Recomputed(manifest, [*AS_STATED, *(_AS_STATED_IN_GRAPHS if found is None else ())], found or {}, sparse)
 
 
-def _integers(file: Any, manifest: Manifest, path: Path) -> dict[str, Histogram]:
-    """How each layer's integers are spread, a layer in memory at a time."""
-    found = {}
+def _integers(file: Any, manifest: Manifest, path: Path) -> tuple[dict[str, Histogram], dict[str, LayerSparsity]]:
+    """How each layer's integers are spread and where they are 0, a layer in memory at a time."""
+    found, sparse = {}, {}
     try:
         bit_packed = CODES_TENSOR in file.keys()
         places = spans(manifest.layers, file.get_slice(CODES_TENSOR).get_shape()) if bit_packed else {}
         for layer in manifest.layers:
             try:
-                low, counts = _counts(file, layer, places)
+                low, counts, nonzero = _counts(file, layer, places)
             except (ValueError, SafetensorError) as error:
                 raise ValueError(f"layer {layer.name}: {error}") from None
             if counts.sum() != layer.weights:
                 raise ValueError(f"layer {layer.name}: {counts.sum()} integers for {layer.weights} weights")
             found[layer.name] = histogram(counts, low=low)
+            sparse[layer.name] = count_sparsity(nonzero.reshape(layer.shape), channel_dim=layer.channel_dim)
     except (ValueError, SafetensorError) as error:
         raise UserError(str(error), where=str(path), hint="the file is damaged") from None
-    return found
+    return found, sparse
 
 
-def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]) -> tuple[int, np.ndarray]:
-    """The first integer counted, and how often it and those after it occur, whatever the form.
+def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]) -> tuple[int, np.ndarray, np.ndarray]:
+    """The first integer counted, how often it and those after it occur, and where integers are not 0, whatever the form.
 
     ValueError where the bytes are not the layer's.
     """
@@ -110,15 +114,16 @@ def _counts(file: Any, layer: LayerRecord, places: Mapping[str, tuple[int, int]]
     return _of_codes(payload.tobytes(), layer)
 
 
-def _of_integers(integers: np.ndarray) -> tuple[int, np.ndarray]:
-    return int(integers.min(initial=0)), codes.count(integers)
+def _of_integers(integers: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    return int(integers.min(initial=0)), codes.count(integers), integers != 0
 
 
-def _of_codes(payload: bytes, layer: LayerRecord) -> tuple[int, np.ndarray]:
+def _of_codes(payload: bytes, layer: LayerRecord) -> tuple[int, np.ndarray, np.ndarray]:
     if layer.encoding.startswith("codes16"):
         return _of_integers(codes.decode(payload, layer.encoding, (layer.weights,)))
     counts = codes.count_encoded(payload, layer.encoding, layer.weights)
-    return 1 - len(counts) // 2, counts  # codes of w bits are −(2^(w−1) − 1) and up
+    nonzero = codes.nonzero_encoded(payload, layer.encoding, (layer.weights,))
+    return 1 - len(counts) // 2, counts, nonzero  # codes of w bits are −(2^(w−1) − 1) and up
 
 
 def _integers_of(weight: np.ndarray, layer: LayerRecord) -> np.ndarray:

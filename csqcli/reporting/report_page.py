@@ -18,6 +18,7 @@ from csqcli.reporting.histogram import Histogram
 from csqcli.reporting.page import Column, Section, cards, page, table
 from csqcli.reporting.png import png
 from csqcli.reporting.recompute import recomputed
+from csqcli.reporting.sparsity import LayerSparsity, sentence
 from csqcli.reporting.svg import element, escaped
 from csqcli.reporting.words import layer_names, short, signed, size
 from csqcli.system.files import replacing
@@ -39,6 +40,7 @@ class _Shown:
     manifest: Manifest
     lines: list[Mapping[str, Any]]
     histograms: Mapping[str, Histogram]
+    sparsity: Mapping[str, LayerSparsity]
     figures: Figures
     file: Path
     as_stated: Sequence[str]
@@ -85,7 +87,7 @@ def _shown(file: Path) -> _Shown:
     found = recomputed(file)
     lines = history.lines_of(history_beside(file))
     drawn = figures(found.manifest, lines, found.histograms)
-    return _Shown(found.manifest, lines, found.histograms, drawn, file, found.as_stated)
+    return _Shown(found.manifest, lines, found.histograms, found.sparsity, drawn, file, found.as_stated)
 
 
 def _bits(manifest: Manifest) -> str:
@@ -218,8 +220,11 @@ def _layer_table(shown: _Shown) -> str:
     total = sum(layer.packed_bytes for layer in manifest.layers) or 1
     names = layer_names([layer.name for layer in manifest.layers])
     inputs = {entry.module: entry.bits for entry in manifest.activations}
-    headings = ("planes", "mask", "shape", "weights", "MACs", "BOPs", "stored", "entropy", "bytes", "share", "integers")
-    columns = [Column("layer"), *(Column(name, name not in ("shape", "mask", "integers")) for name in headings)]
+    headings = ("planes", "mask", "shape", "weights", "MACs", "BOPs", "stored", "entropy", "bytes", "share")
+    columns = [Column("layer"), *(Column(name, name not in ("shape", "mask")) for name in headings)]
+    if shown.sparsity:
+        columns += [Column(name, True) for name in ("zeros", "empty filters", "empty inputs", "2:4")]
+    columns.append(Column("integers"))
     rows = [
         [
             (escaped(name), None),
@@ -233,6 +238,7 @@ def _layer_table(shown: _Shown) -> str:
             (f"{layer.entropy_bits:.2f}", layer.entropy_bits),
             (f"{layer.packed_bytes:,}", layer.packed_bytes),
             (f"{100 * layer.packed_bytes / total:.1f} %", layer.packed_bytes),
+            *_zeros(shown.sparsity.get(layer.name)),
             (_spark(layer, shown.histograms.get(layer.name)), None),
         ]
         for layer, name in zip(manifest.layers, names, strict=True)
@@ -242,7 +248,21 @@ def _layer_table(shown: _Shown) -> str:
     )
     left = [f"{entry.get('name')} ({entry.get('why')})" for entry in manifest.left_float]
     floats = element("p", escaped(f"Left in float: {', '.join(left)}.")) if left else ""
-    return table("layer-table", caption, columns, rows) + floats
+    sparse = element("p", escaped(f"Sparsity: {sentence(shown.sparsity)}.")) if shown.sparsity else ""
+    return table("layer-table", caption, columns, rows) + sparse + floats
+
+
+def _zeros(found: LayerSparsity | None) -> list[tuple[str, float | None]]:
+    """What of a layer's sparsity a runtime could use, as cells; none where its integers could not be counted."""
+    if found is None:
+        return []
+    groups = found.sparse_groups / found.groups if found.groups else None
+    return [
+        (f"{100 * found.zeros / found.weights:.1f} %", found.zeros / found.weights),
+        (f"{found.empty_filters} of {found.filters}", found.empty_filters),
+        (f"{found.empty_inputs} of {found.inputs}", found.empty_inputs),
+        ("–" if groups is None else f"{100 * groups:.1f} %", groups or 0),
+    ]
 
 
 def _spark(layer: LayerRecord, found: Histogram | None) -> str:

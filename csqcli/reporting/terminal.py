@@ -28,29 +28,47 @@ from csqcli.reporting.layout import (
     shortened,
     spark,
 )
+from csqcli.reporting.sparsity import LayerSparsity, sentence
 from csqcli.reporting.words import layer_names, short
 from csqcli.system.progress import counted, duration
 
 _LEAST_REASON = 34  # columns, of why a tensor stays float
 
 
-def print_report(manifest: Manifest, console: Console, *, history: Sequence[Any] = (), as_stated: bool = False) -> None:
-    """Per-layer table, totals, accuracy from float to hard, and the course of training; ``as_stated`` as for :func:`totals`."""
+def print_report(
+    manifest: Manifest,
+    console: Console,
+    *,
+    history: Sequence[Any] = (),
+    sparsity: Mapping[str, LayerSparsity] | None = None,
+    as_stated: bool = False,
+) -> None:
+    """Per-layer table, totals, accuracy from float to hard, and the course of training; ``as_stated`` as for :func:`totals`.
+
+    ``sparsity`` is of each layer by name, where its integers could be counted.
+    """
     marks = glyphs(console)
     console.print(shortened(printable(manifest.model.source), console.width, marks), highlight=False, markup=False)
     if manifest.layers:
-        print_columns(_layer_columns(manifest, marks), console, marks)
+        print_columns(_layer_columns(manifest, marks, sparsity or {}), console, marks)
         console.print()
     lines = [*totals(manifest, as_stated=as_stated), *_course(history, marks, console.width)]
+    if sparsity:
+        lines.append(f"{'sparsity':<{LABEL}}{sentence(sparsity)}")
     print_lines(lines, console)
 
 
-def _layer_columns(manifest: Manifest, marks: Glyphs) -> list[Column]:
+def _layer_columns(manifest: Manifest, marks: Glyphs, sparsity: Mapping[str, LayerSparsity]) -> list[Column]:
     layers = manifest.layers
     total_packed = sum(layer.packed_bytes for layer in layers) or 1
     macs = ["–" if layer.macs is None else short(layer.macs) for layer in layers]
     bars = [layer.mask.replace("1", marks.full).replace("0", marks.empty) for layer in layers]
     names = layer_names([printable(layer.name) for layer in layers])
+    zeros: list[Column] = []
+    if found := [sparsity[layer.name] for layer in layers if layer.name in sparsity]:
+        shares = [f"{100 * layer.zeros / layer.weights:.1f} %" for layer in found]
+        filters = [f"{layer.empty_filters} of {layer.filters}" for layer in found]
+        zeros = [Column("zeros", shares, rank=8, right=True), Column("empty filters", filters, rank=9, right=True)]
     return [
         Column("layer", names, shrinks=LEAST_NAME),
         Column("shape", ["×".join(map(str, layer.shape)) for layer in layers], rank=6),
@@ -62,6 +80,7 @@ def _layer_columns(manifest: Manifest, marks: Glyphs) -> list[Column]:
         Column("entropy", [f"{layer.entropy_bits:.2f}" for layer in layers], rank=3, right=True),
         Column("share", [f"{100 * layer.packed_bytes / total_packed:.1f} %" for layer in layers], rank=2, right=True),
         Column("mask", [layer.mask for layer in layers], rank=7),
+        *zeros,
     ]
 
 

@@ -17,6 +17,7 @@ from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import logits_of
 from csqcli.reporting.build import build as build_report
+from csqcli.reporting.sparsity import count_sparsity
 from csqcli.system import distributed
 from csqcli.system.run_files import MODEL_FILE
 from csqcli.training.evaluate import evaluate, recalibrate_batchnorm
@@ -147,6 +148,11 @@ def write_report(run: Run, file: QuantizedFile, **more: Any) -> dict[str, Any]:
     """report.json: the manifest as written, the file's size, the history, and ``more``."""
     if run.shard.is_main:
         file.manifest.sizes.file_bytes = run.folder.model_file.stat().st_size
-    report = build_report(file.manifest, run.record.history) | more
+    kept = {} if run.record.ways is None else run.record.ways.model_dump()
+    sparsity = {
+        layer.name: count_sparsity((layer.integers != 0).numpy(), channel_dim=layer.channel_dim)
+        for layer in file.layers
+    }
+    report = build_report(file.manifest, run.record.history, sparsity=sparsity) | kept | more
     run.folder.write_report(report)
     return report

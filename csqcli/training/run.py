@@ -38,6 +38,7 @@ from csqcli.training.distilled_images import DISTILLED_BATCH, distill_images
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.training.inputs import warn_of_last_bits, weights_hash
 from csqcli.training.latencies import Latencies
+from csqcli.training.limits import Ways
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.run_state import RunRecord, RunState
 from csqcli.training.teacher import Teacher
@@ -182,6 +183,11 @@ class Run:
     def latencies(self) -> Latencies | None:
         """What a budget in milliseconds counts with."""
         return self.record.latencies
+
+    @property
+    def ways(self) -> Ways | None:
+        """The ways through the network, where a layer may lose its last plane."""
+        return self.record.ways
 
     @property
     def target_bits(self) -> float | None:

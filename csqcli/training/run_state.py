@@ -18,6 +18,7 @@ from csqcli.system import files
 from csqcli.system.limits import check_tree
 from csqcli.training.inputs import Inputs
 from csqcli.training.latencies import Latencies
+from csqcli.training.limits import Ways
 
 MAX_ROLLBACKS = 3
 HISTORY_VALUES = 2**22
@@ -51,6 +52,7 @@ class RunRecord(BaseModel):
     input_top1: float | None = None  # percent, of the file that a finetune started from
     input_top1_present: float | None = None  # percent, among the data's classes, where the file's model has more
     latencies: Latencies | None = None  # of a budget in milliseconds, once they are known
+    ways: Ways | None = None  # through the network, where layers may lose their last plane
     planes: list[int] | None = None  # of every layer, once an allocator decided them
     step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
 

@@ -27,7 +27,6 @@ from csqcli.quant.budget import (
     allocate,
     latency_rows,
     make_budget,
-    plane_limits,
     uniform_target,
 )
 from csqcli.quant.catalog import CARDS, MANUAL, UNIFORM, MethodCard, find_allocator
@@ -41,6 +40,7 @@ from csqcli.recipe.schema import USERS_TARGETS, Recipe
 from csqcli.system import distributed, memory
 from csqcli.training.evaluate import BrokenScores, evaluate
 from csqcli.training.latencies import NANOSECONDS_PER_MS, Latencies
+from csqcli.training.limits import Ways, limits_of
 from csqcli.training.loop import NonFinite, Trainer
 from csqcli.training.run import Run, ShippedSize
 from csqcli.training.shared_start import known_importance
@@ -208,12 +208,15 @@ def check_written_planes(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> N
 
 
 class Counted(Protocol):
-    """What budgets may ask of a model: its multiply-accumulates, the widths of its layers' inputs, bytes and latencies where one
-    is in these."""
+    """What budgets may ask of a model: its multiply-accumulates, the widths of its layers' inputs, the ways through it,
+    bytes and latencies where one is in these."""
 
     operations: Operations | None
     activations: ActivationQuantizers | None
     ships: ShippedSize | None
+
+    @property
+    def ways(self) -> Ways | None: ...
 
     @property
     def latencies(self) -> Latencies | None: ...
@@ -221,15 +224,7 @@ class Counted(Protocol):
 
 def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
     """Targets, rules and costs of a run's layers."""
-    settings, rules = recipe.quantization, recipe.layers
-    limits = plane_limits(
-        layers,
-        bits=settings.max_bits,
-        floor=rules.floor,
-        keep=rules.keep,
-        min_bits=rules.min_bits,
-        max_bits=rules.max_bits,
-    )
+    settings, limits = recipe.quantization, limits_of(recipe, layers, run.ways)
     inputs = {entry.module: entry.bits for entry in run.activations.records()} if run.activations is not None else {}
     weights, found = tuple(layer.weights for layer in layers), []
 

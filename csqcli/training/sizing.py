@@ -105,7 +105,10 @@ def _change(run: Run, method: Staged, step: int, *, allowed: int, more: int) -> 
 
 def _fitted(method: Staged, planes: Sequence[int], allowed: int, more: int) -> list[int]:
     limits, bits = method.budget.limits, method.bits
-    few = tuple(max(low, k - 1) for low, k in zip(limits.min_planes, planes, strict=True))
+    few = [max(low, k - 1) for low, k in zip(limits.min_planes, planes, strict=True)]
+    staying = [group for group in limits.together if any(few[layer] for layer in group)]  # as one member has to
+    for layer in itertools.chain(*staying):
+        few[layer] = max(few[layer], 1)
     most = tuple(min(high, k + more) for high, k in zip(limits.max_planes, planes, strict=True))
     table = []
     for index, (low, high) in enumerate(zip(few, most, strict=True)):
@@ -116,7 +119,8 @@ def _fitted(method: Staged, planes: Sequence[int], allowed: int, more: int) -> l
     least = sum(row[k] for row, k in zip(table, few, strict=True))
     weights = method.budget.weights
     others = tuple(ceiling for ceiling in method.budget.ceilings if ceiling.unit != BYTES)
-    limits = PlaneLimits(few, most)
+    together = tuple(group for group in limits.together if group not in staying)
+    limits = PlaneLimits(tuple(few), most, limits.needed, together)
     budget = Budget(method.budget.target, weights, limits, tuple(table), max(allowed, least), BYTES, also=others)
     return allocate(method.savings_now(), budget)
 

@@ -179,3 +179,31 @@ def test_a_table_of_something_else_is_one_line(change: dict[str, Any], said: str
         pipeline.search(resolve("digits", settings), tmp_path / "run", display=QUIET)
     assert raised.value.line().startswith(f"{path}: {said}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_floor_of_zero_is_refused_before_training_where_the_network_would_end(tmp_path: Path) -> None:
+    settings = SHORT | {"layers.floor": 0, "quantization.target_bits": 0.75}  # three convolutions in a row, and a head
+    with pytest.raises(UserError, match=r"target_bits 0.75 cannot be met.* need 1") as raised:
+        pipeline.search(resolve("digits", settings), tmp_path / "run", display=QUIET)
+    assert "4 of 4 layers keep a plane" in (raised.value.hint or "")
+
+
+def test_with_a_floor_of_zero_the_report_names_the_layers_that_must_stay(tmp_path: Path) -> None:
+    found = pipeline.search(resolve("digits", SHORT | {"layers.floor": 0}), tmp_path / "run", display=QUIET)
+    names = ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
+    assert found["needed"] == names == json.loads((tmp_path / "run" / "report.json").read_text())["needed"]
+    assert found["together"] == []
+    assert all(layer["bits"] >= 1 for layer in found["layers"])
+
+
+def test_with_a_floor_of_zero_a_residual_branch_goes_whole(tmp_path: Path) -> None:
+    model = {"model.source": "cifar_resnet8", "model.checkpoint": None, "model.pretrained": False, "data.input_size": 8}
+    settings = model | {"layers.floor": 0, "quantization.target_bits": 0.2, "max_steps": 4, "epochs": 1}
+    found = pipeline.search(resolve("digits", settings), tmp_path / "run", display=QUIET)
+    bits = {layer["name"].removesuffix(".weight"): layer["bits"] for layer in found["layers"]}
+    assert len(found["together"]) == 3
+    for group in found["together"]:
+        assert len({bits[name.removesuffix(".weight")] > 0 for name in group}) == 1
+    assert min(bits[name.removesuffix(".weight")] for name in found["needed"]) >= 1
+    assert found["budget"]["mean_bits"] <= 0.2
+    assert found["sparsity"]["empty_layers"] == sum(count == 0 for count in bits.values()) > 0
