@@ -5,9 +5,10 @@ or `latents X` (of `staged`):
 
     "staged 2"   "lsq 2, adamw 0.0003"   "staged 1.5 A4"   "uniform 2, sgd 0.01, latents 0.001"   "float, adamw 0.001"
 
-`--rows` takes any such name, whether it is in the table or not; one with * stands for those of the table. `uniform` is `staged` without
-its search. `ste`, `lsq` and `parq` have the same planes in every layer, and at a target that is not whole those of csq's
-`importance`. `torchao-parq` and `brevitas` are the libraries' own code (`rivals.py`).
+`--rows` takes any such name, whether it is in the table or not; one with * stands for those of the table. `uniform` is `staged`
+without its search, `csq` trains bits. `ste`, `lsq` and `parq` have a scale per channel and the same planes in every layer, and at a
+target that is not whole those of csq's `importance`; `parq-importance` has these at any. `torchao-parq` and `brevitas` are the
+libraries' own code (`rivals.py`).
 """
 
 from __future__ import annotations
@@ -28,19 +29,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "float": {"quantization.method": "float"},
     "staged": {"quantization.method": "staged"},
     "uniform": {"quantization.method": "staged", "quantization.allocator": "uniform"},
-    "ste": {"quantization.method": "ste"},
-    "lsq": {"quantization.method": "lsq"},
+    "csq": {"quantization.method": "csq"},
+    "ste": {"quantization.method": "ste", "ste.per_channel": True},
+    "lsq": {"quantization.method": "lsq", "lsq.per_channel": True},
     "parq": {"quantization.method": "parq"},
+    "parq-importance": {"quantization.method": "parq", "quantization.allocator": "importance"},
     "torchao-parq": {"quantization.method": "rivals:TorchaoPARQ"},
     "brevitas": {"quantization.method": "rivals:Brevitas"},
 }
-RIVALS = (
-    "ste",
-    "lsq",
-    "parq",
-    "torchao-parq",
-    "brevitas",
-)  # the base optimizer trains their weights: a rate is part of the row
+# the base optimizer trains their weights: a rate is part of the row
+RIVALS = ("ste", "lsq", "parq", "parq-importance", "torchao-parq", "brevitas")
 LIBRARIES = {"torchao-parq": "torchao", "brevitas": "brevitas"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer.name": "momentum", "optimizer.weight_decay": 5e-4},

@@ -83,7 +83,7 @@ def test_rows_run_once_and_a_diverged_one_does_not_end_the_table(
     table = json.loads((tmp_path / "table.json").read_text())
     assert [line["row"] for line in table] == ["staged 2", "lsq 1, sgd 1e+06", "lsq 2, adamw 0.001"]
     assert table[0]["folder_is"] == "staged_2-0"
-    assert "NaN" in table[1]["diverged"] or "infinite" in table[1]["diverged"]
+    assert "the loss became" in table[1]["diverged"]
     report = json.loads((tmp_path / "lsq_2-adamw_0.001-0" / "report.json").read_text())
     assert table[2]["hard_top1"] == report["accuracy"]["hard_top1"]
     recipe = report["recipe"]["optimizer"]
