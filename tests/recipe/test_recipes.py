@@ -297,3 +297,15 @@ def test_beside_rounded_activations_integers_fit_int8(settings: dict[str, float]
 @pytest.mark.parametrize(("said", "operations"), [("5G", 5e9), ("800M", 8e8), ("1.5k", 1500.0), ("2e9", 2e9), (7, 7.0)])
 def test_bit_operations_are_a_number_or_a_round_one(said: object, operations: float) -> None:
     assert resolve("digits", {"quantization.target_bops": said}).quantization.target_bops == operations
+
+
+@pytest.mark.parametrize("name", ["csq", "csq-uniform"])
+def test_a_complete_recipe_of_0_2_keeps_one_scale_per_layer_and_gates_without_a_limit(name: str) -> None:
+    """What a run of 0.2 wrote has every key of then; a section of a few keys is of today."""
+    recipe = resolve("digits", {"quantization.method": name, "quantization.target_bits": 2}).to_dict()
+    assert (recipe[name]["per_channel"], recipe[name]["gate_limit"]) == (True, 4.0)
+    then = {key: value for key, value in recipe[name].items() if key not in ("per_channel", "gate_limit")}
+    again = validate(recipe | {name: then}, where="recipe.yaml").method_settings
+    assert (again.per_channel, again.gate_limit) == (False, None)
+    few = validate(recipe | {name: {"digits": "signed"}}, where="recipe.yaml").method_settings
+    assert (few.per_channel, few.gate_limit) == (True, 4.0)
