@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import quality
 import rows
 
 NETWORKS = {"vit": (16, "box"), "convnext": (32, "bilinear")}
@@ -28,17 +29,12 @@ RATES = ("sgd 0.05", "sgd 0.01", "adamw 0.001", "adamw 0.0003")
 def table(rates: list[str], own_rates: list[str]) -> list[str]:
     """Names of all rows, those that matter most first."""
     names = rows.with_rates(["float"], own_rates)
-    for planes in (2, 1, 3):
-        names += rows.with_rates([f"{method} {planes}" for method in ("staged", "uniform")], own_rates)
-        names += rows.with_rates([f"{method} {planes}" for method in rows.RIVALS], rates)
+    for planes in ("2", "1", "3"):
+        names += rows.at_planes(planes, rates, own_rates)
     return names
 
 
 def main() -> None:
-    from csqcli.data.loaders import hold
-    from csqcli.data.specs import open_data
-    from csqcli.models.networks import CIFAR_CONFIG
-
     parser = rows.parser(__doc__, epochs=3, rates=RATES, seed=1)
     parser.set_defaults(own_rates=list(RATES))
     parser.add_argument("network", choices=list(NETWORKS))
@@ -56,10 +52,7 @@ def main() -> None:
     }
     asked = rows.Rows(given, table(given.rates, given.own_rates), recipe="short", fixed=fixed)
     if not given.list:
-        config = CIFAR_CONFIG | {"input_size": (3, size, size), "interpolation": interpolation}
-        images = open_data(given.data, val_split="test")
-        images.train, images.val = hold(images.train, config, training=True), hold(images.val, config, training=False)
-        asked.images = images
+        asked.images = quality.cifar_images(given.data, size, interpolation)
         _, overrides = rows.parse("float, adamw 0.001")
         start = {"model.pretrained": False, "epochs": FLOAT_EPOCHS, "optimizer.warmup_epochs": 1, "seed": 0}
         asked.search("start", asked.recipe_of(overrides | start))

@@ -30,10 +30,7 @@ def table(rates: list[str], own_rates: list[str]) -> list[str]:
     """Names of all rows, those that matter most first."""
     names: list[str] = []
     for planes in ("2", "1", "3", "1.5"):
-        own = ("staged",) if planes == "1.5" else ("staged", "uniform")
-        rivals = () if planes == "1.5" else rows.RIVALS
-        names += rows.with_rates([f"{method} {planes}" for method in own], own_rates)
-        names += rows.with_rates([f"{method} {planes}" for method in rivals], rates)
+        names += rows.at_planes(planes, rates, own_rates, rivals=() if planes == "1.5" else rows.RIVALS)
     return names
 
 

@@ -22,7 +22,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-PROXY = {
+PROXY: dict[str, Any] = {
     "model.source": "cifar_resnet8",
     "data.val_split": "test",
     "data.input_size": 16,
@@ -81,13 +81,13 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def proxy_images(source: str) -> Any:
-    """The data set at 16×16, decoded once per process."""
+def cifar_images(source: str, size: int = PROXY["data.input_size"], interpolation: str = "box") -> Any:
+    """CIFAR-10 at ``size`` pixels, decoded once per process."""
     from csqcli.data.loaders import hold
     from csqcli.data.specs import open_data
     from csqcli.models.networks import CIFAR_CONFIG
 
-    config = CIFAR_CONFIG | {"input_size": (3, 16, 16), "interpolation": "box"}
+    config = CIFAR_CONFIG | {"input_size": (3, size, size), "interpolation": interpolation}
     images = open_data(source, val_split="test")  # where the data have no validation split of their own
     images.train, images.val = (
         hold(images.train, config, training=True),
@@ -110,7 +110,7 @@ def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work:
     if not (folder / "report.json").exists() or (folder / RESUME_FILE).exists():
         settings = PROXY | {"data.source": data_source, "seed": seed, "amp": amp} | overrides
         recipe = resolve("short", {key: value for key, value in settings.items() if value is not None})
-        pipeline.search(recipe, folder, display=Display(quiet=True), force=True, images=proxy_images(data_source))
+        pipeline.search(recipe, folder, display=Display(quiet=True), force=True, images=cifar_images(data_source))
     return json.loads((folder / "report.json").read_text())
 
 

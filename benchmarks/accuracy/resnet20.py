@@ -28,10 +28,7 @@ def table(rates: list[str], own_rates: list[str]) -> list[str]:
     names: list[str] = []
     for width in ("", " A8", " A4", " A3"):
         for planes in ("2", "1", "3", "1.5"):
-            own = ("staged",) if planes == "1.5" else ("staged", "uniform")
-            names += rows.with_rates([f"{method} {planes}{width}" for method in own], own_rates)
-            rivals = rows.RIVALS if width == "" else ()
-            names += rows.with_rates([f"{method} {planes}" for method in rivals], rates)
+            names += rows.at_planes(planes, rates, own_rates, width=width, rivals=() if width else rows.RIVALS)
     return names
 
 

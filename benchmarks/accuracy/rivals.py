@@ -14,13 +14,12 @@ import copy
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from csqcli.errors import UserError, install
-from csqcli.quant.catalog import MethodSettings
+from csqcli.quant.catalog import MethodSettings, PARQSettings
 from csqcli.quant.layers import Layer
-from csqcli.quant.methods.latents import LatentMethod
+from csqcli.quant.methods.latents import LatentMethod, ScaledLatentMethod
 from csqcli.quant.passes.rounding import top_integer
 
 
@@ -35,30 +34,14 @@ def from_rows(rows: Tensor, layer: Layer) -> Tensor:
     return rows.reshape(shape).movedim(0, layer.channel_dim)
 
 
-class TorchaoPARQSettings(MethodSettings):
-    """What torchao's classes are built with; the levels are torchao's, everything else has its defaults or csq's `parq`'s."""
+class TorchaoPARQSettings(PARQSettings):
+    """Those of csq's `parq`, and what torchao's quantizers are built with."""
 
     quantizer: Literal["max-uniform", "uniform"] = "max-uniform"
     """At k planes MaxUnifQuantizer with k + 1 bits, which is 2^(k+1) − 1 levels, zero among them; or UnifQuantizer with k bits: 2^k
     levels, without zero."""
     scale_method: Literal["mean", "max"] = "mean"
     """The outermost level: bits · mean|W| (UnifQuantizer's default), or max|W| (MaxUnifQuantizer's)."""
-    per_channel: bool = True
-    """One scale per output channel instead of one per layer."""
-    anneal_start: float = Field(0.0, ge=0, lt=1)
-    """Share of the run up to which weights are not rounded at all."""
-    anneal_end: float = Field(0.75, gt=0, le=1)
-    """Share of the run after which every weight is hard."""
-    steepness: float = Field(10.0, gt=0, le=500)
-    """Of the sigmoid along which the inverse slope falls from 1 to 0."""
-    quant_period: int = Field(10, ge=1)
-    """Steps between two fits of the levels to the latents."""
-
-    @model_validator(mode="after")
-    def _start_before_end(self) -> TorchaoPARQSettings:
-        if self.anneal_start >= self.anneal_end:
-            raise ValueError(f"anneal_start {self.anneal_start:g} is not below anneal_end {self.anneal_end:g}")
-        return self
 
 
 class TorchaoPARQ(LatentMethod):
@@ -141,7 +124,7 @@ class TorchaoPARQ(LatentMethod):
             LatentsTaken(groups, [lambda i=i: as_rows(self.latents[i], self.layers[i]) for i in range(len(groups))]),
             self._quantizer(),
             ProxPARQ(start, max(int(settings.anneal_end * total), start + 1), steepness=settings.steepness),
-            quant_period=settings.quant_period,
+            quant_period=settings.refit_every,
             quant_per_channel=settings.per_channel,
         )
 
@@ -184,7 +167,7 @@ class BrevitasSettings(MethodSettings):
     (Int8WeightPerChannelFloat with PARAMETER_FROM_STATS)."""
 
 
-class Brevitas(LatentMethod):
+class Brevitas(ScaledLatentMethod):
     """Brevitas' integer weight quantizer with a learned scale per output channel, k + 1 bits of narrow range: 2^(k+1) − 1 levels.
 
     The base optimizer trains latents and scales (these without weight decay) on Brevitas' own gradients of both.
@@ -222,14 +205,6 @@ class Brevitas(LatentMethod):
         layer = self.layers[index]
         weight, scale, *_ = self.quantizers[index](as_rows(self.latents[index], layer))
         return from_rows((weight / scale).round(), layer), scale.flatten()
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"scales": [scale.data for scale in self.scales]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for own, saved in zip(self.scales, state["scales"], strict=True):
-            own.data.copy_(saved)
 
     def _built(self, index: int) -> Any:
         """The quantizer of a layer, its scale begun from the layer's weights."""

@@ -106,6 +106,15 @@ def parser(doc: str | None, *, epochs: int, rates: Sequence[str], seed: int = 0)
     return made
 
 
+def at_planes(
+    planes: str, rates: Sequence[str], own_rates: Sequence[str], *, width: str = "", rivals: Sequence[str] = RIVALS
+) -> list[str]:
+    """A table's rows at so many planes, csq's own first; ``width`` is that of activations, as " A4". `uniform` takes whole planes only."""
+    own = ("staged", "uniform") if _number(planes).is_integer() else ("staged",)
+    names = with_rates([f"{method} {planes}{width}" for method in own], own_rates)
+    return names + with_rates([f"{method} {planes}{width}" for method in rivals], rates)
+
+
 class Rows:
     """The rows that a command line asks for. ``table`` are the names of all; ``fixed`` is what no row changes."""
 

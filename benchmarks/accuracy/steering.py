@@ -13,8 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import quality
 
 COUNTS: dict[str, dict[str, Any]] = {
     "signs (the paper)": {},
@@ -23,20 +28,6 @@ COUNTS: dict[str, dict[str, Any]] = {
     "signs, fixed at 80 %": {"csq.fix_masks_at": 0.8},
     "soft, fixed at 60 %": {"csq.precision_count": "soft", "csq.fix_masks_at": 0.6},
 }
-
-
-def images_of(source: str, size: int) -> Any:
-    """The data set; CIFAR-10 pooled to ``size`` pixels and decoded once."""
-    from csqcli.data.loaders import hold
-    from csqcli.data.specs import open_data
-    from csqcli.models.networks import CIFAR_CONFIG
-
-    if source == "digits":
-        return open_data(source)
-    config = CIFAR_CONFIG | {"input_size": (3, size, size), "interpolation": "box"}
-    images = open_data(source, val_split="test")
-    images.train, images.val = hold(images.train, config, training=True), hold(images.val, config, training=False)
-    return images
 
 
 def settings(given: argparse.Namespace) -> dict[str, Any]:
@@ -54,8 +45,7 @@ def settings(given: argparse.Namespace) -> dict[str, Any]:
     }
     if given.data == "digits":
         return shared
-    proxy = {"model.source": "cifar_resnet8", "data.val_split": "test", "data.input_size": given.size}
-    return shared | proxy | {"data.interpolation": "box", "data.augment": "crop-flip", "channels_last": "on"}
+    return quality.PROXY | shared | {"data.input_size": given.size, "channels_last": "on"}
 
 
 def main() -> None:
@@ -77,7 +67,8 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, help="draw the mean precision here")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    images, shared = images_of(given.data, given.size), settings(given)
+    shared = settings(given)
+    images = None if given.data == "digits" else quality.cifar_images(given.data, given.size)
     curves = []
     print(
         "| Δ_S counts | furthest from the target in the last fifth | delivered planes | soft | hard |\n|---|---|---|---|---|"

@@ -82,8 +82,8 @@ class GateSettings(MethodSettings):
     """A scale for every output channel, in the ratios of the channels' own one-plane steps, of which the layer's scale is trained; or
     one scale per layer (the paper)."""
     gate_limit: Annotated[float, Field(gt=0, le=LARGE)] | None = 4.0
-    """Most |βm| of a bit once planes are fixed: bits that far out are decided, and a gradient still reaches them. Unset: no limit
-    (the paper)."""
+    """Most |βm| of a bit once planes are fixed: bits that far out are decided, and a gradient still reaches them. `refit_scale`
+    takes up that they shrink, and without it there is no limit. Unset: none (the paper)."""
     restart_beta: Annotated[float, Field(gt=0, le=LARGE)] | None = 2.0
     """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
     rounding: Literal["threshold", "nearest"] = "nearest"

@@ -128,6 +128,19 @@ def test_a_command_lists_its_rows_and_refuses_a_wrong_one_in_a_line(tmp_path: Pa
     assert "resnet20.py: error: --rows: `lsk 2` names no row" in done.stderr
 
 
+def test_ways_to_count_planes_are_trained_and_drawn(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "accuracy" / "steering.py", "--work", tmp_path, "--epochs", "3"]
+    command += ["--only", "signs, fixed at 60 %", "--svg", tmp_path / "planes.svg"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    row = [cell.strip() for cell in done.stdout.splitlines()[-1].strip("| ").split("|")]
+    assert row[0] == "signs, fixed at 60 %"
+    assert (
+        0 <= 2 - float(row[2]) == pytest.approx(float(row[1]), abs=2e-3)
+    )  # fixed: what is delivered is where it stood
+    assert "signs, fixed at 60 %" in (tmp_path / "planes.svg").read_text(encoding="utf-8")
+
+
 def test_the_benchmarks_readme_has_a_line_for_every_command() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for file in (ROOT / "benchmarks").rglob("*.py"):

@@ -114,6 +114,20 @@ class LatentMethod(WeightMethod):
                 raise UserError(f"{self.name} is defined for {known} planes, not for {k}", where=layer.name, hint=hint)
 
 
+class ScaledLatentMethod(LatentMethod):
+    """With scales beside the latents that are parameters too, [1] or [channels] a layer; ``begin`` makes them."""
+
+    scales: list[nn.Parameter]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"scales": [scale.data for scale in self.scales]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for own, saved in zip(self.scales, state["scales"], strict=True):
+            own.data.copy_(saved)
+
+
 def odd_integers(unit: Tensor, bits: int) -> Tensor:
     """2·round((2^b − 1)·x) − (2^b − 1) for x = (unit + 1)/2: the 2^b even steps over [−1, 1], as odd integers (float).
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from csqcli.quant.catalog import StepSettings
 from csqcli.quant.hard_layer import spread
 from csqcli.quant.layers import Layer
-from csqcli.quant.methods.latents import LatentMethod, channel_means
+from csqcli.quant.methods.latents import ScaledLatentMethod, channel_means
 from csqcli.quant.passes.rounding import quantize, top_integer
 
 
-class StraightThrough(LatentMethod):
+class StraightThrough(ScaledLatentMethod):
     """A latent weight per weight, rounded at a fixed scale per layer or channel; gradients pass the rounding unchanged.
 
     The scale is 2·mean|W|/√(2^k−1). The base optimizer trains the latents; their gradients vanish where a latent
@@ -60,14 +60,6 @@ class StraightThrough(LatentMethod):
         for scale, least in zip(self.scales, self.least_scales, strict=True):
             scale.data.clamp_(min=least)
         super().materialise(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"scales": [scale.data for scale in self.scales]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for own, saved in zip(self.scales, state["scales"], strict=True):
-            own.data.copy_(saved)
 
 
 class LearnedStep(StraightThrough):
