@@ -133,3 +133,16 @@ def test_dorefas_activations_stay_within_their_fixed_range(csq, tmp_path: Path) 
     assert report["recipe"]["quantization"]["act_method"] == "dorefa"
     assert report["parity"]["max_logit_gap"] == 0
     assert [entry["scale"] for entry in report["activations"][1:]] == pytest.approx([1 / 7] * 3)
+
+
+def test_gates_train_a_file_with_scales_per_channel_on(csq, tmp_path: Path) -> None:
+    short = ("--set", "max_steps=4", "--quiet")
+    run = ("search", "--recipe", "digits", "--method", "staged", "--target-bits", 2, "--epochs", 1, *short)
+    assert csq(*run, "-o", tmp_path / "run")[0] == 0
+    on = ("--set", "quantization.method=csq", "--epochs", 2, "-o", tmp_path / "on")
+    code, _, err = csq("finetune", tmp_path / "run", "--data", "digits", *on, *short)
+    assert code == 0, err
+    betas = [json.loads(line)["beta"] for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
+    assert betas[-1] == 20.0  # gates' own: β ends at beta_final
+    layers = io.read(tmp_path / "on" / "model.safetensors").layers
+    assert [len(layer.scale) for layer in layers] == [16, 32, 48, 10]
