@@ -102,9 +102,11 @@ def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work:
 
     from csqcli import pipeline
     from csqcli.recipe.resolve import resolve
+    from csqcli.system.heap import keep_freed_memory
     from csqcli.system.progress import Display
     from csqcli.system.run_files import RESUME_FILE
 
+    keep_freed_memory()
     torch.set_num_threads(1)
     folder = Path(work) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
     if not (folder / "report.json").exists() or (folder / RESUME_FILE).exists():

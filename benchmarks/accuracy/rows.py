@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from csqcli.errors import UserError, install
+from csqcli.system.heap import keep_freed_memory
 
 METHODS: dict[str, dict[str, Any]] = {
     "float": {"quantization.method": "float"},
@@ -214,7 +215,8 @@ class Rows:
 
 
 def command(body: Callable[[], None]) -> None:
-    """Run a table; bad input is one line and exit code 2, as of `csq`."""
+    """Run a table with memory kept and bad input in one line with exit code 2, as `csq` does."""
+    keep_freed_memory()
     try:
         body()
     except UserError as error:

@@ -65,6 +65,7 @@ class Trainer:
     replica: Any = None  # the data-parallel or compiled wrapper that training calls in place of the model
     watch_evaluation: Watch = lambda name, batches: contextlib.nullcontext(None)  # names it and is told of every batch
     on_step: Callable[[int, int, list[Tensor | float]], None] | None = None  # (epoch, batches done, losses so far)
+    evaluated: tuple[int, float] = (-1, 0.0)  # after how many steps last, and the top-1 found
 
     def run_epoch(self, epoch: int, *, start: int = 0, losses: Sequence[float] = ()) -> dict[str, Any]:
         """Train one epoch, evaluate the weights as they are, and return the metrics line.
@@ -109,6 +110,7 @@ class Trainer:
                 accuracy = evaluate(self.model, self.val_loader, on_batch=tell)
         except BrokenScores as error:
             raise NonFinite(f"evaluation met NaN or infinite numbers by epoch {epoch + 1}") from error
+        self.evaluated = step, accuracy.top1
         return {
             "epoch": epoch + 1,
             "step": step,

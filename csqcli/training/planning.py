@@ -25,7 +25,7 @@ from csqcli.training.setup import make_trainer, method_card, step_memory
 TIMED_STEPS = 6
 _LEFT_OUT = 2  # first steps, which pay for allocations, workers and compilation
 _EVALUATED_BATCHES = 2
-_EVALUATIONS = 3  # besides one an epoch: the float model, the soft one, and the file read back
+_EVALUATIONS = 2  # besides one an epoch: the float model, and the file read back
 
 
 class _Enough(Exception):
@@ -94,6 +94,7 @@ def try_out(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]])
     step = step_memory(run, recipe, card, amp=trainer.amp)
     model_bytes = sum(value.numel() * value.element_size() for value in run.model.state_dict().values())
     epochs = recipe.adaptation.epochs + recipe.epochs + (recipe.finetune.epochs if layers else 0)
+    hardens_midway = trainer.optimizer.harden_at_step is not None  # where the soft model is evaluated, too
     macs = run.operations.macs if run.operations is not None else {}
     return Forecast(
         layers=[
@@ -114,7 +115,7 @@ def try_out(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]])
         step_seconds=step_seconds,
         steps=epochs * trainer.steps_per_epoch,
         evaluation_seconds=evaluation_seconds,
-        evaluations=epochs + _EVALUATIONS,
+        evaluations=epochs + _EVALUATIONS + hardens_midway,
     )
 
 

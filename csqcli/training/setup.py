@@ -66,7 +66,6 @@ def make_trainer(
     method = make_method(run, recipe, layers, Schedule(recipe.epochs * steps, steps), start=start)
     base = _base_optimizer(run, recipe, method)
     optimizer = QuantizedOptimizer(method, base, harden_at_step=method.harden_at_step)
-    optimizer.before_harden = lambda: _measured_soft(run, optimizer)
     mixup = None
     if settings.mixup or settings.cutmix:
         mixup = Mixup(
@@ -75,7 +74,7 @@ def make_trainer(
             label_smoothing=settings.label_smoothing,
             num_classes=run.images.num_classes,
         )
-    return Trainer(
+    trainer = Trainer(
         model=run.model,
         optimizer=optimizer,
         scheduler=_scheduler(base, recipe, steps),
@@ -96,6 +95,8 @@ def make_trainer(
         replica=run.replica(),
         watch_evaluation=run.display.evaluation,
     )
+    optimizer.before_harden = lambda: _measured_soft(run, trainer)
+    return trainer
 
 
 def method_card(recipe: Recipe, layers: Sequence[Layer], start: Sequence[HardLayer] | None) -> MethodCard:
@@ -330,18 +331,25 @@ def _mean_lr_share(recipe: Recipe) -> float:
     return sum(_DECAY**count for count in passed) / recipe.epochs
 
 
-def _measured_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
+def _measured_soft(run: Run, trainer: Trainer) -> None:
     try:
-        _measure_soft(run, optimizer)
+        _measure_soft(run, trainer)
     except BrokenScores as error:
         raise NonFinite("evaluation met NaN or infinite numbers before the planes were fixed") from error
 
 
-def _measure_soft(run: Run, optimizer: QuantizedOptimizer) -> None:
-    """Accuracy of the soft model, just before it turns hard, and of the paper's unit steps where they are asked for."""
+def _measure_soft(run: Run, trainer: Trainer) -> None:
+    """Accuracy of the soft model, just before it turns hard, and of the paper's unit steps where they are asked for.
+
+    That of the last epoch, where no step has been taken since.
+    """
+    optimizer = trainer.optimizer
     accuracy, method = run.record.accuracy, optimizer.method
-    with run.display.evaluation("evaluating the soft model", run.val_loader.batches) as tell:
-        accuracy.soft_top1 = evaluate(run.model, run.val_loader, on_batch=tell).top1
+    step, top1 = trainer.evaluated
+    if step != optimizer.step_count:
+        with run.display.evaluation("evaluating the soft model", run.val_loader.batches) as tell:
+            top1 = evaluate(run.model, run.val_loader, on_batch=tell).top1
+    accuracy.soft_top1 = top1
     unit_steps = method.unit_steps(optimizer.step_count)
     if unit_steps is not None:
         for layer, hard in zip(method.layers, unit_steps, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import re
 import shutil
@@ -246,3 +247,30 @@ def test_a_finetune_has_a_pace_of_its_own_where_it_is_given_one(
     code, _, err = csq(*common, *own, *finetune)
     assert code == 0, err
     assert paces == [usual] * (0 if method == "ptq" else 2) + [typed or usual] * 2
+
+
+class Evaluations(Display):
+    """Notes the name of every evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.names: list[str] = []
+
+    def evaluation(self, name: str, batches: int) -> Any:
+        self.names.append(name)
+        return super().evaluation(name, batches)
+
+
+def test_no_model_is_evaluated_twice_in_a_row(tmp_path: Path) -> None:
+    display = Evaluations()
+    accuracy = run(tmp_path / "run", display).manifest.accuracy
+    epochs = ["evaluating after epoch 1", "evaluating after epoch 2"]
+    assert display.names == ["evaluating the float model", *epochs, "evaluating what was read back"]
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert accuracy.soft_top1 == json.loads(last)["val_top1"]
+
+
+def test_a_model_that_turns_hard_within_an_epoch_is_evaluated_before(tmp_path: Path) -> None:
+    display = Evaluations()
+    run(tmp_path / "run", display, quantization__method="csq", csq__harden_at=0.9)  # at step 7 of 8
+    assert display.names[1:4] == ["evaluating after epoch 1", "evaluating the soft model", "evaluating after epoch 2"]
