@@ -28,16 +28,15 @@ _STAGED = {
 }
 _GATES = ("beta_initial", "beta_final", "beta_schedule", "logit", "refit_scale", "rounding", "harden_at")
 _SEARCHING_GATES = (*_GATES, "reg_strength", "mask_logit")
-_THEN: dict[str, Any] = {  # what gate methods did before they had a setting for it
+_SINCE_0_2 = {"per_channel": False, "gate_limit": None, "straight_through_at": None}  # what gate methods did in 0.2
+_THEN: dict[str, Any] = {  # what they did before they had a setting for it
     "digits": "sign-magnitude",
     "init_scale": 1.0,
     "gate_steps": "sgd",
     "restart_beta": None,
     "fix_masks_at": 1.0,
-    "per_channel": False,
-    "gate_limit": None,
+    **_SINCE_0_2,
 }
-_SINCE_0_2 = {"per_channel": False, "gate_limit": None}  # what gate methods did in 0.2
 OLD_KEYS = frozenset((*_STAGED, *_SEARCHING_GATES))
 _NEW_NAMES = {"csq": "staged", "csq-paper": "csq"}
 

@@ -436,7 +436,8 @@ def test_limited_gates_stay_within_reach_of_gradients_and_the_weights_where_they
     """|βm| never exceeds the limit once planes are fixed, and with gradients of zero no weight drifts while β grows."""
     layer = Layer("w", nn.Parameter(torch.randn(5, 30, generator=torch.Generator().manual_seed(2))))
     plan = plan_for([layer], 2, Schedule(400, 100), planes=[2], weight_decay=0.0)
-    method = UniformCSQ([layer], plan, UniformGateSettings(beta_final=200.0, gate_limit=4.0, harden_at=1.0))
+    soft = {"beta_final": 200.0, "harden_at": 1.0, "straight_through_at": None}
+    method = UniformCSQ([layer], plan, UniformGateSettings(gate_limit=4.0, **soft))
     method.harden(0)  # decided integers to begin with: what is between levels would harden on the way
     start = method.hard_layers()
     on = UniformCSQ([layer], Plan(Schedule(400, 100), plan.budget, start=start, weight_decay=0.0), method.settings)
@@ -447,6 +448,43 @@ def test_limited_gates_stay_within_reach_of_gradients_and_the_weights_where_they
         assert float(on.planes.pos.abs().max()) * on.beta(step + 1) <= 4.0 + 1e-4
     on.materialise(399)
     torch.testing.assert_close(layer.parameter.detach(), before, atol=1e-4, rtol=1e-3)
+
+
+def test_behind_unit_steps_the_trained_weights_are_those_delivered_and_gradients_pass_through_slopes() -> None:
+    """The first step with unit steps has the scale of least squares; each later one moves logits by −lr·share·∂L/∂W·c·βσ′(βm)."""
+    generator = torch.Generator().manual_seed(3)
+    layer = Layer("w", nn.Parameter(torch.randn(5, 30, generator=generator)))
+    plan = plan_for([layer], 2, Schedule(40, 10), planes=[2], weight_decay=0.0, momentum=0.0)
+    settings = UniformGateSettings(gate_steps="sgd", per_channel=False, straight_through_at=0.5, harden_at=1.0)
+    method = UniformCSQ([layer], plan, settings)
+    planes, lr, share = method.planes, 0.1, 0.5
+    for step in range(30):
+        layer.parameter.grad = torch.randn(5, 30, generator=generator) * (step != 19)
+        soft, scale = layer.parameter.detach().clone(), float(planes.scale[0])
+        before, beta = {"pos": planes.pos.double(), "neg": planes.neg.double()}, method.beta(step)
+        method.collect(step, lr=lr, lr_share=share)
+        method.materialise(step + 1)
+        if step + 1 < 20:
+            continue
+        weight = layer.parameter.detach().double().flatten()
+        integers = (weight / float(planes.scale[0]) * 3).round()
+        torch.testing.assert_close(weight, integers * float(planes.scale[0]) / 3, atol=1e-6, rtol=1e-6)
+        if step + 1 == 20:
+            best = (soft.double().flatten() @ integers) / (integers @ integers)
+            assert float(planes.scale[0]) / 3 == pytest.approx(float(best), rel=1e-5)
+            continue
+        assert method.beta(step + 1) == method.beta(20)
+        assert float(planes.scale[0]) == scale
+        for sign, name in ((1, "pos"), (-1, "neg")):
+            gates = torch.sigmoid(beta * before[name])
+            value = torch.tensor([[1.0], [2.0]]) * scale / 3
+            gradient = sign * layer.parameter.grad.double().flatten() * value * beta * gates * (1 - gates)
+            expected = (before[name] - lr * share * gradient).clamp(-2 / beta, 2 / beta)
+            torch.testing.assert_close(getattr(planes, name).double(), expected, atol=1e-6, rtol=1e-5)
+    trained = layer.parameter.detach().clone()
+    method.harden(30)
+    torch.testing.assert_close(method.hard_layers()[0].weight(), trained, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer.parameter.detach(), trained, atol=1e-6, rtol=1e-6)
 
 
 def test_delivered_layers_with_holes_in_their_masks_are_recreated_exactly() -> None:

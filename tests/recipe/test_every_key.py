@@ -201,6 +201,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
                     "gate_steps": "sgd",
                     "per_channel": False,
                     "gate_limit": 3.0,
+                    "straight_through_at": 0.7,
                     "restart_beta": 3.0,
                     "precision_count": "soft",
                     "fix_masks_at": 0.5,

@@ -23,6 +23,10 @@ from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.bitplanes import BitPlanes
 from csqcli.quant.passes.rounding import mse_step
 
+_UNIT_STEP = 1e9  # a temperature at which every gate is one
+_STRAIGHT_LIMIT = (
+    2.0  # most |βm| behind a unit step; at 4 its slope lets a gradient flip it eight times more slowly than a latent
+)
 _MOST_GAIN = 1e4  # of a preconditioned step: beyond it a gate's share of the weight is too small to be steered by
 
 
@@ -38,7 +42,7 @@ class GateMethod(WeightMethod):
 
     Planes are fixed throughout (given, or those of a delivered model to go on from), from ``fix_masks_at`` on, or at the
     end. When they are fixed earlier, they are chosen within the budget, each scale is refitted, and what is trained from
-    there on is what is delivered.
+    there on is what is delivered. From ``straight_through_at`` on gates are unit steps in the forward pass, at a fixed scale.
     """
 
     finetunes = True
@@ -147,8 +151,11 @@ class GateMethod(WeightMethod):
         self.planes.set_integers(index, integers, full_scale, logit=self.logit, beta=beta)
 
     def beta(self, step: int) -> float:
-        """Algorithm 1's temperature; it starts again, from ``restart_beta``, with the first step of fixed planes."""
+        """Algorithm 1's temperature; it starts again, from ``restart_beta``, with the first step of fixed planes. Once gates are
+        unit steps in the forward pass it is that of their slopes, and grows no more."""
         settings, restarted = self.settings, self.settings.restart_beta
+        if self.straight_step is not None:
+            step = min(step, self.straight_step)
         if restarted is not None and self.fixing_step is not None and step >= self.fixing_step:
             last = max(settings.harden_at * self.schedule.total_steps, self.fixing_step + 1)
             progress = (step - self.fixing_step) / (last - self.fixing_step)
@@ -156,13 +163,31 @@ class GateMethod(WeightMethod):
         progress = self.schedule.progress(step, per_epoch=settings.beta_schedule == "epoch")
         return equations.temperature(progress, initial=settings.beta_initial, final=settings.beta_final)
 
+    @property
+    def straight_step(self) -> int | None:
+        """The first step whose forward pass has unit steps in the place of gates; None where gates stay soft."""
+        share = self.settings.straight_through_at
+        if share is None or self.fixing_step is None:
+            return None
+        return max(round(share * self.schedule.total_steps), self.fixing_step + 1)
+
+    def forward_beta(self, step: int) -> float:
+        """The temperature of the weights that a step's forward pass sees."""
+        return self.beta(step) if self.straight_step is None or step < self.straight_step else _UNIT_STEP
+
     def collect(self, step: int, *, lr: float, lr_share: float) -> None:
         if self.hardened is not None:
             return
         beta, planes = self.beta(step), self.planes
+        straight = self.straight_step
+        if straight is not None and step >= straight:  # flips die out before the rest has settled, as in `staged`
+            lr *= lr_share
         options = {"lr": lr, "momentum": self.plan.momentum, "weight_decay": self.plan.weight_decay}
         gradients = planes.update_gates(beta, **options, gain=self._gain(beta), seed=step)
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
+        if straight is not None and step >= straight:
+            planes.limit_logits(_STRAIGHT_LIMIT / beta)
+            return
         sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
         if planes.fixed_mask is None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
             slope = equations.gate_slope(equations.gate(planes.mask_logits, beta), beta)
@@ -170,6 +195,10 @@ class GateMethod(WeightMethod):
             sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient, **options)
         if step + 1 == self.fixing_step:
             self._fix_masks(beta, self.beta(step + 1))
+        elif step + 1 == straight:
+            planes.refit_scale(beta, _UNIT_STEP)
+            planes.pos_momentum.zero_()
+            planes.neg_momentum.zero_()
         elif self.settings.refit_scale:
             limit = self.settings.gate_limit if planes.fixed_mask is not None else None
             planes.refit_scale(beta, self.beta(step + 1), limit)
@@ -232,7 +261,7 @@ class GateMethod(WeightMethod):
 
     def materialise(self, step: int) -> None:
         if self.hardened is None:
-            self.planes.materialise(self.beta(step))
+            self.planes.materialise(self.forward_beta(step))
             return
         for layer, hard in zip(self.layers, self.hard_layers(), strict=True):
             layer.parameter.data.copy_(hard.weight())
@@ -244,7 +273,7 @@ class GateMethod(WeightMethod):
 
     @torch.no_grad()
     def _harden(self, step: int) -> _Hardened:
-        beta, planes = self.beta(step), self.planes
+        beta, planes = self.forward_beta(step), self.planes
         if self.settings.rounding == "threshold":
             return self._threshold(beta)
         mask = planes.fixed_mask if planes.fixed_mask is not None else self._choose_planes(beta)

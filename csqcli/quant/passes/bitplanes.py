@@ -202,6 +202,12 @@ class BitPlanes:
         return LayerGradients(mask=sums * self.scale.unsqueeze(1), scale=scale_gradient, squared=squared)
 
     @torch.no_grad()
+    def limit_logits(self, most: float, where: slice = slice(None)) -> None:
+        """Logits clamped to |m| ≤ ``most``."""
+        for buffer in (self.pos, self.neg):
+            buffer[:, where].clamp_(-most, most)
+
+    @torch.no_grad()
     def refit_scale(self, old_beta: float, new_beta: float, limit: float | None = None) -> None:
         """Closed-form scale that best keeps every layer's weight when β moves: s ← s·⟨W_old, W_new⟩/⟨W_new, W_new⟩.
 
@@ -215,9 +221,7 @@ class BitPlanes:
             pos, neg = self._logits(chunk)
             old = old_planes[index] @ equations.soft_digits(pos, neg, old_beta)
             if limit is not None:
-                most = limit / new_beta
-                for buffer in (self.pos, self.neg):
-                    buffer[:, chunk].clamp_(-most, most)
+                self.limit_logits(limit / new_beta, chunk)
                 pos, neg = self._logits(chunk)
             new = new_planes[index] @ equations.soft_digits(pos, neg, new_beta)
             cross[index] += old @ new
