@@ -86,9 +86,11 @@ class GateSettings(MethodSettings):
     takes up that they shrink, and without it there is no limit. Unset: none (the paper)."""
     restart_beta: Annotated[float, Field(gt=0, le=LARGE)] | None = 2.0
     """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
-    straight_through_at: Annotated[float, Field(gt=0, le=1)] | None = 0.5
+    straight_through_at: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of training from which, with planes fixed, every gate is a unit step in the forward pass, and gradients pass through its slope
     at the temperature of then: what is trained is what is delivered. Unset: gates stay soft until they harden (the paper)."""
+    straight_through_rate: float = Field(1.0, gt=0, le=LARGE)
+    """From then on, the gates' rate over that of the schedule."""
     rounding: Literal["threshold", "nearest"] = "nearest"
     """Hardening: every gate to its unit step (the paper), or each weight to the level nearest to its soft weight, with a
     least-squares scale."""
@@ -251,6 +253,7 @@ PAPER = {  # what section IV-A says of the method itself; the old name csq-paper
     "per_channel": False,
     "gate_limit": None,
     "straight_through_at": None,
+    "straight_through_rate": 1.0,
     "gate_steps": "sgd",
     "precision_count": "sign",
     "fix_masks_at": 1.0,

@@ -28,7 +28,12 @@ _STAGED = {
 }
 _GATES = ("beta_initial", "beta_final", "beta_schedule", "logit", "refit_scale", "rounding", "harden_at")
 _SEARCHING_GATES = (*_GATES, "reg_strength", "mask_logit")
-_SINCE_0_2 = {"per_channel": False, "gate_limit": None, "straight_through_at": None}  # what gate methods did in 0.2
+_SINCE_0_2: dict[str, Any] = {  # what gate methods did in 0.2
+    "per_channel": False,
+    "gate_limit": None,
+    "straight_through_at": None,
+    "straight_through_rate": 1.0,
+}
 _THEN: dict[str, Any] = {  # what they did before they had a setting for it
     "digits": "sign-magnitude",
     "init_scale": 1.0,

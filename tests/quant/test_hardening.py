@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -436,8 +437,7 @@ def test_limited_gates_stay_within_reach_of_gradients_and_the_weights_where_they
     """|βm| never exceeds the limit once planes are fixed, and with gradients of zero no weight drifts while β grows."""
     layer = Layer("w", nn.Parameter(torch.randn(5, 30, generator=torch.Generator().manual_seed(2))))
     plan = plan_for([layer], 2, Schedule(400, 100), planes=[2], weight_decay=0.0)
-    soft = {"beta_final": 200.0, "harden_at": 1.0, "straight_through_at": None}
-    method = UniformCSQ([layer], plan, UniformGateSettings(gate_limit=4.0, **soft))
+    method = UniformCSQ([layer], plan, UniformGateSettings(beta_final=200.0, gate_limit=4.0, harden_at=1.0))
     method.harden(0)  # decided integers to begin with: what is between levels would harden on the way
     start = method.hard_layers()
     on = UniformCSQ([layer], Plan(Schedule(400, 100), plan.budget, start=start, weight_decay=0.0), method.settings)
@@ -451,11 +451,12 @@ def test_limited_gates_stay_within_reach_of_gradients_and_the_weights_where_they
 
 
 def test_behind_unit_steps_the_trained_weights_are_those_delivered_and_gradients_pass_through_slopes() -> None:
-    """The first step with unit steps has the scale of least squares; each later one moves logits by −lr·share·∂L/∂W·c·βσ′(βm)."""
+    """The first step with unit steps has the scale of least squares; each later one moves logits by −3·lr·share·∂L/∂W·c·βσ′(βm)."""
     generator = torch.Generator().manual_seed(3)
     layer = Layer("w", nn.Parameter(torch.randn(5, 30, generator=generator)))
     plan = plan_for([layer], 2, Schedule(40, 10), planes=[2], weight_decay=0.0, momentum=0.0)
-    settings = UniformGateSettings(gate_steps="sgd", per_channel=False, straight_through_at=0.5, harden_at=1.0)
+    finish = {"straight_through_at": 0.5, "straight_through_rate": 3.0, "harden_at": 1.0}
+    settings = UniformGateSettings.model_validate({"gate_steps": "sgd", "per_channel": False} | finish)
     method = UniformCSQ([layer], plan, settings)
     planes, lr, share = method.planes, 0.1, 0.5
     for step in range(30):
@@ -479,12 +480,36 @@ def test_behind_unit_steps_the_trained_weights_are_those_delivered_and_gradients
             gates = torch.sigmoid(beta * before[name])
             value = torch.tensor([[1.0], [2.0]]) * scale / 3
             gradient = sign * layer.parameter.grad.double().flatten() * value * beta * gates * (1 - gates)
-            expected = (before[name] - lr * share * gradient).clamp(-2 / beta, 2 / beta)
+            expected = (before[name] - 3 * lr * share * gradient).clamp(-2 / beta, 2 / beta)
             torch.testing.assert_close(getattr(planes, name).double(), expected, atol=1e-6, rtol=1e-5)
     trained = layer.parameter.detach().clone()
     method.harden(30)
     torch.testing.assert_close(method.hard_layers()[0].weight(), trained, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(layer.parameter.detach(), trained, atol=1e-6, rtol=1e-6)
+
+
+def test_a_state_saved_behind_unit_steps_goes_on_the_same() -> None:
+    def fresh() -> UniformCSQ:
+        layer = Layer("w", nn.Parameter(torch.randn(5, 30, generator=torch.Generator().manual_seed(3))))
+        plan = plan_for([layer], 2, Schedule(40, 10), planes=[2])
+        return UniformCSQ([layer], plan, UniformGateSettings(straight_through_at=0.25))
+
+    def go_on(method: UniformCSQ, first: int, end: int) -> Tensor:
+        parameter = method.layers[0].parameter
+        for step in range(first, end):
+            parameter.grad = torch.randn(5, 30, generator=torch.Generator().manual_seed(step))
+            method.collect(step, lr=0.1, lr_share=0.7)
+            method.materialise(step + 1)
+        return parameter.detach().clone()
+
+    whole, again = fresh(), fresh()
+    at_15 = go_on(whole, 0, 15)
+    again.load_state_dict(copy.deepcopy(whole.state_dict()))
+    again.materialise(15)
+    assert torch.equal(again.layers[0].parameter, at_15)
+    end = go_on(whole, 15, 30)
+    assert torch.equal(go_on(again, 15, 30), end)
+    assert not torch.equal(end, at_15)
 
 
 def test_delivered_layers_with_holes_in_their_masks_are_recreated_exactly() -> None:

@@ -184,9 +184,7 @@ def test_settings_reach_the_method_as_a_mapping_or_as_its_own_class() -> None:
     from csqcli.quant.catalog import CSQSettings
 
     assert start(settings={"search_share": 0.5})[1].method.search_steps == STEPS // 2
-    assert start(method="csq", settings=CSQSettings(beta_final=50.0, straight_through_at=None))[1].method.beta(
-        STEPS
-    ) == pytest.approx(50.0)
+    assert start(method="csq", settings=CSQSettings(beta_final=50.0))[1].method.beta(STEPS) == pytest.approx(50.0)
     epochs = start(method="csq", settings={"beta_schedule": "epoch"}, steps_per_epoch=5)[1].method
     assert [epochs.beta(step) for step in (0, 4)] == [1.0, 1.0]
     assert epochs.beta(5) > 1.0

@@ -202,6 +202,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
                     "per_channel": False,
                     "gate_limit": 3.0,
                     "straight_through_at": 0.7,
+                    "straight_through_rate": 2.0,
                     "restart_beta": 3.0,
                     "precision_count": "soft",
                     "fix_masks_at": 0.5,

@@ -181,7 +181,7 @@ class GateMethod(WeightMethod):
         beta, planes = self.beta(step), self.planes
         straight = self.straight_step
         if straight is not None and step >= straight:  # flips die out before the rest has settled, as in `staged`
-            lr *= lr_share
+            lr *= lr_share * self.settings.straight_through_rate
         options = {"lr": lr, "momentum": self.plan.momentum, "weight_decay": self.plan.weight_decay}
         gradients = planes.update_gates(beta, **options, gain=self._gain(beta), seed=step)
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
