@@ -99,6 +99,12 @@ class GateSettings(MethodSettings):
     harden_at: float = Field(0.9, gt=0, le=1)
     """Share of training after which the weights are hard and fixed, and the rest of the model adapts to them."""
 
+    @model_validator(mode="after")
+    def _rate_is_of_something(self) -> GateSettings:
+        if self.straight_through_rate != 1 and self.straight_through_at is None:
+            raise ValueError("straight_through_rate is for straight_through_at, which is unset")
+        return self
+
 
 class CSQSettings(GateSettings):
     """Knobs of Algorithm 1. Their defaults are for training on from a checkpoint; from scratch they are the paper's, but for
@@ -113,6 +119,12 @@ class CSQSettings(GateSettings):
     fix_masks_at: float = Field(0.4, gt=0, le=1)
     """Share of training after which planes are chosen within the budget and fixed, and bits train on (Eq. 4); 1 searches to
     the end (the paper)."""
+
+    @model_validator(mode="after")
+    def _fixed_before_straight(self) -> CSQSettings:
+        if self.straight_through_at is not None and self.fix_masks_at == 1:
+            raise ValueError("straight_through_at is for fixed planes: set fix_masks_at below 1, too")
+        return self
 
 
 class UniformGateSettings(GateSettings):

@@ -222,7 +222,7 @@ def _checked(model: Any, values: Any, *, where: str, card: MethodCard, inside: s
         return model.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = inside + ".".join(str(part) for part in problem["loc"])
+        key = (inside + ".".join(str(part) for part in problem["loc"])).removesuffix(".")  # of a whole section
         if problem["type"] == "extra_forbidden":
             leaf = str(problem["loc"][-1])
             owner = _owner(leaf, other_than=card)

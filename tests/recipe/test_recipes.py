@@ -311,3 +311,16 @@ def test_a_complete_recipe_of_0_2_keeps_what_gates_did_then(name: str) -> None:
     assert {key: again[key] for key in then} == then
     few = validate(recipe | {name: {"digits": "signed"}}, where="recipe.yaml").method_settings.model_dump()
     assert {key: few[key] for key in now} == now
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"straight_through_rate": 3}, "digits: csq: straight_through_rate is for straight_through_at, which is unset"),
+        ({"straight_through_at": 0.5, "fix_masks_at": 1}, "set fix_masks_at below 1, too"),
+    ],
+)
+def test_straight_through_is_refused_where_it_would_be_ignored(settings: dict[str, float], message: str) -> None:
+    csq = {f"csq.{key}": value for key, value in settings.items()}
+    with pytest.raises(UserError, match=message):
+        resolve("digits", {"quantization.method": "csq", "quantization.target_bits": 2} | csq)

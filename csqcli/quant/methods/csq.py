@@ -24,9 +24,7 @@ from csqcli.quant.passes.bitplanes import BitPlanes
 from csqcli.quant.passes.rounding import mse_step
 
 _UNIT_STEP = 1e9  # a temperature at which every gate is one
-_STRAIGHT_LIMIT = (
-    2.0  # most |βm| behind a unit step; at 4 its slope lets a gradient flip it eight times more slowly than a latent
-)
+_STRAIGHT_LIMIT = 2.0  # most |βm| behind a unit step; from 4, gradients would flip it six times as slowly
 _MOST_GAIN = 1e4  # of a preconditioned step: beyond it a gate's share of the weight is too small to be steered by
 
 
