@@ -86,7 +86,7 @@ class GateSettings(MethodSettings):
     takes up that they shrink, and without it there is no limit. Unset: none (the paper)."""
     restart_beta: Annotated[float, Field(gt=0, le=LARGE)] | None = 2.0
     """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
-    straight_through_at: Annotated[float, Field(gt=0, le=1)] | None = None
+    straight_through_at: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of training from which, with planes fixed, every gate is a unit step in the forward pass, and gradients pass through its slope
     at the temperature of then: what is trained is what is delivered. Unset: gates stay soft until they harden (the paper)."""
     straight_through_rate: float = Field(1.0, gt=0, le=LARGE)
@@ -100,9 +100,12 @@ class GateSettings(MethodSettings):
     """Share of training after which the weights are hard and fixed, and the rest of the model adapts to them."""
 
     @model_validator(mode="after")
-    def _rate_is_of_something(self) -> GateSettings:
-        if self.straight_through_rate != 1 and self.straight_through_at is None:
+    def _straight_through_has_steps(self) -> GateSettings:
+        start = self.straight_through_at
+        if self.straight_through_rate != 1 and start is None:
             raise ValueError("straight_through_rate is for straight_through_at, which is unset")
+        if start is not None and start >= self.harden_at:
+            raise ValueError(f"straight_through_at {start:g} is not below harden_at {self.harden_at:g}")
         return self
 
 

@@ -201,7 +201,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
                     "gate_steps": "sgd",
                     "per_channel": False,
                     "gate_limit": 3.0,
-                    "straight_through_at": 0.7,
+                    "straight_through_at": 0.3,
                     "straight_through_rate": 2.0,
                     "restart_beta": 3.0,
                     "precision_count": "soft",

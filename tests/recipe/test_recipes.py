@@ -317,6 +317,7 @@ def test_a_complete_recipe_of_0_2_keeps_what_gates_did_then(name: str) -> None:
     ("settings", "message"),
     [
         ({"straight_through_rate": 3}, "digits: csq: straight_through_rate is for straight_through_at, which is unset"),
+        ({"straight_through_at": 0.9}, "straight_through_at 0.9 is not below harden_at 0.9"),
         ({"straight_through_at": 0.5, "fix_masks_at": 1}, "set fix_masks_at below 1, too"),
     ],
 )

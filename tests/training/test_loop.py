@@ -274,3 +274,18 @@ def test_a_model_that_turns_hard_within_an_epoch_is_evaluated_before(tmp_path: P
     display = Evaluations()
     run(tmp_path / "run", display, quantization__method="csq", csq__harden_at=0.9)  # at step 7 of 8
     assert display.names[1:4] == ["evaluating after epoch 1", "evaluating the soft model", "evaluating after epoch 2"]
+
+
+def test_bits_behind_unit_steps_are_delivered_as_they_were_evaluated(
+    csq: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """From half of the steps on β stands still, and the file's accuracy is that of the last epoch."""
+    words = ("search", "--recipe", "digits", "--method", "csq", "--target-bits", 2, "--epochs", 4, "-o", tmp_path)
+    settings = ("fix_masks_at=0.25", "straight_through_at=0.5", "straight_through_rate=2", "harden_at=1")
+    sets = [word for setting in settings for word in ("--set", f"csq.{setting}")]
+    code, _, err = csq(*words, *sets, "--set", "bn_recalibration_batches=0")
+    assert code == 0, err
+    history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert history[0]["beta"] < history[1]["beta"] == history[2]["beta"] == history[3]["beta"]
+    accuracy = json.loads((tmp_path / "report.json").read_text())["accuracy"]
+    assert accuracy["hard_top1"] == accuracy["soft_top1"] == history[-1]["val_top1"]
