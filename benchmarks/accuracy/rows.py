@@ -6,8 +6,9 @@ or `latents X` (of `staged`):
     "staged 2"   "lsq 2, adamw 0.0003"   "staged 1.5 A4"   "uniform 2, sgd 0.01, latents 0.001"   "float, adamw 0.001"
 
 `--rows` takes any such name, whether it is in the table or not; one with * stands for those of the table. `uniform` is `staged`
-without its search, `csq` trains bits. `ste`, `lsq` and `parq` have a scale per channel and the same planes in every layer, and at a
-target that is not whole those of csq's `importance`; `parq-importance` has these at any. `torchao-parq` and `brevitas` are the
+without its search, `staged-importance` has the planes of `--allocator importance` from the first step, `csq` trains bits. `ste`,
+`lsq` and `parq` have a scale per channel and the same planes in every layer, and at a target that is not whole those of csq's
+`importance`; `parq-importance` has these at any. `torchao-parq` and `brevitas` are the
 libraries' own code (`rivals.py`).
 """
 
@@ -30,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "float": {"quantization.method": "float"},
     "staged": {"quantization.method": "staged"},
     "uniform": {"quantization.method": "staged", "quantization.allocator": "uniform"},
+    "staged-importance": {"quantization.method": "staged", "quantization.allocator": "importance"},
     "csq": {"quantization.method": "csq"},
     "ste": {"quantization.method": "ste", "ste.per_channel": True},
     "lsq": {"quantization.method": "lsq", "lsq.per_channel": True},
