@@ -71,11 +71,12 @@ OFF: dict[str, dict[str, Any]] = {
 
 
 UNIFORM = {"quantization.allocator": "uniform"}
+_ROOM = 0.5  # planes in the mean beyond the whole number that the layers without a rule have
 
 
 def rules(network: str) -> dict[str, dict[str, Any]]:
     """What people do to first, last and depthwise layers out of habit. The mean over the layers under quantization is the target
-    all the same, so what these layers get is taken from the others."""
+    all the same, so what these layers get is taken from the others, but for those with the same planes in all others."""
     first, last, depthwise = LAYERS[network]
     found: dict[str, dict[str, Any]] = {
         "first and last float": {"layers.exclude": [first, last]},
@@ -103,7 +104,8 @@ def rows(network: str) -> dict[str, dict[str, Any]]:
     }
     for target in (3, 2):
         for name, more in rules(network).items():
-            found[f"{name}, {target}"] = {"epochs": 0, "quantization.target_bits": target, **more}
+            room = _ROOM if {"layers.keep", *UNIFORM} <= more.keys() else 0
+            found[f"{name}, {target}"] = {"epochs": 0, "quantization.target_bits": target + room, **more}
     for epochs in (1, 3):
         for target in (4, 3, 2, 1.5):
             trained = {"epochs": 0, "finetune.epochs": epochs, "batchnorm": "frozen", "data.train_limit": None}

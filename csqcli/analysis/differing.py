@@ -21,7 +21,8 @@ from csqcli.file.loading import check_trusted, hard_model
 from csqcli.file.manifest import Manifest
 from csqcli.models.fitting import load_for
 from csqcli.models.spec import parse
-from csqcli.quant.measuring import Call, calls_of, evaluating, first_tensor, owner_of
+from csqcli.quant.measuring import Call, calls_of, evaluating, first_tensor
+from csqcli.quant.names import owner_of
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display
 from csqcli.system.run_files import model_of

@@ -22,6 +22,7 @@ from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Score, score, squared_errors, weights_as
 from csqcli.quant.moves import Slopes, Taken, give_plane, slopes, take_plane
+from csqcli.quant.names import owner_of
 from csqcli.recipe.schema import LayerRules
 from csqcli.system.progress import Display
 
@@ -170,7 +171,7 @@ def _budget(manifest: Manifest, layers: Sequence[Layer]) -> tuple[Budget, str]:
         limits=limits,
         cost=costs.find(cost),
         macs={layer.name: layer.macs for layer in manifest.layers},
-        input_bits={layer.name: inputs.get(layer.name.rpartition(".")[0], 32) for layer in layers},
+        input_bits={layer.name: inputs.get(owner_of(layer.name), 32) for layer in layers},
     )
     return budget, cost
 

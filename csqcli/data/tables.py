@@ -17,7 +17,7 @@ import torch
 from csqcli.data.class_folders import Role
 from csqcli.data.splits import NO_IMAGES, DataSet, Images
 from csqcli.errors import UserError
-from csqcli.system.limits import read_json
+from csqcli.system.limits import MAX_CLASSES, read_json
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +176,9 @@ def _classes(splits: Any, where: str) -> list[str]:
         return sorted(values)
     if not all(isinstance(value, int) for value in values):
         raise UserError("labels are numbers and texts", where=where)
+    if max(values) >= MAX_CLASSES:
+        what = f"a label is {max(values):,}, of at most {MAX_CLASSES:,} classes"
+        raise UserError(what, where=where, hint="number classes from 0")
     return [str(number) for number in range(max(values) + 1)]
 
 

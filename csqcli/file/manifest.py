@@ -27,8 +27,8 @@ from pydantic import (
 from typing_extensions import Self
 
 from csqcli.models.data_config import check_data_config
-from csqcli.models.spec import MAX_CLASSES, ModelSpec
-from csqcli.system.limits import check_arguments
+from csqcli.models.spec import ModelSpec
+from csqcli.system.limits import MAX_CLASSES, check_arguments
 
 SCHEMA_VERSION = 1
 BASIS_SCHEMA_VERSION = 2  # of files with a learned basis, which readers of version 1 would take for integers × scale

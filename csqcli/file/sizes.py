@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from csqcli.file.manifest import ActivationEntry, ComputeRecord, LayerRecord, SizesRecord
+from csqcli.quant.names import owner_of
 
 FLOAT_BITS = 32
 
@@ -51,7 +52,7 @@ def compute(
     for layer in layers:
         of_layer = layer.macs or 0
         quantized += of_layer
-        bit_operations += of_layer * layer.bits * input_bits.get(layer.name.rpartition(".")[0], FLOAT_BITS)
+        bit_operations += of_layer * layer.bits * input_bits.get(owner_of(layer.name), FLOAT_BITS)
     rest = max(macs - quantized, 0)
     return ComputeRecord(
         input_size=list(input_size),

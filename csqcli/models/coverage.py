@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from csqcli.errors import UserError, machine_fault, strangers_place
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.quant.names import owner_of
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,7 @@ class _Counter(TorchDispatchMode):
         """Hooks on the modules that own ``layers``, to be removed by the caller."""
         owned: dict[str, list[Layer]] = {}
         for layer in layers:
-            owner = layer.name.rpartition(".")[0]
-            owned.setdefault(owner.removesuffix(".parametrizations.weight"), []).append(layer)
+            owned.setdefault(owner_of(layer.name), []).append(layer)
         handles = []
         for name, own in owned.items():
             module = model.get_submodule(name)

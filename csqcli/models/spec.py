@@ -15,7 +15,6 @@ from typing import Any
 from csqcli.errors import UserError, did_you_mean
 
 LIBRARIES = ("csq", "timm", "torchvision")  # in the order in which a name without a library is looked up
-MAX_CLASSES = 10**6  # outputs of a classifier that csq builds or reads
 
 
 @dataclass(frozen=True)

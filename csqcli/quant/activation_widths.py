@@ -21,6 +21,7 @@ from csqcli.quant.activations import ActivationQuantizer, owners, quantizer_of, 
 from csqcli.quant.budget import Budget, PlaneLimits, allocate, mean_planes
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import evaluating, logits_of, unfrozen
+from csqcli.quant.names import owner_of
 
 FEWEST, MOST = 2, 8  # bits that a searched input may have
 _MICRO_BATCH = 32  # images per backward pass
@@ -78,7 +79,7 @@ def find_widths(
 def _macs_of(names: Sequence[str], layers: Sequence[Layer], macs: Mapping[str, int | None]) -> dict[str, int]:
     found = dict.fromkeys(names, 0)
     for layer in layers:
-        owner = layer.name.rpartition(".")[0]
+        owner = owner_of(layer.name)
         if owner in found:
             found[owner] += macs.get(layer.name) or 0
     return found

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.quant.layers import Layer
+from csqcli.quant.names import owner_of
+from csqcli.quant.passes.sampling import spread_out
 
 INPUT_BITS = 8  # of the network's own input
+_LEAST = 1e-8  # of a scale
 _SAMPLE = 2**16  # values per layer and batch that the calibration looks at
 
 
@@ -38,7 +41,8 @@ class ActivationQuantizer(nn.Module):
     """round(x/s) within the A-bit range, times s; s is learned.
 
     ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top). ``pact``: Choi et al. 2018, the clipping level
-    α = s·top is what learns, from clipped values only. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and
+    α = s·top is what learns, from clipped values only: dL/ds is scaled by 1/top², so that a step of SGD on s takes α where one on
+    α would. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and
     gradients pass inside it. ``xnor``: Rastegari et al. 2016, one bit: sign(x)·s, gradients pass where |x| ≤ 1 (section 3.1);
     s stands in the place of their K, which changes with every image and position, and is learned as LSQ's is. Inputs that
     are never negative, whose signs say nothing, are rounded to 0 or s as by LSQ.
@@ -63,11 +67,10 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         low, high = self.range
-        scale = self.scale.clamp_min(1e-8)
         if self.is_sign:
-            binary: Tensor = _Sign.apply(x.float(), scale)
+            binary: Tensor = _Sign.apply(x.float(), self.scale)
             return binary.to(x.dtype)
-        rounded: Tensor = _Quantize.apply(x.float(), scale, low, high, self.method == "pact")
+        rounded: Tensor = _Quantize.apply(x.float(), self.scale, low, high, self.method == "pact")
         return rounded.to(x.dtype)
 
 
@@ -86,7 +89,7 @@ class _Quantize(torch.autograd.Function):
         inside = ~(below | above)
         clipped = below * float(ctx.low) + above * float(ctx.high)
         slope = clipped if ctx.pact else clipped + (ratio.round() - ratio) * inside
-        damping = 1.0 if ctx.pact else (x.numel() * ctx.high) ** -0.5
+        damping = ctx.high**-2 if ctx.pact else (x.numel() * ctx.high) ** -0.5
         return gradient * inside, ((gradient * slope).sum() * damping).reshape(1), None, None, None
 
 
@@ -123,6 +126,25 @@ class ActivationQuantizers:
         """The learned scales."""
         return [quantizer.scale for quantizer in self.quantizers.values()]
 
+    @torch.no_grad()
+    def count_parts(self, parts: int) -> None:
+        """Gradients of the scales of a batch that came in so many equal parts: 1/√N of LSQ is of the N values of the whole."""
+        for quantizer in self.quantizers.values():
+            if quantizer.method != "pact" and quantizer.scale.grad is not None and parts > 1:
+                quantizer.scale.grad.mul_(parts**-0.5)
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """After a step: a scale at 0 or below would round everything to 0, and no gradient would reach it again."""
+        for quantizer in self.quantizers.values():
+            quantizer.scale.clamp_(min=_LEAST)
+
+    def take(self, records: Sequence[ActivationRecord]) -> None:
+        """Signs and scales of quantizers of the same modules, in the same order: another process's."""
+        for quantizer, record in zip(self.quantizers.values(), records, strict=True):
+            quantizer.signed = record.signed
+            quantizer.scale.data.fill_(record.scale)
+
     def records(self) -> list[ActivationRecord]:
         """The quantizers as they are stored."""
         return records_of(self.quantizers)
@@ -137,10 +159,7 @@ class ActivationQuantizers:
 
 def records_of(quantizers: Mapping[str, ActivationQuantizer]) -> list[ActivationRecord]:
     """Quantizers, by the module whose input they round, as they are stored."""
-    return [
-        ActivationRecord(name, q.bits, q.signed, float(q.scale.detach().clamp_min(1e-8)))
-        for name, q in quantizers.items()
-    ]
+    return [ActivationRecord(name, q.bits, q.signed, float(q.scale.detach())) for name, q in quantizers.items()]
 
 
 def attached(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -194,8 +213,9 @@ def calibrate(
 
 
 def owners(layers: Sequence[Layer]) -> list[str]:
-    """The modules that hold the weights of ``layers``, each once."""
-    return list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers))
+    """The modules that hold the weights of ``layers``, each once; those that share a weight, all."""
+    names = (name for layer in layers for name in (layer.name, *layer.aliases))
+    return list(dict.fromkeys(map(owner_of, names)))
 
 
 @torch.no_grad()
@@ -217,7 +237,7 @@ def samples_of(
                 return
             flat = x.detach().float().flatten()
             negative[name] = negative.get(name, False) or bool((flat < 0).any())
-            samples.setdefault(name, []).append(flat[:: max(1, flat.numel() // _SAMPLE)])
+            samples.setdefault(name, []).append(flat[spread_out(flat.numel(), _SAMPLE, device=flat.device)])
 
         return hook
 
@@ -226,7 +246,8 @@ def samples_of(
     model.eval()
     try:
         for images in batches:
-            model(images)
+            if len(images):  # none of it could be decoded
+                model(images)
     finally:
         for handle in hooks:
             handle.remove()
@@ -240,7 +261,7 @@ def quantizer_of(
 ) -> ActivationQuantizer:
     """A quantizer of so many bits at the scale with the least squared error on a sample; ``dorefa``'s unsigned range is [0, 1]
     unless it is to have one of its own."""
-    quantizer = ActivationQuantizer(bits, signed=signed, scale=1.0, method=method)
+    quantizer = ActivationQuantizer(bits, signed=signed, scale=1.0, method=method).to(values.device)
     low, high = quantizer.range
     if quantizer.is_sign:
         quantizer.scale.data.fill_(float(values.abs().mean()) or 1.0)

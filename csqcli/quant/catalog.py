@@ -295,6 +295,7 @@ class MethodCard:
     learns_basis: bool = False  # its levels are sums of a learned basis, and not integers × scale
     activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
     trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
+    least_planes: int = 0  # of a layer; at 1 it has no layer without planes
 
     @property
     def section(self) -> str:
@@ -348,6 +349,7 @@ CARDS = {
             "planes",
             StepSettings,
             citation="Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013",
+            least_planes=1,
         ),
         MethodCard(
             "lsq",
@@ -356,6 +358,7 @@ CARDS = {
             "planes",
             StepSettings,
             citation="Esser et al., Learned Step Size Quantization, ICLR 2020",
+            least_planes=1,
         ),
         MethodCard(
             "parq",
@@ -364,6 +367,7 @@ CARDS = {
             "planes",
             PARQSettings,
             "Jin et al., PARQ: Piecewise-Affine Regularized Quantization, ICML 2025",
+            least_planes=1,
         ),
         MethodCard(
             "dorefa",
@@ -373,6 +377,7 @@ CARDS = {
             DoReFaSettings,
             "Zhou et al., DoReFa-Net: Training Low Bitwidth CNNs with Low Bitwidth Gradients, 2016",
             activations="dorefa",
+            least_planes=1,
         ),
         MethodCard(
             "pact",
@@ -382,6 +387,7 @@ CARDS = {
             PACTSettings,
             "Choi et al., PACT, 2018; Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019",
             activations="pact",
+            least_planes=1,
         ),
         MethodCard(
             "bsq",
@@ -398,6 +404,7 @@ CARDS = {
             "target",
             MSQSettings,
             "Han et al., MSQ: Memory-Efficient Bit Sparsification Quantization, ICCV 2025",
+            least_planes=1,
         ),
         MethodCard(
             "lq-nets",
@@ -408,6 +415,7 @@ CARDS = {
             "Zhang et al., LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks, ECCV 2018",
             finetunes=True,
             learns_basis=True,
+            least_planes=1,
         ),
         MethodCard(
             "twn",
@@ -416,6 +424,7 @@ CARDS = {
             "planes",
             TWNSettings,
             "Li et al., Ternary Weight Networks, 2016",
+            least_planes=1,
         ),
         MethodCard(
             "xnor",
@@ -424,6 +433,7 @@ CARDS = {
             "planes",
             XNORSettings,
             "Rastegari et al., XNOR-Net, ECCV 2016",
+            least_planes=1,
         ),
         MethodCard(
             "scaled-uniform",
@@ -432,6 +442,7 @@ CARDS = {
             "planes",
             ScaledSettings,
             "Polino et al., Model Compression via Distillation and Quantization, ICLR 2018",
+            least_planes=1,
         ),
         MethodCard(
             "ptq",
@@ -546,7 +557,14 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
     if found.name in CARDS:
         raise UserError(f"`{method}` calls itself `{found.name}`, which is a method of csq", where=where)
     return MethodCard(
-        found.name, method, found.summary, found.takes, found.Settings, found.citation, finetunes=found.finetunes
+        found.name,
+        method,
+        found.summary,
+        found.takes,
+        found.Settings,
+        found.citation,
+        finetunes=found.finetunes,
+        least_planes=found.least_planes,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csqcli.quant.budget import Budget, allocate
 from csqcli.quant.passes.rounding import levels_of, nearest_level
+from csqcli.quant.passes.sampling import spread_out
 
 UNSEEN = 0.05  # a plane whose f(m_B) is below this adds nothing to the soft weight, and is not switched on
 _SAMPLE, _LARGE_SAMPLE = 2**12, 2**16  # weights that starting points, and numbers of planes, are compared on
@@ -43,7 +44,7 @@ def fit_levels(weight: Tensor, mask: Tensor, *, starts: Sequence[float] = ()) ->
     if len(levels) == 1 or largest == 0:
         return Fit(torch.zeros_like(weight), weight.new_ones(()), weight.double().square().sum())
     scaled = weight / largest  # squares of tiny and of huge weights would vanish or overflow
-    sample = scaled[:: max(1, len(scaled) // _SAMPLE)]
+    sample = scaled[spread_out(len(scaled), _SAMPLE, device=scaled.device)]
     steps = [start / largest for start in starts if 0 < start / largest < float("inf")]
     steps += [part / float(levels[-1]) for part in torch.linspace(*_FRACTIONS).tolist()]
     tried = torch.tensor(steps, dtype=torch.float64, device=weight.device)
@@ -109,7 +110,7 @@ def choose_planes(
     )
     errors = torch.zeros(layers, bits + 1, dtype=torch.float64)
     for index, weight in enumerate(soft_weights):
-        sample = weight[:: max(1, len(weight) // _LARGE_SAMPLE)]
+        sample = weight[spread_out(len(weight), _LARGE_SAMPLE, device=weight.device)]
         for count in range(most[index] + 1):
             error = fit_levels(sample, first_planes(orders[index], count)).error.cpu()
             errors[index, count:] = error * (len(weight) / len(sample))

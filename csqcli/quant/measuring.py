@@ -165,11 +165,6 @@ def chunks(batches: Batches, size: int) -> Iterator[tuple[Tensor, Tensor]]:
             yield from zip(images.split(size), labels.split(size), strict=True)
 
 
-def owner_of(name: str) -> str:
-    """The module that a weight of this name belongs to."""
-    return name.rpartition(".")[0].removesuffix(".parametrizations.weight")
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of a module: what it was given, and its output, the first where there are several."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from csqcli.quant.budget import PlaneLimits
 from csqcli.quant.layers import Layer
-from csqcli.quant.measuring import evaluating, first_tensor, logits_of, owner_of, unfrozen, weights_as
+from csqcli.quant.measuring import evaluating, first_tensor, logits_of, unfrozen, weights_as
+from csqcli.quant.names import owner_of
 
 _ENDED = 1e-3  # of the spread that the scores had; where nothing leads to them any more, it is rounding noise
 NEEDED_IMAGES = 16  # enough to see whether scores differ at all

@@ -208,6 +208,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
         hint = "pass --epochs 0 (post-training quantization), without --float-epochs and --finetune-epochs"
         raise UserError("data.calib: images without labels cannot be trained on", where=where, hint=hint)
     _check_zeroq(settings, recipe.data.calib, where)
+    _check_fewest(recipe, card, where)
     if ":" not in recipe.quantization.cost:
         costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")
     if recipe.quantization.allocator is not None:
@@ -304,6 +305,16 @@ def _check_epochs(epochs: int, card: MethodCard, where: str) -> None:
     if not card.trains and epochs > 0:
         hint = "take 0, or --finetune-epochs to train on what it finds"
         raise UserError(f"epochs: `{card.name}` trains nothing (got {epochs})", where=where, hint=hint)
+
+
+def _check_fewest(recipe: Recipe, card: MethodCard, where: str) -> None:
+    """UserError for rules that ask for layers without planes, where the method has none."""
+    rules = recipe.layers
+    asked = {"layers.floor": rules.floor} | {f"layers.max_bits: {name}": most for name, most in rules.max_bits.items()}
+    for key, planes in asked.items():
+        if planes < card.least_planes:
+            hint = "take staged, csq or ptq, or layers.exclude for what is to stay float"
+            raise UserError(f"{key}: `{card.name}` has no layer of {planes} planes", where=where, hint=hint)
 
 
 def _check_zeroq(settings: MethodSettings, calib: str | None, where: str) -> None:

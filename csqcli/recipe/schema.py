@@ -184,6 +184,13 @@ class QuantizationSettings(Section):
         for key in ("latency_table", "latency_engine"):
             if getattr(self, key) is not None and self.target_latency is None:
                 raise ValueError(f"{key} goes with target_latency")
+        fields = type(self).model_fields
+        if self.ship_as != fields["ship_as"].default and not self.in_bytes:
+            raise ValueError("ship_as goes with target_size or target_compression")
+        if self.cost != fields["cost"].default and self.target_bits is None and self.in_users_unit:
+            raise ValueError("cost is what target_bits counts; the other targets count in their own unit")
+        if self.act_per != fields["act_per"].default and self.act_bits != "auto":
+            raise ValueError("act_per goes with target_act_bits")
         if self.latency_table is not None and self.latency_engine is not None:
             raise ValueError("latency_table says its engine itself; leave latency_engine out")
         return self

@@ -109,6 +109,11 @@ def wait_for_all(device: torch.device) -> None:
     sum_counts([0], device)
 
 
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _running() else 1
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Mean over processes of the gradients of parameters that live outside the data-parallel model."""
     if not _running():

@@ -14,6 +14,7 @@ from typing import Any
 
 MAX_DEPTH = 32  # of nested lists and mappings
 MAX_TEXT = 4096  # characters of a string
+MAX_CLASSES = 10**6  # outputs of a classifier that csq builds or reads, and so of labels
 BASE_BYTES, EXPANSION = 2**26, 2**10  # a file may unpack to 64 MiB, and to 1024 times its own size
 _UNSAFE = (
     "Cc",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from csqcli.data.loaders import stream_seed
 from csqcli.errors import UserError
 from csqcli.system import distributed, files
 from csqcli.training import phase
@@ -32,6 +34,8 @@ def adapt(run: Run) -> None:
     verb = "adapted" if done.kept == "adapted" else "training in float made it worse: kept the model as it came,"
     better = max(done.input_top1, done.adapted_top1)
     run.display.say(f"{verb} float top-1 {better:.2f} % (as it came {done.input_top1:.2f} %)")
+    # what follows draws the same dropout, whether this process trained in float or was handed the result
+    torch.manual_seed(stream_seed(run.recipe.seed, run.recipe.adaptation.epochs))
 
 
 def _train(run: Run) -> AdaptationRecord:

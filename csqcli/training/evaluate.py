@@ -129,10 +129,13 @@ def recalibrate_batchnorm(
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    for batch, (images, _) in enumerate(itertools.islice(loader.epoch(epoch), batches), 1):
-        model(images)
-        if on_batch is not None:
-            on_batch(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(was_training)
+    try:
+        for batch, (images, _) in enumerate(itertools.islice(loader.epoch(epoch), batches), 1):
+            if len(images):  # none of it could be decoded
+                model(images)
+            if on_batch is not None:
+                on_batch(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(was_training)

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy
 import torch
+from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from csqcli.data.loaders import Loader, Unavailable, stream_seed
 from csqcli.errors import UserError
+from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.measuring import logits_of
 from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.system import distributed
@@ -58,9 +60,9 @@ class Trainer:
     micro_batch: int | None = None  # images per forward pass; None takes the batch whole
     channels_last: bool = False  # memory format of the images; the model has it already
     teacher: Teacher | None = None
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # timm's Mixup: labels become distributions
+    mixup: Mixup | None = None  # timm's: labels become distributions
     seed: int = 0  # of mixup
-    activation_scales: Sequence[nn.Parameter] = ()  # trained, but outside the model
+    activations: ActivationQuantizers | None = None  # their scales are trained, but outside the model
     batchnorm_frozen: bool = False  # its statistics are not those of the batch, and do not move
     replica: Any = None  # the data-parallel or compiled wrapper that training calls in place of the model
     watch_evaluation: Watch = lambda name, batches: contextlib.nullcontext(None)  # names it and is told of every batch
@@ -85,12 +87,16 @@ class Trainer:
                 continue
             self.scheduler.step_update(num_updates=epoch * self.steps_per_epoch + batch)
             loss = self._backward(*self._mixed(images, labels, epoch, batch))
-            distributed.average_gradients(self.activation_scales)
+            if self.activations is not None:
+                distributed.average_gradients(self.activations.parameters())
+                self.activations.count_parts(self._parts(len(images)) * distributed.world())
             if self.clip_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
             lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.activations is not None:
+                self.activations.keep_positive()
             seen.append(loss)
             images_seen += len(labels)
             if self.on_step is not None:
@@ -127,7 +133,7 @@ class Trainer:
         if self.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         # equal parts: a last one of a single image would have no variance for BatchNorm
-        count = -(-len(images) // (self.micro_batch or len(images)))
+        count = self._parts(len(images))
         parts = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
         whole = torch.zeros((), device=images.device)
         for number, (pixels, wanted) in enumerate(parts, 1):
@@ -138,6 +144,9 @@ class Trainer:
                 loss.backward()
             whole += loss.detach()
         return whole
+
+    def _parts(self, images: int) -> int:
+        return -(-images // (self.micro_batch or images))
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         try:
@@ -152,10 +161,14 @@ class Trainer:
         return loss if self.teacher is None else self.teacher.loss(images, scores, loss, amp=self.amp)
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        if self.mixup is None or len(labels) % 2:
+        if self.mixup is None:
             return images, labels
+        paired = len(labels) // 2 * 2  # where an image could not be decoded, one is left without another to mix with
+        single = mixup_target(labels[paired:], self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
+        if not paired:
+            return images, single
         state = numpy.random.get_state()  # timm draws from NumPy's global stream
         numpy.random.seed(stream_seed(self.seed, epoch, batch) % 2**32)
-        mixed = self.mixup(images, labels)
+        mixed, distributions = self.mixup(images[:paired], labels[:paired])
         numpy.random.set_state(state)
-        return mixed
+        return torch.cat([mixed, images[paired:]]), torch.cat([distributions, single])

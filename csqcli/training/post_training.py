@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.data.loaders import LoaderSettings, make_loader, stream_seed
+from csqcli.data.splits import Images
 from csqcli.errors import UserError
+from csqcli.quant import activations
 from csqcli.quant.allocators.importance import fisher_importance
 from csqcli.quant.budget import allocate
 from csqcli.quant.hard_layer import HardLayer
@@ -134,6 +136,7 @@ class _Work:
         state, run.saved = run.saved if run.saved is not None and run.saved.phase == "search" else None, None
         self.begin()
         self.teacher = copy.deepcopy(run.model)
+        activations.detach(self.teacher)  # its hooks would be those of the model itself
         if state is None:
             self.method = self._planned(self._planes())
         else:
@@ -167,26 +170,29 @@ class _Work:
         assert run.images.train is not None
         count = min(self.settings.images, len(run.images.train))
         order = torch.randperm(len(run.images.train), generator=_generator(run.recipe.seed, 0))
-        chosen = run.images.train.subset(order[:count].sort().values)
-        loader = make_loader(
-            chosen,
-            run.config,
-            LoaderSettings(
-                training=True,
-                batch_size=min(_BATCH, count),
-                augment="none",
-                workers=run.recipe.data.workers,
-                seed=run.recipe.seed,
-                device=run.device,
-            ),
-        )
-        try:
-            batches = [images for images, _ in loader.epoch(0) if len(images)]
-        finally:
-            loader.close()
+        whole = count // _BATCH * _BATCH  # a loader of training images drops what is left of its last batch
+        parts = [part for part in (order[:whole], order[whole:count]) if len(part)]
+        batches = [batch for part in parts for batch in self._decoded(run.images.train.subset(part.sort().values))]
         if not batches:
             raise UserError("no calibration image could be used", where=run.images.source)
         return batches
+
+    def _decoded(self, images: Images) -> list[Tensor]:
+        """Batches of images; those that cannot be decoded are passed over."""
+        run = self.run
+        settings = LoaderSettings(
+            training=True,
+            batch_size=min(_BATCH, len(images)),
+            augment="none",
+            workers=run.recipe.data.workers,
+            seed=run.recipe.seed,
+            device=run.device,
+        )
+        loader = make_loader(images, run.config, settings)
+        try:
+            return [batch for batch, _ in loader.epoch(0) if len(batch)]
+        finally:
+            loader.close()
 
     def _planes(self) -> list[int]:
         run, quantization = self.run, self.run.recipe.quantization

@@ -35,6 +35,7 @@ from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
+from csqcli.quant.names import owner_of
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import USERS_TARGETS, Recipe
 from csqcli.system import distributed, memory
@@ -90,7 +91,7 @@ def make_trainer(
         amp=amp,
         micro_batch=run.record.step_images,
         channels_last=run.channels_last,
-        activation_scales=run.activations.parameters() if run.activations is not None else (),
+        activations=run.activations,
         batchnorm_frozen=recipe.batchnorm == "frozen",
         replica=run.replica(),
         watch_evaluation=run.display.evaluation,
@@ -237,7 +238,7 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
             limits=limits,
             cost=cost,
             macs=run.operations.macs if run.operations is not None else None,
-            input_bits={layer.name: inputs.get(layer.name.rpartition(".")[0], 32) for layer in layers},
+            input_bits={layer.name: inputs.get(owner_of(layer.name), 32) for layer in layers},
         )
 
     def within(table: Table, allowance: int, unit: str, beside: int) -> Budget:

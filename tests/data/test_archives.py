@@ -123,7 +123,7 @@ def test_a_damaged_image_in_an_archive_is_named_by_its_member(image_folder: Path
         list(make_loader(open_data(str(archive)).val, LARGE, LoaderSettings(training=False, batch_size=4)).epoch(0))
 
 
-def webdataset(folder: Path, *, labels: bool = True) -> Path:
+def webdataset(folder: Path, *, labels: bool = True, dark: bytes = b"1") -> Path:
     """The fixture's images as shards of four: train-0000.tar …, val-0000.tar …, an image beside its .cls."""
     out = folder.parent / "shards"
     out.mkdir()
@@ -134,9 +134,9 @@ def webdataset(folder: Path, *, labels: bool = True) -> Path:
                 for path in images[number : number + 4]:
                     key = f"{path.parent.name}{path.stem}"
                     shard.add(path, f"{key}.png")
-                    text = b"1" if path.parent.name == "dark" else b"0"
+                    text = dark if path.parent.name == "dark" else b"0"
                     entry = tarfile.TarInfo(f"{key}.cls")
-                    entry.size = 1
+                    entry.size = len(text)
                     if labels:
                         shard.addfile(entry, io.BytesIO(text))
     return out
@@ -163,3 +163,10 @@ def test_a_shard_alone_and_one_without_labels_say_what_is_wanted(image_folder: P
     shutil.rmtree(shards)
     with pytest.raises(UserError, match=r"bright0.png` has no .cls beside it"):
         open_data(str(webdataset(image_folder, labels=False)))
+
+
+@pytest.mark.parametrize("label", [b"200000000", b"99999999999999999999"])
+def test_a_class_number_that_no_classifier_has_is_refused(image_folder: Path, label: bytes) -> None:
+    """It would ask for a list of so many names."""
+    with pytest.raises(UserError, match=r"darkd?.*\.cls: is class [\d,]+ of at most 1,000,000"):
+        open_data(str(webdataset(image_folder, dark=label)))

@@ -98,6 +98,15 @@ def test_the_choice_is_the_best_within_the_mean(target: float, per: str) -> None
     assert costs[found.bits["2"], found.bits["4"]] == pytest.approx(min(costs.values()), rel=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_widths_are_found_where_the_model_is() -> None:
+    model = network().cuda()
+    layers, _ = find_layers(model)
+    found = find_widths(model, layers, lambda: [IMAGES.cuda()], target=4)
+    assert found.bits == find_widths(network(), find_layers(network())[0], lambda: [IMAGES], target=4).bits
+
+
 def test_a_network_whose_only_input_is_its_own_is_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 3))
     with pytest.raises(UserError, match="no input of a layer to choose a width for"):

@@ -11,7 +11,7 @@ from torch import nn
 
 import csqcli
 from csqcli.file import header
-from csqcli.quant.activations import ActivationQuantizer, attach, calibrate
+from csqcli.quant.activations import ActivationQuantizer, attach, calibrate, owners
 from csqcli.quant.layers import find_layers
 
 
@@ -48,9 +48,80 @@ def test_pact_moves_the_clipping_level_by_clipped_values_only() -> None:
     quantizer = ActivationQuantizer(2, signed=False, scale=1.0, method="pact")  # α = 3
     quantizer(torch.tensor([0.4, 1.6, 2.2])).sum().backward()
     assert quantizer.scale.grad.item() == 0
-    quantizer.scale.grad = None
-    quantizer(torch.tensor([5.0, 9.0])).sum().backward()
-    assert quantizer.scale.grad.item() == 6  # d(α)/ds = 3 for each of the two
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_step_of_sgd_takes_pacts_clipping_level_where_the_papers_step_does(bits: int) -> None:
+    """Choi et al. 2018, Eq. 3: dy/dα is 1 where x ≥ α, so α falls by lr · Σ upstream there."""
+    alpha, lr, top = 3.0, 0.01, 2**bits - 1
+    quantizer = ActivationQuantizer(bits, signed=False, scale=alpha / top, method="pact")
+    upstream = torch.tensor([0.7, -0.2, 1.5])
+    (quantizer(torch.tensor([5.0, 9.0, 0.5])) * upstream).sum().backward()
+    torch.optim.SGD([quantizer.scale], lr=lr).step()
+    assert quantizer.scale.item() * top == pytest.approx(alpha - lr * (0.7 - 0.2), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_a_scale_that_a_step_took_below_zero_learns_on(method: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    layers, _ = find_layers(model)
+    quantizers = calibrate(model, layers, [torch.rand(8, 4)], bits=8, method=method)
+    (scale,) = quantizers.parameters()
+    scale.data.fill_(-0.01)
+    quantizers.keep_positive()
+    (-model(torch.rand(8, 4)).abs().sum()).backward()
+    assert scale.item() > 0
+    assert scale.grad.item() != 0
+
+
+@pytest.mark.parametrize(("method", "parts"), [("lsq", 4), ("pact", 4), ("xnor", 2)])
+def test_a_batch_in_parts_moves_scales_as_the_whole_batch_does(method: str, parts: int) -> None:
+    bits = 1 if method == "xnor" else 3
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    layers, _ = find_layers(model)
+    images = torch.randn(32, 6)
+    quantizers = calibrate(model, layers, [images], bits=bits, method=method)
+    model(images).square().mean().backward()
+    whole = [scale.grad.clone() for scale in quantizers.parameters()]
+    for scale in quantizers.parameters():
+        scale.grad = None
+    for part in images.chunk(parts):
+        (model(part).square().mean() / parts).backward()
+    quantizers.count_parts(parts)
+    for scale, expected in zip(quantizers.parameters(), whole, strict=True):
+        torch.testing.assert_close(scale.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_calibration_sees_all_columns_of_a_feature_map() -> None:
+    """64 maps of 64×64 are many more values than are looked at, and their border says nothing of them."""
+    images = torch.rand(2, 64, 64, 64, generator=torch.Generator().manual_seed(3))
+    images[..., 0] *= 1e-3
+    model = nn.Sequential(nn.Conv2d(64, 2, 1))
+    layers, _ = find_layers(model)
+    (quantizer,) = calibrate(model, layers, [images], bits=8).quantizers.values()
+    with torch.no_grad():
+        error = (quantizer(images) - images).square().mean().sqrt()
+    assert error < 1 / 255  # of a step that reaches the largest value; half of it at most
+
+
+def test_every_user_of_a_shared_weight_has_its_input_rounded() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False), nn.Linear(4, 3))
+    model[2].weight = model[0].weight
+    layers, _ = find_layers(model)
+    assert owners(layers) == ["0", "2", "3"]
+    found = calibrate(model, layers, [torch.rand(8, 4)], bits=4)
+    assert (list(found.quantizers), found.unreached) == (["0", "2", "3"], [])
+
+
+def test_another_processs_quantizers_bring_their_signs() -> None:
+    """A shard may lack the rare negative values that another has."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    layers, _ = find_layers(model)
+    mine = calibrate(model, layers, [torch.rand(8, 4)], bits=4)
+    theirs = calibrate(nn.Sequential(nn.Linear(4, 3)), layers, [torch.rand(8, 4) - 0.5], bits=4)
+    assert [record.signed for record in mine.records()] == [False]
+    mine.take(theirs.records())
+    assert mine.records() == theirs.records()
 
 
 def test_one_signed_bit_is_the_sign_and_passes_gradients_where_the_papers_does() -> None:

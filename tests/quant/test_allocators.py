@@ -23,6 +23,7 @@ from csqcli.quant.layers import find_layers
 from csqcli.quant.measuring import rounded, score, weights_as
 
 BITS = 4
+UNIFORM_RULES = PlaneLimits((4, 1, 1), (4, 4, 4))  # the first layer keeps four
 EVERY = [name for name in ALLOCATORS if name not in ("uniform", "manual")]
 
 
@@ -321,3 +322,23 @@ def test_an_operation_without_a_second_derivative_is_one_line() -> None:
     data = [(torch.randn(4, 1, 2, 2), torch.zeros(4, dtype=torch.long))]
     with pytest.raises(UserError, match="no second derivative"):
         allocation_by("hawq-v2", model, layers, data, make_budget(layers, 2))
+
+
+def test_the_same_planes_in_every_layer_are_within_the_target_or_refused() -> None:
+    layers, _ = find_layers(network())
+    weights = [layer.weights for layer in layers]
+    mean = (4 * weights[0] + 2 * (weights[1] + weights[2])) / sum(weights)
+
+    def planes(target: float) -> list[int]:
+        return allocation_by(
+            "uniform", network(), layers, batches(), make_budget(layers, target, bits=BITS, limits=UNIFORM_RULES)
+        ).planes
+
+    assert planes(mean + 1e-3) == [4, 2, 2]
+    with pytest.raises(UserError, match=rf"2 planes .* are {mean:.4f} in the mean, over the target of 2") as refused:
+        planes(2)
+    assert planes(float(str(refused.value).rpartition("--target-bits ")[2])) == [4, 2, 2]
+    with pytest.raises(UserError, match="the layer rules alone need"):
+        planes(1)
+    with pytest.raises(UserError, match=r"2.5 is not possible"):
+        allocation_by("uniform", network(), layers, batches(), make_budget(layers, 2.5, bits=BITS))

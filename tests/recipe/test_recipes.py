@@ -60,6 +60,23 @@ def test_the_recipes_of_published_methods_hold_their_authors_settings(
         assert (round(shares.search_share * 650), round(shares.requantize_share * 650)) == (350, 50)
 
 
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"method": "lsq", "layers.floor": 0}, "layers.floor: `lsq` has no layer of 0 planes"),
+        ({"method": "msq", "layers.max_bits": {"fc": 0}}, "layers.max_bits: fc: `msq` has no layer of 0 planes"),
+        ({"ship_as": "bit-packed"}, "ship_as goes with target_size or target_compression"),
+        ({"target_size": "20kB", "cost": "bops"}, "cost is what target_bits counts"),
+        ({"act_per": "macs"}, "act_per goes with target_act_bits"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(given: dict, complaint: str) -> None:
+    target = {} if "target_size" in given else {"target_bits": 2}
+    with pytest.raises(UserError, match=complaint):
+        resolve("digits", {"quantization.target_bits": None} | target | given)
+    assert resolve("digits", {"method": "staged", "layers.floor": 0, "target_bits": 2}).layers.floor == 0
+
+
 def test_milestones_belong_to_steps() -> None:
     for given in ({"optimizer.milestones": [3]}, {"optimizer.schedule": "steps"}):
         with pytest.raises(UserError, match="optimizer: schedule steps and milestones go together"):
@@ -184,7 +201,12 @@ def test_every_setting_has_help_text() -> None:
 def test_a_card_says_what_its_method_says(name: str) -> None:
     card = CARDS[name]
     method = card.load()
-    assert (method.name, method.takes, method.finetunes) == (card.name, card.takes, card.finetunes)
+    assert (method.name, method.takes, method.finetunes, method.least_planes) == (
+        card.name,
+        card.takes,
+        card.finetunes,
+        card.least_planes,
+    )
     assert method.Settings is card.settings
 
 

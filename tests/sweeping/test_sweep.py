@@ -74,6 +74,14 @@ def test_a_run_of_a_sweep_is_byte_for_byte_that_of_csq_search(
     assert found["float"]["top1"] == report["accuracy"]["float_top1"]
 
 
+def test_a_network_that_draws_numbers_draws_the_same_after_a_shared_float_phase(tmp_path: Path) -> None:
+    drawing = {"model": "plain_models:dropout_cnn", "pretrained": False, "model.checkpoint": None}
+    drawing |= {"method": "staged", **FLOAT}
+    sweep(tmp_path / "sweep", warm=False, targets=[1.5], **drawing)
+    csqcli.search(output=tmp_path / "alone", target_bits=1.5, **QUICK, **drawing)
+    assert model(tmp_path / "sweep" / "staged-1.5bit") == model(tmp_path / "alone")
+
+
 def test_the_float_phase_and_its_accuracy_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained, evaluated = [], []
     train, measure = phase.train, csqcli.training.run.Run.measure_float  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from csqcli.errors import UserError
-from csqcli.training.evaluate import evaluate
+from csqcli.training.evaluate import evaluate, recalibrate_batchnorm
 
 
 class _Loader:
@@ -28,3 +28,29 @@ def test_scores_that_are_not_finite_are_refused(value: float) -> None:
         evaluate(model, _Loader())
     nn.init.zeros_(model.bias)
     assert evaluate(model, _Loader()).samples == 4
+
+
+class _Broken(_Loader):
+    def epoch(self, epoch: int, start: int = 0):
+        yield torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
+        raise UserError("the disk is gone")
+
+
+class _Empty(_Loader):
+    def epoch(self, epoch: int, start: int = 0):
+        yield torch.empty(0), torch.empty(0, dtype=torch.long)  # no image of it could be decoded
+        yield torch.arange(12.0).view(4, 3), torch.zeros(4, dtype=torch.long)
+
+
+def test_a_recalibration_that_fails_leaves_the_averages_as_they_were_configured() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3), nn.Linear(3, 2))
+    with pytest.raises(UserError, match="the disk is gone"):
+        recalibrate_batchnorm(model, _Broken(), epoch=0, batches=4)
+    assert model[0].momentum == 0.3
+    assert model.training
+
+
+def test_a_batch_without_images_is_passed_over() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    recalibrate_batchnorm(model, _Empty(), epoch=0, batches=2)
+    assert model[0].running_mean.tolist() == [4.5, 5.5, 6.5]

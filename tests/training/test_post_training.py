@@ -15,6 +15,7 @@ import csqcli
 from csqcli import pipeline
 from csqcli.data.specs import open_data
 from csqcli.models.networks import digits_cnn
+from csqcli.quant.activations import attached
 from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods.base import Schedule, plan_for
@@ -49,6 +50,21 @@ def test_a_file_is_within_its_budget_says_what_it_is_and_goes_through_every_comm
 
     assert csq(*RUN, "--target-bits", 2.5, "-o", tmp_path / "again")[0] == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_every_calibration_image_is_looked_at_beside_a_network_that_rounds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    collect = post_training._Work._collect
+
+    def watched(work: post_training._Work, group: list[int]) -> object:
+        seen.append((sum(map(len, work.batches)), len(attached(work.run.model)), len(attached(work.teacher))))
+        return collect(work, group)
+
+    monkeypatch.setattr(post_training._Work, "_collect", watched)
+    csqcli.search(recipe="digits", target_bits=2, epochs=0, act_bits=4, output=tmp_path, images=100)  # 64 and 36
+    assert set(seen) == {(100, 4, 0)}
 
 
 def test_labels_of_the_training_images_are_never_looked_at(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from csqcli.data.registry import data_source
 from csqcli.data.sources.folder import has_archive_of_imagenet
 from csqcli.errors import UserError
+from csqcli.system.limits import MAX_CLASSES
 
 if TYPE_CHECKING:
     from csqcli.data.archives import ArchiveReader
@@ -81,4 +82,7 @@ def _label(reader: ArchiveReader, name: str, size: int) -> int:
     text = reader.read(name).strip() if size <= _MAX_LABEL else b""
     if not text.isdigit():
         raise UserError("is no class number", where=name, hint="a .cls file holds one whole number")
-    return int(text)
+    number = int(text)
+    if number >= MAX_CLASSES:
+        raise UserError(f"is class {number:,} of at most {MAX_CLASSES:,}", where=name, hint="number classes from 0")
+    return number

@@ -18,7 +18,8 @@ from csqcli.exporting.verify import ParityError
 from csqcli.file import header
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import METADATA_KEY, Manifest, ParityRecord
-from csqcli.quant.measuring import calls_of, logits_of, owner_of
+from csqcli.quant.measuring import calls_of, logits_of
+from csqcli.quant.names import owner_of
 from csqcli.system import files
 from csqcli.system.progress import counted
 

@@ -10,6 +10,7 @@ themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def allocation_by(
 ) -> Allocation:
     """Planes of every layer by the allocator ``name``, within the budget and the rules.
 
-    ``uniform`` gives every layer the target, which must then be whole; ``manual`` takes ``planes`` (name or glob → planes);
+    ``uniform`` gives every layer the target (:func:`uniform`); ``manual`` takes ``planes`` (name or glob → planes);
     ``haq`` measures ``trials`` networks; what is random is so by ``seed``. ``watch`` shows how far a slow one is. UserError
     for unknown names and for importance that is not [layers, bits] of numbers ≥ 0.
     """
@@ -76,14 +77,28 @@ def allocation_by(
 
 
 def uniform(budget: Budget) -> list[int]:
-    """The target in every layer, but for the rules of single layers. UserError for a target that is not whole."""
+    """The target in every layer, but for the rules of single layers.
+
+    With such rules the target may be a fraction: its whole part is for the layers that they leave, and its mean is what all may
+    reach. UserError for a fraction without them, and where the planes are not within the budget.
+    """
     target, bits = budget.target, len(budget.table[0]) - 1
-    if target != int(target) or not 1 <= target <= bits:
+    budget.check_feasible()
+    rules = list(zip(budget.limits.min_planes, budget.limits.max_planes, strict=True))
+    planes = [min(max(int(target), few, 1), most) for few, most in rules]
+    ruled = any(count != int(target) for count in planes)
+    if not 1 <= target <= bits or (target != int(target) and not ruled):
         hint = f"take a whole number from 1 to {bits}, or a method or --allocator that mixes them"
         raise UserError(f"the same planes in every layer; {target:g} is not possible", hint=hint)
-    rules = zip(budget.limits.min_planes, budget.limits.max_planes, strict=True)
-    planes = [min(max(int(target), few, 1), most) for few, most in rules]
-    if budget.also and not budget.fits(planes):
-        what = f"{target:g} planes in every layer are not within all of the targets"
+    if budget.fits(planes):
+        return planes
+    if budget.also or not budget.counts_weights:
+        what = f"{int(target)} planes in every layer are not within all of the targets"
         raise UserError(what, hint="raise the other targets, or take an --allocator that mixes planes")
-    return planes
+    mean = budget.mean_planes(planes)
+    what = f"{int(target)} planes in every layer that the rules leave are {mean:.4f} in the mean, over the target of {target:g}"
+    enough = math.ceil(100 * mean) / 100
+    hint = "take an --allocator that mixes planes" + (
+        f", or --target-bits {enough:g}" if int(enough) == int(target) else ""
+    )
+    raise UserError(what, hint=hint)

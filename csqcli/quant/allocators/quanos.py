@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import savings
-from csqcli.quant.measuring import Batches, evaluating, logits_of, outputs_of, owner_of, squared_errors
+from csqcli.quant.measuring import Batches, evaluating, logits_of, outputs_of, squared_errors
+from csqcli.quant.names import owner_of
 
 _STRENGTH = 0.12  # ε in standard deviations of the images: about 8/255 of the pixel range of natural images
 

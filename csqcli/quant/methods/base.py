@@ -63,7 +63,7 @@ def plan_for(layers: Sequence[Layer], target: float, schedule: Schedule, *, bits
 class WeightMethod(ABC):
     """What every method offers. Subclass it, and name the class by ``--method package.module:Class``.
 
-    The four class attributes are what `csq methods` prints and what a recipe is checked against. The constructor takes the
+    The class attributes are what `csq methods` prints and what a recipe is checked against. The constructor takes the
     layers, a :class:`Plan` and an instance of ``Settings``, and leaves the weights of step 0 in the model.
     """
 
@@ -72,6 +72,7 @@ class WeightMethod(ABC):
     citation: ClassVar[str] = ""
     takes: ClassVar[Literal["target", "planes", "either"]] = "target"  # searches planes itself, is given them, or both
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    least_planes: ClassVar[int] = 0  # of a layer; at 1 a recipe that asks for layers without planes is refused
     finetunes: ClassVar[bool] = (
         False  # whether it accepts Plan.start; delivered integers are else trained on by `staged`
     )

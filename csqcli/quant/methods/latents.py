@@ -27,6 +27,7 @@ class LatentMethod(WeightMethod):
 
     takes: ClassVar[Takes] = "planes"
     possible_planes: ClassVar[Sequence[int]] = range(1, 9)  # that the method is defined for
+    least_planes: ClassVar[int] = 1
 
     def __init__(self, layers: Sequence[Layer], plan: Plan, settings: Any = None) -> None:
         super().__init__(layers, plan, settings)
@@ -39,7 +40,7 @@ class LatentMethod(WeightMethod):
     def starting_planes(self) -> list[int]:
         """Planes of every layer at the first step."""
         assert self.plan.planes is not None
-        return [max(k, 1) for k in self.plan.planes]
+        return list(self.plan.planes)
 
     def begin(self) -> None:
         """Make the state that the method keeps beside the latents, before the weights of step 0 are written."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csqcli.quant.budget import PlaneLimits
 from csqcli.quant.catalog import MSQSettings
 from csqcli.quant.hardening import fewest_losses
 from csqcli.quant.methods.dorefa import DoReFa
@@ -43,11 +42,9 @@ class MSQ(DoReFa):
     settings: MSQSettings  # type: ignore[assignment]
 
     def starting_planes(self) -> list[int]:
-        limits = self.plan.budget.limits
-        few, most = (tuple(max(1, k) for k in bound) for bound in (limits.min_planes, limits.max_planes))
-        self.budget = replace(self.plan.budget, limits=PlaneLimits(few, most))  # one bit is the least there is
+        self.budget = self.plan.budget
         self.budget.check_feasible()
-        return list(most)
+        return list(self.budget.limits.max_planes)
 
     def begin(self) -> None:
         super().begin()

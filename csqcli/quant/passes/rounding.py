@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csqcli.quant.passes.sampling import spread_out
 from csqcli.quant.passes.state import kernels_for, of_channels, parts_of
 
 _CHUNK = 2**17  # weights that `mse_step` passes over at a time on a CPU: half a MiB
@@ -48,7 +49,9 @@ def _row_steps(rows: Tensor, planes: int, grid: int, refits: int) -> Tensor:
     largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
     unit = power_of_two(largest)  # exact, and squares of the weights neither vanish nor overflow
     rows, largest = rows / unit, largest / unit
-    sample = rows[:, :: max(1, rows.shape[1] // 2048)].contiguous()  # the grid needs no more than this per channel
+    sample = rows[
+        :, spread_out(rows.shape[1], 2048, device=rows.device)
+    ]  # the grid needs no more than this per channel
     best = largest / top
     least = torch.full_like(best, float("inf"))
     rounded = torch.empty_like(sample)
