@@ -46,7 +46,7 @@ from csqcli.training.planning import try_out
 from csqcli.training.post_training import measure_importance, quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
-from csqcli.training.setup import check_written_planes, latency_reached, shared_importance
+from csqcli.training.setup import check_targets, check_written_planes, latency_reached, shared_importance
 from csqcli.training.shared_start import SharedStart
 from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
 
@@ -86,12 +86,17 @@ def search(
             return folder.finished
         with _opened(recipe, spec, images, folder, display) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
+            if recipe.card.name == "pact" and recipe.quantization.act_bits == 32:
+                display.say(
+                    "without --act-bits nothing is left of PACT but its weights: the learned clip is of activations"
+                )
+            layers, left_float = run.find_layers()
+            check_targets(run, recipe, layers)
             if shared is not None and run.saved is None:
                 shared.hand_over(run)
                 run.tell_float()
             else:
                 run.measure_float()
-            layers, left_float = run.find_layers()
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
             _know_ways(run, layers)

@@ -83,3 +83,29 @@ class _Unbounded(Net):
 
 def unbounded(num_classes: int) -> nn.Module:
     return _Unbounded(num_classes)
+
+
+def half_precision(num_classes: int) -> nn.Module:
+    return Net(num_classes).half()
+
+
+def frozen_convolution(num_classes: int) -> nn.Module:
+    model = Net(num_classes)
+    model.conv.requires_grad_(False)
+    return model
+
+
+class _Named(Net):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"out": super().forward(images), "aux": images}
+
+
+def scores_by_name(num_classes: int) -> nn.Module:
+    return _Named(num_classes)
+
+
+def undeclared(num_classes: int) -> nn.Module:
+    """Grey images, and no data_config that says so."""
+    model = Net(num_classes)
+    del model.data_config
+    return model

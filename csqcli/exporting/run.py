@@ -16,6 +16,7 @@ from csqcli.exporting.verify import ParityError
 from csqcli.file import io, layout, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
+from csqcli.quant.measuring import logits_of
 from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.version import __version__
@@ -87,7 +88,7 @@ def export_file(
         engine = exporter.open(path)
         load_seconds = time.perf_counter() - started
         with torch.no_grad():
-            logits = engine(probe.images)
+            logits = logits_of(engine(probe.images))
         reference = exporter.reference or probe
         try:
             error = verify.check_logits(logits, reference, tolerance_in_std=exporter.tolerance, where=str(output))

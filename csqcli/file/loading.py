@@ -50,7 +50,7 @@ def plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Modu
         where=where,
     )
     fit_state_dict(model, state, where=where)
-    return model.eval()
+    return model.float().eval()  # a factory may make it in another precision
 
 
 def architecture(

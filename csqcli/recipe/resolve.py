@@ -42,6 +42,7 @@ _OF_A_SEARCH = (
     *USERS_TARGETS,
 )  # what a finetune of its file knows no more
 _TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *USERS_TARGETS))
+_MERGE = "tag:yaml.org,2002:merge"  # <<: may stand as often as one likes
 _FREE_MAPPINGS = (
     "model.arguments",
     "layers.min_bits",
@@ -99,7 +100,7 @@ def _values(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops where the nesting gets deep, which PyYAML reads in quadratic time."""
+    """Stops where the nesting gets deep, which PyYAML reads in quadratic time, and at a key that stands twice in a mapping."""
 
     depth = 0
 
@@ -110,6 +111,13 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"`{twice}` stands twice in one section; the first would be lost")
+        return super().construct_mapping(node, deep=deep)
 
 
 def _load_yaml(text: str) -> Any:

@@ -182,7 +182,8 @@ def export_lines(manifest: Manifest) -> list[str]:
     absent = [printable(name) for name in parity.layers_absent]
     size = manifest.sizes.file_bytes or 0
     ratio = manifest.sizes.float_bytes / size if size else 0.0
-    form = "bit-packed-small" if manifest.folded else printable(manifest.form)
+    small = manifest.folded and manifest.form == "bit-packed"
+    form = "bit-packed-small" if small else printable(manifest.form)
     lines = [f"{form}: {size:,} bytes, {_times(ratio)} than float", *_parts_line(manifest)]
     lines += [f"note         {printable(note)}" for note in parity.notes]
     if wide:

@@ -54,7 +54,10 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
             raise
         place = strangers_place(error)
         what = f"cannot run on an image of {size} ({f'{place}: ' if place else ''}{error})"
-        raise UserError(what, where=where, hint="check data.input_size") from error
+        hint = "check data.input_size"
+        if "channels" in str(error):
+            hint = 'a factory says what its model takes: model.data_config = {"input_size": (1, 28, 28)}'
+        raise UserError(what, where=where, hint=hint) from error
     if num_classes is not None and shape != [1, num_classes]:
         hint = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
         raise UserError(

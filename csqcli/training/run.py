@@ -257,7 +257,7 @@ class Run:
         if unused:
             self.display.say(
                 f"{len(unused)} of them, {sum(layer.weights for layer in unused):,} weights, take part in no operation of an "
-                f"evaluation but in the budget: {unused[0].name}, …"
+                f"evaluation but in the budget: {unused[0].name}{', …' if len(unused) > 1 else ''}"
             )
 
     def quantize_activations(self) -> None:

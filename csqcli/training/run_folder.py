@@ -103,6 +103,9 @@ class RunFolder:
         self._held.close()
 
     def _open(self) -> None:
+        if self.resume and self.force:
+            hint = "pass --resume to go on with the run there, or --force to start over"
+            raise UserError("--resume and --force ask for opposite things", where=str(self.path), hint=hint)
         unfinished = any(state.exists() for state in self.states)
         if self.model_file.exists() and not unfinished and not self.force:
             if self.resume:

@@ -30,7 +30,7 @@ from csqcli.quant.budget import (
     uniform_target,
 )
 from csqcli.quant.catalog import CARDS, MANUAL, UNIFORM, MethodCard, find_allocator
-from csqcli.quant.costs import Cost, costs, latency_cost
+from csqcli.quant.costs import WEIGHTS, Cost, costs, latency_cost
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch
@@ -39,6 +39,7 @@ from csqcli.quant.names import owner_of
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.schema import USERS_TARGETS, Recipe
 from csqcli.system import distributed, memory
+from csqcli.system.progress import counted
 from csqcli.training.evaluate import BrokenScores, evaluate
 from csqcli.training.latencies import NANOSECONDS_PER_MS, Latencies
 from csqcli.training.limits import Ways, limits_of
@@ -59,6 +60,12 @@ def make_trainer(
     if not any(parameter.requires_grad for parameter in run.model.parameters()):
         hint = "unfreeze in the factory what shall be trained"
         raise UserError("every parameter is frozen (requires_grad is False)", where=run.source.source, hint=hint)
+    frozen = [layer for layer in layers if not layer.parameter.requires_grad]
+    for layer in frozen:
+        layer.parameter.requires_grad_(True)
+    if frozen:
+        more = ", …" if len(frozen) > 1 else ""
+        run.display.say(f"{counted(len(frozen), 'frozen weight tensor')} trained all the same: {frozen[0].name}{more}")
     batches = run.train_loader.batches
     steps = min(batches, recipe.max_steps or batches)
     amp = recipe.amp == "bf16" or (recipe.amp == "auto" and run.device.type == "cuda")
@@ -105,6 +112,16 @@ def method_card(recipe: Recipe, layers: Sequence[Layer], start: Sequence[HardLay
     if not layers:
         return CARDS["float"]
     return CARDS["staged"] if start is not None and not recipe.card.finetunes else recipe.card
+
+
+def check_targets(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """UserError for rules that match nothing and mean bits that they leave no room for: before anything is measured."""
+    if not layers:
+        return
+    limits_of(recipe, layers)
+    settings = recipe.quantization
+    if settings.target_bits is not None and settings.cost == WEIGHTS and not settings.in_users_unit:
+        budget_of(run, recipe, layers).check_feasible()
 
 
 def make_method(
@@ -248,8 +265,8 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
         found.append(within(tuple(map(tuple, run.ships.table)), run.ships.allowed, BYTES, run.ships.others))
     if settings.target_bops is not None:
         assert run.operations is not None
-        counted = sum(run.operations.macs[layer.name] or 0 for layer in layers)
-        others = max(run.operations.total - counted, 0) * FLOAT_BITS**2  # as `file.sizes.compute` counts them
+        of_layers = sum(run.operations.macs[layer.name] or 0 for layer in layers)
+        others = max(run.operations.total - of_layers, 0) * FLOAT_BITS**2  # as `file.sizes.compute` counts them
         operations = counted_by(costs.find("bops", where="quantization.cost"))
         found.append(within(operations.table, int(settings.target_bops) - others, BIT_OPERATIONS, others))
     if settings.target_latency is not None:

@@ -138,7 +138,8 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     # finetune
     "finetune": (f"{FINETUNE} --seed 3 --batch-size 20 --device cpu", holds("seed", 3)),
     "finetune output": (FINETUNE.replace("-o OUT", "--output OUT"), lambda r: "finetune" in r.report()),
-    "finetune flags": (f"{FINETUNE} --force --resume --trust-code -q", lambda r: "finetune" in r.report()),
+    "finetune flags": (f"{FINETUNE} --force --trust-code -q", lambda r: "finetune" in r.report()),
+    "finetune resume": (f"{FINETUNE} --resume", lambda r: "finetune" in r.report()),
     "finetune val split": (f"{FINETUNE} --val-split test --log-every 5", holds("data.val_split", "test")),
     "finetune json": (f"{FINETUNE} --json", lambda r: json.loads(r.out)["finetune"]["kept"] in ("input", "finetuned")),
     # evaluate

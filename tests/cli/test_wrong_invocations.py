@@ -278,6 +278,7 @@ ROWS = [
     "search --recipe digits --quiet -o stranger",
     "search --recipe digits --quiet -o unfinished",
     "search --recipe digits --quiet -o unfinished --resume",
+    "search --recipe digits --quiet -o unfinished --resume --force",
     "search --recipe digits --quiet --device cuda -o new",
     # finetune, evaluate, report, inspect and export of what they cannot read
     *(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -75,6 +77,17 @@ def test_what_would_be_ignored_is_refused(given: dict, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         resolve("digits", {"quantization.target_bits": None} | target | given)
     assert resolve("digits", {"method": "staged", "layers.floor": 0, "target_bits": 2}).layers.floor == 0
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """YAML would take the second, and lose every key of the first."""
+    file = tmp_path / "twice.yaml"
+    file.write_text("data: {source: digits}\nepochs: 3\ndata: {batch_size: 8}\n")
+    with pytest.raises(UserError, match="`data` stands twice in one section"):
+        resolve(str(file), {})
+    file.write_text("base: &base {batch_size: 8}\ndata: {<<: *base, source: digits}\n")
+    with pytest.raises(UserError, match="base"):  # merging is YAML's, and only `base` is no key of a recipe
+        resolve(str(file), {})
 
 
 def test_milestones_belong_to_steps() -> None:

@@ -215,3 +215,40 @@ def test_a_part_that_cannot_be_called_as_csq_calls_it_is_one_line(csq: Csq, tmp_
         code, _, err = csq(*command)
         assert (code, err.count("\n")) == (2, 1), err
         assert f"`{part}` " in err
+
+
+@pytest.mark.parametrize("factory", ["half_precision", "scores_by_name"])
+def test_a_model_of_another_precision_or_output_goes_through_every_command(
+    csq: Csq, tmp_path: Path, factory: str
+) -> None:
+    code, err = searched(csq, tmp_path / "run", f"strangers:{factory}")
+    assert code == 0, err
+    for form in ("--bit-packed", "--bit-packed-small", "--int8-packed", "--state-dict"):
+        code, _, err = csq("export", tmp_path / "run", form, "--trust-code", "-q")
+        assert code == 0, err
+    code, _, err = csq("evaluate", tmp_path / "run", "--data", "digits", "--trust-code", "--json")
+    assert code == 0, err
+
+
+def test_a_frozen_weight_is_trained_under_quantization_and_said(csq: Csq, tmp_path: Path) -> None:
+    settings = [part for key, value in SHORT.items() for part in ("--set", f"{key}={value}")]
+    words = ("--no-pretrained", "--data", "digits", "--target-bits", 2, "--method", "staged", "-o", tmp_path / "run")
+    code, out, err = csq("search", "strangers:frozen_convolution", *words, *settings)
+    assert code == 0, err
+    assert "1 frozen weight tensor trained all the same: conv.weight\n" in out + err
+
+
+def test_grey_images_that_a_factory_did_not_declare_are_told_how(csq: Csq, tmp_path: Path) -> None:
+    code, err = searched(csq, tmp_path / "run", "strangers:undeclared", "--input-size", "8")
+    assert code == 2
+    assert 'a factory says what its model takes: model.data_config = {"input_size": (1, 28, 28)}' in err
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["--target-bits 2 --set layers.keep=[nope]", "--target-bits 2 --set layers.exclude=[nope]", "--target-bits 0.5"],
+)
+def test_a_wrong_rule_is_told_before_anything_is_evaluated(csq: Csq, tmp_path: Path, rule: str) -> None:
+    code, out, err = csq("search", "--recipe", "digits", *rule.split(), "-o", tmp_path / "run")
+    assert code == 2
+    assert "float" not in out + err
