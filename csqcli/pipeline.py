@@ -8,6 +8,7 @@ written and read back).
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,19 @@ def search(
 
 
 def prepare(
-    recipe: Recipe, folder_path: Path, *, display: Display, images: DataSet | None = None, resume: bool = False
+    recipe: Recipe,
+    folder_path: Path,
+    *,
+    display: Display,
+    images: DataSet | None = None,
+    resume: bool = False,
+    searches: Sequence[Recipe] = (),
 ) -> None:
     """The part of a search that does not depend on its target, kept in a folder for many searches to begin with.
 
     The float model's accuracy, ``recipe.adaptation.epochs`` in float, and the importance of planes where it is measured before
-    training. ``recipe`` needs no target. Interrupted, it goes on with ``resume``. UserError as :func:`search`.
+    training. ``recipe`` needs no target. Interrupted, it goes on with ``resume``. UserError as :func:`search`, and, before
+    anything is measured, where the layers leave no room for a target of one of the ``searches`` that will begin with it.
     """
     assert recipe.model.source is not None
     spec = parse(recipe.model.source, recipe.model.arguments)
@@ -133,8 +141,10 @@ def prepare(
             images = open_images(recipe)
     with RunFolder(folder_path, recipe, images, force=False, resume=resume) as folder:
         with _opened(recipe, spec, images, folder, display) as run:
-            run.measure_float()
             layers, left_float = run.find_layers()
+            for each in searches:
+                check_targets(run, each, layers)
+            run.measure_float()
             run.count_operations(layers)
             rehearse(run, layers, [vars(tensor) for tensor in left_float])
             if recipe.adaptation.epochs:

@@ -26,13 +26,15 @@ from csqcli.training.shared_start import SharedStart
 Report = dict[str, Any]
 
 
-def shared_start(base: Recipe, folder: Path, images: DataSet, *, display: Display) -> SharedStart:
+def shared_start(
+    base: Recipe, folder: Path, images: DataSet, *, display: Display, searches: Sequence[Recipe] = ()
+) -> SharedStart:
     """What the runs share, from the sweep's folder, or found now. UserError where it is that of other images or settings."""
     path = folder / START
     found = SharedStart.read(path)
     if found is None:
         display.say(f"what the runs share, into {path}")
-        pipeline.prepare(base, path, display=display, images=images, resume=True)
+        pipeline.prepare(base, path, display=display, images=images, resume=True, searches=searches)
         found = SharedStart.read(path)
         assert found is not None
     else:
@@ -71,7 +73,8 @@ def run_here(members: Sequence[Member], base: Recipe, folder: Path, *, display: 
     with distributed.held(pick_device(base.device)):
         with display.step(f"listing the images of {base.data.source}"):
             images = open_images(base)
-        shared = shared_start(base, folder, images, display=display)
+        searches = [member.recipe for member in members]
+        shared = shared_start(base, folder, images, display=display, searches=searches)
         for number, member in enumerate(members, 1):
             display.say(
                 f"run {number} of {len(members)}: {member.method} at {member.target:g}, into {folder / member.key}"

@@ -241,6 +241,13 @@ def test_max_drop_finds_the_smallest_file_that_holds_it(tmp_path: Path) -> None:
     assert (tmp_path / "pareto.html").is_file()
 
 
+def test_a_target_that_cannot_be_met_is_told_before_the_first_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"target_bits 0.5 cannot be met: the layer rules alone need 1"):
+        sweep(tmp_path, targets=[3, 0.5])
+    assert not (tmp_path / "staged-3bit").exists()
+    assert not (tmp_path / "start" / "start.json").exists()
+
+
 def test_another_sweeps_folder_and_a_runs_folder_are_refused(cold: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     output, _ = cold
     with pytest.raises(UserError, match=r"a sweep with other settings \(epochs 2 there, 3 here\)"):
