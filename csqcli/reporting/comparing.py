@@ -98,5 +98,7 @@ def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     shared = [key for key in recipes[0] if key not in _NOT_COMPARED and all(key in recipe for recipe in recipes)]
+    if any(recipe.get("model.source") is None for recipe in recipes):  # a finetune's model is its file's
+        shared = [key for key in shared if not key.startswith("model.")]
     rows = {key: [recipe[key] for recipe in recipes] for key in shared}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}

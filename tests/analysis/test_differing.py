@@ -176,3 +176,11 @@ def test_an_export_that_names_a_factory_is_not_imported_unasked(traps: tuple[Pat
     code, _, err = csq("diff", "quantized_models:Traps", traps[0], "--data", "digits", "--quiet")
     assert (code, err.count("\n")) == (2, 1)
     assert "the file asks to import `quantized_models:Traps`; pass --trust-code" in err
+
+
+def test_a_finetune_says_nothing_of_a_model_that_its_file_brought(csq, digits_run: Path, tmp_path: Path) -> None:
+    made = csq("finetune", digits_run, "--data", "digits", "--epochs", 1, "--set", "max_steps=1", "-o", tmp_path, "-q")
+    assert made[0] == 0, made[2]
+    code, out, err = csq("compare", digits_run, tmp_path, "--json")
+    assert code == 0, err
+    assert not [key for key in json.loads(out)["settings"] if key.startswith("model.")]
