@@ -206,7 +206,7 @@ def _no_weights(spec: ModelSpec, error: Exception) -> UserError:
     return UserError(
         f"pretrained weights could not be had, no network or not in the local cache ({reason})",
         where=spec.source,
-        hint="give a checkpoint: --checkpoint FILE, or the first argument of `csq evaluate`; a search also takes --no-pretrained",
+        hint="pass --checkpoint FILE, to `csq evaluate` as its first argument; a search also takes --no-pretrained",
     )
 
 
