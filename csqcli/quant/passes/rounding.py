@@ -49,9 +49,7 @@ def _row_steps(rows: Tensor, planes: int, grid: int, refits: int) -> Tensor:
     largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
     unit = power_of_two(largest)  # exact, and squares of the weights neither vanish nor overflow
     rows, largest = rows / unit, largest / unit
-    sample = rows[
-        :, spread_out(rows.shape[1], 2048, device=rows.device)
-    ]  # the grid needs no more than this per channel
+    sample = rows[:, spread_out(rows.shape[1], 2048, device=rows.device)]  # as many as the grid needs per channel
     best = largest / top
     least = torch.full_like(best, float("inf"))
     rounded = torch.empty_like(sample)
