@@ -49,8 +49,9 @@ def plain_model(file: QuantizedFile, *, trust_code: bool, where: str) -> nn.Modu
         trust_code=trust_code,
         where=where,
     )
+    model.float()  # a factory may make it in another precision, which would round what is loaded
     fit_state_dict(model, state, where=where)
-    return model.float().eval()  # a factory may make it in another precision
+    return model.eval()
 
 
 def architecture(

@@ -271,9 +271,8 @@ class Run:
             self.activations = activations.calibrate(
                 self.model, hooked, self._calibration_images(), bits=bits, method=settings.act_method
             )
-        self.activations.take(
-            distributed.from_main(self.activations.records())
-        )  # signs too: a shard may lack the rare ones
+        # signs too: a shard may lack the rare negative values
+        self.activations.take(distributed.from_main(self.activations.records()))
         missed = self.activations.unreached
         note = f"; not reached by a hook: {', '.join(missed)}" if missed else ""
         widths = "/".join(map(str, sorted({quantizer.bits for quantizer in self.activations.quantizers.values()})))

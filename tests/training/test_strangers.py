@@ -228,6 +228,11 @@ def test_a_model_of_another_precision_or_output_goes_through_every_command(
         assert code == 0, err
     code, _, err = csq("evaluate", tmp_path / "run", "--data", "digits", "--trust-code", "--json")
     assert code == 0, err
+    stored = file_io.read(tmp_path / "run" / "model.safetensors").state_dict()
+    loaded = csqcli.load(tmp_path / "run", trust_code=True).state_dict()
+    assert all(
+        torch.equal(loaded[name], value) for name, value in stored.items()
+    )  # not rounded to the factory's precision
 
 
 def test_a_frozen_weight_is_trained_under_quantization_and_said(csq: Csq, tmp_path: Path) -> None:
