@@ -40,7 +40,11 @@ def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
         hint = "leave model.warm_start out, or train"
         raise UserError(f"{card.name} begins with the float model, not with a quantized one", hint=hint)
     uniform = card.takes == "planes" and recipe.quantization.allocator in (None, "uniform")
-    if uniform and target is not None and (target != int(target) or not 1 <= target <= 8):
+    rules = (
+        recipe.layers
+    )  # with such, the target's whole part is for the other layers (`quant.allocators.base.uniform`)
+    is_whole = target is None or target == int(target) or bool(rules.keep or rules.min_bits or rules.max_bits)
+    if uniform and target is not None and not (is_whole and 1 <= target <= 8):
         hint = "take a whole number from 1 to 8, or method auto for a mixed one"
         raise UserError(f"{card.name} gives every layer the same planes; {target:g} is not possible", hint=hint)
     check_data_given(recipe)

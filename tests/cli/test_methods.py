@@ -146,3 +146,27 @@ def test_gates_train_a_file_with_scales_per_channel_on(csq, tmp_path: Path) -> N
     assert betas[-1] == 20.0  # gates' own: β ends at beta_final
     layers = io.read(tmp_path / "on" / "model.safetensors").layers
     assert [len(layer.scale) for layer in layers] == [16, 32, 48, 10]
+
+
+def test_the_same_planes_in_all_layers_but_one_that_a_rule_keeps(csq, tmp_path: Path) -> None:
+    """The target that the refusal of 2 names: the whole part for the layers without a rule, the fraction for the others."""
+    run = ("search", "--recipe", "digits", "--method", "ste", "--set", "layers.keep=[fc]", *SHORT, "-o", tmp_path)
+    code, _, err = csq(*run, "--target-bits", 2)
+    assert (code, "or --target-bits 2.16" in err) == (2, True)
+    code, _, err = csq(*run, "--target-bits", 2.16)
+    assert code == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [layer["bits"] for layer in report["layers"]] == [2, 2, 2, 8]
+    assert report["budget"]["mean_bits"] <= 2.16
+
+
+def test_pact_without_rounded_activations_says_what_is_left(csq, tmp_path: Path) -> None:
+    run = ("search", "--recipe", "digits", "--method", "pact", "--target-bits", 2, *SHORT[:-1], "-o", tmp_path)
+    code, out, err = csq(*run)
+    assert code == 0, err
+    assert "nothing is left of PACT but its weights" in out + err
+    code, out, _ = csq("export", tmp_path, "--bit-packed-small")
+    code, out, _ = csq(
+        "export", tmp_path / "model-bit-packed-small.safetensors", "--int8-packed", "-o", tmp_path / "8.safetensors"
+    )
+    assert (code, out.startswith("bit-packed-small")) == (0, False)
