@@ -92,6 +92,7 @@ def search(
                     "without --act-bits nothing is left of PACT but its weights: the learned clip is of activations"
                 )
             layers, left_float = run.find_layers()
+            run.count_operations(layers)
             check_targets(run, recipe, layers)
             if shared is not None and run.saved is None:
                 shared.hand_over(run)
@@ -99,7 +100,6 @@ def search(
             else:
                 run.measure_float()
             left = [vars(tensor) for tensor in left_float]
-            run.count_operations(layers)
             _know_ways(run, layers)
             check_written_planes(run, recipe, layers)
             rehearse(run, layers, left)
@@ -142,10 +142,10 @@ def prepare(
     with RunFolder(folder_path, recipe, images, force=False, resume=resume) as folder:
         with _opened(recipe, spec, images, folder, display) as run:
             layers, left_float = run.find_layers()
+            run.count_operations(layers)
             for each in searches:
                 check_targets(run, each, layers)
             run.measure_float()
-            run.count_operations(layers)
             rehearse(run, layers, [vars(tensor) for tensor in left_float])
             if recipe.adaptation.epochs:
                 adapt(run)

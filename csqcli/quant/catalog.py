@@ -296,6 +296,7 @@ class MethodCard:
     activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
     trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
     least_planes: int = 0  # of a layer; at 1 it has no layer without planes
+    most_planes: int = 8
 
     @property
     def section(self) -> str:
@@ -425,6 +426,7 @@ CARDS = {
             TWNSettings,
             "Li et al., Ternary Weight Networks, 2016",
             least_planes=1,
+            most_planes=1,
         ),
         MethodCard(
             "xnor",
@@ -434,6 +436,7 @@ CARDS = {
             XNORSettings,
             "Rastegari et al., XNOR-Net, ECCV 2016",
             least_planes=1,
+            most_planes=1,
         ),
         MethodCard(
             "scaled-uniform",
@@ -565,6 +568,7 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
         found.citation,
         finetunes=found.finetunes,
         least_planes=found.least_planes,
+        most_planes=found.most_planes,
     )
 
 

@@ -216,7 +216,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
         hint = "pass --epochs 0 (post-training quantization), without --float-epochs and --finetune-epochs"
         raise UserError("data.calib: images without labels cannot be trained on", where=where, hint=hint)
     _check_zeroq(settings, recipe.data.calib, where)
-    _check_fewest(recipe, card, where)
+    _check_planes(recipe, card, where)
     if ":" not in recipe.quantization.cost:
         costs.find(recipe.quantization.cost, where=f"{where}: quantization.cost")
     if recipe.quantization.allocator is not None:
@@ -315,9 +315,21 @@ def _check_epochs(epochs: int, card: MethodCard, where: str) -> None:
         raise UserError(f"epochs: `{card.name}` trains nothing (got {epochs})", where=where, hint=hint)
 
 
-def _check_fewest(recipe: Recipe, card: MethodCard, where: str) -> None:
-    """UserError for rules that ask for layers without planes, where the method has none."""
-    rules = recipe.layers
+def _check_planes(recipe: Recipe, card: MethodCard, where: str) -> None:
+    """UserError for a target and rules that ask for layers of fewer or more planes than the method has."""
+    rules, target, most = recipe.layers, recipe.quantization.target_bits, card.most_planes
+    wide: dict[str, float] = {f"layers.min_bits: {name}": planes for name, planes in rules.min_bits.items()}
+    wide |= {} if target is None else {"target_bits": target}
+    wide |= {"layers.keep": recipe.quantization.max_bits} if rules.keep else {}
+    for key, planes in wide.items():
+        if planes > most:
+            hint = (
+                f"pass --target-bits {most}"
+                if key == "target_bits"
+                else "take a method of more planes, or leave it out"
+            )
+            what = f"{key}: `{card.name}` has layers of {most} plane{'s' if most > 1 else ''} at most"
+            raise UserError(what, where=where, hint=hint)
     asked = {"layers.floor": rules.floor} | {f"layers.max_bits: {name}": most for name, most in rules.max_bits.items()}
     for key, planes in asked.items():
         if planes < card.least_planes:

@@ -115,12 +115,15 @@ def method_card(recipe: Recipe, layers: Sequence[Layer], start: Sequence[HardLay
 
 
 def check_targets(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
-    """UserError for rules that match nothing and mean bits that they leave no room for: before anything is measured."""
+    """UserError for rules that match nothing, and for mean bits and bit operations that they leave no room for: before anything
+    is measured. What else is counted (bytes, milliseconds, the widths of activations) is not known yet."""
     if not layers:
         return
     limits_of(recipe, layers)
     settings = recipe.quantization
-    if settings.target_bits is not None and settings.cost == WEIGHTS and not settings.in_users_unit:
+    asked_in_bits = settings.target_bits is not None and settings.cost == WEIGHTS and not settings.in_users_unit
+    only_bops = settings.target_bops is not None and not settings.in_bytes and settings.target_latency is None
+    if asked_in_bits or (only_bops and settings.act_bits == 32):
         budget_of(run, recipe, layers).check_feasible()
 
 

@@ -158,7 +158,7 @@ def test_scaled_uniform_rounds_each_bucket_between_its_largest_magnitudes(k: int
 
 @pytest.mark.parametrize("name", ["twn", "xnor"])
 def test_methods_of_one_plane_refuse_more_before_anything_is_trained(name: str) -> None:
-    with pytest.raises(UserError, match=rf"conv.weight: {name} is defined for 1 planes, not for 2; --target-bits 1"):
+    with pytest.raises(UserError, match=rf"conv.weight: {name} is defined for 1 plane, not for 2; --target-bits 1"):
         build(name, 2)
 
 

@@ -19,7 +19,7 @@ def uncommented(text: str) -> str:
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_a_recipe_survives_its_comments(name: str, tmp_path: Path) -> None:
-    wanted = resolve(name, {"target_bits": 2.5, "layers.max_bits": {"fc": 2}})
+    wanted = resolve(name, {"target_bits": 0.75, "layers.max_bits": {"fc": 2}})
     written = commented(wanted)
     for text in (written, uncommented(written)):
         (tmp_path / "recipe.yaml").write_text(text)

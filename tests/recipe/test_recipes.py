@@ -214,12 +214,8 @@ def test_every_setting_has_help_text() -> None:
 def test_a_card_says_what_its_method_says(name: str) -> None:
     card = CARDS[name]
     method = card.load()
-    assert (method.name, method.takes, method.finetunes, method.least_planes) == (
-        card.name,
-        card.takes,
-        card.finetunes,
-        card.least_planes,
-    )
+    for said in ("name", "takes", "finetunes", "least_planes", "most_planes"):
+        assert getattr(method, said) == getattr(card, said)
     assert method.Settings is card.settings
 
 
@@ -360,3 +356,13 @@ def test_straight_through_is_refused_where_it_would_be_ignored(settings: dict[st
     csq = {f"csq.{key}": value for key, value in settings.items()}
     with pytest.raises(UserError, match=message):
         resolve("digits", {"quantization.method": "csq", "quantization.target_bits": 2} | csq)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"target_bits": 2}, {"target_bits": 1, "layers.keep": ["fc"]}, {"target_bits": 1, "layers.min_bits": {"fc": 2}}],
+)
+def test_methods_of_one_plane_are_refused_more_before_anything_is_loaded(asked: dict[str, object]) -> None:
+    assert resolve("short", {"quantization.method": "twn", "target_bits": 1}).card.most_planes == 1
+    with pytest.raises(UserError, match="`twn` has layers of 1 plane at most"):
+        resolve("short", {"quantization.method": "twn"} | asked)

@@ -146,6 +146,18 @@ def test_a_target_that_leaves_room_changes_nothing(tmp_path: Path) -> None:
     assert [layer["bits"] for layer in alone["layers"]] == [layer["bits"] for layer in wide["layers"]]
 
 
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_too_few_operations_are_refused_before_the_float_model_is_evaluated(
+    epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csqcli.training.run.Run.measure_float", lambda run: pytest.fail("evaluated"))
+    recipe = resolve("digits", {"epochs": epochs, "quantization.target_bops": 1000})
+    with pytest.raises(
+        UserError, match=r"1,000 bit operations cannot be met: at the fewest planes it takes about 4,439,040"
+    ):
+        pipeline.search(recipe, tmp_path / "run", display=QUIET)
+
+
 def test_a_finetune_of_the_file_knows_no_table(table: str, tmp_path: Path) -> None:
     settings = {"quantization.target_latency": 9, "quantization.latency_table": table, "quantization.act_bits": 8}
     pipeline.search(resolve("digits", SHORT | settings), tmp_path / "run", display=QUIET)

@@ -72,7 +72,8 @@ class WeightMethod(ABC):
     citation: ClassVar[str] = ""
     takes: ClassVar[Literal["target", "planes", "either"]] = "target"  # searches planes itself, is given them, or both
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
-    least_planes: ClassVar[int] = 0  # of a layer; at 1 a recipe that asks for layers without planes is refused
+    least_planes: ClassVar[int] = 0  # of a layer, as most_planes: a recipe that asks for fewer or more is refused
+    most_planes: ClassVar[int] = 8
     finetunes: ClassVar[bool] = (
         False  # whether it accepts Plan.start; delivered integers are else trained on by `staged`
     )

@@ -26,7 +26,6 @@ class LatentMethod(WeightMethod):
     """A latent per weight, as the base optimizer leaves it; ``plan.planes`` gives k of every layer, at least 1."""
 
     takes: ClassVar[Takes] = "planes"
-    possible_planes: ClassVar[Sequence[int]] = range(1, 9)  # that the method is defined for
     least_planes: ClassVar[int] = 1
 
     def __init__(self, layers: Sequence[Layer], plan: Plan, settings: Any = None) -> None:
@@ -107,12 +106,12 @@ class LatentMethod(WeightMethod):
         return (self.rounded(index) for index in range(len(self.layers)))
 
     def _check_planes(self) -> None:
-        possible = self.possible_planes
+        least, most = self.least_planes, self.most_planes
         for layer, k in zip(self.layers, self.planes, strict=True):
-            if k not in possible:
-                known = " or ".join(map(str, possible))
-                hint = f"--target-bits {possible[0]}, and no layers.min_bits or layers.keep beyond"
-                raise UserError(f"{self.name} is defined for {known} planes, not for {k}", where=layer.name, hint=hint)
+            if not least <= k <= most:
+                known = "1 plane" if most == 1 else f"{least} to {most} planes"
+                hint = f"--target-bits {most if k > most else least}, and no layers.min_bits or layers.keep beyond"
+                raise UserError(f"{self.name} is defined for {known}, not for {k}", where=layer.name, hint=hint)
 
 
 class ScaledLatentMethod(LatentMethod):
