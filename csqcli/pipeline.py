@@ -514,6 +514,9 @@ def evaluate_checkpoint(
         model, images.classes, head="keep", checkpoint=weights_file, weights=weights, classes_from=images.source
     )
     images = images.relabelled(fitted.outputs, fitted.names)
+    display = display or Display(quiet=True)
+    for note in fitted.loaded.notes:
+        display.say(f"{fitted.loaded.weights_from}: {note}")
     recipe = Recipe()
     recipe.data.input_size = input_size
     config = data_config(fitted.loaded.data_config, recipe)
@@ -521,7 +524,7 @@ def evaluate_checkpoint(
     check_scores(network, config["input_size"], images.num_classes, where=model)
     settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
     loader = make_loader(images.val, config, settings)
-    with (display or Display(quiet=True)).evaluation("evaluating", loader.batches) as tell:
+    with display.evaluation("evaluating", loader.batches) as tell:
         return evaluate(network, loader, present=images.present, on_batch=tell)
 
 

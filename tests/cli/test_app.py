@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from quantized_models import make_file
+from safetensors.torch import load_file, save_file
 
 import csqcli
 from csqcli.file import io
@@ -133,6 +135,25 @@ def test_evaluate_equals_what_search_reported(csq, digits_run: Path) -> None:
     assert result["top1"] == report["accuracy"]["hard_top1"]
     assert result["top5"] == report["accuracy"]["hard_top5"]
     assert result["samples"] == 500
+
+
+def test_evaluate_says_what_it_took_of_a_float_checkpoint(csq, tmp_path: Path) -> None:
+    state = load_file(str(resources.files("csqcli") / "assets" / "digits_float.safetensors"))
+    save_file({f"model.{name}": value for name, value in state.items()}, tmp_path / "lightning.safetensors")
+    given = (
+        "evaluate",
+        tmp_path / "lightning.safetensors",
+        "--model",
+        "digits_cnn",
+        "--data",
+        "digits",
+        "--val-limit",
+        20,
+    )
+    code, out, err = csq(*given, "--json")
+    assert (code, json.loads(out)["samples"]) == (0, 20)
+    assert f"lightning.safetensors: took the prefix `model.` off {len(state)} names" in err
+    assert "prefix" not in csq(*given, "--quiet")[2]
 
 
 def test_a_runs_folder_stands_for_its_model(csq, digits_run: Path, tmp_path: Path) -> None:
