@@ -82,8 +82,10 @@ def open_data(
         data = _with_validation(data, source, val_split, seed=val_seed)
     if not len(data.val):
         also = ", or --val-split test takes its test split" if data.test is not None else ""
-        hint = f"--val-split 0.1 holds out a tenth of the training images{also}"
-        raise UserError("no validation split", where=source, hint=hint)
+        some = "--val-split 0.1 holds out a tenth of the training images"
+        if not train:
+            some += ", --val-split 1 takes them all"
+        raise UserError("no validation split", where=source, hint=some + also)
     if train and data.train is not None and not len(data.train):
         raise UserError("no image is left to train on", where=f"--val-split {val_split}", hint="hold out less")
     kept = data.train.limited(train_limit) if data.train is not None and train else None

@@ -32,6 +32,26 @@ def test_a_csv_names_images_and_classes(image_folder: Path) -> None:
     assert (len(open_data(f"csv:{file}").train), len(open_data(f"csv:{file}").val)) == (12, 6)
 
 
+def test_a_folder_of_a_csv_for_each_split(image_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "tables"
+    shutil.copytree(image_folder, root / "pictures")
+    for split, called in (("train", "train"), ("val", "Validation")):
+        rows = [row for row in lines(root) if row.startswith(f"pictures/{split}/")]
+        (root / f"{called}.csv").write_text("\n".join(["path,label", *rows]))
+    opened, of_folders = open_data(str(root)), open_data(str(image_folder))
+    assert (len(opened.train), len(opened.val), opened.classes) == (12, 6, of_folders.classes)
+    assert opened.val.labels.tolist() == of_folders.val.labels.tolist()
+    assert len(open_data(f"csv:{root}", train=False).val) == 6
+    (root / "val.csv").write_text("path,label\n")
+    with pytest.raises(
+        UserError, match=r"Validation.csv and .*val.csv: both are called like the val split; rename one"
+    ):
+        open_data(str(root))
+    (root / "val.csv").unlink()
+    shutil.copytree(image_folder, root, dirs_exist_ok=True)  # where class folders stand, they are the data
+    assert str(root / "train" / "dark") in {str(Path(path).parent) for path in open_data(str(root)).train.paths}
+
+
 def test_class_numbers_of_a_csv_are_in_the_order_of_numbers(image_folder: Path) -> None:
     rows = [row.replace(",dark", ",10").replace(",bright", ",9") for row in lines(image_folder)]
     (image_folder / "all.csv").write_text("\n".join(rows))

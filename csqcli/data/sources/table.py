@@ -1,4 +1,4 @@
-"""A CSV that names images and their classes."""
+"""A CSV that names images and their classes, or one for each split."""
 
 from __future__ import annotations
 
@@ -20,30 +20,61 @@ _SPLIT = ("split", "set", "fold", "subset")
 
 
 def _recognises(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() == ".csv"
+    if not path.is_dir():
+        return path.is_file() and path.suffix.lower() == ".csv"
+    if not any(path.glob("*.csv")):
+        return False
+    from csqcli.data.class_folders import role_of
+
+    folders = [entry.name for entry in path.iterdir() if entry.is_dir()]
+    return {"train", "val"} <= set(_by_role(path)) and not any(map(role_of, folders))
 
 
-@data_source("csv:FILE", "lines of path,label and perhaps split", recognises=_recognises)
+def _by_role(folder: Path) -> dict[str, Path]:
+    """The CSVs in a folder that are called like a split: ``train.csv``, ``valid.csv``. UserError where two are called alike."""
+    from csqcli.data.class_folders import role_of
+
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.csv")):
+        role = role_of(file.stem)
+        if role is None:
+            continue
+        if role in found:
+            raise UserError(
+                f"both are called like the {role} split", where=f"{found[role]} and {file}", hint="rename one"
+            )
+        found[role] = file
+    return found
+
+
+@data_source(
+    "csv:FILE", "lines of path,label and perhaps split; or a folder of train.csv and val.csv", recognises=_recognises
+)
 def table(text: str, *, train: bool) -> DataSet:
-    """The images that a CSV names, relative to its folder. Without a column ``split`` all are training images."""
+    """The images that a CSV names, relative to its folder. Without a column ``split`` all are training images, or those of the
+    split that the file is called after where a folder holds one for each."""
     import torch
 
     from csqcli.data.class_folders import role_of
     from csqcli.data.splits import NO_IMAGES, DataSet, Images
 
-    if not Path(text).is_file():
-        raise UserError("no such file", where=text, hint="give a CSV of path,label")
-    root = os.path.join(os.path.dirname(text), "")
+    files = _by_role(Path(text)) if Path(text).is_dir() else {"train": Path(text)}
+    if not files or not all(file.is_file() for file in files.values()):
+        raise UserError(
+            "no such file", where=text, hint="give a CSV of path,label, or a folder of train.csv and val.csv"
+        )
+    root = os.path.join(text if Path(text).is_dir() else os.path.dirname(text), "")
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
     missing = []
-    for line, path, label, split in _rows(text):
-        role = role_of(split) if split is not None else "train"
-        if role is None:
-            raise UserError(f"line {line}: `{split}` is no split", where=text, hint="write train, val or test")
-        where = path if os.path.isabs(path) else root + path
-        rows[role].append((where, label))
-        if not os.path.isfile(where):
-            missing.append(where)
+    for of_file, file in files.items():
+        for line, path, label, split in _rows(str(file)):
+            role = role_of(split) if split is not None else of_file
+            if role is None:
+                raise UserError(f"line {line}: `{split}` is no split", where=str(file), hint="write train, val or test")
+            where = path if os.path.isabs(path) else root + path
+            rows[role].append((where, label))
+            if not os.path.isfile(where):
+                missing.append(where)
     if missing:
         raise UserError(f"{len(missing)} of its images are not there (first: {missing[0]})", where=text)
     classes = _classes(
