@@ -80,6 +80,7 @@ def open_data(
     _check(data, source, train=train)
     if val_split is not None:
         data = _with_validation(data, source, val_split, seed=val_seed)
+        _check(data, source, train=train)
     if not len(data.val):
         also = ", or --val-split test takes its test split" if data.test is not None else ""
         some = "--val-split 0.1 holds out a tenth of the training images"

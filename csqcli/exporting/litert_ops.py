@@ -244,7 +244,7 @@ def _mean(graph: Converter, node: Any) -> None:
     else:
         given = graph.constant_of(node.input[1]) if len(node.input) > 1 else attributes.get("axes")
         axes = [int(axis) % rank for axis in (range(rank) if given is None else given)]
-    if source.channels_last and not keep and 1 not in axes and len(axes) < 2:
+    if source.channels_last and not keep and 1 not in axes and not set(range(2, rank)) <= set(axes):
         source = graph.plain(source)  # what is left would stand in another order
     if source.channels_last:
         axes = sorted(_LAST[axis] for axis in axes)

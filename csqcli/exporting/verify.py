@@ -115,13 +115,16 @@ def rounding_floor(
     since engines sum in another order or numbers are stored in fewer bits; and half a unit ([1] or [channels]) of the
     outputs of modules: of ``bias_units`` (input scale × weight scale), to whose multiples int8 engines round biases, alike at
     all positions; of ``output_units``, to whose multiples the file rounds outputs, at each position on its own. Rounded
-    activations then flip to neighbouring integers, and flips cascade.
+    activations then flip to neighbouring integers, and flips cascade. So few draws may see none: the least is what one flip of an
+    input does to the outputs of the layer that runs last.
     """
     rng = torch.Generator().manual_seed(0)
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_hook(_jitter(unit, rng, False)) for name, unit in bias_units.items()]
     hooks += [modules[name].register_forward_hook(_jitter(unit, rng, True)) for name, unit in output_units.items()]
-    hooks += [modules[name].register_forward_hook(_noise(rng, relative)) for name in activations.attached(model)]
+    rounded, ran = activations.attached(model), list[str]()
+    hooks += [modules[name].register_forward_hook(_noise(rng, relative)) for name in rounded]
+    hooks += [modules[name].register_forward_hook(lambda *_, name=name: ran.append(name)) for name in rounded]  # type: ignore[misc]
     try:
         moved = 0.0
         for _ in range(repeats):
@@ -130,6 +133,10 @@ def rounding_floor(
     finally:
         for hook in hooks:
             hook.remove()
+    last = next((name for name in reversed(ran) if isinstance(getattr(modules[name], "weight", None), Tensor)), None)
+    if last is not None:
+        weight: Any = modules[last].weight
+        moved = max(moved, float(rounded[last].scale.abs().max() * weight.abs().max()))
     return moved / max(probe.spread, _FLOOR)
 
 
@@ -143,7 +150,8 @@ def _jitter(unit: Tensor, rng: torch.Generator, everywhere: bool) -> Callable[..
         per_channel = [1] * output.dim()
         per_channel[dim] = output.shape[dim]
         noise = torch.rand(output.shape if everywhere else per_channel, generator=rng) - 0.5
-        return output + noise * unit.expand(output.shape[dim]).reshape(per_channel)
+        # one unit for all, or one per channel: of a group's, in a grouped transposed convolution, where each group has the same
+        return output + noise * unit.repeat(output.shape[dim] // unit.numel()).reshape(per_channel)
 
     return hook
 

@@ -311,8 +311,13 @@ def project(
             break
         if chosen[cell] and count[cell[0]] > few[cell[0]]:
             switch(cell, False)
+    for layer in itertools.chain(*_parts(count, budget)):  # a part of a group is of no use
+        for plane in range(bits):
+            if chosen[layer, plane]:
+                switch((layer, plane), False)
+    alone = {layer for group in budget.limits.together for layer in group if not count[layer]}
     for cell in dearest_first:
-        if spendable is not None and not spendable[cell]:
+        if (spendable is not None and not spendable[cell]) or cell[0] in alone:
             continue
         free = not chosen[cell] and count[cell[0]] < most[cell[0]]
         if free and fits_with_one_more(cell[0]):
@@ -326,19 +331,39 @@ def allocate(importance: Tensor, budget: Budget) -> list[int]:
     ``importance`` [layers, bits] is what each further plane of a layer saves, planes taken in order. The budget is
     divided into at most 50,000 cells and costs are rounded up, so the result is never over it; what rounding
     left unused is then given to the planes that save most per cost. Several budgets are shared out by `program`.
-    Of layers that are of use only together (`limits.together`) the budget's end may leave a part: the group
-    that saves least per cost among them goes, and what it had is shared out again.
+    Of layers that are of use only together (`limits.together`) it may leave a part. Of such a group, the one that saves least per
+    cost, all planes go or all its layers get one, whichever keeps more, and the budget is shared out again.
     """
     importance = shared_within(importance, budget)
-    while True:
-        planes = _allocate(importance, budget)
-        parts = [group for group in budget.limits.together if len({planes[layer] > 0 for layer in group}) == 2]
-        if not parts:
-            return planes
+    planes = _allocate(importance, budget)
+    while parts := _parts(planes, budget):
         first_costs = budget.plane_costs[:, 0].clamp_min(1)
         least = min(parts, key=lambda group: float(importance[group[0], 0]) / float(first_costs[group[0]]))
-        most = tuple(0 if layer in least else many for layer, many in enumerate(budget.limits.max_planes))
-        budget = replace(budget, limits=replace(budget.limits, max_planes=most))
+        without, whole = _without(budget, least), _whole(budget, least)
+        ways = [(way, _allocate(importance, way)) for way in (without, whole) if way.fits(way.limits.min_planes)]
+        budget, planes = max(ways, key=lambda way: _kept(way[1], importance, way[0]))
+    return planes
+
+
+def _without(budget: Budget, group: Sequence[int]) -> Budget:
+    most = tuple(0 if layer in group else high for layer, high in enumerate(budget.limits.max_planes))
+    return replace(budget, limits=replace(budget.limits, max_planes=most))
+
+
+def _whole(budget: Budget, group: Sequence[int]) -> Budget:
+    few = tuple(max(low, int(layer in group)) for layer, low in enumerate(budget.limits.min_planes))
+    return replace(budget, limits=replace(budget.limits, min_planes=few))
+
+
+def _parts(planes: Sequence[int], budget: Budget) -> list[tuple[int, ...]]:
+    """Groups of which some layers have planes and others none."""
+    return [group for group in budget.limits.together if len({planes[layer] > 0 for layer in group}) == 2]
+
+
+def _kept(planes: Sequence[int], importance: Tensor, budget: Budget) -> float:
+    """The importance that planes keep; those of a part of a group keep none."""
+    idle = {layer for group in _parts(planes, budget) for layer in group}
+    return sum(float(importance[layer, :k].sum()) for layer, k in enumerate(planes) if layer not in idle)
 
 
 def shared_within(importance: Tensor, budget: Budget) -> Tensor:

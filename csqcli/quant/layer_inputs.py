@@ -1,14 +1,15 @@
 """What layers multiply their weights with: the inputs of convolutions and matrix products, as columns.
 
-Operations are recognised by the very parameter that they are given, so padding of one's own, packed projections and
-functional uses are seen, and a weight that a module computes from its parameter (weight standardisation, a parametrisation)
-is not mistaken for it.
+Operations are recognised by the very parameter that they are given, so padding of one's own, packed projections of
+self-attention and functional uses are seen, and a weight that a module computes from its parameter (weight standardisation, a
+parametrisation) is not mistaken for it. Not seen are parts of a parameter: packed projections of cross-attention.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from csqcli.quant.layers import Layer
 
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+# nn.MultiheadAttention's function, which would reach a mode as one operation, as a chain of those that it is made of
+_ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    vars(F) | {"has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 class _Reached(Exception):
@@ -46,8 +53,11 @@ class LayerInputs(TorchFunctionMode):
         self.columns: dict[int, Tensor] = {}
         self.order: list[int] = []
         self.biases: dict[int, nn.Parameter] = {}
+        self._attending: int | None = None  # images of the attention that runs: its rows are token after token
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.multi_head_attention_forward:
+            return self._attend(args, kwargs or {})
         result = function(*args, **(kwargs or {}))
         dims = _CONVOLUTIONS.get(function)
         if dims is None and function is not F.linear:
@@ -62,6 +72,15 @@ class LayerInputs(TorchFunctionMode):
             raise _Reached
         return result
 
+    def _attend(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        query = args[0] if args else kwargs["query"]  # [tokens, images, columns], or of one image [tokens, columns]
+        self._attending = query.shape[1] if query.dim() == 3 else 1
+        try:
+            with self:
+                return _ATTENTION(*args, **kwargs)
+        finally:
+            self._attending = None
+
     def _see(self, index: int, dims: int | None, given: dict[str, Any]) -> None:
         self.order.append(index)
         if isinstance(given.get("bias"), nn.Parameter):
@@ -70,7 +89,10 @@ class LayerInputs(TorchFunctionMode):
         if not self.values:
             self.columns[index] = empty
         elif dims is None:
-            self.columns[index] = rows_of(given["input"], self.positions[index], self.offset)
+            rows = given["input"]
+            if self._attending is not None:
+                rows = rows.reshape(-1, self._attending, rows.shape[-1]).transpose(0, 1)
+            self.columns[index] = rows_of(rows, self.positions[index], self.offset)
         else:
             self.columns[index] = patches(dims, given, self.positions[index], self.offset)
 

@@ -36,7 +36,7 @@ from csqcli.quant.methods.ptq import PostTraining, start_scale
 from csqcli.quant.second_order import damped, fit, for_moved_inputs, held_out_damping, held_out_rounding
 from csqcli.system import distributed
 from csqcli.system.interrupt import Interrupted, StopRequest
-from csqcli.system.progress import planes_fixed
+from csqcli.system.progress import counted, planes_fixed
 from csqcli.training.run import Run
 from csqcli.training.run_state import RunState
 from csqcli.training.setup import allocated, budget_of, shared_importance
@@ -249,8 +249,15 @@ class _Work:
 
     def _round_unseen(self) -> None:
         """Layers whose inputs cannot be had, or are too many, keep the nearest levels: they hold them from the start."""
-        for index in set(range(len(self.layers))) - set(self.order):
+        unseen = sorted(set(range(len(self.layers))) - set(self.order))
+        for index in unseen:
             self.method.write(index)
+        if unseen:
+            first, more = self.layers[unseen[0]].name, ", …" if len(unseen) > 1 else ""
+            self.run.display.say(
+                f"{counted(len(unseen), 'layer')} rounded to the nearest levels, because what they multiply is not seen or too "
+                f"much: {first}{more}"
+            )
 
     @torch.no_grad()
     def _round_group(self, group: Sequence[int]) -> None:

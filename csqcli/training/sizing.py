@@ -93,14 +93,15 @@ def refit(run: Run, trainer: Trainer) -> None:
         _change(run, method, step, allowed=int(_AIM * run.ships.allowed), more=1)
 
 
-def _change(run: Run, method: Staged, step: int, *, allowed: int, more: int) -> None:
-    """Take a plane from each layer, or give it ``more``, where that is best within so many bytes."""
+def _change(run: Run, method: Staged, step: int, *, allowed: int, more: int) -> bool:
+    """Take a plane from each layer, or give it ``more``, where that is best within so many bytes; whether any has changed."""
     planes = [int(mask.sum()) for mask in method.masks]
     chosen = distributed.from_main(_fitted(method, planes, allowed, more) if run.shard.is_main else None)
     if chosen != planes:
         method.change_planes(chosen, step)
         changed = sum(a != b for a, b in zip(planes, chosen, strict=True))
         run.display.say(f"planes of {counted(changed, 'layer')} changed for the size: bits {method.mean_bits():.2f}")
+    return chosen != planes
 
 
 def _fitted(method: Staged, planes: Sequence[int], allowed: int, more: int) -> list[int]:
@@ -133,7 +134,7 @@ def _coded(method: Staged, index: int, planes: int) -> int:
 @torch.no_grad()
 def trim(run: Run, trainer: Trainer, goal: int) -> int:
     """Bring the codes of hard weights to at most ``goal`` bytes, and return how many they are: shrunk by as little as that
-    takes, or, where many planes make shrinking useless, with a plane less in some layers. UserError where neither is enough.
+    takes, or, where many planes make shrinking useless, with fewer planes in some layers. UserError where neither is enough.
     """
     method, step = trainer.optimizer.method, trainer.optimizer.step_count
     assert run.ships is not None
@@ -150,8 +151,10 @@ def trim(run: Run, trainer: Trainer, goal: int) -> int:
     low, high = 0.0, _MOST_SHRUNK
     if coded(high) > goal:
         method.shrink(latents, 0.0, step)
-        _change(run, method, step, allowed=goal, more=0)
-        found = sum(_coded(method, index, int(mask.sum())) for index, mask in enumerate(method.masks))
+        changing = True
+        while found > goal and changing:
+            changing = _change(run, method, step, allowed=goal, more=0)
+            found = sum(_coded(method, index, int(mask.sum())) for index, mask in enumerate(method.masks))
         if found > goal:
             what = f"a target of {run.ships.asked:,} bytes cannot be met with the planes that were trained"
             raise UserError(what, hint="raise the target")

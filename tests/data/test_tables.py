@@ -58,9 +58,16 @@ def test_class_numbers_of_a_csv_are_in_the_order_of_numbers(image_folder: Path) 
     assert open_data(str(image_folder / "all.csv"), val_split=0.2).classes == ["9", "10"]
 
 
+def test_labels_of_one_number_are_classes_in_the_order_of_their_names(image_folder: Path) -> None:
+    rows = [row.replace(",dark", ",1").replace(",bright", ",01") for row in lines(image_folder)]
+    (image_folder / "all.csv").write_text("\n".join([rows[0].rpartition(",")[0] + ",2", *rows]))
+    assert open_data(str(image_folder / "all.csv"), val_split=0.2).classes == ["01", "1", "2"]
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
+        ("path,label\ntrain/dark/0.png, \n", "line 2: no label; name the class of every image"),
         (
             "path,label\ntrain/dark/0.png,dark\nnowhere.png,dark\n",
             r"1 of its images are not there \(first: .*nowhere.png",

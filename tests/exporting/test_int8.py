@@ -206,6 +206,23 @@ def test_the_floor_grows_with_the_bias_unit_and_leaves_no_hook_behind() -> None:
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
 
 
+def test_the_floor_is_never_below_one_flip_of_an_input_of_the_last_layer() -> None:
+    file = _file(bits=4)
+    model = _model(file)
+    probe = verify.make_probe(model, (3, 12, 12), None, source="")
+    last = file.manifest.activations[-1]
+    flip = last.scale * float(model.get_submodule(last.module).weight.detach().abs().max())
+    found = verify.rounding_floor(model, probe, {}, {}, relative=0.0, repeats=1)  # which sees no flip here
+    assert found * probe.spread == pytest.approx(flip)
+
+
+def test_the_floor_of_a_grouped_transposed_convolution_has_a_unit_per_channel_of_a_group() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 6, 2, groups=3), nn.Flatten())
+    probe = verify.make_probe(model, (3, 4, 4), None, source="")
+    first = verify.rounding_floor(model, probe, {"0": torch.tensor([0.5, 0.0])}, {})
+    assert 0 < first < verify.rounding_floor(model, probe, {"0": torch.tensor([0.5, 8.0])}, {})
+
+
 def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
     """In a process of its own: with OpenVINO's libraries loaded, a later fork of the test process may crash."""
     if importlib.util.find_spec("openvino") is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
-from csqcli.quant.budget import PlaneLimits, allocate, make_budget, plane_limits, shared_within
+from csqcli.quant.budget import Budget, PlaneLimits, allocate, make_budget, plane_limits, project, shared_within
 from csqcli.quant.layers import find_layers
 from csqcli.quant.needed import layers_together, needed_layers
 
@@ -160,6 +160,26 @@ def test_a_group_gets_planes_for_all_its_layers_or_for_none() -> None:
     assert by_target[0.6] == [1, 1, 0, 0, 1]  # no half of the second group for what is left
     assert by_target[0.8] == [1, 1, 1, 1, 0]
     assert by_target[1.0] == [1, 1, 2, 1, 0]
+
+
+def test_a_group_that_fits_whole_does_not_go_for_the_sake_of_a_part() -> None:
+    limits = PlaneLimits((0, 0, 1), (4, 4, 4), together=((0, 1),))
+    weights = (100, 300, 50)
+    budget = Budget(1.65, weights, limits, tuple(tuple(k * count for k in range(5)) for count in weights))
+    importance = torch.tensor([[27.6, 16.6, 4.2, 2.1], [271.6, 265.1, 184.2, 17.3], [40.8, 17.8, 13.0, 3.7]])
+    planes = allocate(importance.double(), budget)  # a first try has two planes in the second layer, none in the first
+    assert planes == [2, 1, 4]
+    assert budget.fits(planes)
+
+
+def test_projection_leaves_no_part_of_a_group() -> None:
+    layers, _ = find_layers(nn.Sequential(*(nn.Linear(10, 10, bias=False) for _ in range(3))))
+    limits = plane_limits(layers, bits=2, floor=0, together=[["0.weight", "1.weight"]])
+    masks = torch.tensor([[True, False]] * 3)
+    importance = torch.tensor([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1]])
+    found = project(masks, importance, make_budget(layers, 2 / 3, bits=2, limits=limits))
+    assert found.sum(dim=1).tolist() == [0, 0, 2]
+    assert project(masks, importance, make_budget(layers, 1, bits=2, limits=limits)).tolist() == masks.tolist()
 
 
 def test_a_group_of_which_a_rule_keeps_a_layer_is_none() -> None:

@@ -207,3 +207,37 @@ def test_a_weight_computed_from_a_parameter_is_not_taken_for_it() -> None:
     with recorder, passing():
         layer(torch.randn(3, 4))
     assert recorder.order == []
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_packed_projection_of_self_attention_is_seen_image_by_image(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(6, 2, batch_first=batch_first).eval()
+    nn.init.normal_(attention.in_proj_bias)
+    images = torch.randn(3, 5, 6)  # images, tokens, columns
+    given = images if batch_first else images.transpose(0, 1)
+    wanted = attention(given, given, given)[0].detach()
+    layers, _ = find_layers(attention)
+    names = [layer.name for layer in layers]
+    recorder = LayerInputs(layers, positions=10**6)
+    with recorder, torch.no_grad():
+        found = attention(given, given, given)[0]
+    assert torch.equal(found, wanted)
+    assert [names[index] for index in recorder.order] == ["in_proj_weight", "out_proj.weight"]
+    projected, attended = (recorder.columns[index] for index in recorder.order)
+    assert torch.equal(projected, images.reshape(15, 6).t()[None])
+    outputs = attended[0].t() @ attention.out_proj.weight.t() + attention.out_proj.bias
+    by_image = wanted if batch_first else wanted.transpose(0, 1)
+    torch.testing.assert_close(outputs.detach().view(3, 5, 6), by_image)
+
+
+def test_of_cross_attention_only_what_leaves_it_is_seen() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(6, 2, batch_first=True).eval()
+    query, other = torch.randn(2, 3, 6), torch.randn(2, 4, 6)
+    layers, _ = find_layers(attention)
+    recorder = LayerInputs(layers, positions=10**6)
+    with recorder, torch.no_grad():
+        found = attention(query, other, other)[0]
+    torch.testing.assert_close(found, attention(query, other, other)[0])
+    assert [layers[index].name for index in recorder.order] == ["out_proj.weight"]

@@ -121,6 +121,10 @@ def _rows(text: str) -> Iterator[tuple[int, str, str, str | None]]:
                     raise UserError(
                         f"line {reader.line_num}: {len(row)} fields", where=text, hint="path,label is expected"
                     )
+                if not row[label].strip():
+                    raise UserError(
+                        f"line {reader.line_num}: no label", where=text, hint="name the class of every image"
+                    )
                 yield (
                     reader.line_num,
                     row[path].strip(),
@@ -133,4 +137,5 @@ def _rows(text: str) -> Iterator[tuple[int, str, str, str | None]]:
 
 def _classes(labels: set[str]) -> list[str]:
     """Labels in order: by number where all are whole numbers, else by name."""
-    return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
+    numbers = all(label.isdecimal() for label in labels)
+    return sorted(labels, key=lambda label: (int(label) if numbers else 0, label))  # "1" and "01" are two classes

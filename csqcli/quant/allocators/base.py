@@ -70,8 +70,8 @@ def allocation_by(
     importance = function(model, layers, batches, bits, **asked)
     if not isinstance(importance, Tensor):
         raise UserError(f"gave a {type(importance).__name__}, not importance as a tensor", where=f"--allocator {name}")
-    if tuple(importance.shape) != (len(layers), bits) or not bool((importance >= 0).all()):
-        what = f"gave importance of shape {list(importance.shape)}, not {[len(layers), bits]} of numbers ≥ 0"
+    if tuple(importance.shape) != (len(layers), bits) or not bool(((importance >= 0) & importance.isfinite()).all()):
+        what = f"gave importance of shape {list(importance.shape)}, not {[len(layers), bits]} of finite numbers ≥ 0"
         raise UserError(what, where=f"--allocator {name}", hint="one row per layer, one column per plane")
     return Allocation(allocate(importance, budget), importance)
 
