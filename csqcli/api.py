@@ -183,6 +183,7 @@ def evaluate(
     trust_code: bool = False,
     classes_by_position: bool = False,
     progress: bool | Display = False,
+    **settings: Any,
 ) -> Evaluation:
     """Accuracy of the hard model, as reloaded from the file, with the preprocessing stored in it; or of a float model.
 
@@ -200,6 +201,8 @@ def evaluate(
         trust_code: let the file import the ``package.module:factory`` that it names.
         classes_by_position: match the classes of file and data by their numbers, whatever their names.
         progress: show what is going on, on stderr.
+        settings: with ``model``, recipe keys of the preprocessing: ``mean``, ``std``, ``interpolation``, ``crop_pct``; and
+            ``**{"model.arguments": {"img_size": 64}}``.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``top1_present`` (percent, among the data's classes where the model has more),
@@ -216,12 +219,14 @@ def evaluate(
     from csqcli.system.run_files import model_of
 
     if model is not None:
+        from csqcli.recipe.resolve import preprocessing
+
         of_model = pipeline.evaluate_checkpoint(
             str(file) if file is not None else None,
             model,
             data,
             weights=weights,
-            input_size=input_size,
+            recipe=preprocessing(settings | _given({"data.input_size": input_size})),
             device=device,
             batch_size=batch_size,
             val_split=val_split,
@@ -231,8 +236,8 @@ def evaluate(
         return _evaluation(of_model, 32.0)
     if file is None:
         raise UserError("no file given", where="csqcli.evaluate", hint="name one, or a float model by `model`")
-    if weights != "auto" or input_size is not None:
-        given = "weights" if weights != "auto" else "input_size"
+    if weights != "auto" or input_size is not None or settings:
+        given = "weights" if weights != "auto" else "input_size" if input_size is not None else next(iter(settings))
         raise UserError("is for float models", where=given, hint="name one by --model; a csq file knows its own")
     accuracy, manifest = pipeline.evaluate_file(
         model_of(file),
@@ -580,7 +585,7 @@ def sensitivity(
 def sweep(
     model: str | None = None,
     *,
-    targets: Sequence[float] | None = None,
+    targets: Sequence[float] | str | None = None,
     data: str | None = None,
     output: str | Path | None = None,
     recipe: str = "short",
@@ -596,7 +601,7 @@ def sweep(
 
     Args:
         model, data, recipe, progress, settings: as for :func:`search`.
-        targets: mean planes per weight, each above 0 and at most 8; None, with ``max_drop``, begins with 4.
+        targets: mean planes per weight, each above 0 and at most 8, or ``"1,1.5,2"``; None, with ``max_drop``, begins with 4.
         output: folder for the runs, ``pareto.json`` and ``pareto.html``; None takes ``runs/MODEL-sweep``.
         baselines: methods to put beside, at those targets that they can meet.
         warm: begin all targets but the highest with that one's weights, for fewer epochs: cheaper, and less accurate.
@@ -622,7 +627,7 @@ def sweep(
         recipe=recipe,
         overrides=settings | _given({"model.source": model, "data.source": data}),
         output=Path(output) if output is not None else None,
-        targets=None if targets is None else ",".join(f"{target:g}" for target in targets),
+        targets=targets if targets is None or isinstance(targets, str) else ",".join(map(str, targets)),
         baselines=list(baselines),
         warm=warm,
         warm_epochs=warm_epochs,

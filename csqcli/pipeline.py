@@ -92,16 +92,18 @@ def search(
                     "without --act-bits nothing is left of PACT but its weights: the learned clip is of activations"
                 )
             layers, left_float = run.find_layers()
+            left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
             check_targets(run, recipe, layers)
-            if shared is not None and run.saved is None:
+            handed_over = shared is not None and run.saved is None
+            if shared is not None and handed_over:
                 shared.hand_over(run)
+            _know_ways(run, layers)
+            check_written_planes(run, recipe, layers)
+            if handed_over:
                 run.tell_float()
             else:
                 run.measure_float()
-            left = [vars(tensor) for tensor in left_float]
-            _know_ways(run, layers)
-            check_written_planes(run, recipe, layers)
             rehearse(run, layers, left)
             if warm is not None:
                 check_fits(run, warm)
@@ -297,11 +299,12 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
             RunFolder(Path(scratch) / "run", untracked, images, force=False, resume=False) as folder,
             _opened(untracked, spec, images, folder, display) as run,
         ):
-            run.check_scores()
             layers, left_float = run.find_layers()
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
+            check_targets(run, recipe, layers)
             _know_ways(run, layers)
+            check_written_planes(run, recipe, layers)
             rehearse(run, layers, left)
             run.keep_teacher()
             _know_latencies(run, layers)
@@ -494,7 +497,7 @@ def evaluate_checkpoint(
     data_source: str,
     *,
     weights: Weights = "auto",
-    input_size: int | None = None,
+    recipe: Recipe | None = None,
     device: str = "auto",
     batch_size: int = 256,
     val_split: ValSplit = None,
@@ -503,22 +506,28 @@ def evaluate_checkpoint(
 ) -> Accuracy:
     """Accuracy of a float model: of the weights in ``checkpoint``, or of the library's own where that is None.
 
-    Images are prepared as the model's data config says, at a side of ``input_size`` where one is given.
+    Images are prepared as the model's data config says, but for what ``recipe.data`` says of that; ``recipe.model.arguments`` are
+    the model's.
     """
-    spec = parse(model)
+    recipe = recipe or Recipe()
+    spec = parse(model, recipe.model.arguments)
     check_task(spec)
     target = pick_device(device)
     images = open_data(data_source, train=False, val_split=val_split, val_limit=val_limit)
     weights_file = open_checkpoint(checkpoint) if checkpoint is not None else None
     fitted = load_for(
-        model, images.classes, head="keep", checkpoint=weights_file, weights=weights, classes_from=images.source
+        model,
+        images.classes,
+        head="keep",
+        checkpoint=weights_file,
+        weights=weights,
+        arguments=recipe.model.arguments,
+        classes_from=images.source,
     )
     images = images.relabelled(fitted.outputs, fitted.names)
     display = display or Display(quiet=True)
     for note in fitted.loaded.notes:
         display.say(f"{fitted.loaded.weights_from}: {note}")
-    recipe = Recipe()
-    recipe.data.input_size = input_size
     config = data_config(fitted.loaded.data_config, recipe)
     network = fitted.loaded.model.to(target)
     check_scores(network, config["input_size"], images.num_classes, where=model)

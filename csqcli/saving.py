@@ -139,6 +139,12 @@ def _save(
             environment=environment(),
             recipe=_recipe(optimizer),
         )
+    budget = file.manifest.budget
+    if budget.target_mean_bits is not None and budget.mean_bits > budget.target_mean_bits + 1e-9:
+        what = (
+            f"its layers have {budget.mean_bits:.4f} planes in the mean, over the target of {budget.target_mean_bits:g}"
+        )
+        raise UserError(what, where="csqcli.save", hint="save with the optimizer that found them")
     loading.load_into(rebuilt.eval(), file, where=source)
     answers = _outputs(rebuilt, task, size, where=source)
     _check_answers(answers, expected, network, where=source)  # so that nothing is written that cannot be loaded
@@ -167,7 +173,13 @@ def _importable(source: str, arguments: Mapping[str, Any] | None) -> ModelSpec:
 
 def _accuracy(given: float | Mapping[str, float] | None) -> AccuracyRecord:
     """A top-1 in percent, or any of AccuracyRecord's fields."""
-    fields = {"hard_top1": given} if isinstance(given, (int, float)) else dict(given or {})
+    if not isinstance(given, Mapping):
+        try:
+            given = {} if given is None else {"hard_top1": float(given)}  # of a tensor of one number, too
+        except (TypeError, ValueError, RuntimeError):
+            what = f"accuracy: {given!r} is no number"
+            raise UserError(what, where="csqcli.save", hint="give percent, or a mapping of several") from None
+    fields = dict(given)
     for name in fields:
         if name not in AccuracyRecord.model_fields:
             known = list(AccuracyRecord.model_fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,21 @@ def test_the_file_says_what_it_was_told_and_what_was_counted(tmp_path: Path) -> 
 def test_a_single_accuracy_is_the_hard_model_s_top_1(tmp_path: Path) -> None:
     report = save(*trained(), tmp_path / "model.safetensors", accuracy=97.25)
     assert report["accuracy"]["hard_top1"] == 97.25
+
+
+def test_an_accuracy_may_be_a_tensor_and_is_a_number(tmp_path: Path) -> None:
+    report = save(*trained(), tmp_path / "model.safetensors", accuracy=torch.tensor(97.25))
+    assert report["accuracy"]["hard_top1"] == 97.25
+    with pytest.raises(UserError, match="accuracy: '93 %' is no number; give percent"):
+        save(*trained(), tmp_path / "model.safetensors", accuracy="93 %")
+
+
+def test_what_is_over_its_target_is_not_written(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    optimizer.method.plan = replace(optimizer.method.plan, budget=replace(optimizer.method.plan.budget, target=1.5))
+    with pytest.raises(UserError, match=r"its layers have \d\.\d+ planes in the mean, over the target of 1.5"):
+        save(model, optimizer, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_constructor_arguments_are_kept_and_build_the_model_again(tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ def evaluate(
     ] = None,
     weights: WeightsOption = None,
     input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels, with --model.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="With --model, how its images are prepared: data.mean, data.std, data.interpolation, data.crop_pct. Repeatable.",
+        ),
+    ] = None,
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
     val_split_: ValSplitOption = None,
@@ -60,6 +68,7 @@ def evaluate(
     """
     from csqcli import api
     from csqcli.file.header import read_manifest
+    from csqcli.recipe.resolve import parse_assignments
     from csqcli.system.progress import Display, counted
     from csqcli.system.run_files import model_of
 
@@ -86,6 +95,7 @@ def evaluate(
         trust_code=trust_code,
         classes_by_position=classes_by_position,
         progress=display,
+        **parse_assignments(settings or []),
     )
     if as_json:
         output.as_json(result)

@@ -79,7 +79,7 @@ def open_data(
         data = opener(text, train=True)
     _check(data, source, train=train)
     if val_split is not None:
-        data = _with_validation(data, source, val_split, seed=val_seed)
+        data = _with_validation(data, source, val_split, seed=val_seed, train=train)
         _check(data, source, train=train)
     if not len(data.val):
         also = ", or --val-split test takes its test split" if data.test is not None else ""
@@ -101,15 +101,23 @@ def same_place(source: str) -> str:
     return f"{name}:{os.path.realpath(text)}" if colon and os.path.exists(text) else source
 
 
-def _with_validation(data: DataSet, source: str, val_split: ValSplit, *, seed: int) -> DataSet:
+def _with_validation(data: DataSet, source: str, val_split: ValSplit, *, seed: int, train: bool) -> DataSet:
     """The data set with a validation split, where it has none of its own."""
     if len(data.val):
         log.warning("%s: has a validation split of its own; val_split %s is for data without one", source, val_split)
         return data
     if val_split == "test":
         if data.test is None:
-            hint = "--val-split 0.1 holds out a tenth of the training images"
+            hint = (
+                "--val-split 0.1 holds out a tenth of the training images"
+                if train
+                else "--val-split 1 takes all images"
+            )
             raise UserError("no test split with the classes of the training images", where=source, hint=hint)
+        lacking = set(range(len(data.classes))) - set(data.test.labels.tolist())
+        if lacking:
+            hint = "add some, or remove the class from the training images"
+            raise UserError(f"class `{data.classes[min(lacking)]}` has no test images", where=source, hint=hint)
         return replace(data, val=data.test, test=None)
     if data.train is None or not isinstance(val_split, (int, float)):
         raise UserError("no training split to hold images out of", where=source)

@@ -99,8 +99,9 @@ def _hard(call: Call, form: str) -> HardLayer:
     integers = np.random.default_rng(0).integers(-limit, limit + 1, call.weight, dtype=np.int32)
     integers.reshape(-1)[0] = limit
     # a step per channel, as csq's methods have it, so small that sums stay small
-    scale = torch.full((_outputs(call),), 1 / (16 * limit))
-    return HardLayer(_WEIGHT, torch.from_numpy(integers), scale, top_planes(planes, planes), int(call.transposed))
+    channel_dim = int(call.transposed)  # of a grouped transposed convolution: the channels of a group
+    scale = torch.full((call.weight[channel_dim],), 1 / (16 * limit))
+    return HardLayer(_WEIGHT, torch.from_numpy(integers), scale, top_planes(planes, planes), channel_dim)
 
 
 def _traced(call: Call, *, rounded: bool) -> Any:

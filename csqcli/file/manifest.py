@@ -176,7 +176,7 @@ class ActivationEntry(Record):
     bits: int = Field(ge=1, le=16)
     signed: bool
     # value of integer 1; times the largest integer still a float32. One signed bit is the sign: −scale or scale.
-    scale: float = Field(ge=1e-9, le=1e30)
+    scale: float = Field(ge=1e-30, le=1e30)
 
 
 class TensorRecord(Record):

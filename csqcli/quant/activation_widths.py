@@ -55,7 +55,7 @@ def find_widths(
     that read them (``per`` macs, by layer name in ``macs``: with equal planes everywhere, the bit operations). The network's own
     input is left out: it has 8 bits. The model comes back as it was. UserError where no input can be widened.
     """
-    samples, negative = samples_of(model, owners(layers), batches())
+    samples, negative = samples_of(model, owners(model, layers), batches())
     names = list(samples)[1:]  # in the order in which they run; the first is the network's own input
     if not names:
         raise UserError("no input of a layer to choose a width for", where="--act-bits auto", hint="pass --act-bits 8")

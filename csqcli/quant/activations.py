@@ -23,7 +23,7 @@ from csqcli.quant.names import owner_of
 from csqcli.quant.passes.sampling import spread_out
 
 INPUT_BITS = 8  # of the network's own input
-_LEAST = 1e-8  # of a scale
+_LEAST = 1e-20  # of a scale; fresh networks have activations of 1e-12
 _SAMPLE = 2**16  # values per layer and batch that the calibration looks at
 
 
@@ -202,7 +202,7 @@ def calibrate(
 
     The model runs in eval mode and comes back in the mode it was in.
     """
-    wanted = owners(layers)
+    wanted = owners(model, layers)
     samples, negative = samples_of(model, wanted, batches)
     quantizers = {}
     for position, (name, values) in enumerate(samples.items()):  # in the order in which the layers ran
@@ -212,10 +212,11 @@ def calibrate(
     return ActivationQuantizers(model, quantizers, [name for name in wanted if name not in samples])
 
 
-def owners(layers: Sequence[Layer]) -> list[str]:
-    """The modules that hold the weights of ``layers``, each once; those that share a weight, all."""
+def owners(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """The modules that hold the weights of ``layers``, each once, by its first name; those that share a weight, all."""
     names = (name for layer in layers for name in (layer.name, *layer.aliases))
-    return list(dict.fromkeys(map(owner_of, names)))
+    first = dict(model.named_modules())  # a module that is registered twice has one
+    return [name for name in dict.fromkeys(map(owner_of, names)) if name in first]
 
 
 @torch.no_grad()

@@ -170,9 +170,12 @@ class CSQ(QuantizedOptimizer):
         _check_steps("total_steps", total_steps)
         if steps_per_epoch is not None:
             _check_steps("steps_per_epoch", steps_per_epoch)
-        if not 0 < target_bits <= MAX_BITS:  # NaN is refused too
+        if not isinstance(model, nn.Module):
+            hint = "give the model itself: csqcli.CSQ(model, …), not model.parameters()"
+            raise UserError(f"the model must be a torch.nn.Module, not a {type(model).__name__}", hint=hint)
+        if not isinstance(target_bits, (int, float)) or not 0 < target_bits <= MAX_BITS:  # NaN is refused too
             raise UserError(f"target_bits must be above 0 and at most {MAX_BITS}, not {target_bits!r}")
-        if not 0 < lr <= LARGE:  # NaN is refused too
+        if not isinstance(lr, (int, float)) or not 0 < lr <= LARGE:  # NaN is refused too
             what = f"lr must be a number above 0 and at most {LARGE:g}, not {lr!r}"
             raise UserError(what, hint="schedulers may lower it to 0 later")
         model = unwrap(model)
@@ -242,21 +245,34 @@ class CSQ(QuantizedOptimizer):
         Plain tensors, numbers, lists and mappings: ``torch.load(weights_only=True)`` reads what ``torch.save`` writes of
         it. A run that goes on from it ends in the same bits.
         """
-        own = {"step": self.step_count, "total_steps": self.total_steps, "method": self.method.state_dict()}
+        own = {"step": self.step_count, **self._asked(), "method": self.method.state_dict()}
         return {**torch.optim.Optimizer.state_dict(self), "csq": own}
+
+    def _asked(self) -> dict[str, Any]:
+        """What a run was asked for; one that goes on from its state must be asked for the same."""
+        return {
+            "total_steps": self.total_steps,
+            "target_bits": float(self.method.plan.budget.target),
+            "method_name": self.method_name,
+            "layers": [layer.name for layer in self.method.layers],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a run where :meth:`state_dict` left it; the model's quantized weights follow.
 
         Raises:
-            UserError: when it is another optimizer's state, or that of a run of other length.
+            UserError: when it is another optimizer's state, or that of a run of other length, target, method or layers.
         """
         own = state_dict.get("csq")
         if own is None:
             raise UserError("is not the state of a CSQ optimizer", where="CSQ.load_state_dict")
-        if own["total_steps"] != self.total_steps:
-            what = f"the state is that of a run of {own['total_steps']} steps, not of {self.total_steps}"
-            raise UserError(what, where="CSQ.load_state_dict", hint="build CSQ with the total_steps of the first start")
+        for name, asked in self._asked().items():
+            if own.get(name, asked) != asked:  # states of csq 0.2 say total_steps alone
+                was = "other" if name == "layers" else repr(own[name])
+                what = f"the state is that of a run with {name} {was}" + (
+                    "" if name == "layers" else f", not {asked!r}"
+                )
+                raise UserError(what, where="CSQ.load_state_dict", hint="build CSQ as at the first start")
         plain = {name: value for name, value in state_dict.items() if name != "csq"}
         torch.optim.Optimizer.load_state_dict(self, plain)
         self.method.load_state_dict(own["method"])

@@ -42,6 +42,10 @@ _OF_A_SEARCH = (
     *USERS_TARGETS,
 )  # what a finetune of its file knows no more
 _TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *USERS_TARGETS))
+_PREPROCESSING = (
+    *(f"data.{key}" for key in ("input_size", "mean", "std", "interpolation", "crop_pct")),
+    "model.arguments",
+)
 _MERGE = "tag:yaml.org,2002:merge"  # <<: may stand as often as one likes
 _FREE_MAPPINGS = (
     "model.arguments",
@@ -65,7 +69,7 @@ def builtin_names() -> list[str]:
 def read(name_or_file: str) -> tuple[dict[str, Any], str]:
     """A recipe's raw mapping, by shipped name or by path, and what to call it in messages."""
     if name_or_file in builtin_names():
-        text, where = (_folder() / f"{name_or_file}.yaml").read_text(encoding="utf-8"), name_or_file
+        text, where = (_folder() / f"{name_or_file}.yaml").read_text(encoding="utf-8"), f"recipe {name_or_file}"
     else:
         path = Path(name_or_file)
         if not path.is_file():
@@ -374,6 +378,16 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"`{value}` is not a YAML value", where=f"--set {key}") from None
     return parsed
+
+
+def preprocessing(overrides: dict[str, Any]) -> Recipe:
+    """A recipe that says how a float model's images are prepared. UserError for settings of anything else."""
+    for key in overrides:
+        full = _common_key(key)
+        if full not in _PREPROCESSING:
+            what = f"`{full or key}` does not change the accuracy of a float model"
+            raise UserError(what, where="--set", hint=f"one of {', '.join(_PREPROCESSING)}")
+    return resolve("short", overrides)
 
 
 def of_every_method(overrides: Mapping[str, Any]) -> dict[str, Any]:

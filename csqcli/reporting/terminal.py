@@ -32,6 +32,7 @@ from csqcli.reporting.sparsity import LayerSparsity, sentence
 from csqcli.reporting.words import layer_names, short
 from csqcli.system.progress import counted, duration
 
+_LOOSE = 0.3  # of the logits' standard deviation: a tolerance at which comparing them proves little
 _LEAST_REASON = 34  # columns, of why a tensor stays float
 
 
@@ -200,6 +201,10 @@ def export_lines(manifest: Manifest) -> list[str]:
         f"verified     {counted(parity.layers_matched, 'layer')} bit-exact; logits within {parity.max_logit_error:.1e} "
         f"(std {parity.logit_std:.2g}) on {printable(parity.inputs)}; {parity.engine}, loads in {parity.load_seconds:.2f} s"
     )
+    if parity.tolerance_in_std >= _LOOSE:
+        lines.append(
+            f"             {parity.tolerance_in_std:.2g} of their std is what rounding alone may do here: logits say little of this file"
+        )
     if parity.top1 is not None:
         before = f", the hard model's {parity.hard_top1:.2f}" if parity.hard_top1 is not None else ""
         lines.append(f"top-1        {parity.top1:.2f} % of {counted(parity.samples, 'image')}{before}")

@@ -57,6 +57,9 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
         hint = "check data.input_size"
         if "channels" in str(error):
             hint = 'a factory says what its model takes: model.data_config = {"input_size": (1, 28, 28)}'
+        if "doesn't match model" in str(error):  # timm's, of networks that are built for one size
+            own = f"--set 'model.arguments={{img_size: {input_size[-1]}}}'"
+            hint = f"leave data.input_size out, or have the model built for it: {own}"
         raise UserError(what, where=where, hint=hint) from error
     if num_classes is not None and shape != [1, num_classes]:
         hint = "csq trains image classifiers; others with csqcli.CSQ in your own loop"

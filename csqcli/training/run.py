@@ -45,6 +45,7 @@ from csqcli.training.teacher import Teacher
 from csqcli.version import __version__
 
 CALIBRATION_BATCHES = 4
+_NEAR_CHANCE = 1.5  # times a guess: below it, the classes of weights and data hardly fit
 
 
 @dataclass
@@ -221,7 +222,6 @@ class Run:
     def measure_float(self) -> None:
         """Accuracy of the model as it is before the search; a resumed run has it."""
         if self.saved is None:
-            self.check_scores()
             with self.display.evaluation("evaluating the float model", self.val_loader.batches) as tell:
                 measured = evaluate(self.model, self.val_loader, present=self.images.present, on_batch=tell)
             self.record.accuracy = AccuracyRecord(
@@ -238,6 +238,11 @@ class Run:
             f"float top-1 {accuracy.float_top1:.2f} %{among} on {counted(accuracy.samples, 'image')} "
             f"({self.source.weights_from} weights)"
         )
+        chance = 100 / max(self.images.num_classes, 1)
+        fresh = self.source.weights_from == "random" or self.recipe.model.head == "new"
+        if not fresh and (accuracy.float_top1 or 0.0) < _NEAR_CHANCE * chance:
+            what = f"which is about chance ({chance:.3g} %)"
+            self.display.say(f"{what}: are the data's classes those that the weights were trained on, in this order?")
 
     def find_layers(self) -> tuple[list[Layer], list[FloatTensor]]:
         """Weights to quantize, none for the method `float`, and the tensors left float."""
@@ -250,7 +255,8 @@ class Run:
         return layers, left
 
     def count_operations(self, layers: Sequence[Layer]) -> None:
-        """Multiply-accumulates of one image, layer by layer."""
+        """Multiply-accumulates of one image, layer by layer. UserError unless the model gives one score per class."""
+        self.check_scores()
         with self.display.step("counting multiply-accumulates"):
             self.operations = count_macs(self.model, layers, self.config["input_size"])
         unused = [layer for layer in layers if self.operations.macs[layer.name] is None]

@@ -67,7 +67,6 @@ class SharedStart:
 
     def hand_over(self, run: Run) -> None:
         """Let a run that has not begun know all this. UserError where the run is of another model or other images."""
-        run.check_scores()
         self.check_same(run.folder.inputs, where=str(self.folder / START_FILE))
         run.record = self.content.record.model_copy(deep=True)
         if run.record.adaptation is not None and run.shard.is_main:

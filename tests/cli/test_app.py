@@ -156,6 +156,31 @@ def test_evaluate_says_what_it_took_of_a_float_checkpoint(csq, tmp_path: Path) -
     assert "prefix" not in csq(*given, "--quiet")[2]
 
 
+def test_a_float_model_is_measured_under_any_preprocessing(csq) -> None:
+    checkpoint = resources.files("csqcli") / "assets" / "digits_float.safetensors"
+    given = ("evaluate", checkpoint, "--model", "digits_cnn", "--data", "digits", "--json", "-q")
+    plain, dark = (json.loads(csq(*given, *more)[1])["top1"] for more in ((), ("--set", "data.mean=[0.9]")))
+    assert plain == 98.2 > dark
+    assert dark == csqcli.evaluate(checkpoint, "digits", model="digits_cnn", mean=[0.9])["top1"]
+    code, _, err = csq(*given, "--set", "epochs=3")
+    assert (
+        code,
+        "`epochs` does not change the accuracy of a float model; one of data.input_size, data.mean" in err,
+    ) == (2, True)
+    code, _, err = csq("evaluate", "runs/x", "--data", "digits", "--set", "data.mean=[0.9]")
+    assert code == 2
+
+
+def test_weights_of_other_classes_are_asked_about(csq, tmp_path: Path) -> None:
+    state = load_file(str(resources.files("csqcli") / "assets" / "digits_float.safetensors"))
+    turned = {name: value.roll(1, 0) if name.startswith("fc.") else value for name, value in state.items()}
+    save_file({name: value.contiguous() for name, value in turned.items()}, tmp_path / "turned.safetensors")
+    search = ("search", "digits_cnn", "--data", "digits", "--target-bits", 2, "--epochs", 1, "--set", "max_steps=1")
+    for checkpoint, asked in ((tmp_path / "turned.safetensors", True), ("builtin:digits_float", False)):
+        code, _, err = csq(*search, "--checkpoint", checkpoint, "-o", tmp_path / f"run-{asked}")
+        assert (code, "which is about chance (10 %): are the data's classes those" in err) == (0, asked)
+
+
 def test_a_runs_folder_stands_for_its_model(csq, digits_run: Path, tmp_path: Path) -> None:
     file, out = digits_run / "model.safetensors", tmp_path / "out.safetensors"
     for command, options in (
@@ -276,8 +301,8 @@ def test_an_image_folder_and_a_library_model_work_together(
     [
         (("search",), "no model given; name one, e.g. `csq search resnet18 …`, or use a recipe that does"),
         (("search", "resnet18", "--target-bits", "3"), "no data given; pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)"),
-        (("search", "--recipe", "digits", "--target-bits", "99"), "digits: target_bits 99 is more than max_bits 8"),
-        (("search", "--recipe", "digits", "--target-bits", "0"), "digits: quantization.target_bits: Input should be greater than 0"),
+        (("search", "--recipe", "digits", "--target-bits", "99"), "recipe digits: target_bits 99 is more than max_bits 8"),
+        (("search", "--recipe", "digits", "--target-bits", "0"), "recipe digits: quantization.target_bits: Input should be greater than 0"),
         (("search", "--recipe", "digits", "--method", "ste", "--target-bits", "1.5"), "ste gives every layer the same planes; 1.5"),
         (("search", "--recipe", "digit"), "digit: no such recipe or file; did you mean `digits`?"),
         (("search", "--recipe", "digits", "--set", "epoch=3"), "--set: unknown key `epoch`; did you mean `epochs`?"),

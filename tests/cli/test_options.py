@@ -148,7 +148,8 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         lambda r: json.loads(r.out)["samples"] == 20,
     ),
     "evaluate a float model": (
-        "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --val-split test --log-every 9 -q --json",
+        "evaluate CHECKPOINT --model digits_cnn --data digits --weights raw --input-size 8 --val-split test --log-every 9 "
+        "--set data.crop_pct=1 -q --json",
         lambda r: json.loads(r.out)["mean_bits"] == 32,
     ),
     # allocate

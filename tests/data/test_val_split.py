@@ -59,6 +59,20 @@ def test_test_is_taken_for_validation_only_where_the_user_says_so(image_folder: 
     assert (len(opened.train), len(opened.val)) == (12, 6)
     assert all("/test/" in path for path in opened.val.paths)
     assert len(open_data(str(image_folder), train=False, val_split="test").val) == 6
+    for path in (image_folder / "test" / "dark").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="class `dark` has no test images; add some, or remove the class"):
+        open_data(str(image_folder), val_split="test")
+
+
+def test_evaluation_of_data_without_splits_is_told_how_to_take_all(one_split: Path) -> None:
+    for asked in (None, "test"):
+        with pytest.raises(UserError, match="--val-split 1 takes"):
+            open_data(str(one_split), train=False, val_split=asked)
+    assert (
+        len(open_data(str(one_split), train=False, val_split=1.0).val)
+        == len(open_data(str(one_split), val_split=0.5).val) * 2
+    )
 
 
 def test_an_unlabelled_test_folder_is_in_nobody_s_way(image_folder: Path) -> None:

@@ -290,3 +290,12 @@ def test_a_size_is_for_models_by_name() -> None:
         csqcli.bench(INPUTS, engine="torch", input_size=12)
     with pytest.raises(UserError, match="no engine `tflite`"):
         csqcli.bench(INPUTS, engine="tflite")
+
+
+@onnx
+def test_a_grouped_transposed_convolution_is_measured_alone() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2))
+    [call] = calls_of(model, (4, 5, 5))["0.weight"]
+    hard = layer_graphs._hard(call, "fp32")
+    assert hard.weight().shape == model[0].weight.shape == (4, 3, 2, 2)
+    assert layer_graphs._onnx(call, "fp32").graph.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from csqcli.exporting.verify import ParityError
 from csqcli.file import io
 from csqcli.file.manifest import ParityRecord
 from csqcli.models.libraries import build
+from csqcli.training.evaluate import Accuracy
 
 NPZ = "tests.exporting.test_form_seam:Npz"
 
@@ -176,3 +178,14 @@ def test_an_export_writes_through_no_link(model: Path, tmp_path: Path, name: str
     except UserError as error:
         assert "symbolic link" in error.line()  # noqa: PT017
     assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("samples", "missed", "refused"), [(60, 3, False), (60, 4, True), (5000, 25, False), (5000, 26, True)]
+)
+def test_top_1_may_differ_by_half_a_point_or_three_images(samples: int, missed: int, refused: bool) -> None:
+    wanted = Accuracy(samples // 2, samples, samples)
+    for sign in (1, -1):
+        written = Accuracy(samples // 2 + sign * missed, samples, samples)
+        with pytest.raises(ParityError, match=rf"on {samples:,} images \(tolerance ") if refused else nullcontext():
+            verify.check_accuracy(written, wanted, where="a.onnx")

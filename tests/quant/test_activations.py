@@ -11,7 +11,8 @@ from torch import nn
 
 import csqcli
 from csqcli.file import header
-from csqcli.quant.activations import ActivationQuantizer, attach, calibrate, owners
+from csqcli.file.manifest import ActivationEntry
+from csqcli.quant.activations import ActivationQuantizer, attach, calibrate, owners, quantizer_of
 from csqcli.quant.layers import find_layers
 
 
@@ -108,7 +109,7 @@ def test_every_user_of_a_shared_weight_has_its_input_rounded() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False), nn.Linear(4, 3))
     model[2].weight = model[0].weight
     layers, _ = find_layers(model)
-    assert owners(layers) == ["0", "2", "3"]
+    assert owners(model, layers) == ["0", "2", "3"]
     found = calibrate(model, layers, [torch.rand(8, 4)], bits=4)
     assert (list(found.quantizers), found.unreached) == (["0", "2", "3"], [])
 
@@ -278,3 +279,20 @@ def test_finetuning_goes_on_with_one_quantizer_per_layer(csq, tmp_path: Path, mo
     assert after["finetune"]["input_top1"] == before["accuracy"]["hard_top1"]
     if after["finetune"]["kept"] == "finetuned":
         assert [e["scale"] for e in after["activations"]] != [e["scale"] for e in before["activations"]]
+
+
+def test_a_module_that_is_registered_twice_has_one_quantizer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model.alias = model[2]
+    layers, _ = find_layers(model)
+    assert layers[1].aliases == ("alias.weight",)
+    images = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    found = calibrate(model, layers, [images], bits=4)
+    assert list(found.quantizers) == ["0", "2"]
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
+
+
+def test_a_fresh_networks_faint_activations_have_a_scale_that_the_file_holds() -> None:
+    faint = quantizer_of(8, torch.linspace(0, 1e-12, 100), signed=False)
+    record = ActivationEntry(module="a", bits=8, signed=False, scale=float(faint.scale.detach()))
+    assert 0 < record.scale < 1e-12

@@ -287,8 +287,33 @@ def test_a_foreign_state_and_one_of_another_length_are_refused() -> None:
     model, optimizer = start()
     with pytest.raises(UserError, match="is not the state of a CSQ optimizer"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
-    with pytest.raises(UserError, match="the state is that of a run of 9 steps, not of 20"):
+    with pytest.raises(UserError, match="the state is that of a run with total_steps 9, not 20"):
         optimizer.load_state_dict(start(total_steps=9)[1].state_dict())
+    with pytest.raises(UserError, match=r"the state is that of a run with target_bits 1\.5, not 2\.5"):
+        optimizer.load_state_dict(start(target_bits=1.5)[1].state_dict())
+    other = "csq" if optimizer.method_name == "staged" else "staged"
+    with pytest.raises(UserError, match=f"the state is that of a run with method_name '{other}', not "):
+        optimizer.load_state_dict(start(method=other)[1].state_dict())
+    with pytest.raises(
+        UserError, match="the state is that of a run with layers other; build CSQ as at the first start"
+    ):
+        optimizer.load_state_dict(start(exclude=["fc"])[1].state_dict())
+    state = optimizer.state_dict()
+    for name in ("target_bits", "method_name", "layers"):
+        del state["csq"][name]
+    optimizer.load_state_dict(state)  # of csq 0.2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((nn.Linear(2, 2).parameters(), 3), "must be a torch.nn.Module, not a generator; give the model itself"),
+        ((nn.Linear(2, 2), "3b"), "target_bits must be above 0 and at most 8, not '3b'"),
+    ],
+)
+def test_what_is_no_model_and_no_target_is_one_line(given: tuple[Any, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        CSQ(*given, total_steps=4)
 
 
 def test_loading_a_state_puts_its_weights_into_the_model() -> None:

@@ -158,6 +158,19 @@ def test_too_few_operations_are_refused_before_the_float_model_is_evaluated(
         pipeline.search(recipe, tmp_path / "run", display=QUIET)
 
 
+@pytest.mark.parametrize(
+    ("planes", "said"),
+    [({"fc": 3}, "says nothing of `conv1.weight`"), ({"*": 3}, "cost 1.5 times what the target of 2 allows")],
+)
+def test_wrong_planes_are_refused_before_the_float_model_is_evaluated(
+    planes: dict[str, int], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csqcli.training.run.Run.measure_float", lambda run: pytest.fail("evaluated"))
+    recipe = resolve("digits", {"quantization.target_bits": 2, "quantization.planes": planes, "allocator": "manual"})
+    with pytest.raises(UserError, match=said):
+        pipeline.search(recipe, tmp_path / "run", display=QUIET)
+
+
 def test_a_finetune_of_the_file_knows_no_table(table: str, tmp_path: Path) -> None:
     settings = {"quantization.target_latency": 9, "quantization.latency_table": table, "quantization.act_bits": 8}
     pipeline.search(resolve("digits", SHORT | settings), tmp_path / "run", display=QUIET)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from csqcli.errors import UserError
-from csqcli.training.evaluate import evaluate, recalibrate_batchnorm
+from csqcli.training.evaluate import check_scores, evaluate, recalibrate_batchnorm
 
 
 class _Loader:
@@ -28,6 +29,15 @@ def test_scores_that_are_not_finite_are_refused(value: float) -> None:
         evaluate(model, _Loader())
     nn.init.zeros_(model.bias)
     assert evaluate(model, _Loader()).samples == 4
+
+
+def test_a_network_of_one_image_size_is_told_how_it_is_built_for_another() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1)
+    with pytest.raises(UserError, match=r"leave data.input_size out, .*--set 'model.arguments=\{img_size: 64\}'"):
+        check_scores(model, (3, 64, 64), 3, where="vit")
+    check_scores(
+        timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1, img_size=64), (3, 64, 64), 3, where="vit"
+    )
 
 
 class _Broken(_Loader):
