@@ -323,8 +323,13 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         ("memory", f"about {needed} for steps of {counted(memory['images'], 'image')} at once{free}"),
         (
             "time",
-            f"about {duration(time['seconds'])}: {counted(time['steps'], 'step')} of {time['step_seconds']:.2g} s, "
-            f"{counted(time['evaluations'], 'evaluation')} of {time['evaluation_seconds']:.2g} s",
+            f"about {duration(time['seconds'])}: {counted(time['steps'], 'step')} of {_seconds(time['step_seconds'])}, "
+            f"{counted(time['evaluations'], 'evaluation')} of {_seconds(time['evaluation_seconds'])}",
         ),
     ]
     return [f"{label:<{LABEL}}{text}" for label, text in rows]
+
+
+def _seconds(value: float) -> str:
+    """``0.0012 s``, ``1.2 s``, ``102 s``."""
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"

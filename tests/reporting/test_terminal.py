@@ -166,7 +166,7 @@ PLAN = {
     **{"target_mean_bits": 2.5, "mean_bits": 2.1579},
     "bytes": {"model": 4321, "bit_packed_small": 1234},
     "memory": {"bytes": 3 * 2**20, "free_bytes": 2**31, "images": 64},
-    "time": {"steps": 120, "step_seconds": 0.5, "evaluations": 1, "evaluation_seconds": 2, "seconds": 62},
+    "time": {"steps": 120, "step_seconds": 0.5, "evaluations": 1, "evaluation_seconds": 102.4, "seconds": 162},
 }
 
 
@@ -183,7 +183,7 @@ def test_a_plan_says_in_a_few_lines_what_is_quantized_how_large_and_how_long() -
         "             tensor at 3",
         "file         about 4,321 bytes; 1,234 bytes by `csq export --bit-packed-small`",
         "memory       about 3 MiB for steps of 64 images at once, 2.0 GiB are free",
-        "time         about 62 s: 120 steps of 0.5 s, 1 evaluation of 2 s",
+        "time         about 3 min: 120 steps of 0.5 s, 1 evaluation of 102 s",
         "more         every tensor and the whole recipe: `csq plan … --verbose`",
     ]
 
