@@ -108,14 +108,11 @@ def _with_validation(data: DataSet, source: str, val_split: ValSplit, *, seed: i
         return data
     if val_split == "test":
         if data.test is None:
-            hint = (
-                "--val-split 0.1 holds out a tenth of the training images"
-                if train
-                else "--val-split 1 takes all images"
-            )
+            share = "0.1 holds out a tenth of the training images" if train else "1 takes all images"
+            hint = f"--val-split {share}"
             raise UserError("no test split with the classes of the training images", where=source, hint=hint)
         lacking = set(range(len(data.classes))) - set(data.test.labels.tolist())
-        if lacking:
+        if train and lacking:
             hint = "add some, or remove the class from the training images"
             raise UserError(f"class `{data.classes[min(lacking)]}` has no test images", where=source, hint=hint)
         return replace(data, val=data.test, test=None)
