@@ -53,6 +53,9 @@ class StagedSettings(MethodSettings):
     """Discount of a plane's importance per plane below it, for what training at few planes wins back."""
     per_channel: bool = True
     """One scale per output channel instead of one per layer."""
+    step_factor: float = Field(1.0, gt=0, le=LARGE)
+    """Distance of the levels that are trained, in units of the one with the least squared error. Above 1 more weights are 0, and the
+    integers take fewer bits in the file."""
 
 
 class GateSettings(MethodSettings):
@@ -154,6 +157,9 @@ class PARQSettings(MethodSettings):
     """Steps between two fits of the levels to the latents."""
     per_channel: bool = True
     """One scale per output channel instead of one per layer."""
+    step_factor: float = Field(1.2, gt=0, le=LARGE)
+    """Distance of the levels, in units of the one with the least squared error. At two planes 1.2 is about the mean magnitude of the
+    weights, from which the authors' code takes its levels."""
 
     @model_validator(mode="after")
     def _start_before_end(self) -> PARQSettings:

@@ -7,8 +7,8 @@
 A recipe is of that kind when it names `csq-paper` or has one of the old keys; the complete recipe in an old file always has
 all of them. Without old keys, `csq` means what it means today.
 
-In 0.2 gates had one scale per layer and no limit: a section of a gate method that has every key of then, as complete recipes in
-files and run folders do, keeps that meaning.
+In 0.2 gates had one scale per layer and no limit, and levels of `parq` the least-squares distance: a section of such a method that has
+every key of then, as complete recipes in files and run folders do, keeps that meaning.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _SINCE_0_2: dict[str, Any] = {  # what gate methods did in 0.2
     "straight_through_at": None,
     "straight_through_rate": 1.0,
 }
+_PARQ_SINCE_0_2: dict[str, Any] = {"step_factor": 1.0}
 _THEN: dict[str, Any] = {  # what they did before they had a setting for it
     "digits": "sign-magnitude",
     "init_scale": 1.0,
@@ -53,10 +54,10 @@ def modernised(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _as_in_0_2(raw: dict[str, Any]) -> dict[str, Any]:
     complete = {}
-    for name in ("csq", "csq-uniform"):
+    for name, since in (("csq", _SINCE_0_2), ("csq-uniform", _SINCE_0_2), ("parq", _PARQ_SINCE_0_2)):
         section = raw.get(name)
-        if isinstance(section, dict) and section.keys() == CARDS[name].settings.model_fields.keys() - _SINCE_0_2.keys():
-            complete[name] = section | _SINCE_0_2
+        if isinstance(section, dict) and section.keys() == CARDS[name].settings.model_fields.keys() - since.keys():
+            complete[name] = section | since
     return raw | complete
 
 

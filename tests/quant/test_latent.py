@@ -445,3 +445,20 @@ def test_the_finetune_of_a_search_keeps_where_latents_stand_between_levels() -> 
     on.harden(0)
     for before, after in zip(delivered, on.hard_layers(), strict=True):
         assert torch.equal(before.integers, after.integers)
+
+
+def test_the_step_factor_is_the_distance_of_the_levels_that_are_trained() -> None:
+    methods = []
+    for factor in (1.0, 1.5):
+        layers, _ = find_layers(small_model())
+        plan = plan_for(layers, 2.0, SCHEDULE, planes=[2] * len(layers))
+        methods.append(Staged(layers, plan, StagedSettings(step_factor=factor)))
+    near, far = methods
+    for close, wide in zip(near.stairs, far.stairs, strict=True):
+        torch.testing.assert_close(wide.scale, 1.5 * close.scale)
+    planes = [3] + [2] * (len(layers) - 1)
+    counts = far.integers_at(0, 3)
+    far.change_planes(planes, 0)
+    assert torch.equal(far.integers_at(0, 3), counts)
+    zeros = [sum(int((method.integers_at(at, 2) == 0).sum()) for at in range(1, len(layers))) for method in (near, far)]
+    assert zeros[1] > zeros[0]

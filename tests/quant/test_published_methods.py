@@ -196,13 +196,18 @@ def test_parq_hands_the_gradient_at_the_weight_to_the_latent_and_anneals_between
 
 
 def test_parqs_ternary_scale_is_the_least_squares_one() -> None:
-    method = build("parq", 1, per_channel=False)
+    method = build("parq", 1, per_channel=False, step_factor=1.0)
     w = np.sort(np.abs(latent_of(method).detach().numpy().ravel()))[::-1]
     sums = np.cumsum(w)
     best = max(sums**2 / np.arange(1, len(w) + 1))  # what the best m largest weights at their mean explain
     hard = delivered(method).weight().double()
     explained = float((w**2).sum() - ((hard - latent_of(method).detach()) ** 2).sum())
     assert 0.999 * best <= explained <= best * (1 + 1e-6)
+
+
+def test_parqs_step_factor_is_the_distance_of_its_levels() -> None:
+    near, far = (build("parq", 2, step_factor=factor) for factor in (1.0, 1.25))
+    torch.testing.assert_close(far.scales[0], 1.25 * near.scales[0])  # type: ignore[attr-defined]
 
 
 def planes_of(integers: Tensor) -> Tensor:

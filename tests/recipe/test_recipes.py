@@ -344,6 +344,13 @@ def test_a_complete_recipe_of_0_2_keeps_what_gates_did_then(name: str) -> None:
     assert {key: few[key] for key in now} == now
 
 
+def test_a_complete_recipe_of_0_2_keeps_the_levels_that_parq_had_then() -> None:
+    recipe = resolve("digits", {"quantization.method": "parq", "quantization.target_bits": 2}).to_dict()
+    of_then = {key: value for key, value in recipe["parq"].items() if key != "step_factor"}
+    again = validate(recipe | {"parq": of_then}, where="recipe.yaml").method_settings.model_dump()
+    assert (recipe["parq"]["step_factor"], again["step_factor"]) == (1.2, 1.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

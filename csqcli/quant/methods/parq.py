@@ -22,8 +22,8 @@ class PARQ(LatentMethod):
 
     With levels q_0 < … < q_m, u between q_j and q_(j+1) maps to the line of slope ρ through their midpoint, cut off at
     both: w = clip(mid + ρ·(u − mid), q_j, q_(j+1)), and beyond the ends to the ends. 1/ρ falls from 1, no rounding, along a
-    sigmoid to 0, hard rounding, between two shares of the run. Levels are the integers up to ±(2^k − 1) times a
-    least-squares scale, refitted every few steps: 2^(k+1) − 1 levels at k planes.
+    sigmoid to 0, hard rounding, between two shares of the run. Levels are the integers up to ±(2^k − 1) times a scale,
+    ``step_factor`` that of least squares, refitted every few steps: 2^(k+1) − 1 levels at k planes.
     """
 
     name = "parq"
@@ -88,7 +88,8 @@ class PARQ(LatentMethod):
     def _refit(self) -> None:
         for index, (layer, latent, k) in enumerate(zip(self.layers, self.latents, self.planes, strict=True)):
             shared = not (self.settings.per_channel and self.has_channel_scales(layer))
-            self.scales[index] = mse_step(latent, k, channel_dim=None if shared else layer.channel_dim)
+            least_squares = mse_step(latent, k, channel_dim=None if shared else layer.channel_dim)
+            self.scales[index] = self.settings.step_factor * least_squares
 
 
 def proximal_map(ratio: Tensor, planes: int, inverse_slope: float) -> Tensor:

@@ -118,7 +118,7 @@ class Staged(WeightMethod):
     def _fix_planes(self, planes: Sequence[int]) -> None:
         """End of stage 1: each width's own scale for the latents as they are."""
         rows = zip(self.layers, self.latents, self.units, planes, strict=True)
-        scales = [self._mse_scale(latent * unit, layer, max(k, 1)) for layer, latent, unit, k in rows]
+        scales = [self._level_scale(latent * unit, layer, k) for layer, latent, unit, k in rows]
         self._set_planes([top_planes(k, self.bits) for k in planes], scales)
         self.search = None
         for latent, stairs in zip(self.latents, self.stairs, strict=True):
@@ -177,7 +177,7 @@ class Staged(WeightMethod):
         if planes == int(self.masks[index].sum()):
             return self.stairs[index].integers(self.latents[index])
         value = self.latents[index] * self.units[index]
-        return quantize(value, self._mse_scale(value, self.layers[index], max(planes, 1)), planes)
+        return quantize(value, self._level_scale(value, self.layers[index], planes), planes)
 
     @torch.no_grad()
     def change_planes(self, planes: Sequence[int], step: int) -> None:
@@ -186,9 +186,7 @@ class Staged(WeightMethod):
         for index, count in enumerate(planes):
             value = self.latents[index] * self.units[index]
             kept = count == int(self.masks[index].sum())
-            scales.append(
-                self.stairs[index].scale if kept else self._mse_scale(value, self.layers[index], max(count, 1))
-            )
+            scales.append(self.stairs[index].scale if kept else self._level_scale(value, self.layers[index], count))
         self._set_planes([top_planes(count, self.bits) for count in planes], scales)
         for latent, stairs in zip(self.latents, self.stairs, strict=True):
             latent.clamp_(-stairs.edge, stairs.edge)
@@ -254,6 +252,10 @@ class Staged(WeightMethod):
             self.search = SoftMasks(self.budget, self.units, state["search"]["scales"], recovery=self.settings.recovery)
             self.search.load_state_dict(state["search"], self.units)
             self.masks, self.stairs = [], []
+
+    def _level_scale(self, value: Tensor, layer: Layer, planes: int) -> Tensor:
+        """The distance of levels that are trained, shaped as :meth:`_mse_scale`'s."""
+        return self.settings.step_factor * self._mse_scale(value, layer, max(planes, 1))
 
     def _mse_scale(self, value: Tensor, layer: Layer, planes: int) -> Tensor:
         """[channels, 1] or [1, 1] for a value of shape [outer, channels, inner]."""
