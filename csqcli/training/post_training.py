@@ -47,6 +47,7 @@ _FISHER_BATCH = 16  # images whose mean gradient is squared
 _SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
 _SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
 _MOST_COLUMNS = 2**13  # of a layer that is fitted: its moments take the square of that, seven times, in float32
+_FEW_PLANES, _MANY_IMAGES = 2.9, 2048  # docs/results.md, how long to train
 _SAVE_SECONDS = 20.0  # between two states
 
 
@@ -222,7 +223,14 @@ class _Work:
     def _planned(self, planes: Sequence[int]) -> PostTraining:
         run = self.run
         budget = budget_of(run, run.recipe, self.layers)
-        run.display.say(planes_fixed(planes, budget.mean_planes(planes), run.target_bits))
+        mean = budget.mean_planes(planes)
+        run.display.say(planes_fixed(planes, mean, run.target_bits))
+        images = sum(map(len, self.batches))
+        if mean < _FEW_PLANES and images < _MANY_IMAGES <= len(run.images.train or ()):
+            run.display.say(
+                f"at {mean:.2g} planes in the mean which {images} images are looked at may matter by a point: "
+                f"--set ptq.images={_MANY_IMAGES} varies less and takes longer"
+            )
         return PostTraining(self.layers, Plan(Schedule(0, 1), budget, planes=planes), self.settings)
 
     @torch.no_grad()

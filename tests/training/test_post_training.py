@@ -216,3 +216,14 @@ def test_a_classifier_that_sees_fewer_images_than_it_has_features_is_no_worse_on
     wanted = weight @ fresh + bias[:, None]
     plain = np.square(wanted - (nearest @ fresh_after + (bias + shift)[:, None])).mean()
     assert np.square(wanted - (found @ fresh_after + found_bias[:, None])).mean() < plain
+
+
+@pytest.mark.parametrize(("target", "images", "asked"), [(2, 128, True), (3, 128, False), (2, 1000, False)])
+def test_few_planes_ask_for_more_images_where_there_are_some(
+    csq, target: float, images: int, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post_training, "_MANY_IMAGES", 1000)  # of 1,297
+    search = ("search", "--recipe", "digits", "--epochs", 0, "--target-bits", target, "--set", f"images={images}")
+    code, _, err = csq(*search, "-o", tmp_path / "run")
+    assert code == 0
+    assert ("which 128 images are looked at may matter by a point: --set ptq.images=1000" in err) == asked
