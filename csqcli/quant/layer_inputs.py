@@ -56,7 +56,8 @@ class LayerInputs(TorchFunctionMode):
         self._attending: int | None = None  # images of the attention that runs: its rows are token after token
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.multi_head_attention_forward and self._attending is None:  # were it whole again: unseen, not endless
+        # inside of it, it is not looked for again: were it whole there too, it would be unseen and not endless
+        if function is F.multi_head_attention_forward and self._attending is None:
             return self._attend(args, kwargs or {})
         result = function(*args, **(kwargs or {}))
         dims = _CONVOLUTIONS.get(function)
