@@ -95,12 +95,12 @@ def search(
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
             check_targets(run, recipe, layers)
-            handed_over = shared is not None and run.saved is None
-            if shared is not None and handed_over:
-                shared.hand_over(run)
+            begins_with = shared if run.saved is None else None
+            if begins_with is not None:
+                begins_with.hand_over(run)
             _know_ways(run, layers)
             check_written_planes(run, recipe, layers)
-            if handed_over:
+            if begins_with is not None:
                 run.tell_float()
             else:
                 run.measure_float()

@@ -57,6 +57,7 @@ def test_a_method_from_outside_searches_resumes_finetunes_exports_and_evaluates(
         (("--method", "nowhere:Nothing"), "cannot import `nowhere`"),
         (("--allocator", "nowhere:f"), "cannot import `nowhere`"),
         (("--allocator", "hawk"), "no allocator `hawk`; one of uniform, importance"),
+        (("--method", "ste", "--allocator", "outside:endless"), "not [4, 8] of finite numbers ≥ 0"),
         (("--cost", "outside:half_a_byte"), "the cost function gave [0.0, 0.5"),
         (("--cost", "watts"), "no cost `watts`; one of weights, bops"),
     ],

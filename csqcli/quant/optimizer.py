@@ -268,10 +268,8 @@ class CSQ(QuantizedOptimizer):
             raise UserError("is not the state of a CSQ optimizer", where="CSQ.load_state_dict")
         for name, asked in self._asked().items():
             if own.get(name, asked) != asked:  # states of csq 0.2 say total_steps alone
-                was = "other" if name == "layers" else repr(own[name])
-                what = f"the state is that of a run with {name} {was}" + (
-                    "" if name == "layers" else f", not {asked!r}"
-                )
+                said = "other layers" if name == "layers" else f"{name} {own[name]!r}, not {asked!r}"
+                what = f"the state is that of a run with {said}"
                 raise UserError(what, where="CSQ.load_state_dict", hint="build CSQ as at the first start")
         plain = {name: value for name, value in state_dict.items() if name != "csq"}
         torch.optim.Optimizer.load_state_dict(self, plain)

@@ -295,7 +295,7 @@ def test_a_foreign_state_and_one_of_another_length_are_refused() -> None:
     with pytest.raises(UserError, match=f"the state is that of a run with method_name '{other}', not "):
         optimizer.load_state_dict(start(method=other)[1].state_dict())
     with pytest.raises(
-        UserError, match="the state is that of a run with layers other; build CSQ as at the first start"
+        UserError, match="the state is that of a run with other layers; build CSQ as at the first start"
     ):
         optimizer.load_state_dict(start(exclude=["fc"])[1].state_dict())
     state = optimizer.state_dict()

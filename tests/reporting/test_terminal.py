@@ -10,10 +10,10 @@ import pytest
 from quantized_models import make_file
 from rich.console import Console
 
-from csqcli.file.manifest import Manifest
+from csqcli.file.manifest import Manifest, ParityRecord
 from csqcli.reporting import layout
 from csqcli.reporting.layout import ASCII, Column, Glyphs, print_columns, shortened, spark, wrapped
-from csqcli.reporting.terminal import print_coverage, print_plan, print_report
+from csqcli.reporting.terminal import export_lines, print_coverage, print_plan, print_report
 
 WIDTHS = (60, 80, 120, 200)
 HISTORY = [{"epoch": n, "mean_bits": 8 / n, "val_top1": 90 + n, "masks": []} for n in range(1, 6)]
@@ -208,3 +208,15 @@ def test_shipped_recipes_stand_in_one_column_whatever_the_longest_is_called(
     begins = {line.index(line.split(None, 1)[1]) for line in lines}
     assert len(lines) > 5
     assert len(begins) == 1
+
+
+@pytest.mark.parametrize(("tolerance", "said"), [(0.2, False), (0.4, True)])
+def test_a_certificate_says_where_comparing_logits_proves_little(
+    manifest: Manifest, tolerance: float, said: bool
+) -> None:
+    parity = ParityRecord(
+        payload_sha256="", layers_matched=1, inputs="4 images", max_logit_error=0.1, logit_std=0.09, tolerance_in_std=tolerance,
+        engine="torch", load_seconds=0.1,
+    )  # fmt: skip
+    lines = export_lines(manifest.model_copy(update={"parity": parity}))
+    assert any("0.4 of their std is what rounding alone may do here" in line for line in lines) == said

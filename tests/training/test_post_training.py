@@ -227,3 +227,23 @@ def test_few_planes_ask_for_more_images_where_there_are_some(
     code, _, err = csq(*search, "-o", tmp_path / "run")
     assert code == 0
     assert ("which 128 images are looked at may matter by a point: --set ptq.images=1000" in err) == asked
+
+
+def test_attention_is_rounded_by_what_it_sees_and_layers_that_are_not_seen_are_named(csq, tmp_path: Path) -> None:
+    search = (
+        "search",
+        "plain_models:Attending",
+        "--no-pretrained",
+        "--data",
+        "digits",
+        "--epochs",
+        0,
+        "--target-bits",
+        3,
+    )
+    code, _, err = csq(*search, "--set", "images=64", "-o", tmp_path / "run")
+    assert code == 0, err
+    assert (
+        "1 layer rounded to the nearest levels, because what they multiply is not seen or too much: widened.weight\n"
+        in err
+    )
