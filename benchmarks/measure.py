@@ -43,12 +43,17 @@ def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int, device: st
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + 1):
         for name, work in works.items():
-            _wait(device)
-            started = time.perf_counter()
-            work()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(seconds_of(work, device))
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def seconds_of(work: Callable[[], Any], device: str) -> float:
+    """Seconds that ``work`` takes once, until the device is done."""
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -38,6 +38,7 @@ from csqcli.system.files import write_text
 from csqcli.system.progress import Display
 from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
+from csqcli.training.budgets import check_targets, check_written_planes, latency_reached
 from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.limits import measure_ways
@@ -47,7 +48,7 @@ from csqcli.training.planning import try_out
 from csqcli.training.post_training import measure_importance, quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
-from csqcli.training.setup import check_targets, check_written_planes, latency_reached, shared_importance
+from csqcli.training.setup import shared_importance
 from csqcli.training.shared_start import SharedStart
 from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
 

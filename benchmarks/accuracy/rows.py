@@ -8,8 +8,8 @@ or `latents X` (of `staged`):
 `--rows` takes any such name, whether it is in the table or not; one with * stands for those of the table. `uniform` is `staged`
 without its search, `staged-importance` has the planes of `--allocator importance` from the first step, `csq` trains bits. `ste`,
 `lsq` and `parq` have a scale per channel and the same planes in every layer, and at a target that is not whole those of csq's
-`importance`; `parq-importance` has these at any. `torchao-parq` and `brevitas` are the
-libraries' own code (`rivals.py`).
+`importance`; `parq-importance` and `lsq-importance` have these at any. `bsq` and `msq` search planes of their own. `torchao-parq`
+and `brevitas` are the libraries' own code (`rivals.py`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "csq": {"quantization.method": "csq"},
     "ste": {"quantization.method": "ste", "ste.per_channel": True},
     "lsq": {"quantization.method": "lsq", "lsq.per_channel": True},
+    "lsq-importance": {
+        "quantization.method": "lsq",
+        "quantization.allocator": "importance",
+        "lsq.per_channel": True,
+    },
+    "bsq": {"quantization.method": "bsq"},
+    "msq": {"quantization.method": "msq"},
     "parq": {"quantization.method": "parq"},
     "parq-importance": {"quantization.method": "parq", "quantization.allocator": "importance"},
     "torchao-parq": {"quantization.method": "rivals:TorchaoPARQ"},
     "brevitas": {"quantization.method": "rivals:Brevitas"},
 }
-# the base optimizer trains their weights: a rate is part of the row
+# the rivals of the tables; the others come by name
 RIVALS = ("ste", "lsq", "parq", "parq-importance", "torchao-parq", "brevitas")
 LIBRARIES = {"torchao-parq": "torchao", "brevitas": "brevitas"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,9 @@ from csqcli.quant.budget import BIT_OPERATIONS, NANOSECONDS, Budget
 from csqcli.quant.catalog import find_allocator
 from csqcli.recipe.schema import Recipe
 from csqcli.system.progress import Display
+from csqcli.training.budgets import budget_of
 from csqcli.training.latencies import NANOSECONDS_PER_MS
-from csqcli.training.setup import allocation, budget_of
+from csqcli.training.setup import allocation
 
 
 def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:

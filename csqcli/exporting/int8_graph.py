@@ -74,13 +74,12 @@ def quantize(proto: Any, layers: list[HardLayer], *, one_reader: bool = False, s
     several operations read stays float.
     """
     model = copied(proto)
-    editor = Editor(model.graph)
+    editor = Editor(model.graph, raises_scales=not signed_only, one_reader=one_reader)
     activations = editor.add_pairs(signed_only=signed_only)
     if not activations:
         raise UserError(
             "no rounded input was found in the graph", where="--activations int8", hint="use --activations float"
         )
-    editor.raises_scales, editor.one_reader = not signed_only, one_reader
     result = Int8Graph(model, raised=editor.raised, halved=editor.halved)
     for layer in layers:
         weight = editor.int8_weight(layer, activations)
@@ -137,8 +136,7 @@ def fold_others(graph: Int8Graph, layers: list[HardLayer], *, positive_scales: b
 
     With ``positive_scales`` a BatchNorm stays where a γ of 0 would make a scale 0.
     """
-    editor = Editor(graph.proto.graph)
-    editor.positive_scales = positive_scales
+    editor = Editor(graph.proto.graph, positive_scales=positive_scales)
     found = {layer.name: editor.float_weight(layer) for layer in layers if layer.name not in graph.weights}
     editor.drop_unused()
     return found
@@ -186,15 +184,21 @@ def without_rounding(proto: Any) -> Any:
 
 
 class Editor:
-    """Look-ups and edits on one GraphProto."""
+    """Look-ups and edits on one GraphProto.
 
-    def __init__(self, graph: Any) -> None:
+    ``raises_scales`` where a bias that int32 would not hold may raise its channel's scale, ``one_reader`` where a weight of several
+    readers stays float, ``positive_scales`` where a BatchNorm that would make a scale 0 is not folded.
+    """
+
+    def __init__(
+        self, graph: Any, *, raises_scales: bool = False, one_reader: bool = False, positive_scales: bool = False
+    ) -> None:
         from onnx import numpy_helper
 
         self.graph = graph
         self.constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
-        self.raises_scales, self.raised, self.one_reader = False, dict[str, int](), False
-        self.positive_scales, self.halved = False, list[str]()
+        self.raises_scales, self.one_reader, self.positive_scales = raises_scales, one_reader, positive_scales
+        self.raised, self.halved = dict[str, int](), list[str]()
         self._index()
 
     def _index(self) -> None:

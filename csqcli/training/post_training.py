@@ -37,9 +37,10 @@ from csqcli.quant.second_order import damped, fit, for_moved_inputs, held_out_da
 from csqcli.system import distributed
 from csqcli.system.interrupt import Interrupted, StopRequest
 from csqcli.system.progress import counted, planes_fixed
+from csqcli.training.budgets import budget_of
 from csqcli.training.run import Run
 from csqcli.training.run_state import RunState
-from csqcli.training.setup import allocated, budget_of, shared_importance
+from csqcli.training.setup import allocated, shared_importance
 from csqcli.training.shared_start import known_importance
 
 _BATCH = 64  # images per forward pass

@@ -1,0 +1,108 @@
+"""A recipe's targets as one budget of a run's layers, and what they leave no room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from csqcli.file.sizes import FLOAT_BITS
+from csqcli.models.coverage import Operations
+from csqcli.quant.activations import ActivationQuantizers
+from csqcli.quant.allocators.manual import written_planes
+from csqcli.quant.budget import (
+    BIT_OPERATIONS,
+    BYTES,
+    NANOSECONDS,
+    Budget,
+    all_of,
+    latency_rows,
+    make_budget,
+    uniform_target,
+)
+from csqcli.quant.costs import WEIGHTS, Cost, costs, latency_cost
+from csqcli.quant.layers import Layer
+from csqcli.quant.names import owner_of
+from csqcli.recipe.schema import Recipe
+from csqcli.training.latencies import NANOSECONDS_PER_MS, Latencies
+from csqcli.training.limits import Ways, limits_of
+from csqcli.training.run import Run, ShippedSize
+
+Table = tuple[tuple[int, ...], ...]  # [layers][planes]: costs
+
+
+class Counted(Protocol):
+    """What budgets may ask of a model: its multiply-accumulates, the widths of its layers' inputs, the ways through it,
+    bytes and latencies where one is in these."""
+
+    operations: Operations | None
+    activations: ActivationQuantizers | None
+    ships: ShippedSize | None
+
+    @property
+    def ways(self) -> Ways | None: ...
+
+    @property
+    def latencies(self) -> Latencies | None: ...
+
+
+def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
+    """Targets, rules and costs of a run's layers."""
+    settings, limits = recipe.quantization, limits_of(recipe, layers, run.ways)
+    inputs = {entry.module: entry.bits for entry in run.activations.records()} if run.activations is not None else {}
+    weights, found = tuple(layer.weights for layer in layers), []
+
+    def counted_by(cost: Cost) -> Budget:
+        return make_budget(
+            layers,
+            settings.target_bits or 0.0,
+            bits=settings.max_bits,
+            limits=limits,
+            cost=cost,
+            macs=run.operations.macs if run.operations is not None else None,
+            input_bits={layer.name: inputs.get(owner_of(layer.name), 32) for layer in layers},
+        )
+
+    def within(table: Table, allowance: int, unit: str, beside: int) -> Budget:
+        return Budget(uniform_target(table, allowance), weights, limits, table, allowance, unit, beside)
+
+    if run.ships is not None:
+        found.append(within(tuple(map(tuple, run.ships.table)), run.ships.allowed, BYTES, run.ships.others))
+    if settings.target_bops is not None:
+        assert run.operations is not None
+        of_layers = sum(run.operations.macs[layer.name] or 0 for layer in layers)
+        others = max(run.operations.total - of_layers, 0) * FLOAT_BITS**2  # as `file.sizes.compute` counts them
+        operations = counted_by(costs.find("bops", where="quantization.cost"))
+        found.append(within(operations.table, int(settings.target_bops) - others, BIT_OPERATIONS, others))
+    if settings.target_latency is not None:
+        assert run.latencies is not None
+        table = latency_rows(counted_by(latency_cost(run.latencies.by_layer)).table, limits)
+        allowance = int(settings.target_latency * NANOSECONDS_PER_MS) - run.latencies.beside
+        found.append(within(table, allowance, NANOSECONDS, run.latencies.beside))
+    if settings.target_bits is not None or not found:
+        found.append(counted_by(costs.find(settings.cost, where="quantization.cost")))
+    return all_of(found)
+
+
+def check_targets(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """UserError for rules that match nothing, and for mean bits and bit operations that they leave no room for: before anything
+    is measured. What else is counted (bytes, milliseconds, the widths of activations) is not known yet."""
+    if not layers:
+        return
+    limits_of(recipe, layers)
+    settings = recipe.quantization
+    asked_in_bits = settings.target_bits is not None and settings.cost == WEIGHTS and not settings.in_users_unit
+    only_bops = settings.target_bops is not None and not settings.in_bytes and settings.target_latency is None
+    if asked_in_bits or (only_bops and settings.act_bits == 32):
+        budget_of(run, recipe, layers).check_feasible()
+
+
+def check_written_planes(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """UserError for planes that do not fit the model or the budget: before a float phase spends time on it."""
+    if recipe.quantization.planes and not recipe.quantization.in_users_unit:  # whose costs are not known yet
+        written_planes(layers, budget_of(run, recipe, layers), recipe.quantization.planes)
+
+
+def latency_reached(run: Counted, recipe: Recipe, layers: Sequence[Layer], planes: Sequence[int]) -> float:
+    """Milliseconds that so many planes per layer come to, by the latencies that a run's budget counts with."""
+    [found] = [ceiling for ceiling in budget_of(run, recipe, layers).ceilings if ceiling.unit == NANOSECONDS]
+    return (found.spent(planes) + found.beside) / NANOSECONDS_PER_MS
