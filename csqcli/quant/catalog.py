@@ -299,6 +299,7 @@ class MethodCard:
     citation: str = ""
     finetunes: bool = False  # trains delivered integers on by itself; else `staged` does
     learns_basis: bool = False  # its levels are sums of a learned basis, and not integers × scale
+    has_zero: bool = True  # among its levels: 2^(k+1) − 1 at k planes, else 2^k
     activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
     trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
     least_planes: int = 0  # of a layer; at 1 it has no layer without planes
@@ -384,6 +385,7 @@ CARDS = {
             DoReFaSettings,
             "Zhou et al., DoReFa-Net: Training Low Bitwidth CNNs with Low Bitwidth Gradients, 2016",
             activations="dorefa",
+            has_zero=False,
             least_planes=1,
         ),
         MethodCard(
@@ -394,6 +396,7 @@ CARDS = {
             PACTSettings,
             "Choi et al., PACT, 2018; Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019",
             activations="pact",
+            has_zero=False,
             least_planes=1,
         ),
         MethodCard(
@@ -422,6 +425,7 @@ CARDS = {
             "Zhang et al., LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks, ECCV 2018",
             finetunes=True,
             learns_basis=True,
+            has_zero=False,
             least_planes=1,
         ),
         MethodCard(
@@ -441,6 +445,7 @@ CARDS = {
             "planes",
             XNORSettings,
             "Rastegari et al., XNOR-Net, ECCV 2016",
+            has_zero=False,
             least_planes=1,
             most_planes=1,
         ),
@@ -451,6 +456,7 @@ CARDS = {
             "planes",
             ScaledSettings,
             "Polino et al., Model Compression via Distillation and Quantization, ICLR 2018",
+            has_zero=False,
             least_planes=1,
         ),
         MethodCard(

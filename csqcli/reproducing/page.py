@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from csqcli.errors import printable
+from csqcli.quant.catalog import CARDS
 from csqcli.reporting.charts import Figure, Point, Series, lines, scatter
 from csqcli.reproducing.experiments import Experiment
 from csqcli.reproducing.runs import depth_trend
 
-_HEAD = "| Method | A-bits | planes (levels) | top-1, hard | gap to float | unit steps | paper: W-bits | paper: top-1 | paper: gap |"
+_HEAD = (
+    "| Method | A-bits | planes | top-1, hard | gap to float | unit steps | paper: W-bits | paper: top-1 | paper: gap |"
+)
 
 
 def markdown(experiment: Experiment, summary: dict[str, Any]) -> str:
@@ -21,7 +24,7 @@ def markdown(experiment: Experiment, summary: dict[str, Any]) -> str:
         f"Ours: {printable(str(summary['model']))} on {printable(str(summary['data']))}, {_count(summary['epochs'], 'epoch')} "
         f"(scale {summary['scale']:g} of the paper's), {_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}); "
         "top-1 in % of the hard model as reloaded from disk, mean ± standard deviation. Compare gaps, not accuracies, where data "
-        "or schedule differ from the paper's. A method of k planes has 2^(k+1) − 1 levels; PACT and DoReFa have 2^k.",
+        f"or schedule differ from the paper's. {_levels(summary)}",
         "",
         _HEAD,
         "|" + " --- |" * 9,
@@ -63,6 +66,12 @@ def figure(experiment: Experiment, summary: dict[str, Any]) -> Figure | None:
         ]
         return scatter(name, title, points, description=about, x_label="mean planes per weight", y_label="top-1, %")
     return None
+
+
+def _levels(summary: dict[str, Any]) -> str:
+    without_zero = dict.fromkeys(row["label"] for row in _trained(summary) if not CARDS[row["method"]].has_zero)
+    others = f"; {', '.join(without_zero)}: 2^k" if without_zero else ""
+    return f"Levels of a method at k planes: 2^(k+1) − 1{others}."
 
 
 def _trained(summary: dict[str, Any]) -> list[dict[str, Any]]:
