@@ -1,6 +1,6 @@
 """What each table and figure of the paper (section IV) needs: rows, their recipes, and the paper's own numbers.
 
-Numbers are those of the DATE 2023 paper. Its Table IV and the values behind its figures are not printed as text, so those
+Numbers are those of the DAC 2023 paper. Its Table IV and the values behind its figures are not printed as text, so those
 rows have none. Rivals are listed with the paper's numbers; a row is trained only where csq has the method.
 """
 
