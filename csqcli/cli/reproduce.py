@@ -24,7 +24,9 @@ def reproduce(
     folder: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of runs and tables; runs/reproduce-SCALE if unset.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the runs as commands, and start none.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Write the recipes, print the runs as commands, and start none.")
+    ] = False,
     settings: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -51,11 +53,10 @@ def reproduce(
 
     if plan:
         planned = reproducing.plan(experiment, scale=scale, seeds=chosen, more=more)
-        for row, seed, recipe in planned:
-            output.line(
-                reproducing.command(experiment, row, seed, recipe, more, reproducing.folder_of(target, row, seed))
-            )
-        epochs = sum(recipe.epochs + recipe.finetune.epochs for _, _, recipe in planned)
+        reproducing.write_recipes(planned, target)
+        for run in planned:
+            output.line(reproducing.command(run, target))
+        epochs = sum(run.recipe.epochs + run.recipe.finetune.epochs for run in planned)
         output.line(f"# {counted(len(planned), 'run')}, {counted(epochs, 'epoch')} in all")
         return
     from csqcli.reproducing import page

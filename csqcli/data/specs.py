@@ -93,12 +93,12 @@ def open_data(
     return replace(data, train=kept, val=data.val.limited(val_limit))
 
 
-def same_place(source: str) -> str:
+def same_place(source: str, *, absolute: Callable[[str], str] = os.path.realpath) -> str:
     """A spec with its path made absolute, where it names one that exists: ``data`` and ``./data`` are the same place."""
     name, colon, text = source.partition(":")
     if os.path.exists(source):
-        return os.path.realpath(source)
-    return f"{name}:{os.path.realpath(text)}" if colon and os.path.exists(text) else source
+        return absolute(source)
+    return f"{name}:{absolute(text)}" if colon and os.path.exists(text) else source
 
 
 def _with_validation(data: DataSet, source: str, val_split: ValSplit, *, seed: int, train: bool) -> DataSet:

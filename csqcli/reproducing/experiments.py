@@ -33,12 +33,6 @@ class Row:
         """Whether csq can run it."""
         return self.method in CARDS
 
-    @property
-    def key(self) -> str:
-        """Name of the run's folder: the same run in two tables is trained once."""
-        values = "".join(f"-{key.rpartition('.')[2]}{value:g}" for key, value in sorted(self.settings.items()))
-        return f"{self.method}{values}-a{self.act_bits}"
-
 
 @dataclass(frozen=True)
 class Experiment:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+from csqcli import pipeline
+from csqcli.cli import search as search_command
 from csqcli.quant.catalog import PAPER
-from csqcli.reproducing import runs
+from csqcli.recipe.resolve import resolve, to_yaml
+from csqcli.recipe.schema import Recipe
+from csqcli.reproducing import page, runs
 from csqcli.reproducing.experiments import EXPERIMENTS
+from csqcli.system.progress import Display
 
 TRIAL = ("--data", "digits", "--model", "digits_cnn", "--scale", "0.002", "--set", "max_steps=2", "--quiet")
 
@@ -18,7 +26,7 @@ TRIAL = ("--data", "digits", "--model", "digits_cnn", "--scale", "0.002", "--set
 def test_every_bit_level_row_is_algorithm_1_with_the_papers_settings(name: str) -> None:
     planned = runs.plan(EXPERIMENTS[name], scale=1.0, seeds=[0], more={"data.source": "digits"})
     assert planned
-    for row, _, recipe in planned:
+    for row, recipe in ((run.row, run.recipe) for run in planned):
         assert recipe.model.pretrained is False
         assert recipe.quantization.act_bits == row.act_bits
         assert recipe.epochs == {"cifar_resnet20": 600, "cifar_vgg19bn": 300}.get(recipe.model.source or "", 200)
@@ -33,15 +41,158 @@ def test_every_bit_level_row_is_algorithm_1_with_the_papers_settings(name: str) 
         assert own["measure_unit_steps"]
 
 
-def test_scale_shortens_both_phases_and_a_plan_prints_commands_that_are_the_runs(csq, tmp_path: Path) -> None:
+def test_scale_shortens_both_phases_and_a_plan_starts_nothing(csq, tmp_path: Path) -> None:
     code, out, _ = csq(
         "reproduce", "table3-resnet18", "--plan", "--scale", "0.1", "--data", "/imagenet", "-o", tmp_path
     )
     assert code == 0
-    commands = out.splitlines()
-    assert commands[-1] == "# 3 runs, 90 epochs in all"  # 200 and 100, a tenth
-    assert all("--recipe imagenet-resnet18" in line and "finetune.epochs=10" in line for line in commands[:-1])
-    assert not list(tmp_path.iterdir())
+    assert out.splitlines()[-1] == "# 3 runs, 90 epochs in all"  # 200 and 100, a tenth
+    recipes = [yaml.safe_load(file.read_text()) for file in (tmp_path / "recipes").iterdir()]
+    assert [(recipe["epochs"], recipe["finetune"]["epochs"]) for recipe in recipes] == [(20, 10)] * 3
+    assert [file.name for file in tmp_path.iterdir()] == ["recipes"]
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path]]:
+    """What the searches of a test are asked for; none is run."""
+    asked: list[tuple[Recipe, Path]] = []
+
+    def search(recipe: Recipe, output: Path, **_: object) -> dict[str, object]:
+        asked.append((recipe, output.absolute()))
+        return {}
+
+    monkeypatch.setattr(pipeline, "search", search)
+    monkeypatch.setattr(search_command, "result_of_run", lambda *_, **__: None)
+    return asked
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_every_printed_command_is_the_run_itself_wherever_it_is_started(
+    name: str, csq, searched: list[tuple[Recipe, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = ("--data", "my images", "--scale", "0.1", "--seeds", "2", "--set", "optimizer.clip_grad_norm=null")
+    code, out, err = csq("reproduce", name, *asked, "--plan", "-o", "my tables")
+    assert code == 0, err
+    more = {"data.source": "my images", "optimizer.clip_grad_norm": None}
+    runs.run_all(
+        EXPERIMENTS[name], Path("my tables"), scale=0.1, seeds=range(2), more=more, display=Display(quiet=True)
+    )
+    here, searched[:] = list(searched), []
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for line in out.splitlines()[:-1]:
+        code, _, err = csq(*shlex.split(line)[1:], "--quiet")
+        assert code == 0, err
+    assert searched == here
+    assert len(here) == 2 * sum(row.trained for row in EXPERIMENTS[name].rows)
+    assert {recipe.data.source for recipe, _ in here} == {str(tmp_path / "my images")}
+
+
+def test_csq_uniform_has_the_papers_unset_settings_in_a_printed_command(csq, tmp_path: Path) -> None:
+    assert csq("reproduce", "table4", "--plan", "--data", "digits", "-o", tmp_path)[0] == 0
+    recipe = resolve(str(tmp_path / "recipes" / "cifar10-resnet20-csq-uniform-target_bits2-a3-seed0.yaml"), {})
+    own = recipe.method_settings.model_dump()
+    assert {key: own[key] for key in ("gate_limit", "restart_beta", "beta_final", "per_channel")} == {
+        "gate_limit": None,
+        "restart_beta": None,
+        "beta_final": 200,
+        "per_channel": False,
+    }
+
+
+def test_runs_have_one_folder_where_their_recipes_are_equal_and_only_there() -> None:
+    more = {"data.source": "digits"}
+    every = [
+        run for experiment in EXPERIMENTS.values() for run in runs.plan(experiment, scale=1, seeds=range(2), more=more)
+    ]
+    recipes: dict[str, str] = {}
+    for run in every:
+        assert recipes.setdefault(run.name, to_yaml(run.recipe)) == to_yaml(run.recipe), run.name
+    assert len(set(recipes.values())) == len(recipes)
+    names = {  # λ = 0.01 is the paper's own, so figure 2 has that row in common with table V
+        name: {run.name for run in runs.plan(EXPERIMENTS[name], scale=1, seeds=[0], more=more)} for name in EXPERIMENTS
+    }
+    assert names["fig2"] & names["table5"] == {"cifar10-resnet20-csq-target_bits3-a3-seed0"}
+    assert not names["table1"] & names["table2"]
+
+
+def test_what_the_user_sets_is_not_what_the_rows_are_about(csq, tmp_path: Path) -> None:
+    for assignment, key in (
+        ("act_bits=4", "quantization.act_bits"),
+        ("seed=3", "seed"),
+        ("reg_strength=1", "csq.reg_strength"),
+    ):
+        code, _, err = csq("reproduce", "fig2", "--plan", "--set", assignment, "-o", tmp_path / "out")
+        assert (code, err) == (
+            2,
+            f"csq: error: --set: `{key}` is what fig2 sets for each of its runs; leave it out\n",
+        )
+    (tmp_path / "file").write_text("")
+    code, _, err = csq("reproduce", "fig2", "--data", "digits", "--plan", "-o", tmp_path / "file")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "choose another --output" in err
+
+
+def test_a_plan_needs_data_and_replaces_no_recipe_of_another_plan(csq, tmp_path: Path) -> None:
+    code, _, err = csq("reproduce", "fig2", "--plan", "-o", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no data given" in err
+    assert not (tmp_path / "out").exists()
+    plan = ("reproduce", "fig2", "--data", "digits", "--plan", "-o", tmp_path / "out")
+    assert csq(*plan)[0] == 0
+    before = {file.name: file.read_text() for file in (tmp_path / "out" / "recipes").iterdir()}
+    code, _, err = csq(*plan, "--scale", "0.5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is the recipe of a plan with other settings; choose another --output" in err
+    assert before == {file.name: file.read_text() for file in (tmp_path / "out" / "recipes").iterdir()}
+    assert csq(*plan, "--set", "data.workers=0")[0] == 0  # which changes no result
+    assert "workers: 0" in next((tmp_path / "out" / "recipes").iterdir()).read_text()
+
+
+def test_a_planned_run_is_collected_and_one_with_other_settings_is_refused(csq, tmp_path: Path, monkeypatch) -> None:
+    code, out, err = csq("reproduce", "table4", *TRIAL, "--plan", "-o", tmp_path)
+    assert code == 0, err
+    commands = [shlex.split(line)[1:] for line in out.splitlines()[:-1]]
+    (uniform,) = (words for words in commands if "csq-uniform-target_bits2-" in " ".join(words))
+    code, _, err = csq(*uniform, "--quiet")
+    assert code == 0, err
+    report = Path(uniform[uniform.index("-o") + 1]) / "report.json"
+    written = report.stat().st_mtime_ns
+
+    experiment = EXPERIMENTS["table4"]
+    kept = [row for row in experiment.rows if row.label in ("FP", "CSQ-Uniform 2")]
+    monkeypatch.setitem(EXPERIMENTS, "table4", dataclasses.replace(experiment, rows=kept))  # the others take long
+    code, out, err = csq("reproduce", "table4", *TRIAL, "-o", tmp_path)
+    assert code == 0, err
+    assert report.stat().st_mtime_ns == written
+    table = json.loads((tmp_path / "table4.json").read_text())
+    assert table["rows"][1]["ours"]["top1"] == [json.loads(report.read_text())["accuracy"]["hard_top1"]]
+
+    code, _, err = csq("reproduce", "table4", *TRIAL, "--set", "max_steps=1", "-o", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "max_steps 2 then, 1 now" in err
+    assert "choose another --output" in err
+    assert "--force" not in err
+
+
+def test_a_table_says_which_of_its_methods_have_other_levels() -> None:
+    def caption(*methods: tuple[str, str]) -> str:
+        ours = {"planes": [2.0], "mean": 90.0, "sd": None, "gap": None, "unit_steps_mean": None}
+        paper = {"bits": "2", "top1": None, "gap": None}
+        rows = [
+            {"label": label, "method": method, "act_bits": 32, "paper": paper, "ours": ours}
+            for label, method in methods
+        ]
+        about = {"seeds": [0], "model": "m", "data": "d", "epochs": 1, "scale": 1.0}
+        return page.markdown(EXPERIMENTS["table1"], {**about, "rows": rows})
+
+    rivals = (("LQ-Nets", "lq-nets"), ("PACT", "pact"), ("DoReFa", "dorefa"))
+    assert "Levels of a method at k planes: 2^(k+1) − 1; LQ-Nets, PACT, DoReFa: 2^k." in caption(
+        ("CSQ T2", "csq"), ("BSQ", "bsq"), *rivals, rivals[0]
+    )
+    assert "Levels of a method at k planes: 2^(k+1) − 1.\n" in caption(("CSQ T2", "csq"), ("STE-Uniform 2", "ste"))
 
 
 def test_a_table_is_trained_once_and_its_runs_serve_the_figures(csq, tmp_path: Path, monkeypatch) -> None:
@@ -53,7 +204,7 @@ def test_a_table_is_trained_once_and_its_runs_serve_the_figures(csq, tmp_path: P
     rows = {row["label"]: row for row in table["rows"]}
     assert len(rows["CSQ T1"]["ours"]["top1"]) == 2
     assert all(planes <= row["ours"]["target"] for row in table["rows"][1:] for planes in row["ours"]["planes"])
-    own = json.loads((tmp_path / "csq-target_bits2-a3-seed1" / "report.json").read_text())
+    own = json.loads((tmp_path / "cifar10-resnet20-csq-target_bits2-a3-seed1" / "report.json").read_text())
     assert rows["CSQ T2"]["ours"]["top1"][1] == own["accuracy"]["hard_top1"]
 
     from csqcli.training import phase
