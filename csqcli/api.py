@@ -97,15 +97,19 @@ def search(
         report = csqcli.search("resnet18", target_bits=3, data="/imagenet", output="runs/resnet18", epochs=5)
         print(report["budget"]["mean_bits"], report["accuracy"]["hard_top1"])
     """
+    from csqcli.recipe.complete import without_effect
     from csqcli.recipe.resolve import resolve
 
     named = {"model.source": model, "quantization.target_bits": target_bits, "data.source": data}
-    resolved = resolve(recipe, settings | _given(named))
+    typed = settings | _given(named)
+    resolved, display = resolve(recipe, typed), _display(progress)
+    for note in without_effect(resolved, typed):
+        display.say(f"without effect: {note}")
 
     from csqcli import pipeline
 
     folder = Path(output) if output is not None else search_folder(resolved)
-    return pipeline.search(resolved, folder, display=_display(progress), force=force, resume=resume)
+    return pipeline.search(resolved, folder, display=display, force=force, resume=resume)
 
 
 def finetune(
@@ -141,9 +145,10 @@ def finetune(
         report = csqcli.finetune("runs/resnet18", data="/imagenet", epochs=3, output="runs/tuned")
     """
     from csqcli.file import header
-    from csqcli.recipe.resolve import resolve_stored
+    from csqcli.recipe.resolve import check_of_finetune, resolve_stored
     from csqcli.system.run_files import model_of
 
+    check_of_finetune(settings)
     path = model_of(file)
     manifest = header.read_manifest(path)
     named = {

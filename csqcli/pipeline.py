@@ -48,7 +48,7 @@ from csqcli.training.planning import try_out
 from csqcli.training.post_training import measure_importance, quantize_after_training
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
-from csqcli.training.setup import shared_importance
+from csqcli.training.setup import shared_importance, shortened
 from csqcli.training.shared_start import SharedStart
 from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
 
@@ -398,6 +398,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     """Train ``start``'s integers on and deliver the better of the two."""
     recipe = run.recipe.model_copy(deep=True)
     recipe.epochs = run.recipe.finetune.epochs
+    recipe.optimizer = shortened(recipe.optimizer, recipe.epochs)
     recipe.optimizer.lr = run.recipe.finetune.lr or _FINETUNE_RATE * run.recipe.optimizer.peak_lr
     run.model.load_state_dict(start.state_dict() | run.untracked())
     if run.activations is None and start.manifest.activations:

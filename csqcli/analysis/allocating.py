@@ -16,7 +16,10 @@ from csqcli.training.setup import allocation
 
 
 def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:
-    """What `csq search` with this recipe and its allocator would fix, from the same model, images and budget.
+    """What a training `csq search` with this recipe and its allocator would fix, from the same model, images and budget.
+
+    That of the model as it comes: a search trains ``recipe.adaptation.epochs`` in float first, and post-training quantization
+    allocates by other crops of its images. Both are said.
 
     Returns ``model``, ``allocator``, ``target_bits``, ``cost``, ``mean_bits`` (planes per weight element), ``spent`` and
     ``allowed`` (in the cost's unit; of several budgets those of the tightest), ``budgets`` (each ``budget``, ``asked`` and
@@ -26,6 +29,10 @@ def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:
     settings = recipe.quantization
     assert settings.allocator is not None
     find_allocator(settings.allocator)
+    if recipe.adaptation.epochs:
+        display.say("planes for the model as it comes: the search would train it in float first (adaptation.epochs)")
+    if not recipe.card.trains:
+        display.say("planes by the images that training looks at: post-training quantization crops them otherwise")
     opened = open_for_search(recipe, display)
     if settings.target_latency is not None:
         opened.latencies = latencies_of(recipe, opened.model, opened.layers, opened.config, display=display)

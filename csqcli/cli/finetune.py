@@ -62,7 +62,7 @@ def finetune(
     from csqcli.api import FINETUNE_EPOCHS, finetune_folder
     from csqcli.file.header import read_manifest
     from csqcli.recipe.complete import check_data_given
-    from csqcli.recipe.resolve import parse_assignments, resolve_stored
+    from csqcli.recipe.resolve import check_of_finetune, parse_assignments, resolve_stored
     from csqcli.system.progress import Display
     from csqcli.system.run_files import MODEL_FILE, model_of
 
@@ -78,7 +78,9 @@ def finetune(
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
         **batch_settings(batch_size),
     }
-    overrides = given(typed) | parse_assignments(settings or [])
+    assigned = parse_assignments(settings or [])
+    check_of_finetune(assigned)
+    overrides = given(typed) | assigned
     resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}", trust_code=trust_code)
     resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
     check_data_given(resolved)

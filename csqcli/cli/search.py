@@ -148,15 +148,18 @@ def search(
         print_plan_of(options)
         return
     from csqcli.api import search_folder
-    from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.complete import check_complete, without_effect
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
-    resolved = resolve(recipe, search_settings(options))
+    typed = search_settings(options)
+    resolved = resolve(recipe, typed)
     check_complete(resolved)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     target = output or search_folder(resolved)
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
+    for note in without_effect(resolved, typed):
+        display.say(f"without effect: {note}")
 
     with display.step("loading PyTorch"):
         from csqcli import pipeline

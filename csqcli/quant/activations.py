@@ -1,7 +1,7 @@
 """Activation quantizers: static learned scales on the inputs of quantized layers, attached as hooks.
 
 The model's code, module tree and state dict stay as they are. A quantizer rounds what a layer receives to A bits at one
-scale per layer that training learns (LSQ, or PACT for the paper's setting; DoReFa's is fixed) and that evaluation only
+scale per layer that training learns (LSQ or PACT; DoReFa's is fixed) and that evaluation only
 reads: a prediction never depends on its batch. Inputs that were never negative in calibration are unsigned; the network's
 own input has 8 bits. One bit is the sign, or 0 and 1 where inputs are never negative. Layers whose module is never called
 (weights used functionally, the output projection inside ``nn.MultiheadAttention``) have no input to hook and are listed
@@ -40,12 +40,12 @@ class ActivationRecord:
 class ActivationQuantizer(nn.Module):
     """round(x/s) within the A-bit range, times s; s is learned.
 
-    ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top). ``pact``: Choi et al. 2018, the clipping level
-    α = s·top is what learns, from clipped values only: dL/ds is scaled by 1/top², so that a step of SGD on s takes α where one on
-    α would. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and
-    gradients pass inside it. ``xnor``: Rastegari et al. 2016, one bit: sign(x)·s, gradients pass where |x| ≤ 1 (section 3.1);
-    s stands in the place of their K, which changes with every image and position, and is learned as LSQ's is. Inputs that
-    are never negative, whose signs say nothing, are rounded to 0 or s as by LSQ.
+    ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top), N the values of one image. ``pact``: Choi et al. 2018, the
+    clipping level α = s·top is what learns, from clipped values only: dL/ds is scaled by 1/top², so that a step of SGD on s takes α
+    where one on α would. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and gradients pass inside it. ``xnor``:
+    Rastegari et al. 2016, one bit: sign(x)·s, gradients pass where |x| ≤ 1 (section 3.1); s stands in the place of their K, which
+    changes with every image and position, and is learned as LSQ's is. Inputs that are never negative, whose signs say nothing,
+    are rounded to 0 or s as by LSQ.
     """
 
     def __init__(self, bits: int, *, signed: bool, scale: float, method: str = "lsq") -> None:
@@ -89,7 +89,7 @@ class _Quantize(torch.autograd.Function):
         inside = ~(below | above)
         clipped = below * float(ctx.low) + above * float(ctx.high)
         slope = clipped if ctx.pact else clipped + (ratio.round() - ratio) * inside
-        damping = ctx.high**-2 if ctx.pact else (x.numel() * ctx.high) ** -0.5
+        damping = ctx.high**-2 if ctx.pact else (_features(x) * ctx.high) ** -0.5
         return gradient * inside, ((gradient * slope).sum() * damping).reshape(1), None, None, None
 
 
@@ -102,8 +102,13 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        damped = (gradient * torch.where(x < 0, -1.0, 1.0)).sum() * x.numel() ** -0.5
+        damped = (gradient * torch.where(x < 0, -1.0, 1.0)).sum() * _features(x) ** -0.5
         return gradient * (x.abs() <= 1), damped.reshape(1)
+
+
+def _features(x: Tensor) -> int:
+    """Values of one image: N of LSQ's gradient scale, which does not grow with the batch."""
+    return max(x.numel() // max(len(x), 1), 1)
 
 
 class ActivationQuantizers:
@@ -125,13 +130,6 @@ class ActivationQuantizers:
     def parameters(self) -> list[nn.Parameter]:
         """The learned scales."""
         return [quantizer.scale for quantizer in self.quantizers.values()]
-
-    @torch.no_grad()
-    def count_parts(self, parts: int) -> None:
-        """Gradients of the scales of a batch that came in so many equal parts: 1/√N of LSQ is of the N values of the whole."""
-        for quantizer in self.quantizers.values():
-            if quantizer.method != "pact" and quantizer.scale.grad is not None and parts > 1:
-                quantizer.scale.grad.mul_(parts**-0.5)
 
     @torch.no_grad()
     def keep_positive(self) -> None:

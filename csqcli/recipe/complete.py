@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from csqcli.errors import UserError
-from csqcli.quant.catalog import POST_TRAINING
+from csqcli.quant.catalog import CARDS, POST_TRAINING
+from csqcli.recipe.resolve import full_key
 from csqcli.recipe.schema import Recipe
+
+_KEEP_STATE = ("staged", "csq", "csq-uniform")  # methods whose state per weight has the type of state_dtype
+_OF_TRAINING = ("optimizer.", "max_steps", "amp", "compile", "quantization.state_dtype")
 
 
 def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
@@ -26,6 +33,8 @@ def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
         if card.name == POST_TRAINING and quantization.in_bytes:
             hint = "pass --target-bits, --target-bops or --target-latency, or --epochs 3 to train"
             raise UserError("a budget of bytes needs training, and with 0 epochs nothing is trained", hint=hint)
+        if card.name == "float":
+            raise UserError("float quantizes nothing, so there is no budget to meet", hint="leave the target out")
         if card.name not in ("staged", POST_TRAINING):
             hint = "leave --method out, or pass --target-bits"
             raise UserError(f"{card.name} takes mean bits only, not a budget of bytes, operations or time", hint=hint)
@@ -60,3 +69,38 @@ def check_data_given(recipe: Recipe) -> None:
     """UserError for a recipe that names no images."""
     if recipe.data.source is None:
         raise UserError("no data given", hint="pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)")
+
+
+def without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> list[str]:
+    """What was typed ({dotted or short key: value}) and changes nothing in a search by this recipe: ``KEY: why`` of each."""
+    found = ((key, _why_idle(recipe, key)) for key in dict.fromkeys(_full_keys(typed, recipe)))
+    return [f"{key}: {why}" for key, why in found if why]
+
+
+def _full_keys(typed: Iterable[str], recipe: Recipe) -> Iterable[str]:
+    for key in typed:
+        try:
+            yield full_key(key, recipe.card)
+        except UserError:  # of the method that was typed beside it, and has another name by now
+            continue
+
+
+def _why_idle(recipe: Recipe, key: str) -> str:
+    card, settings = recipe.card, recipe.quantization
+    trains = card.trains or recipe.finetune.epochs
+    if card.name == "float":
+        of_quantization = key.startswith(("quantization.", "layers.")) and key != "quantization.method"
+        return "float quantizes nothing" if of_quantization else ""
+    if key.startswith("optimizer.distill") and not trains:
+        return "nothing is trained beside the float model"
+    if key.startswith(_OF_TRAINING) and not trains and not recipe.adaptation.epochs:
+        return "nothing is trained"
+    if key == "quantization.state_dtype" and card.name in CARDS and card.name not in _KEEP_STATE:
+        return f"the state of {card.name} is float32"
+    if key == "quantization.trials" and settings.allocator != "haq":
+        return f"{settings.allocator or card.name} makes no trials"
+    if key in ("ptq.recovery", "staged.recovery") and settings.allocator is not None:
+        return f"planes are those of {settings.allocator}"
+    if key == "ptq.follow_inputs" and getattr(recipe.method_settings, "rounding", None) == "nearest":
+        return "rounding to the nearest level follows no inputs"
+    return ""

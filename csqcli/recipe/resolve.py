@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ _OF_A_SEARCH = (
     "latency_engine",
     *USERS_TARGETS,
 )  # what a finetune of its file knows no more
+_BEFORE_A_FINETUNE = ("quantization.", "layers.", "adaptation.")
+_OF_A_FINETUNE = ("quantization.method", "quantization.act_method", "quantization.state_dtype", "layers.floor")
 _TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *USERS_TARGETS))
 _PREPROCESSING = (
     *(f"data.{key}" for key in ("input_size", "mean", "std", "interpolation", "crop_pct")),
@@ -197,6 +199,17 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
     return resolve_from(kept, overrides, where=where)
 
 
+def check_of_finetune(settings: Iterable[str]) -> None:
+    """UserError for settings of a search that would change nothing in a finetune: its file has the planes and the layers."""
+    for key in settings:
+        full = _common_key(key) or key
+        if full.startswith(_BEFORE_A_FINETUNE) and full not in _OF_A_FINETUNE:
+            what = f"`{full}` is a setting of the search, and a finetune keeps what its file has"
+            raise UserError(what, where="--set", hint="pass it to `csq search`, or leave it out")
+        if full == "epochs":
+            raise UserError("`epochs` are those of the search", where="--set", hint="pass --epochs, or finetune.epochs")
+
+
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     """A Recipe from a raw mapping; the first problem as one UserError."""
     raw = legacy.modernised(_as_mapping(raw, where))
@@ -257,10 +270,9 @@ def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
         raise UserError(f"quantization.method: a name is wanted, not {method!r}", where=where)
     if method != AUTO:
         return find_card(method, where=f"{where}: quantization.method" if where else "quantization.method"), ""
-    section = raw.get("quantization")
-    if isinstance(section, dict) and any(section.get(key) is not None for key in USERS_TARGETS):
+    section, epochs = raw.get("quantization"), raw.get("epochs", Recipe.model_fields["epochs"].default)
+    if epochs != 0 and isinstance(section, dict) and any(section.get(key) is not None for key in USERS_TARGETS):
         return CARDS["staged"], "a budget of bytes, operations or time"
-    epochs = raw.get("epochs", Recipe.model_fields["epochs"].default)
     name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=_from_scratch(raw))
     return CARDS[name], why
 

@@ -145,7 +145,7 @@ class QuantizationSettings(Section):
     act_per: Literal["values", "macs"] = "values"
     """What that mean is over: the inputs' values (their bytes), or the multiply-accumulates that read them (bit operations)."""
     act_method: Literal["lsq", "pact", "dorefa", "xnor"] = "lsq"
-    """How activation scales learn: `lsq` (learned step), `pact` (learned clipping level, the paper's at 3 bits and below), or
+    """How activation scales learn: `lsq` (learned step), `pact` (learned clipping level), or
     not at all: `dorefa` ([0, 1]). One bit is `xnor`, and only that. Unset: as the method's paper has it where that is one of
     these, else `lsq`."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -241,7 +241,7 @@ class OptimizerSettings(Section):
     warmup_epochs: float | None = Field(None, ge=0)
     """Linear warm-up from 0; unset none, or 0.2 where `auto` took adamw."""
     clip_grad_norm: float | None = Field(None, gt=0)
-    """Clip the gradient norm of dL/dW and all other parameters."""
+    """Clip the gradient norm of dL/dW and all other parameters, the scales of activations among them."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the cross entropy."""
     distill: float = Field(0.0, ge=0, le=1)

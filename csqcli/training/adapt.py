@@ -16,6 +16,7 @@ from csqcli.system import distributed, files
 from csqcli.training import phase
 from csqcli.training.run import Run
 from csqcli.training.run_state import AdaptationRecord
+from csqcli.training.setup import shortened
 
 _RATE = 0.2  # of the search's peak learning rate, where the recipe says nothing
 
@@ -41,6 +42,7 @@ def adapt(run: Run) -> None:
 def _train(run: Run) -> AdaptationRecord:
     recipe = run.recipe.model_copy(deep=True)
     recipe.epochs = recipe.adaptation.epochs
+    recipe.optimizer = shortened(recipe.optimizer, recipe.epochs)
     recipe.optimizer.lr = recipe.adaptation.lr or _RATE * recipe.optimizer.peak_lr
     before = {name: value.detach().cpu().clone() for name, value in run.model.state_dict().items()}
     given = run.record.accuracy.model_copy()

@@ -89,9 +89,8 @@ class Trainer:
             loss = self._backward(*self._mixed(images, labels, epoch, batch))
             if self.activations is not None:
                 distributed.average_gradients(self.activations.parameters())
-                self.activations.count_parts(self._parts(len(images)) * distributed.world())
             if self.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+                nn.utils.clip_grad_norm_(self._trained(), self.clip_grad_norm)
             lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -144,6 +143,11 @@ class Trainer:
                 loss.backward()
             whole += loss.detach()
         return whole
+
+    def _trained(self) -> list[nn.Parameter]:
+        """All that gradients reach: the model's parameters and the scales of its activations."""
+        scales = [] if self.activations is None else self.activations.parameters()
+        return [*self.model.parameters(), *scales]
 
     def _parts(self, images: int) -> int:
         return -(-images // (self.micro_batch or images))

@@ -21,7 +21,7 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
-from csqcli.recipe.schema import USERS_TARGETS, Recipe
+from csqcli.recipe.schema import USERS_TARGETS, OptimizerSettings, Recipe
 from csqcli.system import distributed, memory
 from csqcli.system.progress import counted
 from csqcli.training.budgets import budget_of
@@ -53,6 +53,7 @@ def make_trainer(
     amp = recipe.amp == "bf16" or (recipe.amp == "auto" and run.device.type == "cuda")
     if run.record.step_images is None:
         run.record.step_images = _images_per_step(run, recipe, method_card(recipe, layers, start), amp=amp)
+    _tell_odd_schedule(run, recipe)
     method = make_method(run, recipe, layers, Schedule(recipe.epochs * steps, steps), start=start)
     base = _base_optimizer(run, recipe, method)
     optimizer = QuantizedOptimizer(method, base, harden_at_step=method.harden_at_step)
@@ -246,6 +247,23 @@ def _scheduler(base: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
         updates_per_epoch=steps,
     )
     return scheduler
+
+
+def _tell_odd_schedule(run: Run, recipe: Recipe) -> None:
+    """Say where a phase is too short for its schedule; trying a long recipe out for an epoch is no mistake."""
+    settings, epochs = recipe.optimizer, counted(recipe.epochs, "epoch")
+    if (settings.warmup_epochs or 0) >= recipe.epochs:
+        run.display.say(
+            f"optimizer.warmup_epochs {settings.warmup_epochs:g} of {epochs}: the rate never reaches its peak"
+        )
+    if settings.milestones and min(settings.milestones) >= recipe.epochs:
+        run.display.say(f"optimizer.milestones {settings.milestones} lie beyond {epochs}: the rate stays at its peak")
+
+
+def shortened(optimizer: OptimizerSettings, epochs: int) -> OptimizerSettings:
+    """A search's schedule for another phase of so many epochs: its warm-up takes at most a fifth of them."""
+    warmup = optimizer.warmup_epochs
+    return optimizer.model_copy(update={"warmup_epochs": None if warmup is None else min(warmup, epochs / 5)})
 
 
 def _mean_lr_share(recipe: Recipe) -> float:

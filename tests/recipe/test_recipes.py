@@ -9,6 +9,7 @@ import yaml
 
 from csqcli.errors import UserError
 from csqcli.quant.catalog import CARDS, PAPER
+from csqcli.recipe.complete import without_effect
 from csqcli.recipe.resolve import (
     builtin_names,
     full_key,
@@ -373,3 +374,34 @@ def test_methods_of_one_plane_are_refused_more_before_anything_is_loaded(asked: 
     assert resolve("short", {"quantization.method": "twn", "target_bits": 1}).card.most_planes == 1
     with pytest.raises(UserError, match="`twn` has layers of 1 plane at most"):
         resolve("short", {"quantization.method": "twn"} | asked)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ({"epochs": 0, "optimizer.distill": 0.9}, "optimizer.distill: nothing is trained beside the float model"),
+        ({"epochs": 0, "mixup": 1.0}, "optimizer.mixup: nothing is trained"),
+        ({"epochs": 0, "optimizer.lr": 0.1, "adaptation.epochs": 1}, None),
+        ({"epochs": 0, "optimizer.distill": 0.9, "finetune.epochs": 1}, None),
+        (
+            {"quantization.method": "lsq", "state_dtype": "bfloat16"},
+            "quantization.state_dtype: the state of lsq is float32",
+        ),
+        ({"state_dtype": "bfloat16"}, None),
+        ({"trials": 5}, "quantization.trials: staged makes no trials"),
+        ({"trials": 5, "allocator": "haq"}, None),
+        ({"allocator": "importance", "staged.recovery": 1.0}, "staged.recovery: planes are those of importance"),
+        (
+            {"epochs": 0, "ptq.rounding": "nearest", "follow_inputs": False},
+            "ptq.follow_inputs: rounding to the nearest level follows no inputs",
+        ),
+        ({"quantization.method": "float", "target_bits": 2}, "quantization.target_bits: float quantizes nothing"),
+    ],
+)
+def test_what_was_typed_and_does_nothing_is_said(typed: dict[str, object], said: str | None) -> None:
+    assert without_effect(resolve("digits", typed), typed) == ([] if said is None else [said])
+
+
+def test_zero_epochs_in_a_recipe_file_are_post_training_whatever_the_budgets_unit() -> None:
+    recipe = validate({"epochs": 0, "quantization": {"target_bops": "20M"}}, where="mine.yaml")
+    assert recipe.card.name == "ptq"

@@ -298,3 +298,32 @@ def test_bits_behind_unit_steps_are_delivered_as_they_were_evaluated(
     assert history[0]["beta"] < history[1]["beta"] == history[2]["beta"] == history[3]["beta"]
     accuracy = json.loads((tmp_path / "report.json").read_text())["accuracy"]
     assert accuracy["hard_top1"] == accuracy["soft_top1"] == history[-1]["val_top1"]
+
+
+def test_clipping_counts_the_scales_of_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped: list[list[tuple[int, ...]]] = []
+    clip = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        nn.utils,
+        "clip_grad_norm_",
+        lambda given, limit: clipped.append([tuple(p.shape) for p in given]) or clip(given, limit),
+    )
+    run(tmp_path / "run", optimizer__clip_grad_norm=1.0, quantization__act_bits=4, max_steps=1, epochs=1)
+    scales = io.read(tmp_path / "run" / "model.safetensors").manifest.activations
+    assert clipped[0][-len(scales) :] == [(1,)] * len(scales)
+
+
+def test_a_schedule_that_is_longer_than_its_phase_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", Display(), optimizer__warmup_epochs=5, max_steps=1)
+    assert "optimizer.warmup_epochs 5 of 2 epochs: the rate never reaches its peak" in capsys.readouterr().err
+    run(tmp_path / "steps", Display(), optimizer__schedule="steps", optimizer__milestones=[60, 120], max_steps=1)
+    assert "optimizer.milestones [60, 120] lie beyond 2 epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", ["finetune", "adaptation"])
+def test_other_phases_warm_up_for_a_fifth_of_their_epochs_at_most(section: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", optimizer__warmup_epochs=1.5, max_steps=4, **{f"{section}__epochs": 2})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    phase = {"finetune": "finetune", "adaptation": "float"}[section]
+    rates = [line["lr"] for line in lines if line["phase"] == phase]
+    assert rates[1] < rates[0]  # the second epoch is past the peak

@@ -101,9 +101,16 @@ class LQNets(LatentMethod):
     def _rows(self, index: int) -> Tensor:
         """[filters or 1, weights]: the latents that share a basis."""
         layer, latent = self.layers[index], self.latents[index].detach()
-        if self.settings.per_channel and self.has_channel_scales(layer):
+        if self._is_per_filter(index):
             return latent.movedim(layer.channel_dim, 0).flatten(1)
         return latent.reshape(1, -1)
+
+    def _is_per_filter(self, index: int) -> bool:
+        """Whether a layer's filters have a basis each: what the settings say, or the file that is trained on."""
+        delivered = self.plan.start[index].basis if self.plan.start is not None else None
+        if delivered is not None:
+            return delivered.shape[1] > 1
+        return self.settings.per_channel and self.has_channel_scales(self.layers[index])
 
     def _delivered(self, hard: HardLayer) -> Tensor:
         if hard.basis is None:

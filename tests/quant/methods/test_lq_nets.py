@@ -147,6 +147,17 @@ def test_a_finetune_starts_on_the_delivered_levels_and_refuses_integers_times_sc
         build(hard.weight(), 2, plan={"start": [plain]})
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_finetune_keeps_the_files_kind_of_basis_whatever_its_settings_say(per_channel: bool) -> None:
+    method = build(weights(6, 5, 3, 3), 2, per_channel=per_channel)
+    method.harden(100)
+    (hard,) = method.hard_layers()
+    again = build(hard.weight(), 2, plan={"start": [hard]}, per_channel=not per_channel)
+    again.layers[0].parameter.grad = torch.ones(6, 5, 3, 3)
+    again.collect(1, lr=0.01, lr_share=1.0)
+    assert again.bases[0].shape == hard.basis.shape == (2, 6 if per_channel else 1)
+
+
 def test_in_somebodys_own_loop_an_average_is_saved_at_the_nearest_levels_of_the_basis(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = digits_cnn()
