@@ -14,7 +14,7 @@ from torch import Tensor
 from csqcli.quant.catalog import PARQSettings
 from csqcli.quant.hard_layer import spread
 from csqcli.quant.methods.latents import LatentMethod
-from csqcli.quant.passes.rounding import mse_step, quantize, top_integer
+from csqcli.quant.passes.rounding import mse_step, quantize, top_integer, towards_integers
 
 
 class PARQ(LatentMethod):
@@ -64,7 +64,8 @@ class PARQ(LatentMethod):
             return
         for layer, latent, scale, k in zip(self.layers, self.latents, self.scales, self.planes, strict=True):
             wide = spread(scale, latent, layer.channel_dim)
-            layer.parameter.data.copy_(proximal_map(latent.detach() / wide, k, inverse_slope) * wide)
+            mapped = towards_integers(latent.detach() / wide, top_integer(k), inverse_slope)
+            layer.parameter.data.copy_(mapped.mul_(wide))
 
     def harden(self, step: int) -> None:
         self.hard = True
@@ -90,10 +91,3 @@ class PARQ(LatentMethod):
             shared = not (self.settings.per_channel and self.has_channel_scales(layer))
             least_squares = mse_step(latent, k, channel_dim=None if shared else layer.channel_dim)
             self.scales[index] = self.settings.step_factor * least_squares
-
-
-def proximal_map(ratio: Tensor, planes: int, inverse_slope: float) -> Tensor:
-    """The map in units of the scale, where levels are the integers up to ±(2^k − 1); ``inverse_slope`` > 0."""
-    top = top_integer(planes)
-    low = ratio.floor().clamp_(-top, top - 1)
-    return (ratio - low - 0.5).div_(inverse_slope).add_(0.5).clamp_(0, 1).add_(low)

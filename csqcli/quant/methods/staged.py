@@ -4,10 +4,10 @@ Stage 1 (the first `search_share` of the steps) is `quant.masks`: each layer's w
 soft mask whose mean is the target. Then the planes are fixed by an exact knapsack on the same importance.
 
 Stage 2 (the rest). The integers are trained at one scale per output channel, fixed at its MSE-optimal value. Until
-`soft_share` of all steps, a weight stands on a soft staircase whose flanks steepen from slope 1 (no rounding) to vertical; from
-then on every forward weight is hard, so soft = hard at the end. Gradients go straight through the staircase to the latent;
-Adam moves latents in units of the layer's one-plane scale, so that every weight moves by a comparable part of its layer's
-spread. No bit has a gate of its own here: that is the paper's method, `csq`.
+`soft_share` of all steps, a weight stands on a soft staircase whose flanks steepen from slope 1 (no rounding) to vertical (the
+proximal map of PARQ, Jin et al. 2025); from then on every forward weight is hard, so soft = hard at the end. Gradients go straight
+through the staircase to the latent; Adam moves latents in units of the layer's one-plane scale, so that every weight moves by a
+comparable part of its layer's spread. No bit has a gate of its own here: that is the paper's method, `csq`.
 """
 
 from __future__ import annotations

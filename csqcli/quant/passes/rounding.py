@@ -86,6 +86,15 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     return levels[torch.bucketize(values, middles)]
 
 
+def towards_integers(ratio: Tensor, top: int, flank: float) -> Tensor:
+    """``ratio``, in place, on a staircase between the integers up to ±top whose flanks, half way between two, are of slope 1/flank.
+
+    The proximal map of PARQ's regulariser (Jin et al., ICML 2025): the identity within ±top at a flank of 1, rounding towards 0.
+    """
+    low = ratio.floor().clamp_(-top, top - 1)
+    return ratio.sub_(low).sub_(0.5).div_(flank).add_(0.5).clamp_(0, 1).add_(low)
+
+
 @dataclass(frozen=True)
 class Staircase:
     """The levels of one layer at its fixed planes, and where they lie among its latents."""
@@ -138,8 +147,7 @@ class Staircase:
         if len(self.levels) == 1:
             return ratio.zero_()
         if self.without_holes:
-            low = ratio.floor().clamp_(-self.top, self.top - 1)
-            return ratio.sub_(low).sub_(0.5).div_(flank).add_(0.5).clamp_(0, 1).add_(low)
+            return towards_integers(ratio, self.top, flank)
         levels = self.levels.to(ratio)
         upper = torch.bucketize(ratio, levels, right=True).clamp_(1, len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]
