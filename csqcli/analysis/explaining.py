@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from csqcli.analysis.moves import Slopes, Taken, give_plane, slopes, take_plane
 from csqcli.analysis.opening import OpenedFile, open_quantized, shares_of
 from csqcli.data.specs import ValSplit
 from csqcli.errors import UserError
@@ -21,7 +22,6 @@ from csqcli.quant.costs import WEIGHTS, costs
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Score, score, squared_errors, weights_as
-from csqcli.quant.moves import Slopes, Taken, give_plane, slopes, take_plane
 from csqcli.quant.names import owner_of
 from csqcli.recipe.schema import LayerRules
 from csqcli.system.progress import Display
