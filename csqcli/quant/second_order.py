@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +32,40 @@ _PAIR_MOVES = 50
 _TRIED = 2**22  # numbers that an exhaustive search holds at a time
 _DAMPINGS = 4  # that are tried on held-out images, each ten times the one before
 _SCALES = (0.7, 0.8, 0.9, 1.0, 1.1)  # starts, as shares of the scale that fits the weights themselves best
+
+
+@dataclass
+class InputMoments:
+    """Sums over input columns of one layer."""
+
+    second: Tensor  # Σ x̂ x̂ᵀ, [groups, columns, columns]
+    cross: Tensor  # Σ (x − x̂) x̂ᵀ
+    mean: Tensor  # Σ x̂, [groups, columns]
+    float_mean: Tensor  # Σ x
+    count: int = 0
+
+    @classmethod
+    def like(cls, columns: Tensor) -> InputMoments:
+        groups, size, _ = columns.shape
+        square, line = columns.new_zeros(groups, size, size), columns.new_zeros(groups, size)
+        return cls(square, square.clone(), line, line.clone())
+
+    def add(self, columns: Tensor, float_columns: Tensor) -> None:
+        transposed = columns.mT
+        self.second += columns @ transposed
+        self.cross += (float_columns - columns) @ transposed
+        self.mean += columns.sum(dim=-1)
+        self.float_mean += float_columns.sum(dim=-1)
+        self.count += columns.shape[-1]
+
+    def __add__(self, other: InputMoments) -> InputMoments:
+        return InputMoments(
+            self.second + other.second,
+            self.cross + other.cross,
+            self.mean + other.mean,
+            self.float_mean + other.float_mean,
+            self.count + other.count,
+        )
 
 
 def output_error(weight: Tensor, moment: Tensor, integers: Tensor, scale: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import logits_of
 from csqcli.quant.methods.base import Plan, Schedule
 from csqcli.quant.methods.ptq import PostTraining, start_scale
-from csqcli.quant.second_order import damped, fit, for_moved_inputs, held_out_damping, held_out_rounding
+from csqcli.quant.norms import following, tracking_norms
+from csqcli.quant.second_order import InputMoments, damped, fit, for_moved_inputs, held_out_damping, held_out_rounding
 from csqcli.system import distributed
 from csqcli.system.interrupt import Interrupted, StopRequest
 from csqcli.system.progress import counted, planes_fixed
@@ -75,40 +76,6 @@ def measure_importance(run: Run, layers: Sequence[Layer]) -> tuple[Tensor | None
         with run.display.step("measuring which layers matter"):
             return work._importance(), None
     return shared_importance(run, layers, work._labelled()), allocator
-
-
-@dataclass
-class _Moments:
-    """Sums over input columns of one layer."""
-
-    second: Tensor  # Σ x̂ x̂ᵀ, [groups, columns, columns]
-    cross: Tensor  # Σ (x − x̂) x̂ᵀ
-    mean: Tensor  # Σ x̂, [groups, columns]
-    float_mean: Tensor  # Σ x
-    count: int = 0
-
-    @classmethod
-    def like(cls, columns: Tensor) -> _Moments:
-        groups, size, _ = columns.shape
-        square, line = columns.new_zeros(groups, size, size), columns.new_zeros(groups, size)
-        return cls(square, square.clone(), line, line.clone())
-
-    def add(self, columns: Tensor, float_columns: Tensor) -> None:
-        transposed = columns.mT
-        self.second += columns @ transposed
-        self.cross += (float_columns - columns) @ transposed
-        self.mean += columns.sum(dim=-1)
-        self.float_mean += float_columns.sum(dim=-1)
-        self.count += columns.shape[-1]
-
-    def __add__(self, other: _Moments) -> _Moments:
-        return _Moments(
-            self.second + other.second,
-            self.cross + other.cross,
-            self.mean + other.mean,
-            self.float_mean + other.float_mean,
-            self.count + other.count,
-        )
 
 
 @dataclass
@@ -242,7 +209,7 @@ class _Work:
         def note(module: nn.Module, inputs: object) -> None:
             norms.setdefault(module, len(recorder.order))
 
-        hooks = [norm.register_forward_pre_hook(note) for norm in _norms(self.run.model)]
+        hooks = [norm.register_forward_pre_hook(note) for norm in tracking_norms(self.run.model)]
         try:
             with recorder, passing():
                 self.run.model(self.batches[0][:2])
@@ -274,9 +241,9 @@ class _Work:
         for index in group:
             self._round(index, halves.pop(index))
 
-    def _collect(self, group: Sequence[int]) -> dict[int, list[_Moments]]:
+    def _collect(self, group: Sequence[int]) -> dict[int, list[InputMoments]]:
         """One pass: moments of the group's inputs, over each half of the images; BatchNorms before it settle on the way."""
-        run, halves = self.run, dict[int, list[_Moments]]()
+        run, halves = self.run, dict[int, list[InputMoments]]()
         own = [self.layers[index] for index in group]
         parameters = dict(self.teacher.named_parameters())
         float_layers = [Layer(layer.name, parameters[layer.name]) for layer in own]
@@ -286,7 +253,7 @@ class _Work:
                 inputs = self._inputs(run.model, own, batch, number)
                 for place, index in enumerate(group):
                     if index not in halves:
-                        halves[index] = [_Moments.like(inputs[place]) for _ in range(2)]
+                        halves[index] = [InputMoments.like(inputs[place]) for _ in range(2)]
                     parts = (columns.tensor_split(2, dim=-1) for columns in (inputs[place], float_inputs[place]))
                     for half, part, float_part in zip(halves[index], *parts, strict=True):
                         half.add(part, float_part)
@@ -300,7 +267,7 @@ class _Work:
             model(batch)
         return recorder.columns
 
-    def _round(self, index: int, halves: Sequence[_Moments]) -> None:
+    def _round(self, index: int, halves: Sequence[InputMoments]) -> None:
         layer, k = self.layers[index], self.method.planes[index]
         moments = halves[0] + halves[1]
         groups, columns = moments.mean.shape
@@ -407,56 +374,6 @@ def _positions(layer: Layer, images: int) -> int:
 def _columns(layer: Layer) -> int:
     """Weights of one filter."""
     return layer.weights // layer.parameter.shape[layer.channel_dim]
-
-
-@contextlib.contextmanager
-def following(norm: nn.Module, float_norm: nn.Module) -> Iterator[None]:
-    """Move a BatchNorm's statistics by what became of its inputs: the mean by the difference of the means on the same images,
-    the variance by the ratio of the variances; inside batch by batch, at the end by all that was seen.
-
-    Not by the statistics of these images themselves: those of a checkpoint are of its own training images, augmentation and
-    size, and a network that is not trained on does not get used to others.
-    """
-    mean, variance = (getattr(norm, name).clone() for name in ("running_mean", "running_var"))
-    waiting: list[tuple[Tensor, Tensor]] = []
-    shifts: list[Tensor] = []
-    ratios: list[Tensor] = []
-
-    def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        waiting.append(_moments_of(inputs[0]))
-
-    def follow(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not waiting:
-            return
-        (float_mean, float_variance), (own_mean, own_variance) = waiting.pop(0), _moments_of(inputs[0])
-        eps: float = norm.eps  # type: ignore[assignment]
-        shifts.append(own_mean - float_mean)
-        ratios.append((own_variance + eps) / (float_variance + eps))
-        settle(shifts[-1], ratios[-1])
-
-    def settle(shift: Tensor, ratio: Tensor) -> None:
-        norm.running_mean.copy_(mean + shift)  # type: ignore[operator]
-        norm.running_var.copy_(variance * ratio)  # type: ignore[operator]
-
-    hooks = [float_norm.register_forward_pre_hook(look), norm.register_forward_pre_hook(follow)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if shifts:
-            settle(torch.stack(shifts).mean(dim=0), torch.stack(ratios).mean(dim=0))
-
-
-def _moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance per channel, of [N, C, …]."""
-    dims = [dim for dim in range(values.dim()) if dim != 1]
-    variance, mean = torch.var_mean(values.detach().float(), dim=dims, correction=0)
-    return mean, variance
-
-
-def _norms(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
 
 
 def _generator(*keys: int) -> torch.Generator:

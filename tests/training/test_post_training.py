@@ -15,11 +15,13 @@ import csqcli
 from csqcli import pipeline
 from csqcli.data.specs import open_data
 from csqcli.models.networks import digits_cnn
+from csqcli.quant import norms
 from csqcli.quant.activations import attached
 from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.ptq import PostTraining
+from csqcli.quant.second_order import InputMoments
 from csqcli.recipe.resolve import resolve
 from csqcli.system.progress import Display
 from csqcli.training import post_training
@@ -148,7 +150,7 @@ def test_a_batchnorm_moves_by_what_became_of_its_inputs_and_not_by_the_images() 
         module.running_var.copy_(torch.tensor(start_variance))
         module.eval()
     batches = [rng.normal(5, 3, size=(4, 3, 6, 6)) for _ in range(3)]
-    with post_training.following(norm, float_norm):
+    with norms.following(norm, float_norm):
         for batch in batches:
             float_norm(torch.tensor(batch, dtype=torch.float32))
             norm(torch.tensor(2 * batch + 1, dtype=torch.float32))
@@ -158,7 +160,7 @@ def test_a_batchnorm_moves_by_what_became_of_its_inputs_and_not_by_the_images() 
     np.testing.assert_allclose(norm.running_var.numpy(), start_variance * ratios, rtol=1e-5)
     np.testing.assert_allclose(float_norm.running_mean.numpy(), start_mean, rtol=1e-6)
     before = norm.running_mean.clone(), norm.running_var.clone()
-    with post_training.following(norm, float_norm):
+    with norms.following(norm, float_norm):
         for batch in batches:
             float_norm(torch.tensor(batch, dtype=torch.float32))
             norm(torch.tensor(batch, dtype=torch.float32))
@@ -203,7 +205,7 @@ def test_a_classifier_that_sees_fewer_images_than_it_has_features_is_no_worse_on
     work.method, work.settings, work.biases = method, PTQSettings(), {0: model[0].bias}
     before, after = features(128)
     columns, float_columns = (torch.tensor(value).float().unsqueeze(0) for value in (after, before))
-    halves = [post_training._Moments.like(columns) for _ in range(2)]
+    halves = [InputMoments.like(columns) for _ in range(2)]
     for half, part in zip(halves, (slice(None, 64), slice(64, None)), strict=True):
         half.add(columns[..., part], float_columns[..., part])
     with torch.no_grad():
