@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -223,8 +223,15 @@ def uniform_target(table: Sequence[Sequence[int]], allowance: int) -> float:
     return float(len(totals) - 1)
 
 
+class Named(Protocol):
+    """A layer, or what is known of one."""
+
+    @property
+    def name(self) -> str: ...
+
+
 def plane_limits(
-    layers: Sequence[Layer],
+    layers: Sequence[Named],
     *,
     bits: int,
     floor: int = 1,

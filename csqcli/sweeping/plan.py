@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from csqcli.errors import UserError
-from csqcli.quant.catalog import UNIFORM, find_card
+from csqcli.quant.catalog import UNIFORM, MethodCard, find_card
 from csqcli.recipe.complete import check_complete, check_data_given, check_model_given
 from csqcli.recipe.resolve import of_every_method, resolve
 from csqcli.recipe.schema import Recipe
+from csqcli.system.progress import counted
 from csqcli.system.run_files import LATENT_FILE
 
 WARM_SHARE = 0.4  # of the epochs, for a run that begins with another's weights: five targets cost 2.6 runs
@@ -60,7 +61,7 @@ class Sweep:
         object.__setattr__(self, "folder", self.output or sweep_folder(base))
         if self.targets is None and self.max_drop is None:
             raise UserError("no targets given", hint="pass --targets, e.g. --targets 1,1.5,2,3,4, or --max-drop 1")
-        asked = [_DROP_TARGET] if self.targets is None else parse_targets(self.targets)
+        asked = [min(_DROP_TARGET, base.card.most_planes)] if self.targets is None else parse_targets(self.targets)
         object.__setattr__(self, "planes", sorted(asked, reverse=True))
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UserError(f"{self.max_drop:g} is no number of points from 0 to 100", where="--max-drop")
@@ -113,29 +114,42 @@ class Sweep:
             Member(f"{_key(name, target)}-from{highest:g}", name, target, resolve(self.recipe, settings), first)
         )
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the sweep's own method gives layers different planes."""
+        return self._mixes(self.base.card)
+
     def left_out(self) -> list[str]:
         """What the baselines cannot do, in words."""
         return [
-            f"{name} at {target:g}: it gives every layer the same planes"
+            f"{name} at {target:g}: {why}"
             for name in self.baselines
             for target in self.planes
-            if not self._can(name, target)
+            if (why := self._why_not(name, target))
         ]
 
     def _of_baselines(self) -> Iterator[Member]:
         settings = of_every_method(self.overrides)
         for name in self.baselines:
             for target in self.planes:
-                if self._can(name, target):
+                if not self._why_not(name, target):
                     own = resolve(self.recipe, {**settings, _METHOD: name, _TARGET: target})
                     yield _checked(Member(_key(name, target), name, target, own))
 
-    def _can(self, name: str, target: float) -> bool:
-        alike = find_card(name, where="--with").takes == "planes" and self.base.quantization.allocator in (
-            None,
-            UNIFORM,
-        )
-        return not alike or target.is_integer()
+    def _why_not(self, name: str, target: float) -> str:
+        """What keeps a method from a target under the sweep's rules, in words; empty where nothing does."""
+        card, rules = find_card(name, where="--with"), self.base.layers
+        widest = max(target, *rules.min_bits.values(), self.base.quantization.max_bits if rules.keep else 0)
+        if widest > card.most_planes:
+            return f"it has layers of {counted(card.most_planes, 'plane')} at most"
+        if min(target, rules.floor, *rules.max_bits.values()) < card.least_planes:
+            return f"it has layers of {counted(card.least_planes, 'plane')} at least"
+        if not self._mixes(card) and not (target.is_integer() and target >= 1):
+            return "it gives every layer the same planes"
+        return ""
+
+    def _mixes(self, card: MethodCard) -> bool:
+        return card.takes != "planes" or self.base.quantization.allocator not in (None, UNIFORM)
 
 
 def words(text: str) -> list[str]:

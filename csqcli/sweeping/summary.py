@@ -13,13 +13,14 @@ from csqcli.system.limits import read_json
 from csqcli.system.run_files import REPORT_FILE
 
 RESOLUTION = 0.25  # planes, to which the smallest target within an allowed drop is found
+WHOLE = 1.0  # the same, of a method that gives every layer as many planes
 _BYTES, _VALUES = 2**28, 2**22
 Summary = dict[str, Any]
 
 
 def summary(sweep: Sweep, members: Sequence[Member]) -> Summary:
     """pareto.json (docs/report-json.md), from the reports and bit-packed files in the runs' folders. UserError where one lacks."""
-    reports = [_report(sweep.folder / member.key) for member in members]
+    reports = [read_report(sweep.folder / member.key) for member in members]
     rows = [_row(sweep, member, report) for member, report in zip(members, reports, strict=True)]
     for what in ("bytes", "bops"):
         for row in rows:
@@ -87,10 +88,10 @@ def is_within(top1: float, float_top1: float, max_drop: float) -> bool:
     return top1 >= float_top1 - max_drop - 1e-9
 
 
-def next_target(tried: Mapping[float, bool], *, least: float) -> float | None:
+def next_target(tried: Mapping[float, bool], *, least: float, resolution: float = RESOLUTION) -> float | None:
     """The target to try next for the smallest that holds a drop: ``tried`` says of targets whether they do.
 
-    Half-way, in steps of `RESOLUTION`, between the lowest that holds and what lies below it: one that does not, or ``least``.
+    Half-way, in steps of ``resolution``, between the lowest that holds and what lies below it: one that does not, or ``least``.
     None where nothing is left to try. Accuracy may not fall evenly; targets above the lowest that holds are not looked at.
     """
     holding = [target for target, holds in tried.items() if holds]
@@ -99,18 +100,19 @@ def next_target(tried: Mapping[float, bool], *, least: float) -> float | None:
     high = min(holding)
     failing = [target for target in tried if target < high]
     if not failing:
-        if high - least < RESOLUTION:
+        if high - least < resolution:
             return None
-        low = least - RESOLUTION  # so that ``least`` itself is tried in the end
+        low = least - resolution  # so that ``least`` itself is tried in the end
     else:
         low = max(failing)
-    steps = round((high - low) / RESOLUTION)
+    steps = round((high - low) / resolution)
     if steps < 2:
         return None
-    return max(high - (steps // 2) * RESOLUTION, least)
+    return max(high - (steps // 2) * resolution, least)
 
 
-def _report(folder: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a run in a sweep. UserError where it cannot be read."""
     path = folder / REPORT_FILE
     try:
         return read_json(read_regular(path, limit=_BYTES), nodes=_VALUES)

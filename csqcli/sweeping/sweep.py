@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from csqcli.errors import UserError
+from csqcli.quant.budget import PlaneLimits, mean_planes
 from csqcli.reporting.words import points
 from csqcli.sweeping import folder, page, running
 from csqcli.sweeping.launching import Launcher, run_elsewhere
 from csqcli.sweeping.plan import START, Member, Sweep
-from csqcli.sweeping.summary import Summary, is_within, next_target, summary
+from csqcli.sweeping.summary import RESOLUTION, WHOLE, Summary, is_within, next_target, read_report, summary
 from csqcli.system.files import write_text
 from csqcli.system.launcher import is_main_process
 from csqcli.system.progress import Display
+from csqcli.training.limits import Ways, limits_of
 
 PAGE_FILE, SUMMARY_FILE = "pareto.html", "pareto.json"
 
@@ -51,9 +55,14 @@ def run_sweep(
         if not main:  # of torchrun's
             return {}
         found = summary(sweep, members)
-        if sweep.max_drop is not None:
-            found = _look_on(sweep, members, found, run, display=display)
         _write(sweep.folder, found, command=command)
+        while sweep.max_drop is not None and (target := _next(sweep, members[0], found)) is not None:
+            within, top1 = points(sweep.max_drop), found["float"]["top1"]
+            display.say(f"looking for the smallest within {within} of {top1:.2f} %: {target:g} planes next")
+            members.append(sweep.member(target))
+            run(members[-1:])
+            found = summary(sweep, members)
+            _write(sweep.folder, found, command=command)
     if sweep.max_drop is not None and found["max_drop"]["run"] is None:
         best = max(found["runs"], key=lambda row: row["top1"])
         what = f"no target is within {points(sweep.max_drop)} of float: the best is {best['run']}, {best['gap']:+.2f}"
@@ -61,31 +70,41 @@ def run_sweep(
     return found
 
 
-def _look_on(
-    sweep: Sweep,
-    members: list[Member],
-    found: Summary,
-    run: Callable[[Sequence[Member]], None],
-    *,
-    display: Display,
-) -> Summary:
-    """Further targets, one at a time, until the lowest that holds the drop is known."""
+def _next(sweep: Sweep, first: Member, found: Summary) -> float | None:
+    """The target to try next; None once the lowest that holds the drop is known. ``first`` is a run that has ended."""
     assert sweep.max_drop is not None
-    own, least = sweep.base.card.name, float(max(sweep.base.layers.floor, 0.25))
-    while True:
-        top1 = found["float"]["top1"]
-        tried = {
-            row["target_bits"]: is_within(row["top1"], top1, sweep.max_drop)
-            for row in found["runs"]
-            if row["method"] == own
-        }
-        target = next_target(tried, least=least)
-        if target is None:
-            return found
-        display.say(f"looking for the smallest within {points(sweep.max_drop)} of {top1:.2f} %: {target:g} planes next")
-        members.append(sweep.member(target))
-        run(members[-1:])
-        found = summary(sweep, members)
+    top1 = found["float"]["top1"]
+    tried: dict[float, bool] = {}
+    for row in found["runs"]:
+        if row["method"] == sweep.base.card.name:
+            # under rules of single layers the others have a target's whole part (`quant.allocators.base.uniform`)
+            target = row["target_bits"] if sweep.mixes else math.floor(row["target_bits"])
+            tried[target] = tried.get(target, False) or is_within(row["top1"], top1, sweep.max_drop)
+    least = least_target(sweep, read_report(sweep.folder / first.key))
+    return next_target(tried, least=least, resolution=RESOLUTION if sweep.mixes else WHOLE)
+
+
+class _Layer(NamedTuple):
+    name: str
+    weights: int
+
+
+def least_target(sweep: Sweep, report: Mapping[str, Any]) -> float:
+    """The lowest target that the method and the recipe's rules leave room for in a network, of which a run's report tells."""
+    layers = [_Layer(layer["name"], layer["weights"]) for layer in report["layers"]]
+    weights = [layer.weights for layer in layers]
+    ways = Ways(needed=report.get("needed", []), together=report.get("together", []))
+    limits = limits_of(sweep.base, layers, ways)
+    if sweep.mixes:
+        fewest = mean_planes(limits.min_planes, weights)
+        return max(math.ceil(100 * fewest) / 100, sweep.base.card.least_planes, RESOLUTION)
+    most = sweep.base.quantization.max_bits
+    return next((k for k in range(1, most) if mean_planes(_alike(k, limits), weights) <= k), most)
+
+
+def _alike(planes: int, limits: PlaneLimits) -> list[int]:
+    """So many planes in every layer, but for the rules of single layers."""
+    return [min(max(planes, few), most) for few, most in zip(limits.min_planes, limits.max_planes, strict=True)]
 
 
 def _write(output: Path, found: Summary, *, command: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from csqcli.quant.budget import PlaneLimits, plane_limits
+from csqcli.quant.budget import Named, PlaneLimits, plane_limits
 from csqcli.quant.layers import Layer
 from csqcli.quant.needed import NEEDED_IMAGES, layers_together, needed_layers
 from csqcli.recipe.schema import Recipe
@@ -25,7 +25,7 @@ class Ways(BaseModel):
     together: list[list[str]]  # of the others, those that do nothing without each other
 
 
-def limits_of(recipe: Recipe, layers: Sequence[Layer], ways: Ways | None = None) -> PlaneLimits:
+def limits_of(recipe: Recipe, layers: Sequence[Named], ways: Ways | None = None) -> PlaneLimits:
     """The recipe's limits, and what the ways through the network allow of them."""
     rules = recipe.layers
     return plane_limits(

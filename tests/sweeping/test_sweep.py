@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 import csqcli
 from csqcli.errors import UserError
-from csqcli.sweeping import launching, page, summary
+from csqcli.sweeping import launching, page, running, summary
 from csqcli.sweeping.launching import environment, run_elsewhere
 from csqcli.sweeping.plan import Member, Sweep
+from csqcli.sweeping.sweep import _next, least_target
 from csqcli.system.progress import Display
 from csqcli.training import phase, post_training
 from tests.reporting.test_page import Page
@@ -231,6 +232,87 @@ def test_the_search_for_a_drop_ends_at_the_lowest_target_that_holds_it(lowest: i
     assert len(asked) <= 4  # log2 of the quarters between 1 and 4
 
 
+@given(st.integers(1, 8), st.integers(1, 8))
+def test_in_whole_planes_every_target_that_is_asked_for_is_whole(lowest: int, begins: int) -> None:
+    tried = {float(begins): lowest <= begins}
+    while (target := summary.next_target(tried, least=1, resolution=1.0)) is not None:
+        assert target not in tried
+        assert target in range(1, begins)
+        tried[target] = target >= lowest
+    if lowest <= begins:
+        assert min(target for target, holds in tried.items() if holds) == lowest
+
+
+def test_max_drop_looks_at_whole_planes_where_every_layer_gets_the_same(tmp_path: Path) -> None:
+    found = sweep(tmp_path, targets=None, max_drop=100, method="lsq")
+    assert [row["run"] for row in found["runs"]] == ["lsq-4bit", "lsq-2bit", "lsq-1bit"]
+    assert found["max_drop"]["run"] == "lsq-1bit"
+
+
+def test_max_drop_begins_where_a_method_of_one_plane_can() -> None:
+    assert planned(targets=None, max_drop=1.0, overrides={"quantization.method": "twn"}).planes == [1.0]
+    assert planned(targets=None, max_drop=1.0).planes == [4.0]
+
+
+def test_what_is_known_is_on_disk_before_the_search_for_a_drop_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = running.run_here
+
+    def failing(members: Sequence[Member], *rest: Any, **more: Any) -> Any:
+        if members[0].key != "ptq-4bit":
+            raise UserError("no luck")
+        return original(members, *rest, **more)
+
+    monkeypatch.setattr(running, "run_here", failing)
+    with pytest.raises(UserError, match="no luck"):
+        sweep(tmp_path, epochs=0, images=64, targets=None, max_drop=100)
+    known = json.loads((tmp_path / "pareto.json").read_text())
+    assert [row["run"] for row in known["runs"]] == ["ptq-4bit"]
+    assert known["max_drop"]["run"] == "ptq-4bit"
+    assert (tmp_path / "pareto.html").is_file()
+
+
+REPORT = {"layers": [{"name": "stem.weight", "weights": 100}, {"name": "fc.weight", "weights": 300}]}
+
+
+@pytest.mark.parametrize(
+    ("method", "rules", "least"),
+    [
+        ("staged", {}, 1.0),
+        ("staged", {"layers.floor": 0}, 0.25),
+        ("staged", {"layers.min_bits": {"fc": 3}}, 2.5),  # (1·100 + 3·300) / 400
+        ("staged", {"layers.keep": ["stem"]}, 2.75),  # (8·100 + 1·300) / 400
+        ("msq", {}, 1.0),
+        ("lsq", {}, 1.0),
+        ("lsq", {"layers.min_bits": {"stem": 4}}, 4.0),  # at 3 everywhere else the mean would be 3.25
+        ("lsq", {"layers.max_bits": {"stem": 2}}, 1.0),
+        ("lsq", {"layers.keep": ["stem"]}, 8.0),
+    ],
+)
+def test_the_search_for_a_drop_ends_where_the_rules_leave_no_room(
+    method: str, rules: dict[str, Any], least: float
+) -> None:
+    asked = planned(targets=None, max_drop=1.0, overrides={"epochs": 10, "quantization.method": method, **rules})
+    assert least_target(asked, REPORT) == least
+
+
+def test_a_fraction_under_rules_stands_for_its_whole_part_in_the_search_for_a_drop(tmp_path: Path) -> None:
+    rules = {"quantization.method": "lsq", "layers.min_bits": {"fc": 3}}
+    asked = planned(targets=None, max_drop=1.0, output=tmp_path, overrides={"epochs": 10, **rules})
+    first = asked.member(4)
+    (tmp_path / first.key).mkdir()
+    (tmp_path / first.key / "report.json").write_text(json.dumps(REPORT))
+
+    def after(*top1s: tuple[float, float]) -> float | None:
+        runs = [{"method": "lsq", "target_bits": target, "top1": top1} for target, top1 in top1s]
+        return _next(asked, first, {"float": {"top1": 90.0}, "runs": runs})
+
+    assert after((5.5, 90.0)) == 4  # least is 3: 100 weights at 2 planes and 300 at 3 are 2.75 in the mean, over 2
+    assert after((5.5, 90.0), (4, 80.0)) is None
+    assert after((5.5, 90.0), (4, 90.0)) == 3
+
+
 def test_max_drop_finds_the_smallest_file_that_holds_it(tmp_path: Path) -> None:
     found = sweep(tmp_path, epochs=0, images=64, targets=None, max_drop=2.0)
     holding = [row for row in found["runs"] if row["top1"] >= found["float"]["top1"] - 2.0 - 1e-9]
@@ -392,6 +474,37 @@ def test_settings_of_the_methods_own_do_not_reach_baselines() -> None:
     runs = planned(overrides={"epochs": 10, "staged.recovery": 0.5, "seed": 3}, baselines=["lsq", "csq"]).members()
     assert {(run.method, run.recipe.seed) for run in runs} == {("staged", 3), ("lsq", 3), ("csq", 3)}
     assert all(run.recipe.method_settings.recovery == 0.5 for run in runs if run.method == "staged")  # type: ignore[attr-defined]
+
+
+def left_out(baseline: str, **overrides: Any) -> tuple[list[float], list[str]]:
+    """The targets that a baseline runs at, and why not at the others."""
+    asked = planned(targets="0.5,1,1.5,2", overrides={"epochs": 10, **overrides}, baselines=[baseline])
+    return [run.target for run in asked.members() if run.method == baseline], asked.left_out()
+
+
+def test_what_a_baseline_cannot_do_is_left_out_and_the_rest_is_run() -> None:
+    assert left_out("twn") == (
+        [1.0],
+        [
+            "twn at 2: it has layers of 1 plane at most",
+            "twn at 1.5: it has layers of 1 plane at most",
+            "twn at 0.5: it has layers of 1 plane at least",
+        ],
+    )
+    assert left_out("csq-uniform")[0] == [2.0, 1.0]  # which has no least
+    assert left_out("bsq") == ([2.0, 1.5, 1.0, 0.5], [])
+    mixed = {"quantization.allocator": "importance"}
+    assert left_out("lsq", **mixed) == ([2.0, 1.5, 1.0], ["lsq at 0.5: it has layers of 1 plane at least"])
+
+
+def test_a_baseline_that_the_rules_leave_no_layer_is_left_out() -> None:
+    why = "it has layers of 1 plane at least"
+    assert left_out("lsq", **{"layers.floor": 0}) == (
+        [],
+        [f"lsq at {bits}: {why}" for bits in ("2", "1.5", "1", "0.5")],
+    )
+    for rules in ({"layers.keep": ["fc"]}, {"layers.min_bits": {"fc": 2}}):
+        assert left_out("xnor", **rules)[0] == []
 
 
 # -- the page and the table
