@@ -52,7 +52,7 @@ def make_trainer(
     steps = min(batches, recipe.max_steps or batches)
     amp = recipe.amp == "bf16" or (recipe.amp == "auto" and run.device.type == "cuda")
     if run.record.step_images is None:
-        run.record.step_images = _images_per_step(run, recipe, method_card(recipe, layers, start), amp=amp)
+        run.record.step_images = _images_per_step(run, recipe, method_card(recipe, layers, start), amp=amp, start=start)
     _tell_odd_schedule(run, recipe)
     method = make_method(run, recipe, layers, Schedule(recipe.epochs * steps, steps), start=start)
     base = _base_optimizer(run, recipe, method)
@@ -204,10 +204,14 @@ def state_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def _base_optimizer(run: Run, recipe: Recipe, method: WeightMethod) -> torch.optim.Optimizer:
-    settings = recipe.optimizer
     groups = base_groups(run.model, method)
     if run.activations is not None:
         groups.append({"params": run.activations.parameters(), "weight_decay": 0.0})
+    return _optimizer_of(groups, recipe.optimizer)
+
+
+def _optimizer_of(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names, over ``groups``. UserError for none, and for one that csq's steps are not enough for."""
     where = f"optimizer.name={settings.name}"
     try:
         base = create_optimizer_v2(
@@ -301,15 +305,45 @@ def _measure_soft(run: Run, trainer: Trainer) -> None:
         method.materialise(optimizer.step_count)
 
 
-def step_memory(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -> memory.StepMemory:
-    """What a training step takes beyond the weights."""
-    quantization = recipe.quantization
-    bits = int(quantization.target_bits or 0) if card.takes == "planes" else quantization.max_bits
-    kept = card.load().state_bytes(recipe.method_settings, max_bits=bits, state_dtype=state_dtype(recipe))
+def step_memory(
+    run: Run, recipe: Recipe, card: MethodCard, *, amp: bool, start: Sequence[HardLayer] | None = None
+) -> memory.StepMemory:
+    """What a training step takes beyond the weights; ``start`` as of :func:`make_trainer`."""
+    method, bits = card.load(), _most_planes(run, recipe, card, start)
+    kept = method.state_bytes(recipe.method_settings, max_bits=bits, state_dtype=state_dtype(recipe))
+    trained = method.trained_values(max_bits=bits)
+    if trained:
+        kept += trained * moment_bytes(recipe.optimizer, run.device)
     return memory.estimate(run.model, run.config["input_size"], state_bytes=kept, amp=amp, device=run.device)
 
 
-def _images_per_step(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -> int:
+def _most_planes(run: Run, recipe: Recipe, card: MethodCard, start: Sequence[HardLayer] | None) -> int:
+    """Planes of the layer that has most, which every layer may hold state for; where they are not known yet, the most allowed."""
+    settings, rules = recipe.quantization, recipe.layers
+    if start:
+        return len(start[0].mask)
+    if card.takes != "planes":
+        return settings.max_bits
+    if run.record.planes is not None:
+        return max(run.record.planes)
+    alike = settings.allocator in (None, UNIFORM) and not (rules.keep or rules.min_bits)
+    return int(settings.target_bits or settings.max_bits) if alike else settings.max_bits
+
+
+def moment_bytes(settings: OptimizerSettings, device: torch.device) -> int:
+    """Bytes that the base optimizer keeps per number that it trains, counted after a step on a small tensor."""
+    tried = nn.Parameter(torch.zeros(64, 64, device=device))
+    tried.grad = torch.ones_like(tried)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a resumed run does not try
+        optimizer = _optimizer_of([{"params": [tried]}], settings)
+        optimizer.step()
+    kept = [value for value in optimizer.state[tried].values() if isinstance(value, torch.Tensor)]
+    return round(sum(value.numel() * value.element_size() for value in kept) / tried.numel())
+
+
+def _images_per_step(
+    run: Run, recipe: Recipe, card: MethodCard, *, amp: bool, start: Sequence[HardLayer] | None
+) -> int:
     """Images per forward pass, the same on all processes: the recipe's; for `auto`, as many as the free memory takes.
 
     UserError when they do not fit.
@@ -321,7 +355,7 @@ def _images_per_step(run: Run, recipe: Recipe, card: MethodCard, *, amp: bool) -
     if free is None:
         return images
     free = distributed.all_reduce_min(free, run.device)
-    step = step_memory(run, recipe, card, amp=amp)
+    step = step_memory(run, recipe, card, amp=amp, start=start)
     most = step.most_images(free)
     if asked == "auto" and 0 < most < batch:
         parts = -(-batch // most)

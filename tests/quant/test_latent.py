@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from csqcli.quant import budget
@@ -22,6 +23,8 @@ from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.quant.passes import rounding
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import mse_step, plane_shares, quantize, soft_planes
+from csqcli.recipe.schema import Recipe
+from csqcli.training.setup import moment_bytes
 
 SCHEDULE = Schedule(total_steps=40, steps_per_epoch=10)
 PUBLISHED = ("parq", "dorefa", "pact", "lq-nets", "bsq", "msq", "scaled-uniform")
@@ -360,6 +363,35 @@ def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(
     assert bytes_per_weight <= held < bytes_per_weight * 1.01
     counted = METHODS[kind].state_bytes(None, max_bits=8, state_dtype=state_dtype)  # by the estimate before training
     assert counted == bytes_per_weight
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("kind", [name for name, card in CARDS.items() if card.trains])
+def test_no_method_and_its_base_optimizer_keep_more_than_the_estimate_counts(kind: str, optimizer: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(192, 192, bias=False), nn.Linear(192, 192, bias=False))
+    layers, _ = find_layers(model)
+    card, method = CARDS[kind], CARDS[kind].load()
+    planes = [1, card.most_planes] if card.takes == "planes" else None
+    trained = method(layers, plan_for(layers, 1.0, SCHEDULE, planes=planes), card.settings())
+    settings = Recipe(optimizer={"name": optimizer, "lr": 0.01, "weight_decay": 0.0}).optimizer
+    base = create_optimizer_v2(base_groups(model, trained), opt=optimizer, lr=0.01, weight_decay=0.0, momentum=0.9)
+    steps = QuantizedOptimizer(trained, base)
+    model(torch.randn(2, 192)).square().mean().backward()
+    steps.step()
+
+    def size(state: object) -> int:
+        if isinstance(state, Tensor):
+            return state.numel() * state.element_size()
+        parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+        return sum(map(size, parts))
+
+    held = (size(trained.state_dict()) + size(list(base.state.values()))) / sum(layer.weights for layer in layers)
+    most = max(planes) if planes else 8
+    counted = method.state_bytes(card.settings(), max_bits=most, state_dtype=torch.float32)
+    counted += method.trained_values(max_bits=most) * moment_bytes(settings, torch.device("cpu"))
+    assert 0.98 * counted < held < 1.02 * counted or kind == "lq-nets"  # a basis per filter, 8 numbers of 192 weights
+    assert held < 1.05 * counted
 
 
 def test_adam_on_latents_is_torch_s_bit_for_bit() -> None:

@@ -84,8 +84,13 @@ class WeightMethod(ABC):
 
     @classmethod
     def state_bytes(cls, settings: Any, *, max_bits: int, state_dtype: torch.dtype) -> int:
-        """Bytes per weight kept beside the weight and its gradient, momentum included. For the memory estimate."""
-        return 8
+        """Bytes per weight that the method keeps beside the weight and its gradient. For the memory estimate."""
+        return 4
+
+    @classmethod
+    def trained_values(cls, *, max_bits: int) -> int:
+        """Numbers per weight that the base optimizer trains, each with as many moments as it keeps. For the memory estimate."""
+        return 1
 
     @property
     def harden_at_step(self) -> int | None:
@@ -169,4 +174,4 @@ class FloatTraining(WeightMethod):
 
     @classmethod
     def state_bytes(cls, settings: Any, *, max_bits: int, state_dtype: torch.dtype) -> int:
-        return 4
+        return 0

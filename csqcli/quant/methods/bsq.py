@@ -71,7 +71,11 @@ class BSQ(WeightMethod):
 
     @classmethod
     def state_bytes(cls, settings: Any, *, max_bits: int, state_dtype: torch.dtype) -> int:
-        return 16 * max_bits  # p and n of every plane, and their momenta
+        return 8 * max_bits  # p and n of every plane
+
+    @classmethod
+    def trained_values(cls, *, max_bits: int) -> int:
+        return 2 * max_bits
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [*self.positive, *self.negative]}]

@@ -123,6 +123,10 @@ class GateMethod(WeightMethod):
         return 4 * max_bits * state_dtype.itemsize  # two logits a plane, and their momenta
 
     @property
+    @classmethod
+    def trained_values(cls, *, max_bits: int) -> int:
+        return 0
+
     def harden_at_step(self) -> int | None:
         share = self.settings.harden_at
         return max(1, round(share * self.schedule.total_steps)) if share < 1 else None

@@ -90,6 +90,10 @@ class Staged(WeightMethod):
     def state_bytes(cls, settings: Any, *, max_bits: int, state_dtype: torch.dtype) -> int:
         return 4 + 2 * state_dtype.itemsize  # a latent and Adam's two moments
 
+    @classmethod
+    def trained_values(cls, *, max_bits: int) -> int:
+        return 0
+
     def beta(self, step: int) -> float:
         """Temperature of the soft masks; its final value once the planes are fixed."""
         settings = self.settings
