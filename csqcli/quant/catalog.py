@@ -304,6 +304,7 @@ class MethodCard:
     trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
     least_planes: int = 0  # of a layer; at 1 it has no layer without planes
     most_planes: int = 8
+    keeps_unrounded: bool = True  # weights from before they were rounded, which another run may begin with
 
     @property
     def section(self) -> str:
@@ -467,8 +468,15 @@ CARDS = {
             PTQSettings,
             "Frantar et al., GPTQ, ICLR 2023; Behdin et al., QuantEase, 2023; docs/method.md",
             trains=False,
+            keeps_unrounded=False,
         ),
-        MethodCard("float", f"{_METHODS}.base:FloatTraining", "no quantization: float baselines by the same loop", "target"),
+        MethodCard(
+            "float",
+            f"{_METHODS}.base:FloatTraining",
+            "no quantization: float baselines by the same loop",
+            "target",
+            keeps_unrounded=False,
+        ),
     )
 }  # fmt: skip
 
@@ -581,6 +589,7 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
         finetunes=found.finetunes,
         least_planes=found.least_planes,
         most_planes=found.most_planes,
+        keeps_unrounded=sum("unrounded" in vars(each) for each in found.__mro__) > 1,  # WeightMethod's own keeps none
     )
 
 

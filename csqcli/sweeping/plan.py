@@ -80,6 +80,10 @@ class Sweep:
             raise UserError(
                 "nothing is trained at 0 epochs, so nothing begins with it", where="--warm", hint="leave it out"
             )
+        if self.warm and not base.card.keeps_unrounded:
+            what = f"`{base.card.name}` does not keep weights from before they were rounded, for others to begin with"
+            hint = "leave it out, or write the method's `unrounded`"
+            raise UserError(what, where="--warm", hint=hint)
         if self.warm_epochs is not None and not self.warm:
             raise UserError(
                 "is for runs that begin with another's weights", where="--warm-epochs", hint="pass --warm too"

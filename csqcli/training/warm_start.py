@@ -40,10 +40,12 @@ def begin_with(run: Run, start: Checkpoint) -> None:
 
 
 def keep_latents(run: Run, method: WeightMethod) -> None:
-    """Write what a search ended with as a plain checkpoint: unrounded weights, all else as in the model."""
-    if run.shard.is_main:
+    """Write what a search ended with as a plain checkpoint: unrounded weights, all else as in the model. Nothing where the method
+    keeps none."""
+    unrounded = method.unrounded() if run.shard.is_main else None
+    if unrounded is not None:
         state = dict(run.model.state_dict())
-        for layer, value in zip(method.layers, method.unrounded(), strict=True):
+        for layer, value in zip(method.layers, unrounded, strict=True):
             state.update(dict.fromkeys((layer.name, *layer.aliases), value.to(layer.parameter.dtype)))
         write_weights(run.folder.latent_file, state)
     distributed.wait_for_all(run.device)  # before anybody begins with it

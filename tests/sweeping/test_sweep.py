@@ -507,6 +507,16 @@ def test_a_baseline_that_the_rules_leave_no_layer_is_left_out() -> None:
         assert left_out("xnor", **rules)[0] == []
 
 
+def test_a_method_that_keeps_no_unrounded_weights_is_not_one_to_begin_with() -> None:
+    outside = {"epochs": 10, "quantization.method": "tests.outside:Ternary"}
+    assert not planned(overrides=outside).base.card.keeps_unrounded
+    with pytest.raises(UserError, match="`ternary` does not keep weights from before they were rounded"):
+        planned(overrides=outside, warm=True)
+    assert planned(
+        overrides={"epochs": 10, "quantization.method": "benchmarks.accuracy.rivals:Brevitas"}
+    ).base.card.keeps_unrounded
+
+
 # -- the page and the table
 
 

@@ -129,10 +129,10 @@ class WeightMethod(ABC):
     def hard_layers(self) -> list[HardLayer]:
         """The delivered layers; call after :meth:`harden`."""
 
-    def unrounded(self) -> list[Tensor]:
-        """What stands behind each layer's rounded weights, of the weight's shape; another target may begin with it. The weights
-        themselves, unless the method keeps more."""
-        return [layer.parameter.detach() for layer in self.layers]
+    def unrounded(self) -> list[Tensor] | None:
+        """What stands behind each layer's rounded weights, of their shape and at their scale, once they are hard too: another
+        target may begin with it. None where nothing is kept of it, and then none does."""
+        return None
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

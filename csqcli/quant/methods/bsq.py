@@ -118,13 +118,30 @@ class BSQ(WeightMethod):
 
     def integers(self, index: int) -> Tensor:
         """Round[Σ_b (p_b − n_b)·2^b] of a layer (float), on the levels of its lowest plane; within its planes once fixed."""
+        lowest, most = self._reach(index)
+        return (self._total(index) / lowest).round_().mul_(lowest).clamp_(-most, most)
+
+    @torch.no_grad()
+    def unrounded(self) -> list[Tensor]:
+        """t·Σ_b (p_b − n_b)·2^b within the reach of its planes: the integers themselves where no step followed a re-quantization."""
+        found = []
+        for index, step in enumerate(self.steps):
+            _, most = self._reach(index)
+            found.append(self._total(index).clamp_(-most, most) * step)
+        return found
+
+    def _reach(self, index: int) -> tuple[float, float]:
+        """The distance of a layer's levels and the largest of them, in integers; 1 and 0 without planes."""
         span = torch.nonzero(self.active[index]).flatten().tolist()
         if not span:
-            return torch.zeros_like(self.positive[index][0])
+            return 1.0, 0.0
         lowest, highest = 2.0 ** span[0], 2.0 ** ((span[-1] if self.fixed else self.bits - 1) + 1)
+        return lowest, highest - lowest
+
+    def _total(self, index: int) -> Tensor:
+        """Σ_b (p_b − n_b)·2^b of a layer's planes in use, not rounded."""
         difference = self.positive[index].detach() - self.negative[index].detach()
-        total = (difference * self._powers(index, difference[0])).sum(dim=0)
-        return (total / lowest).round_().mul_(lowest).clamp_(lowest - highest, highest - lowest)
+        return (difference * self._powers(index, difference[0])).sum(dim=0)
 
     def _powers(self, index: int, like: Tensor) -> Tensor:
         """2^b of planes in use, 0 of the others, [bits, 1, …]."""

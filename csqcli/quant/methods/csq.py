@@ -71,6 +71,7 @@ class GateMethod(WeightMethod):
         self.plane_cost = self.budget.plane_costs[:, 0].to(device)  # [layers]; of one plane
         self.fisher = torch.zeros(len(layers), device=device)  # running Σ_i g_i² per layer
         self.hardened: _Hardened | None = None
+        self.soft_step = 0  # the last step whose weights were soft; gates stay as they were then
         self.fixing_step = self._fixing_step() if self.searches else 0
         self.planes.mask_logits.fill_(self.mask_logit)
         if plan.start is not None:
@@ -122,11 +123,11 @@ class GateMethod(WeightMethod):
     def state_bytes(cls, settings: Any, *, max_bits: int, state_dtype: torch.dtype) -> int:
         return 4 * max_bits * state_dtype.itemsize  # two logits a plane, and their momenta
 
-    @property
     @classmethod
     def trained_values(cls, *, max_bits: int) -> int:
         return 0
 
+    @property
     def harden_at_step(self) -> int | None:
         share = self.settings.harden_at
         return max(1, round(share * self.schedule.total_steps)) if share < 1 else None
@@ -263,6 +264,7 @@ class GateMethod(WeightMethod):
 
     def materialise(self, step: int) -> None:
         if self.hardened is None:
+            self.soft_step = step
             self.planes.materialise(self.forward_beta(step))
             return
         for layer, hard in zip(self.layers, self.hard_layers(), strict=True):
@@ -270,6 +272,7 @@ class GateMethod(WeightMethod):
 
     def harden(self, step: int) -> None:
         if self.hardened is None:
+            self.soft_step = step
             self.hardened = self._harden(step)
             self.materialise(step)
 
@@ -319,6 +322,23 @@ class GateMethod(WeightMethod):
         importance = self.planes.plane_energy(beta) * self._curvature()[:, None]
         return project(mask, importance, self.budget, spendable=mask)
 
+    @torch.no_grad()
+    def unrounded(self) -> list[Tensor]:
+        """The soft weights, as they were before they turned hard. Unit steps in the forward pass are on levels already: there it is
+        the weights at the temperature of their slopes, scaled so that the levels fit them."""
+        planes, beta, forward_beta = self.planes, self.beta(self.soft_step), self.forward_beta(self.soft_step)
+        found = []
+        for index, layer in enumerate(self.layers):
+            soft = planes.soft_weight(index, beta)
+            if forward_beta != beta:
+                hard = planes.soft_weight(index, forward_beta)
+                share = soft @ hard
+                soft *= torch.where(share > 0, (hard @ hard) / share.clamp_min(1e-30), 1.0)
+            if planes.ratios is not None:
+                layer.by_channel(soft).mul_(planes.ratios[index])
+            found.append(layer.unflatten(soft))
+        return found
+
     def hard_layers(self) -> list[HardLayer]:
         assert self.hardened is not None, "harden() first"
         return self._deliver(self.hardened)
@@ -364,12 +384,14 @@ class GateMethod(WeightMethod):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"planes": self.planes.state_dict(), "fisher": self.fisher}
+        state: dict[str, Any] = {"planes": self.planes.state_dict(), "fisher": self.fisher, "soft_step": self.soft_step}
         return state if self.hardened is None else state | {"hardened": vars(self.hardened)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.planes.load_state_dict(state["planes"])
         self.fisher.copy_(state["fisher"])
+        # states of csq 0.2 do not say it: weights then turned hard where the settings say so
+        self.soft_step = state.get("soft_step", self.harden_at_step or self.schedule.total_steps)
         self.hardened = _Hardened(**state["hardened"]) if "hardened" in state else None
 
     def _initial_scale(self, weight: Tensor) -> Tensor:

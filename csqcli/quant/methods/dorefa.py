@@ -49,6 +49,14 @@ class DoReFa(LatentMethod):
         """The odd integers that a layer's latents stand for."""
         return odd_integers(self.unit(self.latents[index].detach()), self.planes[index])
 
+    def before_rounding(self, index: int) -> Tensor:
+        """What of a layer is rounded, at the scale that is delivered: s·tanh(V)/max|tanh V|, or V itself at one bit."""
+        latent = self.latents[index].detach()
+        return latent if self.planes[index] == 1 else self.scales[index] * self.unit(latent)
+
+    def unrounded(self) -> list[Tensor]:
+        return [self.before_rounding(index) for index in range(len(self.layers))]
+
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
         if self.planes[index] == 1:
             latent = self.latents[index].detach()

@@ -64,6 +64,11 @@ class MSQ(DoReFa):
         unit = self.unit(self.latents[index].detach())
         return round_clamp(unit.abs(), self.planes[index]) * torch.sign(unit)
 
+    def before_rounding(self, index: int) -> Tensor:
+        """s·2^n·tanh(V)/max|tanh V|/(2^n − 1): as RoundClamp takes it, and not clamped."""
+        numbers = 2 ** self.planes[index]
+        return self._soft_weight(index) * (numbers / (numbers - 1))
+
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
         return self.levels(index), self.scales[index] / (2 ** self.planes[index] - 1)
 

@@ -42,6 +42,9 @@ class PACT(DoReFa):
                     raise UserError(what, where=layer.name, hint=hint)
         super().begin()
 
+    def before_rounding(self, index: int) -> Tensor:
+        return super().before_rounding(index) if self.settings.quantizer == "dorefa" else self.latents[index].detach()
+
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
         if self.settings.quantizer == "dorefa":
             return super().rounded(index)
