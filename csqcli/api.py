@@ -84,7 +84,7 @@ def search(
         force: overwrite a run in ``output``, finished or not, and files of these names that no run wrote.
         progress: show what is going on, on stderr.
         settings: further recipe keys, dotted or short where that is unambiguous: ``epochs=5``, ``batch_size=64``,
-            ``**{"finetune.epochs": 3}``. `csq recipes schema` lists them all. They win over the recipe.
+            ``**{"finetune.epochs": 3}``. `csq init` writes them all with their meaning. They win over the recipe.
 
     Returns:
         The report: budget, sizes, accuracy in percent (``report["accuracy"]["hard_top1"]``), one entry per layer, history.

@@ -11,12 +11,13 @@ import typer
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
+import csqcli
 from csqcli.cli.app import app
 from csqcli.file.manifest import Manifest
 from csqcli.quant.catalog import CARDS
 from csqcli.recipe.schema import Recipe
 
-FUNCTIONS = ("search", "finetune", "evaluate", "export", "report", "inspect", "load", "save", "CSQ")
+FUNCTIONS = (*(name for name in csqcli.__all__ if name not in ("CSQ", "UserError")), "CSQ")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -106,7 +107,7 @@ def _python() -> str:
     lines = [
         "# Python",
         "",
-        "`import csqcli`; every command is a function, and `CSQ` is an optimizer for a loop of your own.",
+        "`import csqcli`: what the commands do with models, and `CSQ`, an optimizer for a loop of your own.",
         "",
     ]
     for name in FUNCTIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import typer
 
+import csqcli
 from csqcli.cli.app import app
+from csqcli.file import io
 from csqcli.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +71,121 @@ def test_the_quickstart_runs(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert code == 0, f"{words}: {err}"
         assert out
     assert len(commands) >= 7
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under a heading of a page in docs/, up to the next heading of its level or above."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    level, rest = heading.count("#"), text.split(f"\n{heading}\n")[1]
+    return re.split(rf"^#{{1,{level}}} ", rest, flags=re.MULTILINE)[0]
+
+
+def code(text: str, language: str) -> str:
+    """The first block of a language."""
+    found = re.search(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def run_of(csq, command: str) -> Path:
+    """The folder of a run by a command as it stands on a page, cut to two epochs."""
+    code_, _, err = csq(*shlex.split(command)[1:], "--epochs", 2, "--quiet")
+    assert code_ == 0, err
+    return Path(command.split("--output ")[1].strip())
+
+
+def planes_of(file: Path) -> dict[str, int]:
+    return {layer["name"]: layer["bits"] for layer in csqcli.report(file)["layers"]}
+
+
+def test_the_method_of_your_own_runs_as_written_and_its_levels_are_in_the_file(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = section("methods.md", "## A method of your own")
+    Path("mymethod.py").write_text(code(text, "python"), encoding="utf-8")
+    folder = run_of(csq, code(text, "sh"))
+    report = csqcli.report(folder)
+    assert report["recipe"]["powers"] == {"reach": 2.5}
+    assert report["accuracy"]["hard_top1"] > 90
+    layers = io.read(folder / "model.safetensors").layers
+    assert len(layers) == 4
+    for layer in layers:  # three planes hold integers up to 7: of those the powers of two, each with both signs
+        assert set(layer.integers.unique().tolist()) == {-4, -2, -1, 0, 1, 2, 4}
+        assert layer.scale.shape == (1,)
+
+
+def test_the_allocator_and_the_cost_of_your_own_run_as_written(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = section("methods.md", "### An allocator or a cost of your own")
+    Path("myplanes.py").write_text(code(text, "python"), encoding="utf-8")
+    report = csqcli.report(run_of(csq, code(text, "sh")))
+    rows = {"conv1.weight": (16, 9), "conv2.weight": (32, 144), "conv3.weight": (48, 288), "fc.weight": (10, 48)}
+
+    def spent(planes: dict[str, float]) -> float:  # rows are padded to whole bytes
+        return sum(count * math.ceil(planes[name] * weights / 8) for name, (count, weights) in rows.items())
+
+    allowed = (spent(dict.fromkeys(rows, 2)) + spent(dict.fromkeys(rows, 3))) / 2
+    assert 0.9 * allowed < spent({layer["name"]: layer["bits"] for layer in report["layers"]}) <= allowed
+
+
+def test_the_file_of_planes_is_trained_as_the_page_says(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = section("methods.md", "### A file of planes")
+    Path("planes.yaml").write_text(code(text, "yaml"), encoding="utf-8")
+    command = re.search(r"^    (csq search .*)$", text, flags=re.MULTILINE)
+    assert command is not None
+    folder = run_of(csq, f"{command[1]} --output runs/planes")
+    assert planes_of(folder) == {"conv1.weight": 5, "conv2.weight": 3, "conv3.weight": 3, "fc.weight": 2}
+
+
+def test_of_the_lines_that_match_a_weight_the_last_one_counts(csq, tmp_path: Path) -> None:
+    """A general line that comes last takes all, the weight's own name included."""
+    file, run = tmp_path / "planes.yaml", tmp_path / "run"
+    file.write_text('planes: {conv1.weight: 5, "conv*": 3, "*": 2}')
+    quick = ("--method", "ste", "--epochs", 1, "--quiet", "--set", "max_steps=1", "--output", run)
+    code_, _, err = csq("search", "--recipe", "digits", "--planes", file, "--target-bits", 2, *quick)
+    assert code_ == 0, err
+    assert set(planes_of(run).values()) == {2}
+
+
+def test_first_and_last_layer_get_the_planes_that_the_questions_promise(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (words,) = (
+        words for words in shell_commands(ROOT / "docs" / "faq.md") if "layers.min_bits={conv1: 8, fc: 8}" in words
+    )
+    words[words.index("/images")] = "digits"
+    words[words.index("MODEL")] = "csq:digits_cnn"
+    weights = ("--recipe", "digits", "--epochs", 1, "--quiet", "--set", "max_steps=5", "--output", "run")
+    code_, _, err = csq(*words[1:], *weights)
+    assert code_ == 0, err
+    planes = planes_of(Path("run"))
+    assert (planes["conv1.weight"], planes["fc.weight"]) == (8, 8)
+    bits = {row["module"]: row["bits"] for row in csqcli.report("run")["activations"]}
+    assert bits == {"conv1": 8, "conv2": 4, "conv3": 4, "fc": 4}  # the network's own input has 8
+
+
+def test_python_on_its_page_runs_in_order_and_has_every_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "api.md"
+    text = "\n".join(blocks(page, "python"))
+    for name in csqcli.__all__:
+        assert f"csqcli.{name}" in text, name
+    names: dict[str, Any] = {}
+    exec(compile(re.sub(r"epochs=[25]\b", "epochs=1", text), page.name, "exec"), names)
+    assert names["report"]["budget"]["mean_bits"] <= 2
+    assert "runs/nothing: no such file" in capsys.readouterr().out
+    assert planes_of(Path("runs/api-planes")) == {
+        "conv1.weight": 5, "conv2.weight": 2, "conv3.weight": 2, "fc.weight": 2
+    }  # fmt: skip
+    assert list(planes_of(Path("parts.safetensors")).values()) == [5, 3, 2, 4]
+    assert "fc.weight" not in planes_of(Path("loop.safetensors"))
 
 
 def site() -> Any:

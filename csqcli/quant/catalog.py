@@ -576,7 +576,7 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing or not isinstance(getattr(found, "name", None), str):
         lacks = ", ".join(missing) or "name"
-        raise UserError(f"`{method}` lacks {lacks}", where=where, hint="docs/architecture.md has an example")
+        raise UserError(f"`{method}` lacks {lacks}", where=where, hint="docs/methods.md has an example")
     if found.name in CARDS:
         raise UserError(f"`{method}` calls itself `{found.name}`, which is a method of csq", where=where)
     return MethodCard(

@@ -2,7 +2,7 @@
 
 target_bits: 3.0        # optional: the budget that the planes are held against
 planes:
-  conv1.weight: 5       # a weight's name, or a glob; later lines before earlier ones
+  conv1.weight: 5       # a weight's name, or a glob; where several lines match a weight, the last one counts
   "layer4.*": 2
 """
 

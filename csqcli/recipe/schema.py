@@ -134,7 +134,7 @@ class QuantizationSettings(Section):
     trials: int = Field(TRIALS, ge=1, le=10**6)
     """Networks that the allocator `haq` measures."""
     planes: dict[str, Annotated[int, Field(ge=0, le=8)]] = Field(default_factory=dict)
-    """For the allocator `manual`: planes by names or globs of weights, later ones before earlier ones."""
+    """For the allocator `manual`: planes by names or globs of weights; where several match a weight, the last one counts."""
     max_bits: int = Field(8, ge=1, le=8)
     """n: planes that each layer starts with. Unset, with `act_bits` 8 or fewer: 7, since int8 engines hold no integers of 8 planes."""
     act_bits: Literal[1, 2, 3, 4, 8, 32, "auto"] = 32

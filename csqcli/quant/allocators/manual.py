@@ -12,7 +12,7 @@ _WHERE = "quantization.planes"
 
 
 def written_planes(layers: Sequence[Layer], budget: Budget, planes: Mapping[str, int]) -> list[int]:
-    """The planes of every layer, later entries before earlier ones.
+    """The planes of every layer; where several entries match it, the last one counts.
 
     UserError for a name that matches nothing, a layer that is named nowhere, and planes that the budget or the layers' rules
     do not allow.
