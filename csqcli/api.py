@@ -597,6 +597,7 @@ def sweep(
     baselines: Sequence[str] = (),
     warm: bool = False,
     warm_epochs: int | None = None,
+    seeds: int = 1,
     max_drop: float | None = None,
     jobs: int | None = None,
     progress: bool = False,
@@ -611,12 +612,14 @@ def sweep(
         baselines: methods to put beside, at those targets that they can meet.
         warm: begin all targets but the highest with that one's weights, for fewer epochs: cheaper, and less accurate.
         warm_epochs: epochs of the runs that do; None takes 0.4 of the others'.
-        max_drop: also look for the smallest file whose top-1 is at most so many points below the float model's.
+        seeds: runs of every target and method, with the recipe's seed and those after it.
+        max_drop: also look for the smallest file whose top-1, the mean over seeds, is at most so many points below the float model's.
         jobs: runs at a time, each in a process of its own; None runs them here, one after the other.
 
     Returns:
         What pareto.json holds: ``float`` (``top1`` in percent, ``bytes``, ``bops``), ``runs`` (one each: ``run``, its folder;
-        ``target_bits``, ``mean_bits``, ``top1``, ``bytes`` of the bit-packed file, …), ``max_drop``.
+        ``target_bits``, ``seed``, ``mean_bits``, ``top1``, ``bytes`` of the bit-packed file, …), ``groups`` (means over seeds, one
+        for each method and target: ``top1``, ``top1_sd``, …), ``max_drop``.
 
     Raises:
         UserError: for anything wrong with the arguments, the data or the folder; and where no run holds ``max_drop``.
@@ -636,6 +639,7 @@ def sweep(
         baselines=list(baselines),
         warm=warm,
         warm_epochs=warm_epochs,
+        seeds=seeds,
         max_drop=max_drop,
     )
     planned.members()  # what cannot be run is known before PyTorch is loaded

@@ -72,7 +72,8 @@ def search(
 
     ``recipe.adaptation.epochs`` in float come first, and ``recipe.finetune.epochs`` with the planes fixed at the end.
     ``images`` spares callers who run many jobs the opening of ``recipe.data.source``, and ``shared``, of :func:`prepare`, what
-    does not depend on the target; neither changes the result. ``latents`` leaves latents.safetensors in the folder, for other
+    does not depend on the target; neither changes the result, but that a recipe of another seed than ``shared`` begins with the
+    float network of ``shared`` and not with one of its own. ``latents`` leaves latents.safetensors in the folder, for other
     searches to begin with (``model.warm_start``). Raises UserError for anything wrong with the input; a folder
     with a finished run is refused without ``force``.
     """
@@ -86,7 +87,7 @@ def search(
         if folder.finished is not None:
             folder.finish()
             return folder.finished
-        with _opened(recipe, spec, images, folder, display) as run:
+        with _opened(recipe, spec, images, folder, display, weights_seed=shared.seed if shared else None) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
             if recipe.card.name == "pact" and recipe.quantization.act_bits == 32:
                 display.say(
@@ -163,11 +164,23 @@ def prepare(
         folder.finish()
 
 
-def _opened(recipe: Recipe, spec: ModelSpec, images: DataSet, folder: RunFolder, display: Display) -> Run:
-    """The run of a recipe before its first phase: the model with its weights and head, its images and loaders."""
-    torch.manual_seed(recipe.seed)
+def _opened(
+    recipe: Recipe,
+    spec: ModelSpec,
+    images: DataSet,
+    folder: RunFolder,
+    display: Display,
+    *,
+    weights_seed: int | None = None,
+) -> Run:
+    """The run of a recipe before its first phase: the model with its weights and head, its images and loaders. Weights that are
+    fresh are those of ``weights_seed``, the recipe's own if None."""
+    first = recipe.seed if weights_seed is None else weights_seed
+    torch.manual_seed(first)
     with display.step(f"loading {spec.source}"):
-        fitted = open_model(recipe, images)
+        fitted = open_model(recipe.model_copy(update={"seed": first}), images)
+    if first != recipe.seed:
+        torch.manual_seed(recipe.seed)
     loaded, images = fitted.loaded, images.relabelled(fitted.outputs, fitted.names)
     for note in loaded.notes:
         display.say(f"{loaded.weights_from}: {note}")

@@ -56,6 +56,16 @@ _OWN: dict[str, Any] = {
         ],
         None,
     ),
+    "seeds": (
+        Annotated[
+            int,
+            typer.Option(
+                metavar="N",
+                help="Run every target and method with so many seeds, --seed and those after it: mean ± standard deviation.",
+            ),
+        ],
+        1,
+    ),
     "warm": (
         Annotated[
             bool,
@@ -132,6 +142,7 @@ def sweep(**options: Any) -> None:
         baselines=words(own["with_"] or ""),
         warm=own["warm"],
         warm_epochs=own["warm_epochs"],
+        seeds=own["seeds"],
         max_drop=own["max_drop"],
     )
     members = planned.members()  # what cannot be run is known before PyTorch is loaded

@@ -373,7 +373,8 @@ def scatter(
             tip = element("title", escaped(f"{point.group} {point.label}: {short(point.x)}, {point.y:.4g}{error}"))
             frame.parts.append(element("path", tip, d=_mark(number, x, y), class_=kind, fill=svg.paint(kind)))
             label = svg.fitting(point.label, 0.3 * width)
-            frame.parts.append(_beside(frame, taken, x, y, label, above=len(best) > 1 and point in best))
+            above = len(best) > 1 and point in best
+            frame.parts.append(_beside(frame, taken, x, y, label, above=above, has_bar=bool(point.error)))
         return frame.finished()
 
     rows: list[list[Cell]] = [
@@ -535,12 +536,20 @@ def _mark(number: int, x: float, y: float) -> str:
 
 
 def _beside(
-    frame: _Frame, taken: list[tuple[float, float, float]], x: float, y: float, label: str, *, above: bool
+    frame: _Frame,
+    taken: list[tuple[float, float, float]],
+    x: float,
+    y: float,
+    label: str,
+    *,
+    above: bool,
+    has_bar: bool,
 ) -> str:
     """A point's label where none stands yet: to its right, left, above or below; nothing where all is taken. ``above`` first
-    where a line leaves the point to its right."""
+    where a line leaves the point to its right; above and below are beside its upright bar, where it has one."""
     wide = svg.text_width(label)
-    places = [(x + 8, y + 4), (x - 8 - wide, y + 4), (x - wide / 2, y - 9), (x - wide / 2, y + 18)]
+    start = x + 8 if has_bar else x - wide / 2
+    places = [(x + 8, y + 4), (x - 8 - wide, y + 4), (start, y - 9), (start, y + 18)]
     for start, base in places[2:3] * above + places:
         inside = frame.left <= start and start + wide <= frame.width and frame.top <= base - 8 and base <= frame.bottom
         free = all(abs(base - other) > 12 or start + wide < left or right < start for left, right, other in taken)

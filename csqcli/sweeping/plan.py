@@ -17,6 +17,7 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system.progress import counted
 from csqcli.system.run_files import LATENT_FILE
 
+MAX_SEEDS = 1000
 WARM_SHARE = 0.4  # of the epochs, for a run that begins with another's weights: five targets cost 2.6 runs
 _DROP_TARGET = 4.0  # planes, from which --max-drop looks down where no targets are given
 START = "start"  # key and folder of what the runs share
@@ -48,6 +49,7 @@ class Sweep:
     baselines: Sequence[str] = ()
     warm: bool = False  # whether all targets but the highest begin with that one's weights; docs/sweeps.md has the cost
     warm_epochs: int | None = None
+    seeds: int = 1  # runs of every target and method: the recipe's seed and those after it
     max_drop: float | None = None  # points below the float top-1 that the smallest file may be; None: nobody asks
     base: Recipe = field(init=False)
     folder: Path = field(init=False)
@@ -65,6 +67,8 @@ class Sweep:
         object.__setattr__(self, "planes", sorted(asked, reverse=True))
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UserError(f"{self.max_drop:g} is no number of points from 0 to 100", where="--max-drop")
+        if not 1 <= self.seeds <= MAX_SEEDS:
+            raise UserError(f"{self.seeds} is no number of seeds from 1 to {MAX_SEEDS}", where="--seeds")
         if base.card.name == "float":
             raise UserError("`float` has no targets to sweep", where="--method", hint="name a method that quantizes")
         if base.quantization.planes:
@@ -95,33 +99,48 @@ class Sweep:
         return self.warm_epochs or max(1, round(WARM_SHARE * self.base.epochs))
 
     def members(self) -> list[Member]:
-        """Every run, from high to low targets, the sweep's own method first. UserError where one cannot be run."""
-        return [self.member(target) for target in self.planes] + list(self._of_baselines())
+        """Every run, seed after seed: from high to low targets, the sweep's own method first. UserError where one cannot be run."""
+        found: list[Member] = []
+        for seed in self._every_seed():
+            found += [self._member(target, seed) for target in self.planes]
+            found += self._of_baselines(seed)
+        return found
 
-    def member(self, target: float) -> Member:
+    def members_at(self, target: float) -> list[Member]:
+        """The runs of the sweep's own method at a target, one of each seed."""
+        return [self._member(target, seed) for seed in self._every_seed()]
+
+    def _every_seed(self) -> range:
+        return range(self.base.seed, self.base.seed + self.seeds)
+
+    def _member(self, target: float, seed: int) -> Member:
         """The run of the sweep's own method at a target; the highest begins with the float model."""
-        name, highest = self.base.card.name, self.planes[0]
+        name, highest, suffix = self.base.card.name, self.planes[0], self._suffix(seed)
         if target == highest or not self.warm:
-            recipe = resolve(self.recipe, {**self.overrides, _TARGET: target})
-            return _checked(
-                Member(_key(name, target), name, target, recipe, is_first=self.base.card.trains and target == highest)
-            )
-        first = _key(name, highest)
+            recipe = resolve(self.recipe, {**self.overrides, "seed": seed, _TARGET: target})
+            is_first = self.base.card.trains and target == highest
+            return _checked(Member(_key(name, target) + suffix, name, target, recipe, is_first=is_first))
+        first = _key(name, highest) + suffix
         settings = {
             **self.overrides,
+            "seed": seed,
             _TARGET: target,
             _METHOD: self.base.quantization.method,  # `auto` looks at the epochs, which are fewer here
             "model.warm_start": str(self.folder / first / LATENT_FILE),
             "epochs": self.shorter_epochs,
         }
         return _checked(
-            Member(f"{_key(name, target)}-from{highest:g}", name, target, resolve(self.recipe, settings), first)
+            Member(f"{_key(name, target)}-from{highest:g}{suffix}", name, target, resolve(self.recipe, settings), first)
         )
 
     @property
     def mixes(self) -> bool:
         """Whether the sweep's own method gives layers different planes."""
         return self._mixes(self.base.card)
+
+    def _suffix(self, seed: int) -> str:
+        """Of a folder's name: the first seed's are named as those of a sweep with one, which may thus go on with more."""
+        return "" if seed == self.base.seed else f"-seed{seed}"
 
     def left_out(self) -> list[str]:
         """What the baselines cannot do, in words."""
@@ -132,13 +151,13 @@ class Sweep:
             if (why := self._why_not(name, target))
         ]
 
-    def _of_baselines(self) -> Iterator[Member]:
+    def _of_baselines(self, seed: int) -> Iterator[Member]:
         settings = of_every_method(self.overrides)
         for name in self.baselines:
             for target in self.planes:
                 if not self._why_not(name, target):
-                    own = resolve(self.recipe, {**settings, _METHOD: name, _TARGET: target})
-                    yield _checked(Member(_key(name, target), name, target, own))
+                    own = resolve(self.recipe, {**settings, "seed": seed, _METHOD: name, _TARGET: target})
+                    yield _checked(Member(_key(name, target) + self._suffix(seed), name, target, own))
 
     def _why_not(self, name: str, target: float) -> str:
         """What keeps a method from a target under the sweep's rules, in words; empty where nothing does."""

@@ -59,13 +59,14 @@ def run_sweep(
         while sweep.max_drop is not None and (target := _next(sweep, members[0], found)) is not None:
             within, top1 = points(sweep.max_drop), found["float"]["top1"]
             display.say(f"looking for the smallest within {within} of {top1:.2f} %: {target:g} planes next")
-            members.append(sweep.member(target))
-            run(members[-1:])
+            more = sweep.members_at(target)
+            members += more
+            run(more)
             found = summary(sweep, members)
             _write(sweep.folder, found, command=command)
     if sweep.max_drop is not None and found["max_drop"]["run"] is None:
-        best = max(found["runs"], key=lambda row: row["top1"])
-        what = f"no target is within {points(sweep.max_drop)} of float: the best is {best['run']}, {best['gap']:+.2f}"
+        best = max(found["groups"], key=lambda group: group["top1"])
+        what = f"no target is within {points(sweep.max_drop)} of float: the best is {best['group']}, {best['gap']:+.2f}"
         raise UserError(what, where=str(sweep.folder), hint="add higher --targets, or more --epochs, or allow more")
     return found
 
@@ -75,7 +76,7 @@ def _next(sweep: Sweep, first: Member, found: Summary) -> float | None:
     assert sweep.max_drop is not None
     top1 = found["float"]["top1"]
     tried: dict[float, bool] = {}
-    for row in found["runs"]:
+    for row in found["groups"]:
         if row["method"] == sweep.base.card.name:
             # under rules of single layers the others have a target's whole part (`quant.allocators.base.uniform`)
             target = row["target_bits"] if sweep.mixes else math.floor(row["target_bits"])

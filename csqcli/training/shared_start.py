@@ -1,6 +1,7 @@
 """What the runs of a sweep have in common, found once: the float model's accuracy, its adaptation, the importance of planes.
 
-A run that is handed a shared start is, byte for byte, the run without one; what others found already is only not done again.
+A run of the same seed that is handed a shared start is, byte for byte, the run without one; what others found already is only not
+done again. A run of another seed begins with the same float network, so that seeds differ in their searches alone.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class SharedStart:
             what = f"cannot be read ({str(error).splitlines()[0]})"
             raise UserError(what, where=str(path), hint="remove it, and the sweep makes it anew") from None
 
+    @property
+    def seed(self) -> int:
+        """The seed that it was found by."""
+        return int(self.content.inputs.settings["seed"])
+
     def check_same(self, now: Inputs, *, where: str) -> None:
         """UserError where ``now`` are not the inputs that it was made from, targets and methods aside."""
         what = difference(_without_target(self.content.inputs), _without_target(now))
@@ -66,8 +72,10 @@ class SharedStart:
             raise UserError(what, where=where, hint="choose another --output")
 
     def hand_over(self, run: Run) -> None:
-        """Let a run that has not begun know all this. UserError where the run is of another model or other images."""
-        self.check_same(run.folder.inputs, where=str(self.folder / START_FILE))
+        """Let a run that has not begun know all this, whatever its seed. UserError where it is of another model or other images."""
+        now = run.folder.inputs
+        now = now.model_copy(update={"settings": {**now.settings, "seed": self.seed}})
+        self.check_same(now, where=str(self.folder / START_FILE))
         run.record = self.content.record.model_copy(deep=True)
         if run.record.adaptation is not None and run.shard.is_main:
             with files.replacing(run.folder.float_file) as temporary:

@@ -359,8 +359,12 @@ INVOCATIONS |= {  # many targets
         ),
     ),
     "sweep for a drop": (
-        "sweep --recipe digits --targets 3 --max-drop 50 --epochs 0 --set images=64 --calib IMAGES -o OUT -q",
-        lambda r: "smallest     within 50 points of float: ptq-1bit" in r.out and "ptq-2bit" in r.out,
+        "sweep --recipe digits --targets 3 --max-drop 50 --seeds 2 --epochs 0 --set images=64 --calib IMAGES -o OUT -q",
+        lambda r: (
+            "smallest     within 50 points of float: ptq-1bit" in r.out
+            and " ± " in r.out
+            and (r.folder / "ptq-1bit-seed1" / "model.safetensors").exists()
+        ),
     ),
     "sweep of a fresh model": (
         "sweep digits_cnn --data digits --no-pretrained --targets 3 --cold --epochs 1 --set max_steps=1 -o OUT -q",

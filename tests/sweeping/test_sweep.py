@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import csqcli
+from csqcli import pipeline
 from csqcli.errors import UserError
 from csqcli.sweeping import launching, page, running, summary
 from csqcli.sweeping.launching import environment, run_elsewhere
@@ -27,6 +29,7 @@ from csqcli.sweeping.plan import Member, Sweep
 from csqcli.sweeping.sweep import _next, least_target
 from csqcli.system.progress import Display
 from csqcli.training import phase, post_training
+from csqcli.training.run import weights_hash
 from tests.reporting.test_page import Page
 
 QUICK: dict[str, Any] = {"recipe": "digits", "epochs": 2, "max_steps": 4, "threads": 1}
@@ -348,6 +351,155 @@ def test_latents_that_are_gone_are_one_line(tmp_path: Path) -> None:
         sweep(tmp_path, warm=True)
 
 
+# -- seeds
+
+BRIEF: dict[str, Any] = {"epochs": 1, "max_steps": 1, "targets": [3, 2]}
+
+
+def test_a_second_seed_runs_only_what_is_new_and_begins_with_the_same_float_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sweep(tmp_path, warm=True, **BRIEF, **FLOAT)
+    held = model(tmp_path / "staged-3bit")
+    trained, train = [], phase.train
+    monkeypatch.setattr(phase, "train", lambda run, name, *a, **k: (trained.append(name), train(run, name, *a, **k))[1])
+    found = sweep(tmp_path, warm=True, seeds=2, **BRIEF, **FLOAT)
+    assert trained == ["search", "search"]
+    assert model(tmp_path / "staged-3bit") == held
+    assert [(row["run"], row["seed"], row["begins_with"]) for row in found["runs"]] == [
+        ("staged-3bit", 0, None),
+        ("staged-2bit-from3", 0, "staged-3bit"),
+        ("staged-3bit-seed1", 1, None),
+        ("staged-2bit-from3-seed1", 1, "staged-3bit-seed1"),
+    ]
+    shared = ("top1", "bytes", "mean_bits", "gap")
+    assert [[row[key] for key in shared] for row in found["runs"][:2]] == [
+        [row[key] for key in shared] for row in before["runs"]
+    ]
+    reports = [json.loads((tmp_path / row["run"] / "report.json").read_text()) for row in found["runs"]]
+    assert len({report["adaptation"]["adapted_top1"] for report in reports}) == 1
+    assert len({report["inputs"]["weights_sha256"] for report in reports}) == 1  # the fresh head too
+    assert len({report["payload_sha256"] for report in reports}) == 4
+    recipe = yaml.safe_load((tmp_path / "staged-2bit-from3-seed1" / "recipe.yaml").read_text())
+    assert (recipe["seed"], Path(recipe["model"]["warm_start"]).parent.name) == (1, "staged-3bit-seed1")
+
+
+def test_without_a_shared_float_phase_a_further_seed_is_what_its_recipe_repeats(tmp_path: Path) -> None:
+    sweep(tmp_path / "sweep", seeds=2, **(BRIEF | {"targets": [2]}))
+    csqcli.search(output=tmp_path / "alone", recipe=str(tmp_path / "sweep" / "staged-2bit-seed1" / "recipe.yaml"))
+    assert model(tmp_path / "sweep" / "staged-2bit-seed1") == model(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("fresh", [{"pretrained": False, "model.checkpoint": None}, {"model.head": "new"}])
+def test_fresh_weights_are_those_of_the_first_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: dict[str, Any]
+) -> None:
+    opened, open_model = [], pipeline.open_model
+
+    def watched(*given: Any) -> Any:
+        fitted = open_model(*given)
+        opened.append(weights_hash(fitted.loaded.model))
+        return fitted
+
+    monkeypatch.setattr(pipeline, "open_model", watched)
+    found = sweep(tmp_path, seeds=2, method="ste", **(BRIEF | {"targets": [3]}), **fresh)
+    assert len(opened) == 3  # what is shared, and a run of each seed
+    assert len(set(opened)) == 1
+    assert (
+        found["runs"][0]["top1"] != found["runs"][1]["top1"] or found["runs"][0]["bytes"] != found["runs"][1]["bytes"]
+    )
+
+
+def test_a_further_seed_killed_and_resumed_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"epochs": 1, "max_steps": 2, "targets": [2], "seeds": 2, **FLOAT}
+    whole = sweep(tmp_path / "whole", **settings)
+    original = phase._Epochs._after_step
+
+    def killing(self: Any, epoch: int, batch: int, losses: Any) -> None:
+        original(self, epoch, batch, losses)
+        if self.phase == "search" and self.run.recipe.seed == 1 and batch == 1:
+            self._save(epoch, batch, losses)
+            raise Killed
+
+    monkeypatch.setattr(phase._Epochs, "_after_step", killing)
+    with pytest.raises(Killed):
+        sweep(tmp_path / "killed", **settings)
+    monkeypatch.undo()
+    torch.manual_seed(99)  # whatever this process did before
+    found = sweep(tmp_path / "killed", **settings)
+    for name in ("staged-2bit", "staged-2bit-seed1"):
+        assert model(tmp_path / "killed" / name) == model(tmp_path / "whole" / name)
+    assert [row["top1"] for row in found["runs"]] == [row["top1"] for row in whole["runs"]]
+
+
+def test_groups_are_means_and_sample_deviations_and_the_front_is_theirs() -> None:
+    def run(method: str, seed: int, top1: float, size: int) -> dict[str, Any]:
+        return {
+            **{"run": f"{method}-{seed}", "method": method, "target_bits": 2.0, "top1": top1, "bytes": size},
+            **{"mean_bits": 1.9 + 0.1 * seed, "bops": 100 + seed, "epochs": 1},
+        }
+
+    # `even` is better in the mean, though the best single run is of `uneven`
+    even = [run("even", seed, top1, 1000 + seed) for seed, top1 in enumerate((95.0, 95.2, 95.7))]
+    uneven = [run("uneven", seed, top1, 2000) for seed, top1 in enumerate((99.0, 90.0, 92.0))]
+    groups = summary.grouped(even + uneven, float_top1=96.0, float_bytes=10010)
+    first, second = groups
+    assert (first["group"], first["runs"], first["n"]) == ("even-0", ["even-0", "even-1", "even-2"], 3)
+    assert first["top1"] == pytest.approx(95.3)
+    assert first["top1_sd"] == statistics.stdev([95.0, 95.2, 95.7])
+    # deviations −0.3, −0.1, 0.4 → squares 0.26 over n − 1 = 2
+    assert first["top1_sd"] == pytest.approx(0.13**0.5)
+    assert (first["bytes"], first["bops"], first["compression"]) == (1001, 101, 10.0)
+    assert first["mean_bits"] == pytest.approx(2.0)
+    assert first["gap"] == pytest.approx(-0.7)
+    assert second["top1"] == pytest.approx(281 / 3)
+    assert [row["on_front_bytes"] for row in even + uneven] == [True] * 3 + [False] * 3
+    assert (first["on_front_bops"], second["on_front_bops"]) == (True, False)
+    # a run within half a point of float does not make its group so
+    assert summary._within(groups, 96.0, 0.5)["run"] is None
+    assert summary._within(groups, 96.0, 0.8) == {"asked": 0.8, "reached": pytest.approx(0.7), "run": "even-0"}
+
+
+def test_a_group_of_one_seed_is_its_run() -> None:
+    found = hand_made()
+    same = ("method", "target_bits", "top1", "gap", "mean_bits", "bytes", "compression", "bops", "epochs")
+    for row, group in zip(found["runs"], found["groups"], strict=True):
+        assert [row[key] for key in same] == [group[key] for key in same]
+        assert (group["group"], group["n"], group["top1_sd"]) == (row["run"], 1, None)
+        assert row["on_front_bytes"] is row["on_front_bops"] is (row["target_bits"] != 2.5)
+
+
+def test_page_figures_and_table_hold_means_and_bars_where_there_are_several_seeds() -> None:
+    one, three = hand_made(), hand_made(seeds=3)
+    for found, bars in ((one, 0), (three, 4)):
+        figures = page.figures(found)
+        assert [figure.svg().count('class="line s0"') for figure in figures] == [bars, bars]
+        text = page.pareto_page(found, figures, command="csq sweep")
+        shown = Page(text)
+        assert ('id="group-table"' in text) is (found is three)
+        assert ("One run is one draw" in shown.text) is (found is one)
+    # top-1 of three seeds: 90, 90.5, 91 → 90.50 ± 0.50
+    for words in (
+        "90.50 ± 0.50 %",
+        "seeds 0 to 2",
+        "given one float network",
+        "± one standard deviation",
+        "net-4bit-seed2",
+    ):
+        assert words in shown.text, words
+    for width in (60, 80, 120):
+        console = Console(file=io.StringIO(), width=width)
+        page.print_sweep(three, console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= width
+        assert [line.split()[0] for line in lines if line.startswith("net-")] == [
+            f"net-{target}bit" for target in ("4", "2", "2.5", "1")
+        ]
+        assert any("90.50 ± 0.50" in line for line in lines)
+
+
 # -- processes of their own
 
 
@@ -470,6 +622,15 @@ def test_five_warm_targets_cost_at_most_three_runs() -> None:
         assert sum(member.recipe.epochs for member in runs) <= 3 * epochs, epochs
 
 
+def test_every_target_and_method_has_every_seed_after_the_recipes_own() -> None:
+    sweep = planned(overrides={"epochs": 10, "seed": 5}, targets="2,4", baselines=["lsq"], seeds=2)
+    assert [(run.key, run.recipe.seed) for run in sweep.members()] == [
+        *(("staged-4bit", 5), ("staged-2bit", 5), ("lsq-4bit", 5), ("lsq-2bit", 5)),
+        *(("staged-4bit-seed6", 6), ("staged-2bit-seed6", 6), ("lsq-4bit-seed6", 6), ("lsq-2bit-seed6", 6)),
+    ]
+    assert [run.key for run in sweep.members_at(3)] == ["staged-3bit", "staged-3bit-seed6"]
+
+
 def test_settings_of_the_methods_own_do_not_reach_baselines() -> None:
     runs = planned(overrides={"epochs": 10, "staged.recovery": 0.5, "seed": 3}, baselines=["lsq", "csq"]).members()
     assert {(run.method, run.recipe.seed) for run in runs} == {("staged", 3), ("lsq", 3), ("csq", 3)}
@@ -520,24 +681,36 @@ def test_a_method_that_keeps_no_unrounded_weights_is_not_one_to_begin_with() -> 
 # -- the page and the table
 
 
-def hand_made(name: str = "net") -> dict[str, Any]:
-    """Four runs at round numbers, of which the third is beaten."""
+def hand_made(name: str = "net", *, seeds: int = 1) -> dict[str, Any]:
+    """Four targets at round numbers, of which the third is beaten; further seeds are half a point better each."""
     lines = [(4, 90.0, 4000, 400), (2, 89.0, 2000, 200), (2.5, 88.0, 2500, 250), (1, 70.0, 1000, 100)]
-    runs = [
-        {"run": f"{name}-{target:g}bit", "method": name, "target_bits": target, "mean_bits": target, "top1": top1}
+    runs: list[dict[str, Any]] = [
+        {"run": f"{name}-{target:g}bit{f'-seed{seed}' if seed else ''}", "method": name, "target_bits": target}
+        | {"seed": seed, "mean_bits": target, "top1": top1 + 0.5 * seed}
         | {
-            "gap": top1 - 91.0,
+            "gap": top1 + 0.5 * seed - 91.0,
             "bytes": size,
             "compression": 32000 / size,
             "bops": bops,
             "epochs": 3,
             "begins_with": None,
         }
-        | {"on_front_bytes": target != 2.5, "on_front_bops": target != 2.5}
+        for seed in range(seeds)
         for target, top1, size, bops in lines
     ]
+    groups = summary.grouped(runs, float_top1=91.0, float_bytes=32000)
     return {
-        **{"model": name, "data": name, "samples": 500, "epochs": 3, "seed": 0, "warm": False, "form": "bit-packed"},
+        **{
+            "model": name,
+            "data": name,
+            "samples": 500,
+            "epochs": 3,
+            "seed": 0,
+            "seeds": seeds,
+            "groups": groups,
+            "warm": False,
+            "form": "bit-packed",
+        },
         **{"float": {"top1": 91.0, "bytes": 32000, "bops": 10240}, "trained_epochs": 12, "runs": runs, "left_out": []},
         "max_drop": {"asked": 2.0, "reached": 2.0, "run": f"{name}-2bit"},
     }
