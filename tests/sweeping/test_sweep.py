@@ -303,13 +303,13 @@ def test_the_search_for_a_drop_ends_where_the_rules_leave_no_room(
 def test_a_fraction_under_rules_stands_for_its_whole_part_in_the_search_for_a_drop(tmp_path: Path) -> None:
     rules = {"quantization.method": "lsq", "layers.min_bits": {"fc": 3}}
     asked = planned(targets=None, max_drop=1.0, output=tmp_path, overrides={"epochs": 10, **rules})
-    first = asked.member(4)
+    (first,) = asked.members_at(4)
     (tmp_path / first.key).mkdir()
     (tmp_path / first.key / "report.json").write_text(json.dumps(REPORT))
 
     def after(*top1s: tuple[float, float]) -> float | None:
-        runs = [{"method": "lsq", "target_bits": target, "top1": top1} for target, top1 in top1s]
-        return _next(asked, first, {"float": {"top1": 90.0}, "runs": runs})
+        groups = [{"method": "lsq", "target_bits": target, "top1": top1} for target, top1 in top1s]
+        return _next(asked, first, {"float": {"top1": 90.0}, "groups": groups})
 
     assert after((5.5, 90.0)) == 4  # least is 3: 100 weights at 2 planes and 300 at 3 are 2.75 in the mean, over 2
     assert after((5.5, 90.0), (4, 80.0)) is None
