@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import DataOption, JsonOption, QuietOption, SetOption, given
+from csqcli.cli.options import LOG_EVERY, DataOption, JsonOption, LogOption, QuietOption, SetOption, given
 from csqcli.system.launcher import is_main_process
 
 
@@ -28,6 +28,7 @@ def reproduce(
         bool, typer.Option("--plan", help="Write the recipes, print the runs as commands, and start none.")
     ] = False,
     settings: SetOption = None,
+    log_every: LogOption = LOG_EVERY,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -39,7 +40,7 @@ def reproduce(
     """
     from csqcli.recipe.resolve import parse_assignments
     from csqcli.reproducing.experiments import EXPERIMENTS, find_experiment
-    from csqcli.system.progress import counted
+    from csqcli.system.progress import Display, counted
 
     if name is None:
         for experiment in EXPERIMENTS.values():
@@ -49,10 +50,15 @@ def reproduce(
     experiment = find_experiment(name)
     more: dict[str, Any] = parse_assignments(settings or []) | given({"data.source": data, "model.source": model})
     target, chosen = folder or Path("runs") / f"reproduce-{scale:g}", range(seeds)
+    display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     from csqcli.reproducing import runs as reproducing
 
     if plan:
         planned = reproducing.plan(experiment, scale=scale, seeds=chosen, more=more)
+        reproducing.check_images(planned)
+        short = reproducing.few_epochs(experiment, planned)
+        if short is not None:
+            display.say(short)
         reproducing.write_recipes(planned, target)
         for run in planned:
             output.line(reproducing.command(run, target))
@@ -61,9 +67,7 @@ def reproduce(
         return
     from csqcli.reproducing import page
     from csqcli.system.files import write_text
-    from csqcli.system.progress import Display
 
-    display = Display(quiet=quiet or not is_main_process())
     found = reproducing.run_all(experiment, target, scale=scale, seeds=chosen, more=more, display=display)
     summary = reproducing.summary(experiment, found, scale=scale, seeds=chosen)
     if not is_main_process():
@@ -71,10 +75,9 @@ def reproduce(
     text, figure = page.markdown(experiment, summary), page.figure(experiment, summary)
     write_text(target / f"{name}.json", json.dumps(summary, indent=2) + "\n")
     write_text(target / f"{name}.md", text)
-    if figure is not None:
-        write_text(target / f"{name}.svg", figure.svg())
+    write_text(target / f"{name}.svg", figure.svg())
     if as_json:
         output.as_json(summary)
     else:
         output.block(text)
-        output.line(f"wrote {target / name}.md, .json{' and .svg' if figure is not None else ''}")
+        output.line(f"wrote {target / name}.md, .json and .svg")

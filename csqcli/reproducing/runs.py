@@ -18,11 +18,13 @@ from csqcli.recipe.resolve import resolve, to_yaml
 from csqcli.recipe.schema import Recipe
 from csqcli.reproducing.experiments import Experiment, Row
 from csqcli.system.files import write_text
-from csqcli.system.progress import Display
+from csqcli.system.progress import Display, counted
 from csqcli.system.settings import RESULT_NEUTRAL, without
 
 Report = dict[str, Any]
 _RECIPES = "recipes"  # folder inside the output
+_FEW_EPOCHS = 10  # of a schedule from scratch: fewer are said to be few
+SHORT_OF_TARGET = 0.3  # planes: a search that ended further below its target is marked
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,22 @@ def _from_anywhere(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": data})
 
 
+def check_images(runs: Sequence[Run]) -> None:
+    """UserError for data that the runs would refuse. All have the same."""
+    from csqcli.training.opening import open_images  # PyTorch, which recipes do not need
+
+    open_images(runs[0].recipe)
+
+
+def few_epochs(experiment: Experiment, runs: Sequence[Run]) -> str | None:
+    """A line where the schedule is a share of the paper's from which little is learned, None for others."""
+    epochs, whole = runs[0].recipe.epochs, resolve(experiment.recipe, {}).epochs
+    if epochs >= min(_FEW_EPOCHS, whole):
+        return None
+    found = "rows may end at chance, or far below their target, which the table marks"
+    return f"{counted(epochs, 'epoch')} of the paper's {whole}: too few to learn much; {found}"
+
+
 def write_recipes(runs: Sequence[Run], output: Path) -> None:
     """The recipe of each run, for its command to read. UserError where the folder cannot be made, and where a recipe of that name
     is another one, which commands that were printed before still read."""
@@ -148,9 +166,12 @@ def run_all(
 ) -> list[list[Report]]:
     """Train, resume or read every run; the reports of each row, none of one that is not trained. UserError as
     `pipeline.search`."""
-    from csqcli import pipeline  # PyTorch, which a plan does not need
+    from csqcli import pipeline  # PyTorch, which recipes do not need
 
     runs = plan(experiment, scale=scale, seeds=seeds, more=more)
+    short = few_epochs(experiment, runs)
+    if short is not None:
+        display.say(short)
     reports = []
     for number, run in enumerate(runs, 1):
         row = run.row
@@ -180,6 +201,7 @@ def summary(
     ]
     paper_float = next((row.accuracy for row in experiment.rows if row.method == "float"), None)
     first = next(reports[0] for reports in found if reports)
+    chance = 100 / len(first["classes"])
     return {
         "name": experiment.name,
         "title": experiment.title,
@@ -187,36 +209,53 @@ def summary(
         "scale": scale,
         "seeds": list(seeds),
         "model": first["model"]["source"],
+        "weights_from": first["model"]["weights_from"],
         "data": first["recipe"]["data"]["source"],
         "epochs": first["recipe"]["epochs"],
+        "chance": chance,
         "rows": [
-            _row(row, reports, own_float, paper_float) for row, reports in zip(experiment.rows, found, strict=True)
+            _row(row, reports, own_float, paper_float, chance)
+            for row, reports in zip(experiment.rows, found, strict=True)
         ],
     }
 
 
-def _row(row: Row, reports: Sequence[Report], own_float: Sequence[float], paper_float: float | None) -> dict[str, Any]:
+def near_chance(chance: float) -> float:
+    """The top-1 in % up to which nothing was learned."""
+    return min(1.5 * chance, chance + 5)
+
+
+def _row(
+    row: Row, reports: Sequence[Report], own_float: Sequence[float], paper_float: float | None, chance: float
+) -> dict[str, Any]:
     paper_gap = None if None in (row.accuracy, paper_float) else round(row.accuracy - paper_float, 2)  # type: ignore[operator]
     line: dict[str, Any] = {
         "label": row.label,
         "method": row.method,
         "act_bits": row.act_bits,
-        "paper": {"bits": row.bits, "top1": row.accuracy, "gap": paper_gap},
+        "paper": {"bits": row.bits, "compression": row.compression, "top1": row.accuracy, "gap": paper_gap},
         "ours": None,
     }
     if not reports:
         return line
     top1 = [report["accuracy"]["hard_top1"] for report in reports]
     units = [report["accuracy"].get("unit_steps_top1") for report in reports]
+    planes = None if row.method == "float" else [report["budget"]["mean_bits"] for report in reports]
+    target, sizes = reports[0]["budget"]["target_mean_bits"], [report["sizes"] for report in reports]
+    searches = row.method in CARDS and CARDS[row.method].takes != "planes"
     line["ours"] = {
         "top1": top1,
         "mean": statistics.mean(top1),
         "sd": statistics.stdev(top1) if len(top1) > 1 else None,
         "gap": statistics.mean(top1) - statistics.mean(own_float) if own_float else None,
         "unit_steps_mean": statistics.mean(units) if None not in units else None,
-        "planes": None if row.method == "float" else [report["budget"]["mean_bits"] for report in reports],
-        "target": reports[0]["budget"]["target_mean_bits"],
-        "bytes": [report["sizes"]["file_bytes"] for report in reports],
+        "planes": planes,
+        "target": target,
+        "bytes": [size["file_bytes"] for size in sizes],
+        "compression": [size["float_bytes"] / size["file_bytes"] for size in sizes],
+        "at_chance": min(top1) <= near_chance(chance),
+        "short_of_target": searches and planes is not None and min(planes) < target - SHORT_OF_TARGET,
+        "layer_names": [layer["name"] for layer in reports[0]["layers"]],
         "layers": [[layer["bits"] for layer in report["layers"]] for report in reports],
         "history": [[epoch.get("mean_bits") for epoch in report["history"]] for report in reports],
     }

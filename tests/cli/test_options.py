@@ -226,7 +226,8 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         lambda r: "# 6 runs, 6 epochs in all" in r.out,
     ),
     "reproduce a figure": (
-        "reproduce fig2 --data digits --model digits_cnn --scale 0.002 --output OUT --set max_steps=1 --json -q",
+        "reproduce fig2 --data digits --model digits_cnn --scale 0.002 --output OUT --set max_steps=1 --json -q "
+        "--log-every 5",
         lambda r: json.loads(r.out)["name"] == "fig2",
     ),
     # export
