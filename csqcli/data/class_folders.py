@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -77,8 +78,9 @@ def data_set(tree: Tree, where: str, *, train: bool) -> DataSet:
     """The images below ``train/CLASS/`` and ``val/CLASS/`` in any usual spelling, classes in sorted order.
 
     Class folders that stand in no split are training images, and a folder that holds nothing but another is looked through.
-    Hidden folders and folders without images are no classes. Files that are no images by their names are counted and named
-    in one line of the log. Without ``train`` only the validation split, and a test split where there is none, are listed.
+    Hidden folders and folders without images are no classes; below a class, folders called like splits are an error. Files
+    that are no images by their names are counted and named in one line of the log. Without ``train`` only the validation
+    split, and a test split where there is none, are listed.
     """
     base = _base(tree)
     places = _places(tree, base, where)
@@ -98,7 +100,7 @@ def data_set(tree: Tree, where: str, *, train: bool) -> DataSet:
     shown = [split for split in (training, val, test) if split is not None]
     classes = list(shown[0].images) if shown else []
     if train and len(classes) == 1:
-        hint = "a classifier needs two or more folders of images, one per class"
+        hint = _table_hint(tree, base) or "a classifier needs two or more folders of images, one per class"
         raise UserError(f"one class only ({classes[0]})", where=_named(tree, shown[0].path), hint=hint)
     _tell(tree, shown)
     return DataSet(
@@ -150,16 +152,23 @@ def _listed(tree: Tree, path: str) -> _Split:
     """All images of a split. Raises UserError where there are no class folders or no images in them."""
     names = [name for name in tree.folders(path) if not is_hidden(name)]
     if not names:
-        raise UserError("no class folders", where=_named(tree, path), hint="expected one folder of images per class")
+        hint = _table_hint(tree, path) or "expected one folder of images per class"
+        raise UserError("no class folders", where=_named(tree, path), hint=hint)
     split = _Split(path)
     for name in names:
         below = posixpath.join(path, name)
-        images = []
+        images, inside = [], ""
         for file in tree.files(below):
             folder, base = posixpath.split(file)
-            if any(map(is_hidden, folder[len(below) :].split("/"))):
-                continue  # .ipynb_checkpoints holds second copies
+            if folder != inside:
+                inside, inner = folder, folder[len(below) + 1 :].split("/")
+                skipped = any(map(is_hidden, inner))  # .ipynb_checkpoints holds second copies
+                splits = [place for place, part in enumerate(inner) if role_of(part) is not None]
+            if skipped:
+                continue
             if base.lower().endswith(SUFFIXES) and not base.startswith("._"):
+                if splits:
+                    raise _split_in_a_class(tree, below, inner, splits[0])
                 images.append(file)
             elif not is_hidden(base) and base.lower() not in _LITTER:
                 split.others.append(file)
@@ -171,6 +180,33 @@ def _listed(tree: Tree, path: str) -> _Split:
         others = _others(tree, split.others)
         raise UserError("no images", where=_named(tree, path), hint=f"looked for {', '.join(SUFFIXES)}{others}")
     return split
+
+
+def _split_in_a_class(tree: Tree, below: str, inner: Sequence[str], place: int) -> UserError:
+    """For a class folder ``below`` with images in a folder of it, ``inner``, of which the part at ``place`` is called like a split.
+
+    Read as a class, it would mix training and test images. It is a data set of its own where class folders follow, and else
+    the splits of this class.
+    """
+    split, name = inner[place], posixpath.basename(below)
+    what = f"class folder {name}/ holds {'/'.join(inner[: place + 1])}/, which is called like a split: its images would be mixed in"
+    data_set = _named(tree, posixpath.join(below, *inner[:place]))
+    if place + 1 == len(inner):
+        hint = f"move its images to {split}/{name}/, or give a CSV of path,label,split; or rename {split}/ if it is no split"
+    elif tree.reader is None:
+        hint = f"for the data set in it pass --data {shlex.quote(data_set)}"
+    else:
+        hint = "pack the folders of one data set alone"
+    return UserError(what, where=_named(tree, posixpath.dirname(below)), hint=hint)
+
+
+def _table_hint(tree: Tree, base: str) -> str:
+    """What to pass where images are not in class folders and a CSV lies beside them; empty where none does."""
+    tables = [path.lstrip("/") for path in tree.files(base) if path.lower().endswith(".csv")]
+    if not tables or tree.reader is not None:
+        return ""
+    file = shlex.quote(_named(tree, min(tables, key=lambda path: path.count("/"))))
+    return f"where a CSV names the images and their classes, pass it: --data {file}"
 
 
 def _check_same_classes(tree: Tree, training: _Split, val: _Split, where: str) -> None:

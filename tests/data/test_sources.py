@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,48 @@ def test_missing_and_empty_splits_are_named(tmp_path: Path, image_folder: Path) 
     shutil.copy(image_folder / "val" / "dark" / "0.png", image_folder / "val" / "third")
     with pytest.raises(UserError, match=r"train/ has 2 classes, val/ has 3 \(first that differs: third\)"):
         open_data(str(image_folder))
+
+
+def test_splits_below_a_class_are_an_error_and_never_mixed_into_it(tmp_path: Path, image_folder: Path) -> None:
+    for split in ("train", "val"):
+        for label in ("dark", "bright"):
+            shutil.copytree(image_folder / split / label, tmp_path / "turned" / label / f"{split}_images")
+    turned = re.escape(f"class folder bright/ holds train_images/, which is called like a split")
+    with pytest.raises(UserError, match=rf"{turned}.*; move its images to train_images/bright/, or give a CSV"):
+        open_data(str(tmp_path / "turned"), val_split=0.5)
+    shutil.move(image_folder, tmp_path / "several" / "a" / "images")
+    shutil.copytree(tmp_path / "several" / "a" / "images", tmp_path / "several" / "b")
+    for source in (tmp_path / "several", f"folder:{tmp_path / 'several'}"):
+        with pytest.raises(UserError, match=r"class folder a/ holds images/train/, .* pass --data .*/several/a/images"):
+            open_data(str(source), val_split=0.5)
+    assert len(open_data(str(tmp_path / "several" / "a")).train) == 12
+    archive = shutil.make_archive(str(tmp_path / "several"), "zip", tmp_path / "several")
+    with pytest.raises(
+        UserError, match=r"class folder a/ holds images/train/, .* pack the folders of one data set alone"
+    ):
+        open_data(archive, val_split=0.5)
+
+
+def test_folders_below_a_class_that_are_called_otherwise_are_part_of_it(image_folder: Path) -> None:
+    shutil.move(image_folder / "train" / "dark", image_folder / "train" / "night")
+    shutil.move(image_folder / "train" / "night", image_folder / "train" / "dark" / "night")
+    assert len(open_data(str(image_folder)).train) == 12
+
+
+def test_a_csv_beside_images_without_class_folders_is_pointed_at(image_folder: Path) -> None:
+    flat = image_folder / "train"
+    shutil.rmtree(flat / "bright")
+    (flat / "labels.csv").write_text("path,label\n")
+    with pytest.raises(UserError, match=r"one class only \(dark\); .*: --data .*/train/labels.csv"):
+        open_data(str(flat), val_split=0.5)
+    with pytest.raises(UserError, match=r"no class folders; expected one folder of images per class"):
+        open_data(str(flat / "dark"), val_split=0.5)
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_as_class_folders_is_no_batches(image_folder: Path, kind: str) -> None:
+    with pytest.raises(UserError, match=f"holds images, not CIFAR's python batches; drop `{kind}:` and pass --data"):
+        open_data(f"{kind}:{image_folder}")
 
 
 def test_hidden_and_empty_folders_are_no_classes_and_said_to_be_none(image_folder: Path, caplog) -> None:

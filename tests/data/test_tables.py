@@ -72,7 +72,15 @@ def test_labels_of_one_number_are_classes_in_the_order_of_their_names(image_fold
             "path,label\ntrain/dark/0.png,dark\nnowhere.png,dark\n",
             r"1 of its images are not there \(first: .*nowhere.png",
         ),
-        ("path,score\ntrain/dark/0.png,1\n", "no column for the label; call the columns path and label"),
+        (
+            "Path,score\ntrain/dark/0.png,1\n",
+            "no column for the label among path, score; call it one of label, class, target, category, class_name$",
+        ),
+        ("label,jpg\ndark,train/dark/0.png\n", "no column for the path among label, jpg; call it one of path, file, "),
+        (
+            "jpg,kind\ntrain/dark/0.png,dark\n",
+            r"1 of its images are not there .*/jpg\); call the columns path and label if line 1 is a heading",
+        ),
         ("path,label\ntrain/dark/0.png\n", "line 2: 1 fields; path,label is expected"),
         ("path,label,split\ntrain/dark/0.png,dark,holdout\n", "line 2: `holdout` is no split"),
         ("", "no training split"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ def cifar10(text: str, *, train: bool) -> DataSet:
     """50,000 training and 10,000 validation images of 32×32 pixels."""
     root = _inner(Path(text), "cifar-10-batches-py")
     names = [f"data_batch_{number}" for number in range(1, 6)]
+    _check_no_images("cifar10", root, names[0], text)
     splits = _batches(root, names, "labels", 10), _batches(root, ["test_batch"], "labels", 10)
     return _data_set("cifar10", root, splits, ("batches.meta", "label_names"))
 
@@ -28,6 +31,7 @@ def cifar10(text: str, *, train: bool) -> DataSet:
 def cifar100(text: str, *, train: bool) -> DataSet:
     """50,000 training and 10,000 validation images of 32×32 pixels."""
     root = _inner(Path(text), "cifar-100-python")
+    _check_no_images("cifar100", root, "train", text)
     splits = _batches(root, ["train"], "fine_labels", 100), _batches(root, ["test"], "fine_labels", 100)
     return _data_set("cifar100", root, splits, ("meta", "fine_label_names"))
 
@@ -35,6 +39,16 @@ def cifar100(text: str, *, train: bool) -> DataSet:
 def _inner(root: Path, name: str) -> Path:
     """The folder that the archive unpacks to, also where its parent was given."""
     return root / name if (root / name).is_dir() else root
+
+
+def _check_no_images(kind: str, root: Path, first: str, text: str) -> None:
+    """UserError for folders of images, which CIFAR comes in as well, where the ``first`` batch is not there."""
+    from csqcli.data.class_folders import SUFFIXES
+
+    files = (file.lower() for _, _, names in os.walk(root) for file in names)
+    if not (root / first).is_file() and any(file.endswith(SUFFIXES) for file in files):
+        hint = f"drop `{kind}:` and pass --data {shlex.quote(text)}"
+        raise UserError("holds images, not CIFAR's python batches", where=text, hint=hint)
 
 
 def _data_set(kind: str, root: Path, splits: tuple[Images, Images], meta: tuple[str, str]) -> DataSet:

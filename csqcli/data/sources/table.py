@@ -65,7 +65,7 @@ def table(text: str, *, train: bool) -> DataSet:
         )
     root = os.path.join(text if Path(text).is_dir() else os.path.dirname(text), "")
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
-    missing = []
+    missing: list[tuple[int, str]] = []
     for of_file, file in files.items():
         for line, path, label, split in _rows(str(file)):
             role = role_of(split) if split is not None else of_file
@@ -74,9 +74,11 @@ def table(text: str, *, train: bool) -> DataSet:
             where = path if os.path.isabs(path) else root + path
             rows[role].append((where, label))
             if not os.path.isfile(where):
-                missing.append(where)
+                missing.append((line, where))
     if missing:
-        raise UserError(f"{len(missing)} of its images are not there (first: {missing[0]})", where=text)
+        line, first = missing[0]
+        hint = f"call the columns {_PATH[0]} and {_LABEL[0]} if line 1 is a heading" if line == 1 else ""
+        raise UserError(f"{len(missing)} of its images are not there (first: {first})", where=text, hint=hint)
     classes = _classes(
         {label for name in ("train", "val") for _, label in rows[name]} or {label for _, label in rows["test"]}
     )
@@ -108,8 +110,12 @@ def _rows(text: str) -> Iterator[tuple[int, str, str, str | None]]:
             ]
             path, label, split = columns
             if (path is None) != (label is None):
-                hint = f"call the columns {_PATH[0]} and {_LABEL[0]}"
-                raise UserError(f"no column for the {'path' if path is None else 'label'}", where=text, hint=hint)
+                what, names = ("path", _PATH) if path is None else ("label", _LABEL)
+                raise UserError(
+                    f"no column for the {what} among {', '.join(heading)}",
+                    where=text,
+                    hint=f"call it one of {', '.join(names)}",
+                )
             if path is None or label is None:
                 path, label, split = 0, 1, None
                 file.seek(0)
