@@ -102,7 +102,8 @@ def install(extra: str) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``did you mean `x`?`` for the nearest known words, nearest first, or an empty string.
 
-    Three at most, and none that is much farther than the first. What begins with the word is near.
+    Three at most, and none that is much farther than the first. What begins with the word, or ends with it after a prefix, is
+    near, and a letter is the same in upper and lower case.
     """
     likeness = {name: _likeness(word, name) for name in sorted(set(known))}
     close = sorted((name for name in likeness if likeness[name][0] >= _ALIKE), key=likeness.__getitem__, reverse=True)
@@ -112,5 +113,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _likeness(word: str, name: str) -> tuple[float, float]:
     """0 to 1, 1 for the same word; and among those that are as near, the shorter ones first."""
+    word, name = word.lower(), name.lower()
     ratio = difflib.SequenceMatcher(None, name, word).ratio()
-    return max(ratio, 0.9 if len(word) > 2 and name.startswith(word) else 0.0), ratio
+    holds = len(word) > 2 and (name.startswith(word) or name.endswith((f"_{word}", f"-{word}")))
+    return max(ratio, 0.9 if holds else 0.0), ratio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,11 +30,13 @@ from csqcli.cli.options import (
     WeightsOption,
     given,
     model_settings,
+    settings_beside,
     val_split,
 )
 
 
 def allocate(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
     ] = None,
@@ -76,8 +78,7 @@ def allocate(
     Example: csq allocate resnet18 --allocator hawq-v2 --target-bits 3 --data /imagenet
     """
     from csqcli import api
-    from csqcli.recipe.planes import read_planes
-    from csqcli.recipe.resolve import parse_assignments
+    from csqcli.recipe.planes import read_planes, replaced_target
     from csqcli.system.progress import Display
 
     written = read_planes(planes) if planes is not None else {}
@@ -93,13 +94,12 @@ def allocate(
         "quantization.trials": trials,
         "seed": seed,
     }
-    found = api.allocate(
-        recipe=recipe,
-        output=output_file,
-        force=force,
-        progress=Display(quiet=quiet, log_every=log_every),
-        **(parse_assignments(settings or []) | written | given(typed)),
-    )
+    display = Display(quiet=quiet, log_every=log_every)
+    named: dict[str, Any] = {"recipe": recipe, "output": output_file, "force": force, "progress": display}
+    overrides = written | settings_beside(named, settings, context) | given(typed)
+    if note := replaced_target(planes, overrides):
+        display.say(note)
+    found = api.allocate(**named, **overrides)
     if as_json:
         output.as_json(found)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from csqcli.cli.options import (
     ValLimitOption,
     ValSplitOption,
     WeightsOption,
+    settings_beside,
     val_split,
 )
 from csqcli.data.specs import help_text, hint
@@ -25,6 +26,7 @@ from csqcli.errors import UserError
 
 
 def evaluate(
+    context: typer.Context,
     file: Annotated[
         Path | None,
         typer.Argument(metavar="RUN", help="A run's folder or any file that csq wrote; with --model any checkpoint."),
@@ -68,7 +70,6 @@ def evaluate(
     """
     from csqcli import api
     from csqcli.file.header import read_manifest
-    from csqcli.recipe.resolve import parse_assignments
     from csqcli.system.progress import Display, counted
     from csqcli.system.run_files import model_of
 
@@ -80,23 +81,24 @@ def evaluate(
         file = model_of(file)
         read_manifest(file)  # what is wrong with the file is said before torch is imported
     display = Display(quiet=quiet, log_every=log_every, names_steps=False)
+    named: dict[str, Any] = {
+        "file": file,
+        "data": data,
+        "model": model,
+        "weights": weights.value if weights else "auto",
+        "input_size": input_size,
+        "device": device or "auto",
+        "batch_size": batch_size,
+        "val_split": val_split(val_split_),
+        "val_limit": val_limit,
+        "trust_code": trust_code,
+        "classes_by_position": classes_by_position,
+        "progress": display,
+    }
+    assigned = settings_beside(named, settings, context)
     with display.step("loading PyTorch"):
         from csqcli import pipeline  # noqa: F401  # what api.evaluate imports
-    result = api.evaluate(
-        file,
-        data,
-        model=model,
-        weights=weights.value if weights else "auto",
-        input_size=input_size,
-        device=device or "auto",
-        batch_size=batch_size,
-        val_split=val_split(val_split_),
-        val_limit=val_limit,
-        trust_code=trust_code,
-        classes_by_position=classes_by_position,
-        progress=display,
-        **parse_assignments(settings or []),
-    )
+    result = api.evaluate(**named, **assigned)
     if as_json:
         output.as_json(result)
     else:

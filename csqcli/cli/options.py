@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from pathlib import Path
@@ -135,7 +136,11 @@ SetOption = Annotated[
 ]
 PlanesOption = Annotated[
     Path | None,
-    typer.Option("--planes", metavar="FILE", help="Planes of each layer, as `csq allocate --output FILE` writes them."),
+    typer.Option(
+        "--planes",
+        metavar="FILE",
+        help="Planes of each layer, as `csq allocate --output FILE` writes them. A target that is typed beside replaces FILE's.",
+    ),
 ]
 TrialsOption = Annotated[int | None, typer.Option("--trials", help="Networks that the allocator haq measures.")]
 LookLimitOption = Annotated[
@@ -164,6 +169,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def given(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that were typed: those that are not None."""
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def settings_beside(named: Mapping[str, Any], assignments: list[str] | None, context: typer.Context) -> dict[str, Any]:
+    """What ``--set`` says, for a function of the API that takes ``named`` from the command's other options. UserError for a key
+    of such a name: what it would mean is that option's to say."""
+    from csqcli.recipe.resolve import parse_assignments
+
+    found = parse_assignments(assignments or [])
+    for key in (key for key in found if key in named):
+        options = {option: each for each in context.command.params for option in each.opts}
+        option = f"--{key.replace('_', '-')}"
+        if option not in options:
+            raise UserError(f"unknown key `{key}`", where="--set", hint=f"see `{context.command_path} --help`")
+        value = next(text.partition("=")[2] for text in assignments or [] if text.partition("=")[0].strip() == key)
+        typed = option if getattr(options[option], "is_flag", False) else f"{option} {shlex.quote(value)}"
+        raise UserError(f"`{key}` is an option of {context.command_path}", where="--set", hint=f"pass {typed}")
+    return found
 
 
 def val_split(text: str | None) -> float | Literal["test"] | None:

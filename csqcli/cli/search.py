@@ -104,7 +104,7 @@ def search(
     ] = None,
     act_bits: Annotated[
         str | None,
-        typer.Option(help="Bits of layer inputs: 32 (float), 8, 4, 3, 2 or 1; auto for one width per layer."),
+        typer.Option(help="Bits of layer inputs: 32 (float) or 1 to 8; auto for one width per layer."),
     ] = None,
     target_act_bits: Annotated[
         float | None, typer.Option(help="Mean bits of layer inputs, for --act-bits auto, which it implies.")
@@ -149,6 +149,7 @@ def search(
         return
     from csqcli.api import search_folder
     from csqcli.recipe.complete import check_complete, without_effect
+    from csqcli.recipe.planes import replaced_target
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
@@ -160,6 +161,8 @@ def search(
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
     for note in without_effect(resolved, typed):
         display.say(f"without effect: {note}")
+    if note := replaced_target(planes, typed):
+        display.say(note)
 
     with display.step("loading PyTorch"):
         from csqcli import pipeline
@@ -172,15 +175,19 @@ def search(
 def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
     """Print the plan of the search that these options of it ask for."""
     from csqcli.recipe.complete import check_complete
+    from csqcli.recipe.planes import replaced_target
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
-    resolved = resolve(options["recipe"], search_settings(options))
+    typed = search_settings(options)
+    resolved = resolve(options["recipe"], typed)
     check_complete(resolved)
     display = Display(quiet=options["quiet"] or not is_main_process(), log_every=options["log_every"])
     display.say(
         f"recipe {options['recipe']}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
     )
+    if note := replaced_target(options.get("planes"), typed):
+        display.say(note)
     with display.step("loading PyTorch"):
         from csqcli import pipeline
 
@@ -207,7 +214,7 @@ def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     from csqcli.recipe.resolve import parse_assignments
 
     written = read_planes(planes) if planes is not None else {}
-    return parse_assignments(get("settings") or []) | written | given(typed)
+    return written | parse_assignments(get("settings") or []) | given(typed)
 
 
 _KEYS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,12 +25,14 @@ from csqcli.cli.options import (
     WeightsOption,
     given,
     model_settings,
+    settings_beside,
     val_split,
 )
 from csqcli.errors import UserError
 
 
 def sensitivity(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
     ] = None,
@@ -57,22 +59,19 @@ def sensitivity(
     Example: csq sensitivity resnet18 --data /imagenet
     """
     from csqcli import api
-    from csqcli.recipe.resolve import parse_assignments
     from csqcli.system.progress import Display
 
     if svg is not None and (svg.suffix.lower() != ".svg" or not svg.parent.is_dir()):
         what = "the figure's name must end in .svg" if svg.suffix.lower() != ".svg" else "no such folder"
         raise UserError(what, where=str(svg if svg.suffix.lower() != ".svg" else svg.parent))
-    found = api.sensitivity(
-        recipe=recipe,
-        widths=_numbers(widths),
-        val_limit=val_limit,
-        progress=Display(quiet=quiet, log_every=log_every),
-        **(
-            parse_assignments(settings or [])
-            | given(model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_)))
-        ),
-    )
+    named: dict[str, Any] = {
+        "recipe": recipe,
+        "widths": _numbers(widths),
+        "val_limit": val_limit,
+        "progress": Display(quiet=quiet, log_every=log_every),
+    }
+    typed = model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_))
+    found = api.sensitivity(**named, **(settings_beside(named, settings, context) | given(typed)))
     if svg is not None:
         from csqcli.reporting.analyses import sensitivity_figure
         from csqcli.system.files import write_text

@@ -101,7 +101,8 @@ def open_safetensors(path: Path, *, framework: str = "numpy") -> Any:
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"not a safetensors file ({error})", where=str(path)) from None
+        hint = "it may be damaged or truncated: copy it again" if path.suffix == ".safetensors" else ""
+        raise UserError(f"not a safetensors file ({error})", where=str(path), hint=hint) from None
 
 
 def manifest_of(file: Any, path: Path) -> Manifest:

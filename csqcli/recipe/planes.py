@@ -1,6 +1,6 @@
 """Files of planes: what `csq allocate --output FILE` writes and `csq search --planes FILE` trains.
 
-target_bits: 3.0        # optional: the budget that the planes are held against
+target_bits: 3.0        # optional: the budget that the planes are held against; one that is typed beside replaces it
 planes:
   conv1.weight: 5       # a weight's name, or a glob; where several lines match a weight, the last one counts
   "layer4.*": 2
@@ -16,9 +16,9 @@ import yaml
 
 from csqcli.errors import UserError, did_you_mean, no_such_file
 from csqcli.recipe.resolve import read_yaml
+from csqcli.recipe.schema import MOST_PLANES
 
 _KEYS = ("target_bits", "planes")
-MOST_PLANES = 8
 
 
 def read_planes(path: Path) -> dict[str, Any]:
@@ -39,6 +39,14 @@ def read_planes(path: Path) -> dict[str, Any]:
     target = raw.get("target_bits")
     settings = {"quantization.planes": raw["planes"], "quantization.allocator": "manual"}
     return settings | ({"quantization.target_bits": target} if target is not None else {})
+
+
+def replaced_target(path: Path | None, overrides: Mapping[str, Any]) -> str:
+    """A line that says so where the target of a file of planes gives way to another one that was typed; else empty."""
+    written = read_planes(path).get("quantization.target_bits") if path is not None else None
+    asked = [overrides.get(key) for key in ("quantization.target_bits", "target_bits")]
+    other = next((target for target in asked if target not in (None, written)), None)
+    return f"{path}: its target_bits {written} gives way to {other}" if None not in (written, other) else ""
 
 
 def planes_text(planes: Mapping[str, int], *, target_bits: float, comment: str) -> str:

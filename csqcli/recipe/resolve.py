@@ -17,6 +17,7 @@ from csqcli.quant.catalog import (
     AUTO,
     CARDS,
     FROM_SCRATCH,
+    MANUAL,
     PAPER,
     POST_TRAINING,
     MethodCard,
@@ -27,7 +28,7 @@ from csqcli.quant.catalog import (
 )
 from csqcli.quant.costs import costs
 from csqcli.recipe import legacy
-from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, ZEROQ, Recipe
+from csqcli.recipe.schema import INT8_PLANES, MOST_PLANES, USERS_TARGETS, ZEROQ, Recipe
 from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 
@@ -239,7 +240,11 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     if recipe.quantization.allocator is not None:
         find_allocator(recipe.quantization.allocator, where=f"{where}: quantization.allocator")
         if card.takes == "target":
-            raise UserError(f"{card.name} is not given its planes", where=f"{where}: quantization.allocator")
+            option = "--planes" if recipe.quantization.allocator == MANUAL else "--allocator"
+            own = "quantizes nothing" if card.name == "float" else "finds its own planes"
+            what = f"{card.name} {own}, and {option} cannot be used with it"
+            hint = f"leave {option} out, or take a method that is given planes, as staged, lsq or ptq"
+            raise UserError(what, where=where, hint=hint)
     return recipe
 
 
@@ -252,7 +257,7 @@ def _checked(model: Any, values: Any, *, where: str, card: MethodCard, inside: s
         if problem["type"] == "extra_forbidden":
             leaf = str(problem["loc"][-1])
             owner = _owner(leaf, other_than=card)
-            likely = did_you_mean(leaf, _beside(key)) or _suggest(leaf, card)
+            likely = _elsewhere(leaf, card) or did_you_mean(leaf, _beside(key)) or _suggest(leaf, card)
             hint = likely or "see `csq recipes schema`"
             if owner is not None and not likely:
                 raise _foreign(key, owner, card, where=where) from None
@@ -346,6 +351,14 @@ def _check_planes(recipe: Recipe, card: MethodCard, where: str) -> None:
             )
             what = f"{key}: `{card.name}` has layers of {most} plane{'s' if most > 1 else ''} at most"
             raise UserError(what, where=where, hint=hint)
+    start = recipe.quantization.max_bits
+    for key, table in (("layers.min_bits", rules.min_bits), ("layers.max_bits", rules.max_bits)):
+        for name, planes in table.items():
+            if start < planes <= MOST_PLANES:
+                is_int8 = start == INT8_PLANES and recipe.quantization.act_bits != 32
+                rounded = ", which it is beside rounded activations unless set" if is_int8 else ""
+                what = f"{key}: `{name}` at {planes} planes is more than quantization.max_bits {start}{rounded}"
+                raise UserError(what, where=where, hint=f"--set quantization.max_bits={planes} lifts it")
     asked = {"layers.floor": rules.floor} | {f"layers.max_bits: {name}": most for name, most in rules.max_bits.items()}
     for key, planes in asked.items():
         if planes < card.least_planes:
@@ -397,7 +410,7 @@ def preprocessing(overrides: dict[str, Any]) -> Recipe:
     for key in overrides:
         full = _common_key(key)
         if full not in _PREPROCESSING:
-            what = f"`{full or key}` does not change the accuracy of a float model"
+            what = f"`{full or key}` does not say how a float model's images are prepared"
             raise UserError(what, where="--set", hint=f"one of {', '.join(_PREPROCESSING)}")
     return resolve("short", overrides)
 
@@ -468,6 +481,12 @@ def json_schema() -> dict[str, Any]:
 def to_yaml(recipe: Recipe) -> str:
     """The complete recipe as YAML."""
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _elsewhere(leaf: str, card: MethodCard) -> str:
+    """``did you mean `quantization.target_bits`?`` for a key that stands in the wrong section of a recipe."""
+    places = [name for name in _leaves(card) if name.rsplit(".", 1)[-1] == leaf]
+    return f"did you mean {' or '.join(f'`{place}`' for place in places)}?" if places else ""
 
 
 def _suggest(key: str, card: MethodCard) -> str:

@@ -19,8 +19,9 @@ from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
 ZEROQ = "zeroq"  # what data.calib takes in place of a folder
+MOST_PLANES = 8
 INT8_PLANES = 7  # integers up to ±127
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 USERS_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")
 BYTE_TARGETS = ("target_size", "target_compression")
 ShippedForm = Literal["bit-packed-small", "bit-packed"]
@@ -137,7 +138,7 @@ class QuantizationSettings(Section):
     """For the allocator `manual`: planes by names or globs of weights; where several match a weight, the last one counts."""
     max_bits: int = Field(8, ge=1, le=8)
     """n: planes that each layer starts with. Unset, with `act_bits` 8 or fewer: 7, since int8 engines hold no integers of 8 planes."""
-    act_bits: Literal[1, 2, 3, 4, 8, 32, "auto"] = 32
+    act_bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "auto"] = 32
     """Bits of the inputs of quantized layers; 32 leaves them float, 1 is XNOR-Net's sign, `auto` gives each layer 2 to 8 within
     `target_act_bits`. The network's own input has 8."""
     target_act_bits: float | None = Field(None, ge=2, le=8)
@@ -164,7 +165,9 @@ class QuantizationSettings(Section):
     @field_validator("target_bops", mode="before")
     @classmethod
     def _operations_of_text(cls, value: Any) -> Any:
-        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMG])\s*", value) if isinstance(value, str) else None
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg])\s*", value.lower())
         return value if found is None else float(found[1]) * _UNITS[found[2]]
 
     @field_validator("target_size", mode="before")
@@ -172,7 +175,7 @@ class QuantizationSettings(Section):
     def _bytes_of_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(k|M|G|ki|Mi|Gi)?B?\s*", value)
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(k|m|g|ki|mi|gi)?b?\s*", value.lower())
         if found is None:
             raise ValueError("Input should be a size: 2MB, 500kB, 1.5MiB or a number of bytes")
         return int(float(found[1]) * _UNITS[found[2] or ""])
@@ -219,6 +222,11 @@ class LayerRules(Section):
     """Most planes, e.g. `{"layer4.*": 2}`."""
     floor: int = Field(1, ge=0, le=8)
     """Fewest planes of any layer; 0 allows the search to remove a layer's last plane."""
+
+    @field_validator("exclude", "keep", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class OptimizerSettings(Section):

@@ -34,4 +34,6 @@ def model_of(run: str | Path) -> Path:
         raise UserError("holds an unfinished run", where=str(folder), hint=hint)
     inside = sorted(file.parent for file in folder.glob(f"*/{MODEL_FILE}"))  # a sweep's, or what several runs went into
     hint = f"name a run in it, as {inside[0]}" if inside else "give a run's folder, or a file"
+    pages = [str(page) for suffix in ("html", "md") for page in sorted(folder.glob(f"*.{suffix}"))] if inside else []
+    hint += f"; about all of them see {' and '.join(pages)}" if pages else ""
     raise UserError(f"holds no {MODEL_FILE}", where=str(folder), hint=hint)
