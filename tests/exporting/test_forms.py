@@ -23,6 +23,7 @@ from csqcli.file import codes, header, io, layout
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Form
 from csqcli.models import libraries as sources
+from csqcli.models.networks import digits_cnn
 from csqcli.quant.hard_layer import HardLayer
 
 FORMS = ("compact", "int8-packed", "bit-packed", "state-dict")
@@ -272,6 +273,22 @@ def test_wrong_command_lines_are_one_line_and_exit_2(
     code, out, error = csq("export", "model.safetensors", *arguments)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert complaint in error
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_state_dict_says_that_a_plain_model_does_not_round_activations(csq, tmp_path: Path, bits: int | None) -> None:
+    file = models.file_with_scales(digits_cnn().eval(), "csqcli.models.networks:digits_cnn", models.MASKS, bits=bits)
+    source, exported = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    io.write(source, file, form="compact")
+    code, out, _ = csq("export", source, "--state-dict", "-o", exported, "--trust-code", "-q")
+    assert (code, "a plain PyTorch model with these weights does not round them" in " ".join(out.split())) == (
+        0,
+        bits is not None,
+    )
+    notes = csqcli.report(exported)["parity"]["notes"]
+    assert [note[:60] for note in notes] == ["inputs of 4 layers are rounded by csqcli.load and csq evalua"] * (
+        bits is not None
+    )
 
 
 def test_help_of_export_names_every_form(csq) -> None:

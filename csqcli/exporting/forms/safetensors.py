@@ -107,6 +107,15 @@ class StateDict(SafetensorsForm):
     name = layout = "state-dict"
     takes_basis = True
 
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        rounded = len(subject.file.manifest.activations)
+        if rounded:
+            self.notes.append(
+                f"inputs of {counted(rounded, 'layer')} are rounded by csqcli.load and csq evaluate; "
+                "a plain PyTorch model with these weights does not round them, and may be less accurate"
+            )
+
     @classmethod
     def accept(cls, file: QuantizedFile, options: Options, *, where: str) -> None:
         for layer in file.layers:
