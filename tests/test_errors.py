@@ -39,6 +39,8 @@ def test_debug_shows_the_traceback_before_the_line(csq, monkeypatch: pytest.Monk
         ("hawq", ["haq", "hawq-v1", "hawq-v2", "uniform"], "did you mean `hawq-v1` or `hawq-v2` or `haq`?"),
         ("eval", ["evaluate", "explain", "export"], "did you mean `evaluate`?"),
         ("optimizer", ["optimizer.schedule", "optimizer.lr"], "did you mean `optimizer.lr` or `optimizer.schedule`?"),
+        ("LSQ", ["ste", "lsq"], "did you mean `lsq`?"),
+        ("resnet20", ["cifar_resnet20", "resnet200", "resnet34"], "did you mean `resnet200` or `cifar_resnet20`?"),
         ("frobnicate", ["bench", "search"], ""),
     ],
 )

@@ -6,6 +6,7 @@ Options' own texts are typer's, of its newest release.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -17,10 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from cli.test_options import TABLE
 from PIL import Image
 from safetensors.torch import save_file
 
+from csqcli import api
+from csqcli.cli.app import app
 from csqcli.models.networks import digits_cnn
 
 WRITE = os.environ.get("CSQ_SNAPSHOT") == "write"
@@ -38,6 +42,7 @@ ROWS = [
     "search --recipe digits -o new --quiet --target-size 2XB",
     "search --recipe digits -o new --quiet --target-size 20kB --method float",
     "search --recipe digits -o new --quiet --target-size 1kB",
+    "search --recipe digits -o new --quiet --target-size 1KB",
     "search --recipe digits -o new --quiet --target-size 6kB",
     "search --recipe digits -o new --quiet --target-compression 0.5",
     "search --recipe digits -o new --quiet --target-bops 1000",
@@ -113,6 +118,7 @@ ROWS = [
     # models
     "search",
     f"{DIGITS} resnet19",
+    f"{DIGITS} resnet20",
     f"{DIGITS} timm:resnet19",
     f"{DIGITS} torchvision:resnet19",
     f"{DIGITS} csq:digits",
@@ -163,15 +169,18 @@ ROWS = [
     f"{DIGITS} --set save_every_minutes=0",
     f"{DIGITS} --set 'mean=[0.5, 0.5]'",
     f"{DIGITS} --set std=[0]",
-    f"{DIGITS} --set layers.exclude=fc",
+    f"{DIGITS} --set layers.exclude=fcc",
     f"{DIGITS} --set 'layers.exclude=[fcc]'",
     f"{DIGITS} --set 'layers.keep=[nothing.*]'",
     f"{DIGITS} --set 'layers.max_bits={{fcc: 2}}'",
     f"{DIGITS} --set 'layers.exclude=[\"*\"]'",
     f"{DIGITS} --set 'layers.max_bits={{fc: 9}}'",
+    f"{DIGITS} --act-bits 4 --set 'layers.min_bits={{conv1: 8, fc: 8}}'",
+    f"{DIGITS} --set quantization.max_bits=4 --set 'layers.max_bits={{fc: 5}}'",
     f"{DIGITS} --set optimizer=adam",
     f"{DIGITS} --method cqs",
-    f"{DIGITS} --act-bits 5",
+    f"{DIGITS} --method LSQ",
+    f"{DIGITS} --act-bits 9",
     f"{DIGITS} --epochs 0 --method staged",
     f"{DIGITS} --epochs 3 --method ptq",
     f"{DIGITS} --calib images",
@@ -184,6 +193,9 @@ ROWS = [
     f"{DIGITS} --allocator manual",
     f"{DIGITS} --set 'planes={{fc: 2}}'",
     f"{DIGITS} --trials 0",
+    f"{DIGITS} --method bsq --planes planes/some.yaml",
+    f"{DIGITS} --method msq --allocator hawq-v2",
+    f"{DIGITS} --method float --planes planes/some.yaml",
     f"{DIGITS} --planes nowhere.yaml",
     f"{DIGITS} --planes recipes",
     f"{DIGITS} --planes recipes/list.yaml",
@@ -244,6 +256,8 @@ ROWS = [
     "search --recipe recipes/unknown_section.yaml",
     "search --recipe recipes/british.yaml",
     "search --recipe recipes/neighbour.yaml",
+    "search --recipe recipes/flat.yaml",
+    "search --recipe recipes/elsewhere.yaml",
     "search --recipe recipes/broken.yaml",
     "search --recipe recipes/list.yaml",
     "search --recipe recipes",
@@ -259,6 +273,12 @@ ROWS = [
     f"{FOLDER} --data no_images",
     f"{FOLDER} --data no_train",
     f"{FOLDER} --data one_class",
+    f"{FOLDER} --data flat",
+    f"{FOLDER} --data flat/labels.csv",
+    f"{FOLDER} --data flat/kinds.csv",
+    f"{FOLDER} --data turned",
+    f"{FOLDER} --data .",
+    f"{FOLDER} --data cifar10:images",
     f"{FOLDER} --data mismatch",
     f"{FOLDER} --data truncated_val",
     f"{FOLDER} --data truncated_train --set input_size=32",
@@ -321,6 +341,12 @@ ROWS = [
     "evaluate run/model.safetensors --data images",
     "evaluate run/model.safetensors --data digits --device cuda",
     "evaluate text.onnx --data digits",
+    "evaluate --model digits_cnn --data digits --set val_limit=500",
+    "evaluate --model digits_cnn --data digits --set trust_code=true",
+    "evaluate --model digits_cnn --data digits --set data.val_limit=500",
+    "sensitivity --recipe digits --set widths=1,2",
+    "allocate --recipe digits --set 'output=my planes.yaml'",
+    "allocate --recipe digits --set progress=true",
     "inspect run",
     "inspect run/model.safetensors",
     "export nowhere.safetensors --bit-packed",
@@ -361,6 +387,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     for name in ("staged-2bit", "staged-3bit"):
         (root / "several" / name).mkdir(parents=True)
         (root / "several" / name / "model.safetensors").write_bytes(quantized)
+    (root / "several" / "pareto.html").write_text("all of them")
     (root / "text.txt").write_text("nothing to see\n")
     (root / "text.onnx").write_text("nothing to see\n")
     (root / "exists.safetensors").write_bytes(quantized)
@@ -382,6 +409,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (recipes / "broken.yaml").write_text("epochs: [1\nmodel: {\n")
     (root / "latencies.json").write_text(json.dumps(TABLE))
     (root / "classes.json").write_text('{"schema_version": 1}')
+    (recipes / "flat.yaml").write_text("target_bits: 2\n")
+    (recipes / "elsewhere.yaml").write_text("quantization: {lr: 0.1}\n")
     (recipes / "list.yaml").write_text("- epochs\n")
     (recipes / "list.json").write_text("[1]")
     (recipes / "other.json").write_text('{"name": "fig2"}')
@@ -398,6 +427,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (root / "no_images" / "train" / "b").mkdir()
     _images(root / "no_train", train=(), val=("a", "b"))
     _images(root / "one_class", train=("a",), val=("a",))
+    _images(root / "flat", train=("a",), val=())
+    (root / "flat" / "labels.csv").write_text("image_path,label_name,split\ntrain/a/0.png,a,train\n")
+    (root / "flat" / "kinds.csv").write_text("picture,kind,split\ntrain/a/0.png,a,train\n")
+    for label in ("a", "b"):
+        for split in ("train", "test"):
+            shutil.copytree(root / "images" / "val" / label, root / "turned" / label / split)
     _images(root / "mismatch", train=("a", "b"), val=("a", "c"))
     for name, splits in (("truncated_val", ["val"]), ("truncated_train", ["train"])):
         _images(root / name, train=("a", "b"), val=("a", "b"))
@@ -468,6 +503,41 @@ def test_one_line_that_says_what_where_and_what_to_do(
     assert {path: path.stat().st_mtime_ns for path in bench.rglob("*") if path.is_file()} == before
     if not WRITE:
         assert SAID[row] == KNOWN.get(row)
+
+
+_WITH_SET = {  # a command line of each command that has --set, which --set KEY=x spoils
+    "search": "--recipe digits -q",
+    "plan": "--recipe digits -q",
+    "sweep": "--recipe digits -q --targets 2",
+    "finetune": "run --data digits -q",
+    "allocate": "--recipe digits -q",
+    "sensitivity": "--recipe digits -q",
+    "evaluate": "--model digits_cnn --data digits -q",
+    "reproduce": "table4 --data digits --plan",
+    "init": "-o new.yaml",
+}
+
+
+def test_every_command_that_has_set_is_below() -> None:
+    commands = typer.main.get_command(app).commands
+    assert {name for name, command in commands.items() if "--set" in _options(command)} == set(_WITH_SET)
+
+
+@pytest.mark.parametrize("command", _WITH_SET)
+def test_a_key_of_set_called_like_an_argument_or_option_is_one_line(csq, elsewhere, command: str) -> None:
+    function = getattr(api, command, None)
+    keys = {
+        option.removeprefix("--").replace("-", "_")
+        for option in _options(typer.main.get_command(app).commands[command])
+    }
+    keys |= set(inspect.signature(function).parameters) if function is not None else set()
+    for key in sorted(keys - {"name"}):  # optimizer.name, which is timm's to know
+        code, out, err = csq(command, *_WITH_SET[command].split(), "--set", f"{key}=x")
+        assert (code, out, err.count("\n"), err[:11]) == (2, "", 1, "csq: error:"), (key, err)
+
+
+def _options(command) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}
 
 
 def test_the_snapshot_holds_these_rows_and_no_others() -> None:

@@ -88,7 +88,7 @@ def test_splits_below_a_class_are_an_error_and_never_mixed_into_it(tmp_path: Pat
     for split in ("train", "val"):
         for label in ("dark", "bright"):
             shutil.copytree(image_folder / split / label, tmp_path / "turned" / label / f"{split}_images")
-    turned = re.escape(f"class folder bright/ holds train_images/, which is called like a split")
+    turned = re.escape("class folder bright/ holds train_images/, which is called like a split")
     with pytest.raises(UserError, match=rf"{turned}.*; move its images to train_images/bright/, or give a CSV"):
         open_data(str(tmp_path / "turned"), val_split=0.5)
     shutil.move(image_folder, tmp_path / "several" / "a" / "images")

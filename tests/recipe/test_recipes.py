@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from csqcli.cli.search import search_settings
 from csqcli.errors import UserError
 from csqcli.quant.catalog import CARDS, PAPER
 from csqcli.recipe.complete import without_effect
+from csqcli.recipe.planes import replaced_target
 from csqcli.recipe.resolve import (
     builtin_names,
     full_key,
@@ -326,9 +328,44 @@ def test_beside_rounded_activations_integers_fit_int8(settings: dict[str, float]
     assert recipe.quantization.max_bits == planes
 
 
-@pytest.mark.parametrize(("said", "operations"), [("5G", 5e9), ("800M", 8e8), ("1.5k", 1500.0), ("2e9", 2e9), (7, 7.0)])
+@pytest.mark.parametrize(
+    ("said", "operations"), [("5G", 5e9), ("800M", 8e8), ("800m", 8e8), ("1.5k", 1500.0), ("2e9", 2e9), (7, 7.0)]
+)
 def test_bit_operations_are_a_number_or_a_round_one(said: object, operations: float) -> None:
     assert resolve("digits", {"quantization.target_bops": said}).quantization.target_bops == operations
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [("2MB", 2 * 10**6), ("20kB", 20_000), ("20kb", 20_000), ("20KB", 20_000), ("1mib", 2**20), ("7", 7)],
+)
+def test_a_size_is_one_in_upper_and_lower_case(said: str, size: int) -> None:
+    assert resolve("digits", {"quantization.target_size": said}).quantization.target_size == size
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    layers = resolve("digits", {"layers.exclude": "fc", "layers.keep": "conv*"}).layers
+    assert (layers.exclude, layers.keep) == (["fc"], ["conv*"])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_inputs_of_layers_have_2_to_8_bits(bits: int) -> None:
+    assert resolve("digits", {"act_bits": bits}).quantization.act_bits == bits
+
+
+def test_a_target_that_takes_the_place_of_the_one_in_a_file_of_planes_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "planes.yaml"
+    file.write_text("target_bits: 3\nplanes: {'*': 2}\n")
+    for typed in (["--target-bits"], ["--set", "target_bits=2.5"], ["--set", "quantization.target_bits=2.5"]):
+        options = {"planes": file} | ({"settings": typed[1:]} if typed[1:] else {"target_bits": 2.5})
+        overrides = search_settings(options)
+        assert resolve("digits", overrides).quantization.target_bits == 2.5
+        assert replaced_target(file, overrides) == f"{file}: its target_bits 3 gives way to 2.5"
+    for same in ({}, {"target_bits": 3.0}):
+        assert replaced_target(file, search_settings({"planes": file} | same)) == ""
+    file.write_text("planes: {'*': 2}\n")
+    assert replaced_target(file, search_settings({"planes": file, "target_bits": 2.5})) == ""
+    assert replaced_target(None, {"target_bits": 2.5}) == ""
 
 
 @pytest.mark.parametrize("name", ["csq", "csq-uniform"])

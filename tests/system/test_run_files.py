@@ -24,6 +24,10 @@ def test_a_folder_stands_for_its_model_and_a_file_for_itself(tmp_path: Path) -> 
     [
         ([], "RUN: holds no model.safetensors; give a run's folder, or a file"),
         (["b/model.safetensors", "a/model.safetensors"], "RUN: holds no model.safetensors; name a run in it, as RUN/a"),
+        (
+            ["a/model.safetensors", "table4.md", "pareto.html"],
+            "RUN: holds no model.safetensors; name a run in it, as RUN/a; about all of them see RUN/pareto.html and RUN/table4.md",
+        ),
         ([".lock"], "RUN: holds an unfinished run; to go on, repeat the command that began it with --resume"),
         (
             ["resume.pt", "recipe.yaml"],
