@@ -4,8 +4,8 @@
     python benchmarks/accuracy/schedules.py … --start checkpoint --methods staged csq ste --epochs 3 6 15 30
 
 From scratch the peak learning rate is 0.1, from the float checkpoint of 15 epochs it is the proxy's 0.05. Hard top-1 of the file as
-reloaded. Restartable: finished runs are read from --work. An epoch takes ten to fifteen seconds of one core, so a curve from
-scratch (150 epochs a method and seed) is half an hour a line.
+reloaded. `csq-paper-planes` is `csq` with the paper's choice of planes. Restartable: finished runs are read from --work. An epoch
+takes ten to fifteen seconds of one core, so a curve from scratch (150 epochs a method and seed) is half an hour a line.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ import quality
 STARTS = {
     "scratch": ((10, 20, 40, 80), {"model.checkpoint": None, "model.pretrained": False, "optimizer.lr": 0.1}),
     "checkpoint": ((3, 6, 15, 30), {}),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "csq-paper-planes": {  # planes as the paper has them: counted by signs, searched for to the end
+        "quantization.method": "csq",
+        "csq.precision_count": "sign",
+        "csq.fix_masks_at": 1.0,
+    }
 }
 
 
@@ -62,7 +69,8 @@ def main() -> None:
     for epochs in lengths:  # short ones first, so that a stopped command has whole columns
         for method in arguments.methods:
             target = None if method == "float" else 2
-            rows[row_name(method, epochs, arguments.start)] = quality.method(method, target, epochs=epochs) | more
+            row = quality.method(method, target, epochs=epochs) | VARIANTS.get(method, {}) | more
+            rows[row_name(method, epochs, arguments.start)] = row
     results = quality.run_all(rows, arguments)
     curves = {
         method: {

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import quality
 
 COUNTS: dict[str, dict[str, Any]] = {
-    "signs (the paper)": {},
-    "soft": {"csq.precision_count": "soft"},
-    "signs, fixed at 60 %": {"csq.fix_masks_at": 0.6},
-    "signs, fixed at 80 %": {"csq.fix_masks_at": 0.8},
+    "signs (the paper)": {"csq.precision_count": "sign", "csq.fix_masks_at": 1.0},
+    "soft": {"csq.precision_count": "soft", "csq.fix_masks_at": 1.0},
+    "signs, fixed at 60 %": {"csq.precision_count": "sign", "csq.fix_masks_at": 0.6},
+    "signs, fixed at 80 %": {"csq.precision_count": "sign", "csq.fix_masks_at": 0.8},
     "soft, fixed at 60 %": {"csq.precision_count": "soft", "csq.fix_masks_at": 0.6},
 }
 

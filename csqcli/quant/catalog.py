@@ -114,7 +114,7 @@ class GateSettings(MethodSettings):
 
 class CSQSettings(GateSettings):
     """Knobs of Algorithm 1. Their defaults are for training on from a checkpoint; from scratch they are the paper's, but for
-    the hardening (`FROM_SCRATCH`)."""
+    the count of planes, the fixing of them and the hardening (`FROM_SCRATCH`)."""
 
     reg_strength: float = Field(0.01, ge=0, le=LARGE)
     """λ of Eq. 7."""
@@ -284,7 +284,8 @@ PAPER = {  # what section IV-A says of the method itself; the old name csq-paper
     "rounding": "threshold",
     "harden_at": 1.0,
 }
-FROM_SCRATCH = PAPER | {"rounding": "nearest"}  # what `csq` takes where nothing is to be kept (docs/results.md)
+# what `csq` takes where nothing is to be kept: planes that end at the target, and are trained on (docs/results.md)
+FROM_SCRATCH = PAPER | {"rounding": "nearest", "precision_count": "soft", "fix_masks_at": 0.6}
 
 
 @dataclass(frozen=True)

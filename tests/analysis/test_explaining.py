@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import csqcli
+from csqcli.analysis import moves
 from csqcli.data.specs import open_data
 from csqcli.file import io
-from csqcli.quant import moves
 from csqcli.quant.equations import mask_from_string
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers

@@ -165,7 +165,7 @@ def test_a_float_model_is_measured_under_any_preprocessing(csq) -> None:
     code, _, err = csq(*given, "--set", "epochs=3")
     assert (
         code,
-        "`epochs` does not change the accuracy of a float model; one of data.input_size, data.mean" in err,
+        "`epochs` does not say how a float model's images are prepared; one of data.input_size, data.mean" in err,
     ) == (2, True)
     code, _, err = csq("evaluate", "runs/x", "--data", "digits", "--set", "data.mean=[0.9]")
     assert code == 2

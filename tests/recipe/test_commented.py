@@ -43,7 +43,7 @@ def test_what_was_asked_for_stands_without_a_sign_at_its_default_too() -> None:
     "settings",
     [
         {"quantization.act_bits": 8, "quantization.max_bits": 8},
-        {"model.pretrained": False, "quantization.method": "csq", "csq.fix_masks_at": 0.4},  # from scratch it is 1
+        {"model.pretrained": False, "quantization.method": "csq", "csq.fix_masks_at": 0.4},  # from scratch it is 0.6
     ],
 )
 def test_what_was_set_against_a_default_that_follows_from_another_key_stands(settings: dict, tmp_path: Path) -> None:

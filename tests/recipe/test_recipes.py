@@ -179,10 +179,13 @@ def test_wrong_recipes_are_one_line(raw: dict, complaint: str) -> None:
     assert caught.value.line().startswith(f"r.yaml: {complaint}")
 
 
-def test_from_scratch_the_bit_level_method_has_the_papers_settings_and_keeps_what_was_trained_when_it_hardens() -> None:
+def test_from_scratch_the_bit_level_method_has_the_papers_settings_but_for_the_choice_of_planes_and_the_hardening() -> (
+    None
+):
     scratch = {"model.pretrained": False, "quantization.target_bits": 2, "epochs": 40}
     own = resolve("short", scratch).method_settings.model_dump()
-    assert {key: own[key] for key in PAPER} == PAPER | {"rounding": "nearest"}
+    ours = {"rounding": "nearest", "precision_count": "soft", "fix_masks_at": 0.6}
+    assert {key: own[key] for key in PAPER} == PAPER | ours
     typed = resolve("short", scratch | {"quantization.method": "csq", "fix_masks_at": 0.5}).method_settings.model_dump()
     assert (typed["fix_masks_at"], typed["beta_final"]) == (0.5, 200)
     long = resolve("short", {"epochs": 40, "quantization.target_bits": 2})  # from a checkpoint
