@@ -30,10 +30,16 @@ _ONE_DRAW = " One run is one draw: another seed would move every point."
 
 def figures(found: Summary) -> list[Figure]:
     """Accuracy against bytes, and against bit operations where they were counted."""
-    drawn = [_figure(found, "bytes", "pareto-bytes", "Accuracy against bytes on disk", "bytes of the bit-packed file")]
+    drawn = [
+        _figure(
+            found, "bytes", "pareto-bytes", "Accuracy against bytes on disk", "bytes of the bit-packed file, log scale"
+        )
+    ]
     if all(group["bops"] is not None for group in found["groups"]):
         drawn.append(
-            _figure(found, "bops", "pareto-bops", "Accuracy against bit operations", "bit operations an image")
+            _figure(
+                found, "bops", "pareto-bops", "Accuracy against bit operations", "bit operations an image, log scale"
+            )
         )
     return drawn
 
