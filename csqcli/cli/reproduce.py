@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import LOG_EVERY, DataOption, JsonOption, LogOption, QuietOption, SetOption, given
+from csqcli.cli.options import (
+    LOG_EVERY,
+    DataOption,
+    JsonOption,
+    LogOption,
+    QuietOption,
+    SetOption,
+    ValSplitOption,
+    given,
+    val_split,
+)
 from csqcli.system.launcher import is_main_process
 
 
@@ -18,6 +28,7 @@ def reproduce(
         str | None, typer.Argument(metavar="NAME", help="table1, table4, fig2, …; without one, a list of them.")
     ] = None,
     data: DataOption = None,
+    val_split_: ValSplitOption = None,
     model: Annotated[str | None, typer.Option(help="Another network than the paper's, for a trial.")] = None,
     scale: Annotated[float, typer.Option(min=1e-6, help="Share of the paper's epochs, e.g. 0.1.")] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs per row, from seed 0.")] = 1,
@@ -48,7 +59,9 @@ def reproduce(
             output.line(f"{experiment.name:<16} {experiment.title} ({counted(runs, 'run')} a seed)")
         return
     experiment = find_experiment(name)
-    more: dict[str, Any] = parse_assignments(settings or []) | given({"data.source": data, "model.source": model})
+    more: dict[str, Any] = parse_assignments(settings or []) | given(
+        {"data.source": data, "data.val_split": val_split(val_split_), "model.source": model}
+    )
     target, chosen = folder or Path("runs") / f"reproduce-{scale:g}", range(seeds)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     from csqcli.reproducing import runs as reproducing

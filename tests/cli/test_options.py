@@ -225,6 +225,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         "reproduce fig2 --data digits --model digits_cnn --scale 0.002 --seeds 1 --plan --quiet -o OUT --set max_steps=1",
         lambda r: "# 6 runs, 6 epochs in all" in r.out,
     ),
+    "reproduce --val-split": (
+        "reproduce fig2 --data digits --val-split test --model digits_cnn --scale 0.002 --plan -q -o OUT",
+        lambda r: all("val_split: test" in file.read_text() for file in (r.folder / "recipes").iterdir()),
+    ),
     "reproduce a figure": (
         "reproduce fig2 --data digits --model digits_cnn --scale 0.002 --output OUT --set max_steps=1 --json -q "
         "--log-every 5",
