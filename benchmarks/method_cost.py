@@ -8,7 +8,7 @@ that a slow moment of the machine hits all, with the same images. Seconds are th
 the median step in each, so that phases count by their length and what happens once (planes being fixed, the last step) does not.
 Memory is what a process of its own grows by in a schedule of twelve steps. Planes are 2, or what a method is defined for;
 `float, distilled` is a float step with a frozen twin's logits and divergence beside it, which is counted apart from the methods.
-The default takes a quarter of an hour of one core.
+The default takes half an hour of one core.
 """
 
 from __future__ import annotations
@@ -99,10 +99,8 @@ def peak(method: str, model_name: str, arguments: Any) -> int:
     return measure.peak_bytes(arguments.device) - before
 
 
-def costs(model_name: str, methods: list[str], arguments: Any) -> dict[str, dict[str, float]]:
+def relative(seconds: dict[str, float], peaks: dict[str, int]) -> dict[str, dict[str, float]]:
     """{method: seconds and bytes, and both relative to float}."""
-    seconds = seconds_per_step(methods, model_name, arguments)
-    peaks = {method: measure.in_fresh_process(peak, method, model_name, arguments) for method in methods}
     return {
         method: {
             "seconds_per_step": seconds[method],
@@ -110,7 +108,7 @@ def costs(model_name: str, methods: list[str], arguments: Any) -> dict[str, dict
             "time_ratio": seconds[method] / seconds[FLOAT],
             "memory_ratio": peaks[method] / max(peaks[FLOAT], 1),
         }
-        for method in methods
+        for method in seconds
     }
 
 
@@ -125,7 +123,11 @@ def main() -> None:
     if arguments.steps < STRETCHES or arguments.steps % STRETCHES:
         parser.error(f"--steps is no multiple of {STRETCHES}")
     methods = [FLOAT, DISTILLED, *arguments.methods]
-    models = {name: costs(name, methods, arguments) for name in arguments.models}
+    peaks = {  # first: a process begins with the peak of the one that started it
+        name: {method: measure.in_fresh_process(peak, method, name, arguments) for method in methods}
+        for name in arguments.models
+    }
+    models = {name: relative(seconds_per_step(methods, name, arguments), peaks[name]) for name in arguments.models}
     for name, rows in models.items():
         print(f"\n| {name} | time | memory |\n|---|---|---|")
         for method, cost in rows.items():
