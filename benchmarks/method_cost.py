@@ -7,7 +7,7 @@ All methods train copies of one network side by side, each through a whole sched
 that a slow moment of the machine hits all, with the same images. Seconds are the mean, over eight stretches of the schedule, of
 the median step in each, so that phases count by their length and what happens once (planes being fixed, the last step) does not.
 Memory is what a process of its own grows by in a schedule of twelve steps. Planes are 2, or what a method is defined for;
-`float, distilled` is a float step with a frozen twin's logits and divergence beside it, which is counted apart from the methods.
+`float, distilled` is a float step beside a frozen twin (`--distill 0.9`), which is counted apart from the methods.
 The default takes half an hour of one core.
 """
 
@@ -28,6 +28,7 @@ import measure
 import csqcli
 from csqcli.models import libraries as sources
 from csqcli.quant.catalog import CARDS, find_card
+from csqcli.training.teacher import Teacher
 
 FLOAT, DISTILLED = "float", "float, distilled"
 STRETCHES = 8
@@ -55,17 +56,13 @@ def training(method: str, model_name: str, total_steps: int, arguments: Any) -> 
         card = find_card(method)
         planes = max(min(PLANES, card.most_planes), card.least_planes)
         optimizer = csqcli.CSQ(model, planes, total_steps=total_steps, lr=1e-4, method=method)
-    teacher = sources.load(model_name, num_classes=1000, pretrained=False).model if method == DISTILLED else None
-    if teacher is not None:
-        teacher.to(arguments.device, memory_format=torch.channels_last).requires_grad_(False)
+    teacher = Teacher(model, distill=0.9, features=0.0) if method == DISTILLED else None
 
     def step() -> None:
         scores = model(images)
         loss = nn.functional.cross_entropy(scores, labels)
         if teacher is not None:
-            with torch.no_grad():
-                target = teacher(images).softmax(1)
-            loss = loss + nn.functional.kl_div(scores.log_softmax(1), target, reduction="batchmean")
+            loss = teacher.loss(images, scores, loss, amp=False)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

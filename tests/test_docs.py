@@ -87,6 +87,13 @@ def code(text: str, language: str) -> str:
     return found[1]
 
 
+def written(heading: str, language: str, file: str) -> str:
+    """A section of methods.md, whose block of a language is now a file here."""
+    text = section("methods.md", heading)
+    Path(file).write_text(code(text, language), encoding="utf-8")
+    return text
+
+
 def run_of(csq, command: str) -> Path:
     """The folder of a run by a command as it stands on a page, cut to two epochs."""
     code_, _, err = csq(*shlex.split(command)[1:], "--epochs", 2, "--quiet")
@@ -102,8 +109,7 @@ def test_the_method_of_your_own_runs_as_written_and_its_levels_are_in_the_file(
     csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = section("methods.md", "## A method of your own")
-    Path("mymethod.py").write_text(code(text, "python"), encoding="utf-8")
+    text = written("## A method of your own", "python", "mymethod.py")
     folder = run_of(csq, code(text, "sh"))
     report = csqcli.report(folder)
     assert report["recipe"]["powers"] == {"reach": 2.5}
@@ -119,8 +125,7 @@ def test_the_allocator_and_the_cost_of_your_own_run_as_written(
     csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = section("methods.md", "### An allocator or a cost of your own")
-    Path("myplanes.py").write_text(code(text, "python"), encoding="utf-8")
+    text = written("### An allocator or a cost of your own", "python", "myplanes.py")
     report = csqcli.report(run_of(csq, code(text, "sh")))
     rows = {"conv1.weight": (16, 9), "conv2.weight": (32, 144), "conv3.weight": (48, 288), "fc.weight": (10, 48)}
 
@@ -133,8 +138,7 @@ def test_the_allocator_and_the_cost_of_your_own_run_as_written(
 
 def test_the_file_of_planes_is_trained_as_the_page_says(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = section("methods.md", "### A file of planes")
-    Path("planes.yaml").write_text(code(text, "yaml"), encoding="utf-8")
+    text = written("### A file of planes", "yaml", "planes.yaml")
     command = re.search(r"^    (csq search .*)$", text, flags=re.MULTILINE)
     assert command is not None
     folder = run_of(csq, f"{command[1]} --output runs/planes")

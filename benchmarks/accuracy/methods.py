@@ -26,7 +26,6 @@ import quality
 import rows as names_of_rows
 
 PLANES = (1, 2, 3)
-ODD = ("dorefa", "pact", "pact, SAWB", "scaled-uniform")  # 2^k levels
 RATES = (("sgd", 0.05), ("sgd", 0.01), ("adamw", 0.001))  # of the rivals' own code
 TERNARY, BINARY = "twn", ("xnor", "xnor, straight-through")
 
@@ -55,8 +54,11 @@ def planes_of(name: str) -> tuple[int, ...]:
 
 
 def levels(name: str, planes: int) -> int:
-    """Levels of a layer at so many planes."""
-    return 2**planes if name in (*ODD, *BINARY) else 2 ** (planes + 1) - 1
+    """Levels of a layer at so many planes, by the card of the row's method; the rivals' own code has a zero."""
+    from csqcli.quant.catalog import CARDS
+
+    card = CARDS.get(name.partition(", ")[0])
+    return 2 ** (planes + 1) - 1 if card is None or card.has_zero else 2**planes
 
 
 def rows_of(epochs: int, act_bits: list[int]) -> dict[str, dict[str, Any]]:

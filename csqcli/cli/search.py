@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,6 +40,10 @@ from csqcli.cli.options import (
 )
 from csqcli.cli.output import print_plan, result_of_run
 from csqcli.system.launcher import is_main_process
+
+if TYPE_CHECKING:
+    from csqcli.recipe.schema import Recipe
+    from csqcli.system.progress import Display
 
 
 def search(
@@ -148,8 +152,7 @@ def search(
         print_plan_of(options)
         return
     from csqcli.api import search_folder
-    from csqcli.recipe.complete import check_complete, without_effect
-    from csqcli.recipe.planes import replaced_target
+    from csqcli.recipe.complete import check_complete
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
@@ -159,10 +162,7 @@ def search(
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     target = output or search_folder(resolved)
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
-    for note in without_effect(resolved, typed):
-        display.say(f"without effect: {note}")
-    if note := replaced_target(planes, typed):
-        display.say(note)
+    _tell_idle(display, resolved, typed, planes)
 
     with display.step("loading PyTorch"):
         from csqcli import pipeline
@@ -175,7 +175,6 @@ def search(
 def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
     """Print the plan of the search that these options of it ask for."""
     from csqcli.recipe.complete import check_complete
-    from csqcli.recipe.planes import replaced_target
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
@@ -186,12 +185,22 @@ def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
     display.say(
         f"recipe {options['recipe']}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
     )
-    if note := replaced_target(options.get("planes"), typed):
-        display.say(note)
+    _tell_idle(display, resolved, typed, options.get("planes"))
     with display.step("loading PyTorch"):
         from csqcli import pipeline
 
     print_plan(pipeline.plan(resolved, display=display), json_wanted=options["as_json"], verbose=verbose)
+
+
+def _tell_idle(display: Display, resolved: Recipe, typed: Mapping[str, Any], planes: Path | None) -> None:
+    """Say what was typed and changes nothing, and what of a file of planes gives way to it."""
+    from csqcli.recipe.complete import without_effect
+    from csqcli.recipe.planes import replaced_target
+
+    for note in without_effect(resolved, typed):
+        display.say(f"without effect: {note}")
+    if note := replaced_target(planes, typed):
+        display.say(note)
 
 
 def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:

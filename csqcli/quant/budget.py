@@ -41,6 +41,10 @@ class PlaneLimits:
     needed: tuple[str, ...] = ()  # layers that keep a plane because the network ends without them (`quant.needed`)
     together: tuple[tuple[int, ...], ...] = ()  # layers that have a plane each or none at all
 
+    def alike(self, planes: int) -> list[int]:
+        """So many planes, one at least, in every layer, but for the rules of single layers."""
+        return [min(max(planes, few, 1), most) for few, most in zip(self.min_planes, self.max_planes, strict=True)]
+
 
 @dataclass(frozen=True)
 class Ceiling:

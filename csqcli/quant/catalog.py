@@ -305,6 +305,7 @@ class MethodCard:
     trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
     least_planes: int = 0  # of a layer; at 1 it has no layer without planes
     most_planes: int = 8
+    takes_state_dtype: bool = False  # keeps what it has per weight in quantization.state_dtype
     keeps_unrounded: bool = True  # weights from before they were rounded, which another run may begin with
 
     @property
@@ -333,6 +334,7 @@ CARDS = {
             CSQSettings,
             _PAPER,
             finetunes=True,
+            takes_state_dtype=True,
         ),
         MethodCard(
             "staged",
@@ -342,6 +344,7 @@ CARDS = {
             StagedSettings,
             "csq's own; docs/method.md",
             finetunes=True,
+            takes_state_dtype=True,
         ),
         MethodCard(
             "csq-uniform",
@@ -351,6 +354,7 @@ CARDS = {
             UniformGateSettings,
             _PAPER,
             finetunes=True,
+            takes_state_dtype=True,
         ),
         MethodCard(
             "ste",
@@ -590,6 +594,7 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
         finetunes=found.finetunes,
         least_planes=found.least_planes,
         most_planes=found.most_planes,
+        takes_state_dtype=True,  # for all that is known
         keeps_unrounded=sum("unrounded" in vars(each) for each in found.__mro__) > 1,  # WeightMethod's own keeps none
     )
 

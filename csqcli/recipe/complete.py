@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from csqcli.errors import UserError
-from csqcli.quant.catalog import CARDS, POST_TRAINING
+from csqcli.quant.catalog import POST_TRAINING
 from csqcli.recipe.resolve import full_key
 from csqcli.recipe.schema import Recipe
 
-_KEEP_STATE = ("staged", "csq", "csq-uniform")  # methods whose state per weight has the type of state_dtype
 _OF_TRAINING = ("optimizer.", "max_steps", "amp", "compile", "quantization.state_dtype")
 
 
@@ -95,7 +94,7 @@ def _why_idle(recipe: Recipe, key: str) -> str:
         return "nothing is trained beside the float model"
     if key.startswith(_OF_TRAINING) and not trains and not recipe.adaptation.epochs:
         return "nothing is trained"
-    if key == "quantization.state_dtype" and card.name in CARDS and card.name not in _KEEP_STATE:
+    if key == "quantization.state_dtype" and not card.takes_state_dtype:
         return f"the state of {card.name} is float32"
     if key == "quantization.trials" and settings.allocator != "haq":
         return f"{settings.allocator or card.name} makes no trials"

@@ -143,9 +143,7 @@ def _group_table(found: Summary) -> str:
             (f"{group['top1']:.2f}", group["top1"]),
             (f"{group['top1_sd']:.2f}", group["top1_sd"]),
             (signed(group["gap"]), group["gap"]),
-            (f"{group['bytes']:,.0f}", group["bytes"]),
-            (f"{group['compression']:.2f}×", group["compression"]),
-            ("–" if group["bops"] is None else escaped(short(group["bops"])), group["bops"] or 0),
+            *_costs(group),
             (_front(group), None),
         ]
         for group in found["groups"]
@@ -172,9 +170,7 @@ def _table(found: Summary) -> str:
             (f"{row['mean_bits']:.4f}", row["mean_bits"]),
             (f"{row['top1']:.2f}", row["top1"]),
             (signed(row["gap"]), row["gap"]),
-            (f"{row['bytes']:,}", row["bytes"]),
-            (f"{row['compression']:.2f}×", row["compression"]),
-            ("–" if row["bops"] is None else escaped(short(row["bops"])), row["bops"] or 0),
+            *_costs(row),
             (f"{row['epochs']}", row["epochs"]),
             (escaped(row["begins_with"] or "the float model"), None),
             (_front(row), None),
@@ -182,6 +178,16 @@ def _table(found: Summary) -> str:
         for row in found["runs"]
     ]
     return table("run-table", "Each run is a folder beside this page, as `csq search` leaves it.", columns, rows)
+
+
+def _costs(row: Summary) -> list[tuple[str, float]]:
+    """Cells of bytes, compression and bit operations, of a run or of means."""
+    bops = "–" if row["bops"] is None else escaped(short(row["bops"]))
+    return [
+        (f"{row['bytes']:,.0f}", row["bytes"]),
+        (f"{row['compression']:.2f}×", row["compression"]),
+        (bops, row["bops"] or 0),
+    ]
 
 
 def _again(found: Summary, command: str) -> str:

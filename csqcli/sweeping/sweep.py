@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csqcli.errors import UserError
-from csqcli.quant.budget import PlaneLimits, mean_planes
+from csqcli.quant.budget import mean_planes
 from csqcli.reporting.words import points
 from csqcli.sweeping import folder, page, running
 from csqcli.sweeping.launching import Launcher, run_elsewhere
@@ -100,12 +100,7 @@ def least_target(sweep: Sweep, report: Mapping[str, Any]) -> float:
         fewest = mean_planes(limits.min_planes, weights)
         return max(math.ceil(100 * fewest) / 100, sweep.base.card.least_planes, RESOLUTION)
     most = sweep.base.quantization.max_bits
-    return next((k for k in range(1, most) if mean_planes(_alike(k, limits), weights) <= k), most)
-
-
-def _alike(planes: int, limits: PlaneLimits) -> list[int]:
-    """So many planes in every layer, but for the rules of single layers."""
-    return [min(max(planes, few), most) for few, most in zip(limits.min_planes, limits.max_planes, strict=True)]
+    return next((k for k in range(1, most) if mean_planes(limits.alike(k), weights) <= k), most)
 
 
 def _write(output: Path, found: Summary, *, command: str) -> None:

@@ -494,3 +494,13 @@ def test_the_step_factor_is_the_distance_of_the_levels_that_are_trained() -> Non
     assert torch.equal(far.integers_at(0, 3), counts)
     zeros = [sum(int((method.integers_at(at, 2) == 0).sum()) for at in range(1, len(layers))) for method in (near, far)]
     assert zeros[1] > zeros[0]
+
+
+@pytest.mark.parametrize("name", [name for name, card in CARDS.items() if card.trains])
+def test_cards_say_whose_state_has_the_type_of_state_dtype(name: str) -> None:
+    card = CARDS[name]
+    kept = [
+        card.load().state_bytes(card.settings(), max_bits=8, state_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert (kept[0] != kept[1]) == card.takes_state_dtype

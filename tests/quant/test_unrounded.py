@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from quant.test_latent import small_model, train
 from torch import Tensor, nn
 
 from csqcli.quant.catalog import CARDS, PAPER
@@ -28,20 +29,8 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 16, 3),
-        nn.Flatten(),
-        nn.Linear(64, 5),
-    )
-
-
 def build(name: str, settings: dict[str, Any]) -> tuple[nn.Module, QuantizedOptimizer]:
-    model, card = network(), CARDS[name]
+    model, card = small_model(), CARDS[name]
     layers, _ = find_layers(model)
     target = min(4, card.most_planes)
     given = [target] * len(layers) if card.takes == "planes" else None
@@ -49,15 +38,6 @@ def build(name: str, settings: dict[str, Any]) -> tuple[nn.Module, QuantizedOpti
     method = card.load()(layers, plan, card.settings(**settings))
     base = torch.optim.SGD(base_groups(model, method), lr=0.05, momentum=0.9)
     return model, QuantizedOptimizer(method, base, harden_at_step=method.harden_at_step)
-
-
-def train(model: nn.Module, optimizer: QuantizedOptimizer, steps: range) -> None:
-    for step in steps:
-        rng = torch.Generator().manual_seed(step)
-        x, y = torch.randn(16, 1, 6, 6, generator=rng), torch.randint(0, 5, (16,), generator=rng)
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def behind(method: WeightMethod) -> list[Tensor]:
@@ -144,7 +124,7 @@ def test_saturated_gates_of_the_paper_leave_the_scale_as_it_is() -> None:
 
 
 def test_post_training_keeps_nothing_behind_its_integers() -> None:
-    layers, _ = find_layers(network())
+    layers, _ = find_layers(small_model())
     method = CARDS["ptq"].load()(layers, plan_for(layers, 2, Schedule(1, 1), planes=[2] * len(layers)))
     assert method.unrounded() is None
     assert [name for name, card in CARDS.items() if not card.keeps_unrounded] == ["ptq", "float"]

@@ -322,7 +322,7 @@ def test_a_schedule_that_is_longer_than_its_phase_is_said(tmp_path: Path, capsys
 
 @pytest.mark.parametrize("section", ["finetune", "adaptation"])
 def test_other_phases_warm_up_for_a_fifth_of_their_epochs_at_most(section: str, tmp_path: Path) -> None:
-    run(tmp_path / "run", optimizer__warmup_epochs=1.5, max_steps=4, **{f"{section}__epochs": 2})
+    run(tmp_path / "run", optimizer__warmup_epochs=5, max_steps=4, **{f"{section}__epochs": 2})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     phase = {"finetune": "finetune", "adaptation": "float"}[section]
     rates = [line["lr"] for line in lines if line["phase"] == phase]

@@ -84,8 +84,7 @@ def uniform(budget: Budget) -> list[int]:
     """
     target, bits = budget.target, len(budget.table[0]) - 1
     budget.check_feasible()
-    rules = list(zip(budget.limits.min_planes, budget.limits.max_planes, strict=True))
-    planes = [min(max(int(target), few, 1), most) for few, most in rules]
+    planes = budget.limits.alike(int(target))
     ruled = any(count != int(target) for count in planes)
     if not 1 <= target <= bits or (target != int(target) and not ruled):
         hint = f"take a whole number from 1 to {bits}, or a method or --allocator that mixes them"
