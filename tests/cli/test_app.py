@@ -529,3 +529,14 @@ def test_help_loads_no_torch() -> None:
 def test_the_module_entry_point_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "csqcli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("csq 0.")
+
+
+@pytest.mark.parametrize("command", ["search", "plan"])
+def test_what_is_typed_and_does_nothing_is_said_by_the_command(csq, tmp_path: Path, command: str) -> None:
+    output = ("--output", tmp_path / "run") if command == "search" else ()
+    quick = ("--method", "lsq", "--epochs", 1, "--set", "max_steps=1")
+    code, _, err = csq(
+        command, "--recipe", "digits", "--target-bits", 3, "--set", "state_dtype=bfloat16", *quick, *output
+    )
+    assert code == 0, err
+    assert "without effect: quantization.state_dtype: the state of lsq is float32" in err
