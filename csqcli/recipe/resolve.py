@@ -221,7 +221,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
             raise _foreign(f"{name}.{key}" if key else name, other, card, where=where)
     rest = {key: value for key, value in raw.items() if key != card.section}
     section = raw.get(card.section) or {}
-    if card.name == "csq" and isinstance(section, dict) and _from_scratch(raw):
+    if card.name == "csq" and isinstance(section, dict) and is_from_scratch(raw):
         section = FROM_SCRATCH | section
     settings = _checked(card.settings, section, where=where, inside=f"{card.section}.", card=card)
     quantization = _as_mapping(rest.get("quantization") or {}, where)
@@ -278,7 +278,7 @@ def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
     section, epochs = raw.get("quantization"), raw.get("epochs", Recipe.model_fields["epochs"].default)
     if epochs != 0 and isinstance(section, dict) and any(section.get(key) is not None for key in USERS_TARGETS):
         return CARDS["staged"], "a budget of bytes, operations or time"
-    name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=_from_scratch(raw))
+    name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=is_from_scratch(raw))
     return CARDS[name], why
 
 
@@ -293,10 +293,12 @@ def _planes_for(quantization: Mapping[str, Any]) -> dict[str, int]:
     )
 
 
-def _from_scratch(raw: Mapping[str, Any]) -> bool:
+def is_from_scratch(raw: Mapping[str, Any]) -> bool:
+    """Whether quantization begins at fresh weights, of which nothing needs to be kept: no library's, no file's, and none that float
+    epochs have trained."""
     model = _plain(raw.get("model"))
     given = model.get("checkpoint") is not None or model.get("warm_start") is not None
-    return not model.get("pretrained", True) and not given
+    return not model.get("pretrained", True) and not given and not _plain(raw.get("adaptation")).get("epochs", 0)
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from csqcli.data.loaders import Loader
 from csqcli.errors import UserError, machine_fault, strangers_place
-from csqcli.quant.measuring import logits_of
+from csqcli.quant.measuring import evaluating, logits_of
 from csqcli.system import distributed
 
 
@@ -77,29 +77,27 @@ def evaluate(
     present: Sequence[int] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Accuracy:
-    """Top-1 and top-5 counts of the model as it stands, in eval mode; the mode it was in comes back.
+    """Top-1 and top-5 counts of the model as it stands, in eval mode; each module's own mode comes back.
 
     BrokenScores where scores are not finite.
     ``shared``: the loader holds this process's share of the images, and counts are summed over processes. ``present``:
     outputs among which a second top-1 is counted, as if the model had no others. ``on_batch`` is told the batches done.
     """
-    was_training = model.training
-    model.eval()
     correct1 = correct5 = samples = among = 0
     finite = torch.ones((), dtype=torch.bool)
-    for batch, (images, labels) in enumerate(loader.epoch(0), 1):
-        scores = logits_of(model(images))
-        finite = finite.to(scores.device) & scores.isfinite().all()
-        ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-        correct1 += int(ranked[:, 0].sum())
-        correct5 += int(ranked.sum())
-        samples += len(labels)
-        if present is not None:
-            index = torch.tensor(present, device=scores.device)
-            among += int((index[scores[:, index].argmax(dim=1)] == labels).sum())
-        if on_batch is not None:
-            on_batch(batch)
-    model.train(was_training)
+    with evaluating(model):
+        for batch, (images, labels) in enumerate(loader.epoch(0), 1):
+            scores = logits_of(model(images))
+            finite = finite.to(scores.device) & scores.isfinite().all()
+            ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+            correct1 += int(ranked[:, 0].sum())
+            correct5 += int(ranked.sum())
+            samples += len(labels)
+            if present is not None:
+                index = torch.tensor(present, device=scores.device)
+                among += int((index[scores[:, index].argmax(dim=1)] == labels).sum())
+            if on_batch is not None:
+                on_batch(batch)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # an engine has none
     if shared:
         counts = (correct1, correct5, samples, among, int(not finite))
@@ -129,19 +127,17 @@ def recalibrate_batchnorm(
     if not norms or batches == 0:
         return
     momenta = [norm.momentum for norm in norms]
-    was_training = model.training
-    model.eval()  # dropout and the like stay off
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
     try:
-        for batch, (images, _) in enumerate(itertools.islice(loader.epoch(epoch), batches), 1):
-            if len(images):  # none of it could be decoded
-                model(images)
-            if on_batch is not None:
-                on_batch(batch)
+        with evaluating(model):  # dropout and the like stay off
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.train()
+            for batch, (images, _) in enumerate(itertools.islice(loader.epoch(epoch), batches), 1):
+                if len(images):  # none of it could be decoded
+                    model(images)
+                if on_batch is not None:
+                    on_batch(batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        model.train(was_training)

@@ -21,6 +21,7 @@ from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
+from csqcli.recipe.resolve import is_from_scratch
 from csqcli.recipe.schema import USERS_TARGETS, OptimizerSettings, Recipe
 from csqcli.system import distributed, memory
 from csqcli.system.progress import counted
@@ -130,7 +131,7 @@ def make_method(
         momentum=recipe.optimizer.momentum,
         weight_decay=recipe.optimizer.l2,
         mean_lr_share=_mean_lr_share(recipe),
-        from_scratch=_is_fresh(recipe),
+        from_scratch=is_from_scratch(recipe.to_dict()),
         rate_share=0.5**run.record.rollbacks,
         state_dtype=state_dtype(recipe),
     )
@@ -191,12 +192,6 @@ def allocation(
         seed=recipe.seed,
         watch=watch,
     )
-
-
-def _is_fresh(recipe: Recipe) -> bool:
-    """Whether the model's weights are those of its constructor."""
-    model = recipe.model
-    return not model.pretrained and model.checkpoint is None and model.warm_start is None
 
 
 def state_dtype(recipe: Recipe) -> torch.dtype:

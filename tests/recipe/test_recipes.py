@@ -191,6 +191,8 @@ def test_from_scratch_the_bit_level_method_has_the_papers_settings_but_for_the_c
     long = resolve("short", {"epochs": 40, "quantization.target_bits": 2})  # from a checkpoint
     assert long.quantization.method == "csq"
     assert long.method_settings.model_dump()["fix_masks_at"] == 0.4
+    adapted = resolve("short", scratch | {"quantization.method": "csq", "adaptation.epochs": 1})
+    assert adapted.method_settings.model_dump()["fix_masks_at"] == 0.4
 
 
 def test_on_and_off_need_no_quotes() -> None:
@@ -231,6 +233,11 @@ def test_a_card_says_what_its_method_says(name: str) -> None:
         ({"epochs": 39}, "staged", "39 epochs from a checkpoint, fewer than 40"),
         ({"epochs": 40}, "csq", "40 epochs from a checkpoint, 40 or more"),
         ({"epochs": 2, "pretrained": False, "checkpoint": None}, "csq", "from scratch"),
+        (  # float epochs leave weights that are to be kept
+            {"epochs": 2, "pretrained": False, "checkpoint": None, "adaptation.epochs": 1},
+            "staged",
+            "2 epochs from a checkpoint, fewer than 40",
+        ),
         ({"epochs": 90, "method": "staged"}, "staged", ""),
         ({"epochs": 0}, "ptq", ""),
         ({"method": "ptq"}, "ptq", ""),
@@ -390,6 +397,13 @@ def test_a_complete_recipe_of_0_2_keeps_the_levels_that_parq_had_then() -> None:
     of_then = {key: value for key, value in recipe["parq"].items() if key != "step_factor"}
     again = validate(recipe | {"parq": of_then}, where="recipe.yaml").method_settings.model_dump()
     assert (recipe["parq"]["step_factor"], again["step_factor"]) == (1.2, 1.0)
+
+
+def test_a_complete_recipe_of_0_2_keeps_the_scales_that_staged_had_then() -> None:
+    recipe = resolve("digits", {"quantization.method": "staged", "quantization.target_bits": 2}).to_dict()
+    of_then = {key: value for key, value in recipe["staged"].items() if key not in ("step_factor", "scale_lr")}
+    again = validate(recipe | {"staged": of_then}, where="recipe.yaml").method_settings.model_dump()
+    assert (recipe["staged"]["scale_lr"] > 0, again["scale_lr"], again["step_factor"]) == (True, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -222,10 +222,14 @@ def test_networks_with_depthwise_convolutions_train_in_channels_last_by_themselv
     assert not _is_depthwise(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 2)))
 
 
+@pytest.mark.parametrize("method", ["staged", "csq"])  # csq hardens, and evaluates before it does, within an epoch
 @pytest.mark.parametrize("batchnorm", ["train", "frozen"])
-def test_frozen_batchnorm_keeps_the_statistics_of_the_checkpoint(csq, tmp_path: Path, batchnorm: str) -> None:
+def test_frozen_batchnorm_keeps_the_statistics_of_the_checkpoint(
+    csq, tmp_path: Path, batchnorm: str, method: str
+) -> None:
     common = ("search", "--recipe", "digits", "--epochs", 1, "--finetune-epochs", 1, "--target-bits", 3, "--quiet")
-    code, _, err = csq(*common, "--set", "max_steps=5", "--set", f"batchnorm={batchnorm}", "-o", tmp_path)
+    settings = ("--method", method, "--set", "max_steps=10", "--set", f"batchnorm={batchnorm}")
+    code, _, err = csq(*common, *settings, "-o", tmp_path)
     assert code == 0, err
     found = io.read(tmp_path / "model.safetensors").state_dict()
     given = load_file(str(resources.files("csqcli") / "assets" / "digits_float.safetensors"))
