@@ -56,6 +56,9 @@ class StagedSettings(MethodSettings):
     step_factor: float = Field(1.0, gt=0, le=LARGE)
     """Distance of the levels that are trained, in units of the one with the least squared error. Above 1 more weights are 0, and the
     integers take fewer bits in the file."""
+    scale_lr: float = Field(0.003, ge=0, le=1)
+    """Peak step of the scales while integers are trained (Adam), as a share of the scale; follows optimizer.schedule. At 0 they stay
+    where the squared error is least."""
 
 
 class GateSettings(MethodSettings):

@@ -7,8 +7,8 @@
 A recipe is of that kind when it names `csq-paper` or has one of the old keys; the complete recipe in an old file always has
 all of them. Without old keys, `csq` means what it means today.
 
-In 0.2 gates had one scale per layer and no limit, and levels of `parq` the least-squares distance: a section of such a method that has
-every key of then, as complete recipes in files and run folders do, keeps that meaning.
+In 0.2 gates had one scale per layer and no limit, levels of `parq` were the least-squares distance apart, and scales of `staged` stood
+still: a section of such a method that has every key of then, as complete recipes in files and run folders do, keeps that meaning.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _SINCE_0_2: dict[str, Any] = {  # what gate methods did in 0.2
     "straight_through_rate": 1.0,
 }
 _PARQ_SINCE_0_2: dict[str, Any] = {"step_factor": 1.0}
+_STAGED_SINCE_0_2: dict[str, Any] = {"step_factor": 1.0, "scale_lr": 0.0}
 _THEN: dict[str, Any] = {  # what they did before they had a setting for it
     "digits": "sign-magnitude",
     "init_scale": 1.0,
@@ -42,6 +43,12 @@ _THEN: dict[str, Any] = {  # what they did before they had a setting for it
     "restart_beta": None,
     "fix_masks_at": 1.0,
     **_SINCE_0_2,
+}
+_ADDED_SINCE_0_2 = {
+    "csq": _SINCE_0_2,
+    "csq-uniform": _SINCE_0_2,
+    "parq": _PARQ_SINCE_0_2,
+    "staged": _STAGED_SINCE_0_2,
 }
 OLD_KEYS = frozenset((*_STAGED, *_SEARCHING_GATES))
 _NEW_NAMES = {"csq": "staged", "csq-paper": "csq"}
@@ -54,7 +61,7 @@ def modernised(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _as_in_0_2(raw: dict[str, Any]) -> dict[str, Any]:
     complete = {}
-    for name, since in (("csq", _SINCE_0_2), ("csq-uniform", _SINCE_0_2), ("parq", _PARQ_SINCE_0_2)):
+    for name, since in _ADDED_SINCE_0_2.items():
         section = raw.get(name)
         if isinstance(section, dict) and section.keys() == CARDS[name].settings.model_fields.keys() - since.keys():
             complete[name] = section | since
@@ -78,6 +85,8 @@ def _as_in_0_1(raw: dict[str, Any]) -> dict[str, Any]:
                 sections.setdefault(section, {})[name] = old[key]
     if complete and method in ("csq", "csq-uniform"):
         sections[method] |= {key: value for key, value in _THEN.items() if key in CARDS[method].settings.model_fields}
+    if complete and method == "staged":
+        sections[method] |= _STAGED_SINCE_0_2
     if named == "csq-paper" and not complete:
         sections["csq"] = PAPER | sections.get("csq", {})
     kept = {key: value for key, value in old.items() if key not in keys}

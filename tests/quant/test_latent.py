@@ -496,6 +496,34 @@ def test_the_step_factor_is_the_distance_of_the_levels_that_are_trained() -> Non
     assert zeros[1] > zeros[0]
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_scales_learn_by_adam_on_their_logarithms_and_move_no_weight_to_another_level(per_channel: bool) -> None:
+    layers, _ = find_layers(small_model())
+    plan = plan_for(layers, 2.0, SCHEDULE, planes=[2] * len(layers))
+    settings = StagedSettings(scale_lr=0.01, soft_share=0, latent_lr=1e-9, per_channel=per_channel)
+    method = Staged(layers, plan, settings)
+    before = method.hard_layers()
+    logs = [hard.scale.double().log().requires_grad_() for hard in before]
+    reference = torch.optim.Adam(logs, lr=0.01, betas=(0.9, 0.99), eps=1e-12)
+    for step in range(3):
+        reference.zero_grad()
+        for layer, hard, log in zip(layers, before, logs, strict=True):
+            gradient = torch.randn(layer.parameter.shape, generator=torch.Generator().manual_seed(step))
+            layer.parameter.grad = gradient
+            weight = log.exp().view(-1, *[1] * (gradient.dim() - 1)) * hard.integers  # every layer has channels first
+            (weight * gradient.double()).sum().backward()
+        reference.step()
+        method.collect(step, lr=0.05, lr_share=1.0)
+        method.materialise(step + 1)
+    for hard, then, log, unrounded in zip(method.hard_layers(), before, logs, method.unrounded(), strict=True):
+        assert torch.equal(hard.integers, then.integers)
+        assert not torch.equal(hard.scale, then.scale)
+        torch.testing.assert_close(hard.scale.double(), log.detach().exp(), rtol=1e-5, atol=0)
+        # what stands behind the weights has grown with their scale: nothing is nearer to another level than it was
+        step_size = hard.scale.view(-1, *[1] * (unrounded.dim() - 1))
+        assert torch.equal(quantize(unrounded, step_size, 2).to(torch.int32), hard.integers)
+
+
 @pytest.mark.parametrize("name", [name for name, card in CARDS.items() if card.trains])
 def test_cards_say_whose_state_has_the_type_of_state_dtype(name: str) -> None:
     card = CARDS[name]

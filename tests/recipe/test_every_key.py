@@ -73,6 +73,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "staged.recovery": 0.5,
             "staged.per_channel": False,
             "staged.step_factor": 1.3,
+            "staged.scale_lr": 0.01,
             "layers.exclude": ["conv1"],
             "layers.min_bits": {"fc": 2},
             "layers.max_bits": {"conv2": 3},

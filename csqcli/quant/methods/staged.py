@@ -3,16 +3,18 @@
 Stage 1 (the first `search_share` of the steps) is `quant.masks`: each layer's weight is a sum of refinement planes under a
 soft mask whose mean is the target. Then the planes are fixed by an exact knapsack on the same importance.
 
-Stage 2 (the rest). The integers are trained at one scale per output channel, fixed at its MSE-optimal value. Until
+Stage 2 (the rest). The integers are trained at one scale per output channel, which begins at its MSE-optimal value. Until
 `soft_share` of all steps, a weight stands on a soft staircase whose flanks steepen from slope 1 (no rounding) to vertical (the
 proximal map of PARQ, Jin et al. 2025); from then on every forward weight is hard, so soft = hard at the end. Gradients go straight
 through the staircase to the latent; Adam moves latents in units of the layer's one-plane scale, so that every weight moves by a
-comparable part of its layer's spread. No bit has a gate of its own here: that is the paper's method, `csq`.
+comparable part of its layer's spread. A scale learns what its levels weigh, not where among the latents they lie, so that it
+moves no weight to another level. No bit has a gate of its own here: that is the paper's method, `csq`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,17 +70,22 @@ class Staged(WeightMethod):
         self.adam = LatentAdam(
             self.latents, beta1=_EXP_AVG_DECAY, beta2=settings.fisher_decay, state_dtype=plan.state_dtype
         )
+        self.scale_adam: LatentAdam | None = None
+        if settings.scale_lr:
+            rates = [unit.view(1, -1, 1) for unit in self.units]
+            self.scale_adam = LatentAdam(rates, beta1=_EXP_AVG_DECAY, beta2=0.99, state_dtype=torch.float32)
         device = self.latents[0].device
         if plan.start is not None:
             scales = [hard.scale.view(-1, 1).to(device) for hard in plan.start]
-            self._set_planes([hard.mask for hard in plan.start], scales)
+            widths = [stairs.width for stairs in plan.searched.stairs] if isinstance(plan.searched, Staged) else None
+            self._set_planes([hard.mask for hard in plan.start], scales, widths)
         elif plan.planes is not None:
             self._fix_planes(plan.planes)
         else:
             self.budget.check_feasible()
-            widths = range(2, self.bits + 1)
+            wider = range(2, self.bits + 1)
             scales = [
-                torch.stack([unit, *(self._mse_scale(value, layer, k) for k in widths)])
+                torch.stack([unit, *(self._mse_scale(value, layer, k) for k in wider)])
                 for value, layer, unit in zip(values, layers, self.units, strict=True)
             ]
             self.search = SoftMasks(self.budget, self.units, scales, recovery=settings.recovery)
@@ -113,11 +120,34 @@ class Staged(WeightMethod):
         rate = self.settings.latent_lr * self.plan.rate_share * lr_share**self.settings.latent_lr_power
         self.adam.step(self.latents, gradients, units=self.units, edges=edges, lr=rate, seed=step)
         if self.search is None:
+            self._learn_scales(gradients, lr_share)
             return
         if step + 1 >= self.search_steps:
             self._fix_planes(self.search.allocate(self.latents, self.adam))
         elif (step + 1) % self.refresh_every == 0:
             self.search.refresh(self.latents, self.adam, self.beta(step + 1))
+
+    def _learn_scales(self, gradients: Sequence[Tensor | None], lr_share: float) -> None:
+        """A step on the logarithms of scales, by dL/d log s = Σ W dL/dW over what has the scale. Latents keep their levels."""
+        if self.scale_adam is None:
+            return
+        slopes: list[Tensor | None] = []
+        for layer, gradient, unit in zip(self.layers, gradients, self.units, strict=True):
+            if gradient is None:
+                slopes.append(None)
+                continue
+            weight = layer.by_channel(layer.flat(layer.parameter.detach()))
+            slope = (weight * gradient).sum(dim=(0, 2), dtype=torch.float32)
+            slopes.append((slope if len(unit) > 1 else slope.sum()).view(1, -1, 1))
+        moves = [torch.zeros(1, len(unit), 1, device=unit.device) for unit in self.units]
+        ones = [torch.ones_like(unit) for unit in self.units]
+        rate = self.settings.scale_lr * self.plan.rate_share * lr_share
+        self.scale_adam.step(moves, slopes, units=ones, edges=None, lr=rate, seed=0)
+        factors = [move.exp().view(-1, 1) for move in moves]
+        self.units = [unit * factor for unit, factor in zip(self.units, factors, strict=True)]
+        self.stairs = [
+            replace(stairs, scale=stairs.scale * factor) for stairs, factor in zip(self.stairs, factors, strict=True)
+        ]
 
     def _fix_planes(self, planes: Sequence[int]) -> None:
         """End of stage 1: each width's own scale for the latents as they are."""
@@ -128,12 +158,17 @@ class Staged(WeightMethod):
         for latent, stairs in zip(self.latents, self.stairs, strict=True):
             latent.clamp_(-stairs.edge, stairs.edge)
 
-    def _set_planes(self, masks: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-        """``masks``: bool [bits] per layer; ``scales``: [channels, 1] or [1, 1], the weight of the lowest plane in use."""
+    def _set_planes(
+        self, masks: Sequence[Tensor], scales: Sequence[Tensor], widths: Sequence[Tensor] | None = None
+    ) -> None:
+        """``masks``: bool [bits] per layer; ``scales``: [channels, 1] or [1, 1], the weight of the lowest plane in use;
+        ``widths``: the same in units of the latents, scale / unit if unset."""
+        if widths is None:
+            widths = [scale / unit for scale, unit in zip(scales, self.units, strict=True)]
         self.masks = list(masks)
         self.stairs = [
-            Staircase(scale, scale / unit, levels_of(mask[int(mask.int().argmax()) :]))
-            for mask, scale, unit in zip(masks, scales, self.units, strict=True)
+            Staircase(scale, width, levels_of(mask[int(mask.int().argmax()) :]))
+            for mask, scale, width in zip(masks, scales, widths, strict=True)
         ]
 
     @torch.no_grad()
@@ -186,12 +221,14 @@ class Staged(WeightMethod):
     @torch.no_grad()
     def change_planes(self, planes: Sequence[int], step: int) -> None:
         """Other planes for latents that train on; a layer that keeps its number keeps its scale."""
-        scales = []
+        scales, widths = [], []
         for index, count in enumerate(planes):
-            value = self.latents[index] * self.units[index]
+            stairs, unit = self.stairs[index], self.units[index]
             kept = count == int(self.masks[index].sum())
-            scales.append(self.stairs[index].scale if kept else self._level_scale(value, self.layers[index], count))
-        self._set_planes([top_planes(count, self.bits) for count in planes], scales)
+            scale = stairs.scale if kept else self._level_scale(self.latents[index] * unit, self.layers[index], count)
+            scales.append(scale)
+            widths.append(stairs.width if kept else scale / unit)
+        self._set_planes([top_planes(count, self.bits) for count in planes], scales, widths)
         for latent, stairs in zip(self.latents, self.stairs, strict=True):
             latent.clamp_(-stairs.edge, stairs.edge)
         self.materialise(step)
@@ -228,10 +265,12 @@ class Staged(WeightMethod):
             "orders": [list(layer.memory_order) for layer in self.layers],
             "latents": self.latents,
             "adam": self.adam.state_dict(),
+            "scale_adam": None if self.scale_adam is None else self.scale_adam.state_dict(),
             "units": self.units,
             "search": None if self.search is None else self.search.state_dict(),
             "masks": self.masks,
             "scales": [stairs.scale for stairs in self.stairs],
+            "widths": [stairs.width for stairs in self.stairs],
             "soft_end": self.soft_end,
         }
 
@@ -246,11 +285,18 @@ class Staged(WeightMethod):
             latent.copy_(saved)
         adam = state["adam"]
         self.adam.load_state_dict(adam | {name: own(adam[name]) for name in ("exp_avg", "exp_avg_sq")})
+        if self.scale_adam is not None:
+            self.scale_adam.load_state_dict(state["scale_adam"])
         self.units = [unit.to(device) for unit in state["units"]]
         self.soft_end = state["soft_end"]
         if state["search"] is None:
             self.search = None
-            self._set_planes(state["masks"], [scale.to(device) for scale in state["scales"]])
+            widths = state.get("widths")  # states of csq 0.2, whose scales stood still, have none
+            self._set_planes(
+                state["masks"],
+                [scale.to(device) for scale in state["scales"]],
+                None if widths is None else [width.to(device) for width in widths],
+            )
         else:
             # planes may have been fixed since, where a run goes back to an earlier state
             self.search = SoftMasks(self.budget, self.units, state["search"]["scales"], recovery=self.settings.recovery)
