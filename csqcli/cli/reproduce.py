@@ -75,7 +75,7 @@ def reproduce(
         reproducing.write_recipes(planned, target)
         for run in planned:
             output.line(reproducing.command(run, target))
-        epochs = sum(run.recipe.epochs + run.recipe.finetune.epochs for run in planned)
+        epochs = sum(run.recipe.adaptation.epochs + run.recipe.epochs + run.recipe.finetune.epochs for run in planned)
         output.line(f"# {counted(len(planned), 'run')}, {counted(epochs, 'epoch')} in all")
         return
     from csqcli.reproducing import page

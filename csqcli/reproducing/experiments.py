@@ -30,6 +30,7 @@ class Row:
     accuracy: float | None = None  # percent, as the paper prints it
     bits: str = ""  # the paper's W-Bits, or average precision
     compression: float | None = None  # the paper's: 32 / mean planes, of weights alone
+    pretrain: bool = False  # in float first, for as many epochs: the method begins with a trained network
 
     @property
     def trained(self) -> bool:
@@ -69,7 +70,8 @@ def _rival(
 
 def _bsq(compression: float, act_bits: int, accuracy: float) -> Row:
     """The bits that BSQ ended with, 32 / the paper's compression, are the target here."""
-    return _rival("BSQ", "bsq", round(32 / compression, 3), act_bits, accuracy, compression, "MP")
+    row = _rival("BSQ", "bsq", round(32 / compression, 3), act_bits, accuracy, compression, "MP")
+    return replace(row, pretrain=True)
 
 
 def _not_here(label: str, act_bits: int, accuracy: float, compression: float, bits: str) -> Row:

@@ -131,9 +131,11 @@ def _rivals(summary: dict[str, Any]) -> list[str]:
     theirs = [name for name in builtin_names() if any(name.endswith(f"-{method}") for method in methods)]
     recipes = f"; `csq search --recipe` has theirs in {', '.join(theirs)}" if theirs else ""
     scratch = ", from scratch" if summary["weights_from"] == "random" else ""
+    pretrained = ", ".join(_labels([row for row in rivals if row["pretrained"]]))
+    begins = f" {pretrained} begins with a network trained in float, here for as many epochs." if pretrained else ""
     return [
         f"{', '.join(_labels(rivals))}: trained by this table's recipe and schedule, which are CSQ's "
-        f"({summary['recipe']}{scratch}), not by their authors'{recipes}."
+        f"({summary['recipe']}{scratch}), not by their authors'{recipes}.{begins}"
     ]
 
 

@@ -55,6 +55,8 @@ def recipe_of(experiment: Experiment, row: Row, seed: int, *, scale: float, more
     settings = _settings(row, seed)
     whole = resolve(experiment.recipe, settings)
     epochs = {"epochs": max(1, round(whole.epochs * scale)), "finetune.epochs": round(whole.finetune.epochs * scale)}
+    if row.pretrain:
+        epochs |= {"adaptation.epochs": epochs["epochs"], "adaptation.lr": whole.optimizer.peak_lr}
     recipe = resolve(experiment.recipe, settings | epochs | dict(more))
     for key in (*_common(row, seed), *row.settings):
         if _value(recipe, key) != settings[key]:
@@ -70,7 +72,8 @@ def name_of(experiment: Experiment, row: Row, seed: int) -> str:
     own = resolve(experiment.recipe, _settings(row, seed))
     changed = {key: _value(own, key) for key in sorted(row.settings) if _value(own, key) != _value(usual, key)}
     values = "".join(f"-{key.rpartition('.')[2]}{value:g}" for key, value in changed.items())
-    return f"{experiment.recipe}-{row.method}{values}-a{row.act_bits}-seed{seed}"
+    trained = "-pretrained" if row.pretrain else ""
+    return f"{experiment.recipe}-{row.method}{trained}{values}-a{row.act_bits}-seed{seed}"
 
 
 def _common(row: Row, seed: int) -> dict[str, Any]:
@@ -232,6 +235,7 @@ def _row(
     line: dict[str, Any] = {
         "label": row.label,
         "method": row.method,
+        "pretrained": row.pretrain,
         "act_bits": row.act_bits,
         "paper": {"bits": row.bits, "compression": row.compression, "top1": row.accuracy, "gap": paper_gap},
         "ours": None,

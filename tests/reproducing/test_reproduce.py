@@ -226,9 +226,17 @@ def test_rivals_are_said_to_be_trained_by_csqs_recipe_and_where_theirs_are() -> 
     assert (
         "LQ-Nets, BSQ, PACT, DoReFa: trained by this table's recipe and schedule, which are CSQ's (cifar10-resnet20, from scratch), "
         "not by their authors'; `csq search --recipe` has theirs in cifar10-resnet20-bsq, cifar10-resnet20-lq-nets, "
-        "cifar10-resnet20-pact." in text
+        "cifar10-resnet20-pact. BSQ begins with a network trained in float, here for as many epochs." in text
     )
     assert "authors" not in page.markdown(EXPERIMENTS["table5"], summary_of(EXPERIMENTS["table5"]))
+
+
+def test_bsq_begins_with_a_network_trained_for_as_many_epochs() -> None:
+    for run in runs.plan(rows_of("table1", "BSQ", "PACT"), scale=0.1, seeds=[0], more={"data.source": "digits"}):
+        recipe, pretrained = run.recipe, run.row.method == "bsq"
+        assert recipe.adaptation.epochs == (recipe.epochs if pretrained else 0)
+        assert recipe.adaptation.lr == (recipe.optimizer.lr if pretrained else None)
+        assert ("-pretrained-" in run.name) == pretrained
 
 
 def test_size_and_planes_stand_beside_target_and_paper() -> None:
