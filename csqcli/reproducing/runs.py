@@ -54,7 +54,10 @@ def recipe_of(experiment: Experiment, row: Row, seed: int, *, scale: float, more
     """The recipe of one run: the experiment's, at ``scale`` times its epochs, with what the row and the user say."""
     settings = _settings(row, seed)
     whole = resolve(experiment.recipe, settings)
-    epochs = {"epochs": max(1, round(whole.epochs * scale)), "finetune.epochs": round(whole.finetune.epochs * scale)}
+    epochs: dict[str, Any] = {
+        "epochs": max(1, round(whole.epochs * scale)),
+        "finetune.epochs": round(whole.finetune.epochs * scale),
+    }
     if row.pretrain:
         epochs |= {"adaptation.epochs": epochs["epochs"], "adaptation.lr": whole.optimizer.peak_lr}
     recipe = resolve(experiment.recipe, settings | epochs | dict(more))
