@@ -117,6 +117,7 @@ def finetune(
     *,
     data: str | None = None,
     epochs: int | None = None,
+    teacher: str | Path | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -130,6 +131,7 @@ def finetune(
         file: what ``search``, ``finetune`` or ``save`` wrote, in any safetensors form of ``export``; or a run's folder.
         data: as for :func:`search`.
         epochs: of this training; None takes those of the file's recipe, or 5.
+        teacher: float weights that ``optimizer.distill`` and ``distill_features`` follow: a checkpoint, or a float run's folder.
         output: folder for the result; None takes ``runs/NAME-finetuned``, NAME that of the file's folder.
         resume, force, progress, settings: as for :func:`search`. The recipe is the file's own.
         trust_code: let the file import the ``package.module:factory`` that it names.
@@ -154,6 +156,7 @@ def finetune(
     named = {
         "data.source": data,
         "finetune.epochs": epochs,
+        "finetune.teacher": None if teacher is None else str(teacher),
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
     }
     resolved = resolve_stored(

@@ -36,6 +36,7 @@ from csqcli.system import distributed
 from csqcli.system.device import pick_device
 from csqcli.system.files import write_text
 from csqcli.system.progress import Display
+from csqcli.system.run_files import model_of
 from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
 from csqcli.training.budgets import check_targets, check_written_planes, latency_reached
@@ -386,13 +387,11 @@ def finetune(
         raise UserError(
             "its BatchNorms are folded for inference; they cannot be trained on", where=str(path), hint=hint
         )
-    asked = [name for name in ("distill", "distill_features") if getattr(recipe.optimizer, name)]
-    if asked:
-        without = " ".join(f"--set optimizer.{name}=0" for name in asked)
-        hint = f"distill in the search itself (--finetune-epochs), or {without}"
-        raise UserError("the float model to distill from is not in the file", where=str(path), hint=hint)
     check_task(file.manifest.spec)
-    images = with_labels_of(file.manifest, open_images(recipe), where=str(path), whole=True)
+    _check_teacher(recipe, where=str(path))
+    images = open_images(recipe)
+    followed = _float_weights(recipe, images, file, trust_code=trust_code, where=str(path))
+    images = with_labels_of(file.manifest, images, where=str(path), whole=True)
     source = file.manifest.payload_sha256
     with RunFolder(output, recipe, images, force=force, resume=resume, source=source) as folder:
         if folder.finished is not None:
@@ -401,10 +400,48 @@ def finetune(
         torch.manual_seed(recipe.seed)
         model = plain_model(file, trust_code=trust_code, where=str(path))
         config = data_config(file.manifest.data_config, recipe)
+        folder.inputs.teacher_sha256 = "" if followed is None else distributed.fingerprint(followed)
         with Run(recipe, folder, display, model, images, config, file.manifest.model) as run:
+            run.keep_teacher(followed)
             report = _finetune(run, file)
         folder.finish()
     return report
+
+
+def _check_teacher(recipe: Recipe, *, where: str) -> None:
+    """UserError where a finetune is to follow a float model that nothing names."""
+    asked = [name for name in ("distill", "distill_features") if getattr(recipe.optimizer, name)]
+    if asked and recipe.finetune.teacher is None:
+        without = " ".join(f"--set optimizer.{name}=0" for name in asked)
+        hint = f"name it: --teacher FILE (a checkpoint, or the folder of a float run); or leave it: {without}"
+        raise UserError("the float model to distill from is not in the file", where=where, hint=hint)
+
+
+def _float_weights(
+    recipe: Recipe, images: DataSet, file: QuantizedFile, *, trust_code: bool, where: str
+) -> dict[str, torch.Tensor] | None:
+    """Weights of the float model that a finetune follows, by the names of the file's model; None where it follows none. UserError for
+    those of another network."""
+    teacher = recipe.finetune.teacher
+    if teacher is None or not (recipe.optimizer.distill or recipe.optimizer.distill_features):
+        return None
+    weights_of, model = str(model_of(teacher)), file.manifest.model
+    wanted = plain_model(
+        file, trust_code=trust_code, where=where
+    ).state_dict()  # before anything else builds what a file names
+    found = load_for(
+        model.source,
+        images.classes,
+        head="auto" if model.num_classes == len(images.classes) else "keep",
+        checkpoint=open_checkpoint(weights_of),
+        arguments=model.arguments,
+        classes_from=images.source,
+    ).loaded.model.state_dict()
+    odd = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
+    if odd:
+        what = f"its {odd[0]} is not that of the file's model"
+        raise UserError(what, where=weights_of, hint="give float weights of the same network, with the same classes")
+    return found
 
 
 def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def finetune(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Epochs; 5 unless the file's recipe says otherwise.")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Float weights that --set distill=F and distill_features=F follow: a checkpoint, or a float run's folder."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder; runs/NAME-finetuned if unset, NAME that of RUN's folder."),
@@ -72,6 +78,7 @@ def finetune(
         "data.source": data,
         "data.val_split": val_split(val_split_),
         "finetune.epochs": epochs,
+        "finetune.teacher": teacher,
         "seed": seed,
         "device": device,
         "log": log,

@@ -94,6 +94,8 @@ def _why_idle(recipe: Recipe, key: str) -> str:
         return "nothing is trained beside the float model"
     if key.startswith(_OF_TRAINING) and not trains and not recipe.adaptation.epochs:
         return "nothing is trained"
+    if key == "finetune.teacher":
+        return "a search follows the float model that it has at hand"
     if key == "quantization.state_dtype" and not card.takes_state_dtype:
         return f"the state of {card.name} is float32"
     if key == "quantization.trials" and settings.allocator != "haq":

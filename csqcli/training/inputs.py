@@ -45,6 +45,9 @@ class Inputs(BaseModel):
     processes: int
     checkpoint_sha256: str | None = None
     weights_sha256: str = ""  # of the model before its first step, which a teacher is a copy of; "" of fresh ones
+    teacher_sha256: str = (
+        ""  # of the float model that a finetune of a file follows; "" of a teacher that a search has at hand
+    )
     threads: int = 0
     torch: str = torch.__version__
     device: str = ""
@@ -90,6 +93,8 @@ def difference(then: Inputs, now: Inputs) -> str:
             return f"was started on other {kind} images (their names, sizes or order differ)"
     if then.processes != now.processes:
         return f"was started with {then.processes} processes, now there are {now.processes}"
+    if then.teacher_sha256 != now.teacher_sha256:
+        return "was started with another teacher"
     if now.weights_sha256 and then.weights_sha256 != now.weights_sha256:
         checkpoint = then.checkpoint_sha256 != now.checkpoint_sha256
         return f"was started from {'another checkpoint' if checkpoint else 'other weights'}"

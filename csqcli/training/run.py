@@ -209,11 +209,11 @@ class Run:
             self.planes_told = True
             self.display.say(planes_fixed(planes, method.plan.budget.mean_planes(planes), self.target_bits))
 
-    def keep_teacher(self) -> None:
-        """Distillation follows the model as it is now."""
+    def keep_teacher(self, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Distillation follows the model as it is now, or with other ``weights``."""
         distill, features = self.recipe.optimizer.distill, self.recipe.optimizer.distill_features
         if distill or features:
-            self.teacher = Teacher(self.model, distill=distill, features=features)
+            self.teacher = Teacher(self.model, distill=distill, features=features, weights=weights)
 
     def check_scores(self) -> None:
         """Before anything is spent on the model: UserError unless it gives one score per class."""

@@ -19,11 +19,17 @@ _LEAST = 1e-6  # squared length of features below which their distance is not ta
 class Teacher:
     """A frozen float copy of the model under quantization, and the loss of being away from it."""
 
-    def __init__(self, model: nn.Module, *, distill: float, features: float) -> None:
-        """A copy of ``model`` as it is now. ``distill``: share of the loss that follows its predictions. ``features``: weight of
-        the distance of the features. UserError where ``features`` is not 0 and no single layer gives the model's scores."""
+    def __init__(
+        self, model: nn.Module, *, distill: float, features: float, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """A copy of ``model`` as it is now, or with ``weights``. ``distill``: share of the loss that follows its predictions.
+        ``features``: weight of the distance of the features. UserError where ``features`` is not 0 and no single layer gives the
+        model's scores."""
         self.distill, self.features = distill, features
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.model.eval().requires_grad_(False)
         self._taps: list[_Tap] = []
         if features:
             try:

@@ -140,6 +140,10 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "finetune output": (FINETUNE.replace("-o OUT", "--output OUT"), lambda r: "finetune" in r.report()),
     "finetune flags": (f"{FINETUNE} --force --trust-code -q", lambda r: "finetune" in r.report()),
     "finetune resume": (f"{FINETUNE} --resume", lambda r: "finetune" in r.report()),
+    "finetune teacher": (
+        f"{FINETUNE} --teacher builtin:digits_float --set distill=0.5",
+        holds("finetune.teacher", "builtin:digits_float"),
+    ),
     "finetune val split": (f"{FINETUNE} --val-split test --log-every 5", holds("data.val_split", "test")),
     "finetune json": (f"{FINETUNE} --json", lambda r: json.loads(r.out)["finetune"]["kept"] in ("input", "finetuned")),
     # evaluate

@@ -83,6 +83,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "finetune.epochs": 1,
             "finetune.lr": 0.01,
             "finetune.staged_lr": 0.003,
+            "finetune.teacher": "builtin:digits_float",
         },
     ),
     "optimizer, activations": (

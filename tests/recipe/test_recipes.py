@@ -442,6 +442,7 @@ def test_methods_of_one_plane_are_refused_more_before_anything_is_loaded(asked: 
             "quantization.state_dtype: the state of lsq is float32",
         ),
         ({"state_dtype": "bfloat16"}, None),
+        ({"finetune.teacher": "f.pth"}, "finetune.teacher: a search follows the float model that it has at hand"),
         ({"trials": 5}, "quantization.trials: staged makes no trials"),
         ({"trials": 5, "allocator": "haq"}, None),
         ({"allocator": "importance", "staged.recovery": 1.0}, "staged.recovery: planes are those of importance"),

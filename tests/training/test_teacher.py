@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from importlib import resources
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import csqcli
 from csqcli.errors import UserError
+from csqcli.training.loop import Trainer
 from csqcli.training.teacher import Teacher, feature_distance
 
 
@@ -94,3 +98,59 @@ def test_search_and_finetune_of_one_run_follow_the_same_features(csq, tmp_path) 
     code, _, error = csq("search", *recipe, *rounded, "-q", "-o", tmp_path / "run")
     assert code == 0, error
     assert "finetune" in (tmp_path / "run" / "report.json").read_text()
+
+
+def test_a_finetune_of_a_file_follows_the_float_weights_that_are_named(csq, digits_run, tmp_path) -> None:
+    common = ("finetune", digits_run, "--data", "digits", "--epochs", 1, "-q", "--set", "max_steps=6")
+    named = ("--set", "distill=0.9", "--set", "distill_features=1", "--teacher", "builtin:digits_float")
+    found = {}
+    for name, words in (("alone", ()), ("followed", named), ("again", named)):
+        code, _, error = csq(*common, *words, "--force", "-o", tmp_path / name)
+        assert code == 0, error
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = json.loads(lines[-1])["train_loss"]
+    assert found["followed"] == found["again"] != found["alone"]
+
+
+def test_a_teacher_of_another_network_and_one_that_is_not_named_are_refused(csq, digits_run, tmp_path) -> None:
+    common = ("finetune", digits_run, "--data", "digits", "--epochs", 1, "-q", "--set", "distill=0.5")
+    other = tmp_path / "other.pth"
+    torch.save(nn.Linear(3, 10).state_dict(), other)
+    for words, said in (((), "--teacher FILE"), (("--teacher", other), "other.pth")):
+        code, _, error = csq(*common, *words, "-o", tmp_path / "run")
+        assert code == 2
+        assert said in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_finetune_that_goes_on_wants_the_same_teacher(csq, digits_run, tmp_path, monkeypatch) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    weights = load_file(str(resources.files("csqcli") / "assets" / "digits_float.safetensors"))
+    save_file(weights, teacher)
+    words = (
+        "finetune",
+        digits_run,
+        "--data",
+        "digits",
+        "--epochs",
+        2,
+        "-q",
+        "-o",
+        tmp_path / "run",
+        "--teacher",
+        teacher,
+    )
+    settings = ("--set", "distill=0.5", "--set", "max_steps=2")
+    whole = Trainer.run_epoch
+
+    def stopped(self: Trainer, epoch: int, **more: object) -> dict[str, object]:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return whole(self, epoch, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "run_epoch", stopped)
+        assert csq(*words, *settings)[0] == 130
+    save_file({name: value * 1.01 if value.is_floating_point() else value for name, value in weights.items()}, teacher)
+    code, _, error = csq(*words, *settings, "--resume")
+    assert (code, "was started with another teacher" in error) == (2, True)
