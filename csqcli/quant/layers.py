@@ -38,6 +38,11 @@ class Layer:
     def weights(self) -> int:
         return self.parameter.numel()
 
+    @property
+    def allows_channel_scales(self) -> bool:
+        """Whether a scale per output channel is fewer numbers than weights: where a channel is one weight, all share one scale."""
+        return self.weights > self.parameter.shape[self.channel_dim]
+
     @functools.cached_property
     def memory_order(self) -> tuple[int, ...]:
         """Dimensions from the slowest to the fastest in memory, as they were when this was first asked."""

@@ -98,13 +98,12 @@ def weights_as(pairs: Iterable[tuple[Layer, Tensor]]) -> Iterator[None]:
             layer.parameter.data.copy_(weight)
 
 
-def channel_steps(weight: Tensor, planes: int) -> Tensor:
+def channel_steps(layer: Layer, weight: Tensor, planes: int) -> Tensor:
     """[channels, 1], or [1, 1] where that would be a step per weight: the step of each channel at so many planes.
 
     ``weight`` is [outer, channels, inner] (`Layer.by_channel`).
     """
-    shared = weight.numel() == weight.shape[1]
-    return mse_step(weight, planes, channel_dim=None if shared else 1).view(-1, 1)
+    return mse_step(weight, planes, channel_dim=1 if layer.allows_channel_scales else None).view(-1, 1)
 
 
 def rounded(layer: Layer, planes: int) -> Tensor:
@@ -112,7 +111,7 @@ def rounded(layer: Layer, planes: int) -> Tensor:
     if planes == 0:
         return torch.zeros_like(layer.parameter)
     weight = layer.by_channel(layer.flat(layer.parameter.detach())).float()
-    step = channel_steps(weight, planes)
+    step = channel_steps(layer, weight, planes)
     return layer.unflatten(quantize(weight, step, planes).mul_(step).reshape(-1)).to(layer.parameter.dtype)
 
 
@@ -125,7 +124,7 @@ def squared_errors(layers: Sequence[Layer], bits: int, weighting: Sequence[Tenso
     for index, layer in enumerate(layers):
         weight = layer.by_channel(layer.flat(layer.parameter.detach())).float()
         factor = layer.by_channel(layer.flat(weighting[index])) if weighting is not None else torch.ones_like(weight)
-        steps = torch.stack([channel_steps(weight, k) for k in range(1, bits + 1)])
+        steps = torch.stack([channel_steps(layer, weight, k) for k in range(1, bits + 1)])
         errors[index] = plane_errors(weight, unit=torch.ones_like(steps[0]), steps=steps, fisher=factor).cpu()
     return errors
 

@@ -46,10 +46,10 @@ def measure(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]],
     middle = []
     for layer in layers:
         value = layer.by_channel(layer.flat(layer.parameter.detach())).float()
-        shared = not per_channel or layer.weights == value.shape[1]  # as the method has it
+        by_channel = per_channel and layer.allows_channel_scales  # as the method has it
         row = [0]
         for planes in range(1, settings.max_bits + 1):
-            scale = mse_step(value, planes, channel_dim=None if shared else 1)
+            scale = mse_step(value, planes, channel_dim=1 if by_channel else None)
             integers = quantize(value, scale.view(-1, 1), planes)
             row.append(len(codes.encode(integers.cpu().numpy()).data))
             if planes == min(2, settings.max_bits):

@@ -23,6 +23,22 @@ def names(model: nn.Module) -> list[str]:
     return [layer.name for layer in find_layers(model)[0]]
 
 
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=4), True),
+        (nn.Conv2d(4, 4, 1, groups=4), False),  # a channel is one weight
+        (nn.Linear(1, 6), False),
+        (nn.Linear(6, 1), True),
+        (nn.ConvTranspose2d(1, 6, 1), False),  # output channels are its second dimension
+        (nn.ConvTranspose2d(6, 1, 1), True),
+    ],
+)
+def test_a_layer_allows_a_scale_per_channel_where_that_is_no_scale_per_weight(module: nn.Module, allowed: bool) -> None:
+    [layer] = find_layers(module)[0]
+    assert layer.allows_channel_scales is allowed
+
+
 def test_convolutions_of_every_kind_and_linear_layers_are_weights() -> None:
     model = nn.ModuleDict(
         {

@@ -324,3 +324,9 @@ def test_a_layer_of_one_value_is_delivered_finite(name: str, value: float) -> No
     assert layer.weight().isfinite().all()
     step_gradient(method)
     assert all(p.grad.isfinite().all() for group in method.parameter_groups() for p in group["params"])
+
+
+@pytest.mark.parametrize("name", [name for name, card in CARDS.items() if card.trains and name != "float"])
+def test_where_a_channel_is_one_weight_all_have_the_same_scale(name: str) -> None:
+    lone = build(name, 1, weight=torch.randn((6, 1, 1, 1), generator=torch.Generator().manual_seed(5)))
+    assert delivered(lone).scale.unique().numel() == 1

@@ -442,9 +442,8 @@ class UniformCSQ(GateMethod):
 
 def _channel_steps(layer: Layer) -> Tensor:
     """[channels]: the one-plane step that suits each output channel; the same for all where a channel is one weight."""
-    weight = layer.parameter.detach()
-    alone = layer.weights == weight.shape[layer.channel_dim]
-    return mse_step(weight, 1, channel_dim=None if alone else layer.channel_dim)
+    channel_dim = layer.channel_dim if layer.allows_channel_scales else None
+    return mse_step(layer.parameter.detach(), 1, channel_dim=channel_dim)
 
 
 def _layer_scale(scales: Tensor) -> Tensor:

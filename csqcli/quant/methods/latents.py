@@ -98,10 +98,6 @@ class LatentMethod(WeightMethod):
         for own, saved in zip(self.latents, state["latents"], strict=True):
             own.data.copy_(saved)
 
-    def has_channel_scales(self, layer: Layer) -> bool:
-        """Whether a scale per output channel is fewer numbers than weights."""
-        return layer.weights > layer.parameter.shape[layer.channel_dim]
-
     def _all_rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self.rounded(index) for index in range(len(self.layers)))
 

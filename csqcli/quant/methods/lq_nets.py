@@ -110,7 +110,7 @@ class LQNets(LatentMethod):
         delivered = self.plan.start[index].basis if self.plan.start is not None else None
         if delivered is not None:
             return delivered.shape[1] > 1
-        return self.settings.per_channel and self.has_channel_scales(self.layers[index])
+        return self.settings.per_channel and self.layers[index].allows_channel_scales
 
     def _delivered(self, hard: HardLayer) -> Tensor:
         if hard.basis is None:

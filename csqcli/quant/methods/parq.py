@@ -88,6 +88,6 @@ class PARQ(LatentMethod):
 
     def _refit(self) -> None:
         for index, (layer, latent, k) in enumerate(zip(self.layers, self.latents, self.planes, strict=True)):
-            shared = not (self.settings.per_channel and self.has_channel_scales(layer))
+            shared = not (self.settings.per_channel and layer.allows_channel_scales)
             least_squares = mse_step(latent, k, channel_dim=None if shared else layer.channel_dim)
             self.scales[index] = self.settings.step_factor * least_squares

@@ -92,5 +92,5 @@ class PostTraining(WeightMethod):
 
 def start_scale(weight: Tensor, layer: Layer, planes: int) -> Tensor:
     """The scale that fits the weights themselves best: one per output channel, [channels], or [1] where each has one weight."""
-    shared = layer.weights == weight.shape[layer.channel_dim]  # never a scale per weight
-    return mse_step(weight, max(planes, 1), channel_dim=None if shared else layer.channel_dim)
+    channel_dim = layer.channel_dim if layer.allows_channel_scales else None
+    return mse_step(weight, max(planes, 1), channel_dim=channel_dim)

@@ -27,7 +27,7 @@ class ScaledUniform(LatentMethod):
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
         latent, layer, k = self.latents[index].detach(), self.layers[index], self.planes[index]
         magnitude = latent.abs()
-        if self.settings.bucket == "channel" and self.has_channel_scales(layer):
+        if self.settings.bucket == "channel" and layer.allows_channel_scales:
             largest = magnitude.movedim(layer.channel_dim, 0).flatten(1).amax(dim=1)
         else:
             largest = magnitude.max().reshape(1)

@@ -309,5 +309,5 @@ class Staged(WeightMethod):
 
     def _mse_scale(self, value: Tensor, layer: Layer, planes: int) -> Tensor:
         """[channels, 1] or [1, 1] for a value of shape [outer, channels, inner]."""
-        shared = not self.settings.per_channel or layer.weights == value.shape[1]  # never a scale per weight
-        return mse_step(value, planes, channel_dim=None if shared else 1).view(-1, 1)
+        by_channel = self.settings.per_channel and layer.allows_channel_scales
+        return mse_step(value, planes, channel_dim=1 if by_channel else None).view(-1, 1)

@@ -37,7 +37,7 @@ class StraightThrough(ScaledLatentMethod):
             self.least_scales.append(min(1e-8, float(start.min()) / 1000))
 
     def _by_channel(self, layer: Layer) -> bool:
-        return self.settings.per_channel and self.has_channel_scales(layer)
+        return self.settings.per_channel and layer.allows_channel_scales
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         scales = [{"params": self.scales, "weight_decay": 0.0}] if self.learned_scale else []

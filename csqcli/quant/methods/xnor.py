@@ -39,4 +39,4 @@ class BinaryWeights(LatentMethod):
 
     def _alpha(self, layer: Layer, latent: Tensor) -> Tensor:
         magnitude = latent.abs()
-        return channel_means(layer, magnitude) if self.has_channel_scales(layer) else magnitude.mean().reshape(1)
+        return channel_means(layer, magnitude) if layer.allows_channel_scales else magnitude.mean().reshape(1)
