@@ -126,6 +126,11 @@ def fewest_losses(errors: Tensor, curvature: Tensor, budget: Budget) -> list[int
     return allocate(saved, budget)
 
 
+def known_curvature(fisher: Tensor) -> Tensor:
+    """[layers]: running means of squared gradients as what an error in a layer costs; ones before the first gradient."""
+    return torch.where((fisher > 0).any(), fisher, torch.ones_like(fisher))
+
+
 def first_planes(order: Tensor, count: int) -> Tensor:
     """bool [bits]: the first ``count`` planes of an order."""
     mask = torch.zeros(len(order), dtype=torch.bool, device=order.device)

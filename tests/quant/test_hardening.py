@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from csqcli.quant import equations
 from csqcli.quant.budget import Budget, PlaneLimits, make_budget
 from csqcli.quant.catalog import PAPER, CSQSettings, UniformGateSettings
-from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, plane_order
+from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, known_curvature, plane_order
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
@@ -185,6 +185,15 @@ def test_chosen_planes_never_exceed_the_target_and_never_wake_a_plane_that_sleep
     assert sum(c * w for c, w in zip(counts, sizes, strict=True)) <= budget.target * sum(sizes) + 1e-6
     for count, few, soft in zip(counts, budget.limits.min_planes, masks, strict=True):
         assert few <= count <= max(few, int((soft >= UNSEEN).sum()))
+
+
+def test_layers_count_alike_until_any_has_had_a_gradient() -> None:
+    assert known_curvature(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
+    assert known_curvature(torch.tensor([0.0, 4.0, 0.5])).tolist() == [
+        0.0,
+        4.0,
+        0.5,
+    ]  # without a gradient beside others: no cost
 
 
 def test_planes_are_given_up_by_energy_and_ties_keep_the_higher() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from csqcli.quant.catalog import BSQSettings
 from csqcli.quant.hard_layer import HardLayer, hard_layer
-from csqcli.quant.hardening import fewest_losses
+from csqcli.quant.hardening import fewest_losses, known_curvature
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.methods.latents import SMALLEST
@@ -171,7 +171,7 @@ class BSQ(WeightMethod):
             rows = zip(limits.min_planes, counts, limits.max_planes, strict=True)
             most = tuple(max(few, min(k, many)) for few, k, many in rows)
             errors = torch.stack([self._errors(weight, k) for weight, k in zip(weights, counts, strict=True)])
-            curvature = torch.where((self.fisher > 0).any(), self.fisher, torch.ones_like(self.fisher))
+            curvature = known_curvature(self.fisher)
             within = replace(self.budget, limits=replace(limits, max_planes=most))
             for index, (k, weight) in enumerate(zip(fewest_losses(errors, curvature, within), weights, strict=True)):
                 if k < counts[index]:

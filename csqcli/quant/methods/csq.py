@@ -17,7 +17,7 @@ from csqcli.quant import equations
 from csqcli.quant.budget import project
 from csqcli.quant.catalog import CSQSettings, GateSettings, UniformGateSettings
 from csqcli.quant.hard_layer import HardLayer, hard_layer, top_planes
-from csqcli.quant.hardening import choose_planes, fit_levels
+from csqcli.quant.hardening import choose_planes, fit_levels, known_curvature
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.bitplanes import BitPlanes
@@ -303,9 +303,8 @@ class GateMethod(WeightMethod):
         return [scale, *(scale * soft for soft in self.planes.mask(beta)[index].tolist())]
 
     def _curvature(self) -> Tensor:
-        """[layers]: mean squared gradient of a weight, what a squared error there costs; ones before the first gradient."""
-        curvature = self.fisher / self.device_weights.to(self.fisher)
-        return torch.where((curvature > 0).any(), curvature, torch.ones_like(curvature))
+        """[layers]: mean squared gradient of a weight, what a squared error there costs."""
+        return known_curvature(self.fisher / self.device_weights.to(self.fisher))
 
     def _choose_planes(self, beta: float) -> Tensor:
         """bool [layers, bits]: the planes that keep the soft model best within the budget (`hardening.choose_planes`)."""

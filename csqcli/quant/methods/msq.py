@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from csqcli.quant.catalog import MSQSettings
-from csqcli.quant.hardening import fewest_losses
+from csqcli.quant.hardening import fewest_losses, known_curvature
 from csqcli.quant.methods.dorefa import DoReFa
 
 _FISHER_DECAY = 0.99
@@ -170,8 +170,7 @@ class MSQ(DoReFa):
             most, budget = tuple(self.planes), self.budget
             errors = torch.stack([self._errors(index, len(budget.table[0])) for index in range(len(most))])
             within = replace(budget, limits=replace(budget.limits, max_planes=most))
-            curvature = torch.where((self.fisher > 0).any(), self.fisher, torch.ones_like(self.fisher))
-            for index, planes in enumerate(fewest_losses(errors, curvature, within)):
+            for index, planes in enumerate(fewest_losses(errors, known_curvature(self.fisher), within)):
                 if planes < most[index]:
                     self._set_planes(index, planes)
         self.fixed = True
