@@ -7,8 +7,9 @@ are those whose product is nearest to the soft weight that was trained. Planes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import gt
 
 import torch
 from torch import Tensor
@@ -124,6 +125,28 @@ def fewest_losses(errors: Tensor, curvature: Tensor, budget: Budget) -> list[int
     errors = torch.cummin(errors, dim=1).values
     saved = (errors[:, :-1] - errors[:, 1:]) * curvature.double().cpu().unsqueeze(1)
     return allocate(saved, budget)
+
+
+def fewer_planes(
+    planes: Sequence[int],  # of every layer
+    fisher: Tensor,  # [layers]: running mean of the squared gradient of a weight
+    budget: Budget,
+    *,
+    errors: Callable[
+        [int], Tensor
+    ],  # layer → its squared error at 0 … n planes, [n + 1]; not asked where all planes may stay
+) -> dict[int, int]:
+    """The layers that give up planes so that all are within the budget and the limits, each with the planes that it keeps:
+    what loses least, by a knapsack. Empty where they are within them as they are."""
+    limits = budget.limits
+    if budget.spent(planes) <= budget.allowed and not any(map(gt, planes, limits.max_planes)):
+        return {}
+    rows = zip(limits.min_planes, planes, limits.max_planes, strict=True)
+    most = tuple(max(few, min(k, many)) for few, k, many in rows)
+    within = replace(budget, limits=replace(limits, max_planes=most))
+    table = torch.stack([errors(index) for index in range(len(planes))])
+    kept = fewest_losses(table, known_curvature(fisher), within)
+    return {index: k for index, (k, before) in enumerate(zip(kept, planes, strict=True)) if k < before}
 
 
 def known_curvature(fisher: Tensor) -> Tensor:

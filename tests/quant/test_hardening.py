@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from csqcli.quant import equations
 from csqcli.quant.budget import Budget, PlaneLimits, make_budget
 from csqcli.quant.catalog import PAPER, CSQSettings, UniformGateSettings
-from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, known_curvature, plane_order
+from csqcli.quant.hardening import UNSEEN, choose_planes, fewer_planes, fit_levels, known_curvature, plane_order
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
@@ -194,6 +194,34 @@ def test_layers_count_alike_until_any_has_had_a_gradient() -> None:
         4.0,
         0.5,
     ]  # without a gradient beside others: no cost
+
+
+@pytest.mark.parametrize(
+    ("fisher", "kept"),
+    [
+        ([0.0, 0.0], {0: 1}),  # before any gradient: the first layer's second plane loses 1, the second's 4
+        ([1.0, 1.0], {0: 1}),
+        ([9.0, 1.0], {1: 1}),  # 9 against 4
+    ],
+)
+def test_planes_too_many_are_given_up_where_they_lose_least(fisher: list[float], kept: dict[int, int]) -> None:
+    errors = [torch.tensor(row, dtype=torch.float64) for row in ([50.0, 1.0, 0.0], [50.0, 4.0, 0.0])]
+    alike = Budget(1.5, (10, 10), PlaneLimits((1, 1), (2, 2)), ((0, 10, 20), (0, 10, 20)))
+    assert fewer_planes([2, 2], torch.tensor(fisher), alike, errors=errors.__getitem__) == kept
+
+
+def test_planes_within_the_budget_and_the_limits_stay_and_nothing_is_measured() -> None:
+    def errors(index: int) -> Tensor:
+        raise AssertionError("nothing to choose")
+
+    within = Budget(1.5, (10, 10), PlaneLimits((0, 0), (2, 2)), ((0, 10, 20), (0, 10, 20)))
+    assert fewer_planes([2, 1], torch.zeros(2), within, errors=errors) == {}
+
+
+def test_a_layer_beyond_its_own_limit_gives_up_what_is_beyond_it_where_the_budget_is_met() -> None:
+    ruled = Budget(2.0, (10, 10), PlaneLimits((0, 0), (1, 2)), ((0, 10, 20), (0, 10, 20)))
+    errors = torch.tensor([[50.0, 1.0, 0.0], [50.0, 4.0, 0.0]], dtype=torch.float64)
+    assert fewer_planes([2, 2], torch.ones(2), ruled, errors=errors.__getitem__) == {0: 1}
 
 
 def test_planes_are_given_up_by_energy_and_ties_keep_the_higher() -> None:

@@ -7,8 +7,6 @@ Yang, Duan, Chen and Li, BSQ: Exploring Bit-Level Sparsity for Mixed-Precision N
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from operator import gt
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from csqcli.quant.catalog import BSQSettings
 from csqcli.quant.hard_layer import HardLayer, hard_layer
-from csqcli.quant.hardening import fewest_losses, known_curvature
+from csqcli.quant.hardening import fewer_planes
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.methods.latents import SMALLEST
@@ -165,17 +163,14 @@ class BSQ(WeightMethod):
     def _fix(self) -> None:
         """Planes for good. Where they are too many, those that lose least, with the integers and step nearest to the weight."""
         self._requantize()
-        counts, limits = self.planes(), self.budget.limits
+        counts = self.planes()
         weights = [self.integers(index) * step for index, step in enumerate(self.steps)]
-        if self.budget.spent(counts) > self.budget.allowed or any(map(gt, counts, limits.max_planes)):
-            rows = zip(limits.min_planes, counts, limits.max_planes, strict=True)
-            most = tuple(max(few, min(k, many)) for few, k, many in rows)
-            errors = torch.stack([self._errors(weight, k) for weight, k in zip(weights, counts, strict=True)])
-            curvature = known_curvature(self.fisher)
-            within = replace(self.budget, limits=replace(limits, max_planes=most))
-            for index, (k, weight) in enumerate(zip(fewest_losses(errors, curvature, within), weights, strict=True)):
-                if k < counts[index]:
-                    self._refit(index, weight, k)
+
+        def errors(index: int) -> Tensor:
+            return self._errors(weights[index], counts[index])
+
+        for index, k in fewer_planes(counts, self.fisher, self.budget, errors=errors).items():
+            self._refit(index, weights[index], k)
         self.fixed = True
 
     def _errors(self, weight: Tensor, count: int) -> Tensor:

@@ -6,14 +6,13 @@ Han, Yoon, Kim, Wang, Jeon, Yang and Ko, MSQ: Memory-Efficient Bit Sparsificatio
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from csqcli.quant.catalog import MSQSettings
-from csqcli.quant.hardening import fewest_losses, known_curvature
+from csqcli.quant.hardening import fewer_planes
 from csqcli.quant.methods.dorefa import DoReFa
 
 _FISHER_DECAY = 0.99
@@ -151,8 +150,8 @@ class MSQ(DoReFa):
         if self.settings.rescale:
             self.fit_scale(index, weight)
 
-    def _errors(self, index: int, count: int) -> Tensor:
-        """‖W − W_n‖² of a layer for n = 0 … planes, and no more than that for further ones; [count] float64."""
+    def _errors(self, index: int) -> Tensor:
+        """‖W − W_n‖² of a layer for n = 0 … planes, and no more than that for further ones; [bits + 1] float64."""
         planes, scale, weight = self.planes[index], self.scales[index], self._soft_weight(index)
         errors = [weight.double().square().sum()]
         for fewer in range(1, planes + 1):
@@ -162,17 +161,13 @@ class MSQ(DoReFa):
             integers, step = self.rounded(index)
             errors.append((weight - integers * step).double().square().sum())
         self.planes[index], self.scales[index] = planes, scale
-        return torch.stack([*errors, *[errors[-1]] * (count - len(errors))]).cpu()
+        return torch.stack([*errors, *[errors[-1]] * (len(self.budget.table[0]) - len(errors))]).cpu()
 
     def _fix(self) -> None:
         """Planes for good, within the budget."""
-        if self.searching:
-            most, budget = tuple(self.planes), self.budget
-            errors = torch.stack([self._errors(index, len(budget.table[0])) for index in range(len(most))])
-            within = replace(budget, limits=replace(budget.limits, max_planes=most))
-            for index, planes in enumerate(fewest_losses(errors, known_curvature(self.fisher), within)):
-                if planes < most[index]:
-                    self._set_planes(index, planes)
+        if not self.fixed:
+            for index, planes in fewer_planes(self.planes, self.fisher, self.budget, errors=self._errors).items():
+                self._set_planes(index, planes)
         self.fixed = True
 
 
