@@ -12,6 +12,7 @@ from csqcli.quant.catalog import MethodSettings
 from csqcli.quant.costs import LayerFacts
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.methods.base import WeightMethod
+from csqcli.quant.methods.uniform import StraightThrough
 
 
 class TernarySettings(MethodSettings):
@@ -66,6 +67,13 @@ class Ternary(WeightMethod):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for latent, saved in zip(self.latents, state["latents"], strict=True):
             latent.data.copy_(saved)
+
+
+class ThreePlanes(StraightThrough):
+    """A method of planes that goes no further than three."""
+
+    name = "three"
+    most_planes = 3
 
 
 class Unfinished(WeightMethod):

@@ -1,8 +1,9 @@
-"""Fewest and most planes of a run's layers: the recipe's rules, and what the network cannot do without."""
+"""Fewest and most planes of a run's layers: the recipe's rules, what the method takes, what the network cannot do without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ class Ways(BaseModel):
 
 
 def limits_of(recipe: Recipe, layers: Sequence[Named], ways: Ways | None = None) -> PlaneLimits:
-    """The recipe's limits, and what the ways through the network allow of them."""
-    rules = recipe.layers
-    return plane_limits(
+    """The recipe's limits, and what the ways through the network allow of them; never more planes than the method takes."""
+    rules, most = recipe.layers, recipe.card.most_planes
+    found = plane_limits(
         layers,
         bits=recipe.quantization.max_bits,
         floor=rules.floor,
@@ -38,6 +39,7 @@ def limits_of(recipe: Recipe, layers: Sequence[Named], ways: Ways | None = None)
         needed=ways.needed if ways is not None else (),
         together=ways.together if ways is not None else (),
     )
+    return replace(found, max_planes=tuple(min(planes, most) for planes in found.max_planes))
 
 
 def measure_ways(

@@ -315,14 +315,15 @@ def step_memory(
 def _most_planes(run: Run, recipe: Recipe, card: MethodCard, start: Sequence[HardLayer] | None) -> int:
     """Planes of the layer that has most, which every layer may hold state for; where they are not known yet, the most allowed."""
     settings, rules = recipe.quantization, recipe.layers
+    most = min(settings.max_bits, card.most_planes)
     if start:
         return len(start[0].mask)
     if card.takes != "planes":
-        return settings.max_bits
+        return most
     if run.record.planes is not None:
         return max(run.record.planes)
     alike = settings.allocator in (None, UNIFORM) and not (rules.keep or rules.min_bits)
-    return int(settings.target_bits or settings.max_bits) if alike else settings.max_bits
+    return int(settings.target_bits or most) if alike else most
 
 
 def moment_bytes(settings: OptimizerSettings, device: torch.device) -> int:

@@ -28,6 +28,24 @@ def test_a_search_with_the_same_allocator_fixes_the_planes_that_allocate_printed
     assert all(len(layer["importance"]) == 8 for layer in found["layers"])
 
 
+def test_an_allocator_gives_no_layer_more_planes_than_the_method_takes(csq, tmp_path: Path) -> None:
+    shared = ("--recipe", "digits", "--allocator", "importance", "--target-bits", 2.5, "--quiet")
+
+    def allocated(method: str) -> list[int]:
+        code, out, err = csq("allocate", *shared, "--set", f"quantization.method={method}", "--json")
+        assert code == 0, err
+        return [layer["planes"] for layer in json.loads(out)["layers"]]
+
+    assert max(allocated("ste")) > 3
+    planes = allocated("outside:ThreePlanes")
+    assert max(planes) == 3
+    run = tmp_path / "run"
+    short = ("--epochs", 1, "--set", "max_steps=1", "--output", run)
+    code, _, err = csq("search", *shared, "--method", "outside:ThreePlanes", *short)
+    assert code == 0, err
+    assert [layer["bits"] for layer in json.loads((run / "report.json").read_text())["layers"]] == planes
+
+
 def test_what_allocate_writes_a_search_trains_and_its_recipe_repeats(csq, tmp_path: Path) -> None:
     planes = tmp_path / "planes.yaml"
     code, out, err = csq(

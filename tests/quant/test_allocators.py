@@ -286,8 +286,8 @@ def test_manual_planes_are_taken_as_written_and_later_lines_win() -> None:
         ({"0": 2}, "says nothing of `3.weight`"),
         ({"*": 2, "7": 1}, "`7` matches no quantized weight"),
         ({"*": 4}, "4.0000 planes per weight cost 1.333 times what the target of 3 allows"),
-        ({"*": 2, "0": 0}, "`0.weight` at 0 planes; its rules allow 1 to 8"),
-        ({"*": 2, "6": 6}, "`6.weight` at 6 planes; its rules allow 1 to 4"),
+        ({"*": 2, "0": 0}, "`0.weight` at 0 planes; its rules and the method allow 1 to 8"),
+        ({"*": 2, "6": 6}, "`6.weight` at 6 planes; its rules and the method allow 1 to 4"),
     ],
 )
 def test_manual_planes_that_do_not_fit_say_why(planes: dict[str, int], complaint: str) -> None:

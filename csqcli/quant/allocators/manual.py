@@ -29,7 +29,9 @@ def written_planes(layers: Sequence[Layer], budget: Budget, planes: Mapping[str,
         if not few <= found[name] <= most:
             hint = "change it, or layers.floor, layers.min_bits, layers.max_bits or layers.keep"
             raise UserError(
-                f"`{name}` at {found[name]} planes; its rules allow {few} to {most}", where=_WHERE, hint=hint
+                f"`{name}` at {found[name]} planes; its rules and the method allow {few} to {most}",
+                where=_WHERE,
+                hint=hint,
             )
     chosen = [found[name] for name in names]
     for ceiling in budget.ceilings:
