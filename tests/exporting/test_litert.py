@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io as streams
+import itertools
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
-from csqcli.exporting import runtime, tflite
+from csqcli.exporting import litert_graph, runtime, tflite
+from csqcli.exporting.int8_graph import Int8Graph
 from csqcli.exporting.run import export_file
 from csqcli.file import flatbuffer, header, io
 from csqcli.file.io import QuantizedFile
@@ -269,6 +271,75 @@ def test_every_operator_in_int8(tmp_path: Path, bits: int) -> None:
     parity = _export(tmp_path, file, activations="int8", calib=_images(tmp_path))
     assert parity.layers_int8 == [layer.name for layer in file.layers if layer.name != "head.weight"]
     assert parity.max_logit_error <= parity.tolerance_in_std * parity.logit_std
+
+
+def _through_litert(nodes: list[Any], constants: dict[str, list[int]], images: np.ndarray, sides: int) -> np.ndarray:
+    """What LiteRT computes of an ONNX graph of ``nodes`` from ``images`` to ``logits`` of so many dimensions."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        nodes,
+        "one",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, images.shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [None] * sides)],
+        [numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    content = litert_graph.convert(Int8Graph(proto), {}).content({})
+    [result] = runtime.LiteRtModel(content, threads=1).outputs(torch.from_numpy(images))
+    return result.numpy()
+
+
+@litert
+@pytest.mark.parametrize(
+    ("axes", "keep"),
+    [
+        *itertools.product(
+            [(1,), (2,), (3,), (-1,), (2, 3), (3, 2), (1, 2), (-3, -1), (1, 2, 3), (0, 1)], [False, True]
+        ),
+        (None, True),  # all of them
+    ],
+)
+def test_a_mean_is_over_the_dimensions_that_the_traced_graph_names(axes: tuple[int, ...] | None, keep: bool) -> None:
+    from onnx import helper
+
+    images = np.random.default_rng(0).standard_normal((1, 3, 5, 7), dtype=np.float32)  # no two sides are equal
+    wanted = images.mean(axis=axes, keepdims=keep)
+    constants = {} if axes is None else {"axes": list(axes)}
+    node = helper.make_node("ReduceMean", ["images", *constants], ["logits"], keepdims=int(keep))
+    found = _through_litert([node], constants, images, wanted.ndim)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@litert
+@pytest.mark.parametrize(("axes", "keep"), [((1,), False), ((2,), True), ((1, 2), False), ((0,), False)])
+def test_a_mean_of_tokens_is_over_the_dimensions_as_they_stand(axes: tuple[int, ...], keep: bool) -> None:
+    from onnx import helper
+
+    images = np.random.default_rng(0).standard_normal((1, 3, 5, 7), dtype=np.float32)
+    tokens = images.reshape(1, 15, 7)
+    wanted = tokens.mean(axis=axes, keepdims=keep)
+    nodes = [
+        helper.make_node("Reshape", ["images", "sides"], ["tokens"]),
+        helper.make_node("ReduceMean", ["tokens", "axes"], ["logits"], keepdims=int(keep)),
+    ]
+    found = _through_litert(nodes, {"sides": list(tokens.shape), "axes": list(axes)}, images, wanted.ndim)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@litert
+def test_a_global_average_keeps_its_channels_where_the_next_operator_looks_for_them() -> None:
+    from onnx import helper
+
+    images = np.random.default_rng(0).standard_normal((1, 3, 5, 7), dtype=np.float32)
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
+        helper.make_node("Mul", ["images", "pooled"], ["logits"]),
+    ]
+    found = _through_litert(nodes, {}, images, 4)
+    np.testing.assert_allclose(found, images * images.mean(axis=(2, 3), keepdims=True), rtol=1e-5, atol=1e-6)
 
 
 @litert
