@@ -9,14 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
 from training.test_planning import TWENTY_LAYERS
 
 from csqcli import pipeline
 from csqcli.errors import UserError
-from csqcli.file import io
-from csqcli.quant.budget import Budget, PlaneLimits, allocate, uniform_target
+from csqcli.file import codes, io
+from csqcli.quant.budget import Budget, PlaneLimits, allocate, make_budget, uniform_target
+from csqcli.quant.layers import find_layers
+from csqcli.quant.methods.base import Plan, Schedule
+from csqcli.quant.methods.staged import Staged
 from csqcli.recipe.resolve import resolve
 from csqcli.system.progress import Display
+from csqcli.training import sizing
 
 QUIET = Display(quiet=True)
 
@@ -48,8 +53,6 @@ def test_the_same_seed_gives_the_same_file_within_the_size(asked: int, tmp_path:
 
 
 def test_a_stopped_run_goes_on_to_the_same_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from csqcli.training import sizing
-
     settings = {"quantization.target_size": 10_000, "epochs": 4}
     pipeline.search(resolve("digits", settings), tmp_path / "whole", display=QUIET)
     refit = sizing.refit
@@ -95,3 +98,112 @@ def test_the_size_that_is_fitted_to_does_not_depend_on_how_long_loading_took(
         sizes.add(pipeline._ship(digits_run / "model.safetensors", small, "bit-packed-small", display=QUIET))
         assert small.stat().st_size <= max(sizes)
     assert len(sizes) == 1
+
+
+# --- the end: weights that fall below an edge, and planes that go
+
+
+def trained(target: float = 1.5, *, min_planes: int = 1) -> Staged:
+    """Three linear layers of different spread after a few steps, their planes fixed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    for spread, layer in zip((0.1, 1.0, 3.0), model, strict=True):
+        nn.init.normal_(layer.weight, std=spread / 8)
+    layers, _ = find_layers(model)
+    limits = PlaneLimits((min_planes,) * 3, (8,) * 3)
+    method = Staged(layers, Plan(Schedule(8, 4), make_budget(layers, target, limits=limits)))
+    for step in range(8):
+        model.zero_grad()
+        model(torch.randn(32, 64)).square().mean().backward()
+        method.collect(step, lr=0.01, lr_share=0.5)
+        method.materialise(step + 1)
+    method.harden(8)
+    return method
+
+
+def trim(method: Staged, goal: int) -> int:
+    run = SimpleNamespace(
+        ships=SimpleNamespace(asked=goal), shard=SimpleNamespace(is_main=True), display=Display(quiet=True)
+    )
+    trainer = SimpleNamespace(optimizer=SimpleNamespace(method=method, step_count=8))
+    return sizing.trim(run, trainer, goal)  # type: ignore[arg-type]
+
+
+def coded(method: Staged) -> int:
+    """Bytes of the codes of what the method delivers, the lowest plane in use as 1; a layer without planes has none."""
+    return sum(len(codes.encode(part.numpy()).data) for part, k in numbers(method) if k)
+
+
+def numbers(method: Staged) -> list[tuple[Tensor, int]]:
+    """Of every layer the integers in units of its lowest plane, and how many planes it has."""
+    return [(hard.integers, hard.planes) for hard in method.hard_layers()]
+
+
+def test_codes_within_the_goal_are_left_as_they_are() -> None:
+    method = trained()
+    before = numbers(method)
+    size = coded(method)
+    assert trim(method, size) == size
+    assert all(torch.equal(a, b) and j == k for (a, j), (b, k) in zip(before, numbers(method), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.99, 0.97])
+def test_weights_just_above_an_edge_fall_below_it_and_no_others_move(share: float) -> None:
+    method = trained()
+    before, goal = numbers(method), int(share * coded(method))
+    scaled = [
+        value.abs() / hard.scale.view(-1, 1)
+        for value, hard in zip(method.unrounded(), method.hard_layers(), strict=True)
+    ]
+    assert trim(method, goal) == coded(method) <= goal
+    assert coded(method) > 0.995 * goal  # as few as that takes
+    fallen, kept = [], []
+    for (old, k), (new, planes), value in zip(before, numbers(method), scaled, strict=True):
+        assert planes == k
+        lost = old.abs() - new.abs()
+        assert set(lost.unique().tolist()) <= {0, 1}
+        assert (old * new >= 0).all()  # no sign turns
+        above = value - (old.abs() - 0.5)  # the edge below its level, in levels
+        fallen.append(above[lost == 1])
+        kept.append(above[(lost == 0) & (old != 0)])
+    assert 0 < len(torch.cat(fallen))
+    assert torch.cat(fallen).max() <= torch.cat(kept).min() + 1e-5
+
+
+def test_a_smaller_goal_moves_further_weights_and_those_of_the_larger_one_too() -> None:
+    size = coded(trained())
+    moved = []
+    for share in (0.995, 0.98):
+        method = trained()
+        before = numbers(method)
+        trim(method, int(share * size))
+        moved.append(torch.cat([(a != b).flatten() for (a, _), (b, _) in zip(before, numbers(method), strict=True)]))
+    few, many = moved
+    assert 0 < few.sum() < many.sum()
+    assert not (few & ~many).any()
+
+
+def test_trimming_twice_changes_nothing_more() -> None:
+    method = trained()
+    goal = int(0.98 * coded(method))
+    size, once = trim(method, goal), numbers(method)
+    assert trim(method, goal) == size
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(once, numbers(method), strict=True))
+
+
+def test_where_shrinking_is_not_enough_layers_lose_planes_down_to_their_fewest() -> None:
+    method = trained(3.0, min_planes=2)
+    before, goal = numbers(method), int(0.85 * coded(method))
+    assert trim(method, goal) == coded(method) <= goal
+    pairs = list(zip(before, numbers(method), strict=True))
+    assert all(2 <= new <= old for (_, old), (_, new) in pairs)
+    assert any(new < old for (_, old), (_, new) in pairs)
+    kept = [torch.equal(a, b) for (a, old), (b, new) in pairs if old == new]
+    assert kept == [True] * len(kept) != []  # and nothing has been shrunk besides
+
+
+def test_a_goal_below_what_the_fewest_planes_take_is_refused_with_the_size_that_was_asked_for() -> None:
+    method = trained(3.0, min_planes=2)
+    goal = int(0.7 * coded(method))
+    with pytest.raises(UserError, match=f"a target of {goal:,} bytes cannot be met with the planes that were trained"):
+        trim(method, goal)
