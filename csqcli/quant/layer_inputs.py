@@ -33,24 +33,14 @@ class _Reached(Exception):
     """Every layer asked for has been seen: the rest of the forward pass is of no use."""
 
 
-class LayerInputs(TorchFunctionMode):
-    """Inside, a forward pass leaves the inputs of ``layers`` in :attr:`columns`, as [groups, columns, samples].
+class LayerOrder(TorchFunctionMode):
+    """Inside, a forward pass leaves the indices of ``layers`` in :attr:`order`, as they ran, and in :attr:`biases` the bias that
+    each was given."""
 
-    At most about ``positions`` output positions of an image are taken (one number, or one per layer), on a regular grid whose
-    origin is ``offset`` positions on.
-
-    :attr:`order` has the layers' indices in the order in which they ran, :attr:`biases` the bias that each was given.
-    """
-
-    def __init__(
-        self, layers: Sequence[Layer], *, positions: int | Sequence[int], offset: int = 0, values: bool = True
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.of = {id(layer.parameter): index for index, layer in enumerate(layers)}
-        self.positions = [positions] * len(layers) if isinstance(positions, int) else list(positions)
-        self.offset, self.values = offset, values
         self.wanted: set[int] = set()  # layers after which the pass may end; none: it runs to its end
-        self.columns: dict[int, Tensor] = {}
         self.order: list[int] = []
         self.biases: dict[int, nn.Parameter] = {}
         self._attending: int | None = None  # images of the attention that runs: its rows are token after token
@@ -65,11 +55,11 @@ class LayerInputs(TorchFunctionMode):
             return result
         given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
         index = self.of.get(id(given.get("weight")))
-        if index is None or index in self.columns:  # of a layer that runs twice, the first time
+        if index is None or index in self.order:  # of a layer that runs twice, the first time
             return result
         with torch._C.DisableTorchFunction():
             self._see(index, dims, given)
-        if self.wanted and self.wanted <= self.columns.keys():
+        if self.wanted and self.wanted <= set(self.order):
             raise _Reached
         return result
 
@@ -86,10 +76,24 @@ class LayerInputs(TorchFunctionMode):
         self.order.append(index)
         if isinstance(given.get("bias"), nn.Parameter):
             self.biases[index] = given["bias"]
-        empty = torch.empty(0)
-        if not self.values:
-            self.columns[index] = empty
-        elif dims is None:
+
+
+class LayerInputs(LayerOrder):
+    """Inside, a forward pass leaves the inputs of ``layers`` in :attr:`columns` too, as [groups, columns, samples].
+
+    At most about ``positions`` output positions of an image are taken (one number, or one per layer), on a regular grid whose
+    origin is ``offset`` positions on.
+    """
+
+    def __init__(self, layers: Sequence[Layer], *, positions: int | Sequence[int], offset: int = 0) -> None:
+        super().__init__(layers)
+        self.positions = [positions] * len(layers) if isinstance(positions, int) else list(positions)
+        self.offset = offset
+        self.columns: dict[int, Tensor] = {}
+
+    def _see(self, index: int, dims: int | None, given: dict[str, Any]) -> None:
+        super()._see(index, dims, given)
+        if dims is None:
             rows = given["input"]
             if self._attending is not None:
                 rows = rows.reshape(-1, self._attending, rows.shape[-1]).transpose(0, 1)

@@ -28,7 +28,7 @@ from csqcli.quant import activations
 from csqcli.quant.allocators.importance import fisher_importance
 from csqcli.quant.budget import allocate
 from csqcli.quant.hard_layer import HardLayer
-from csqcli.quant.layer_inputs import LayerInputs, passing
+from csqcli.quant.layer_inputs import LayerInputs, LayerOrder, passing
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import logits_of
 from csqcli.quant.methods.base import Plan, Schedule
@@ -204,14 +204,14 @@ class _Work:
     @torch.no_grad()
     def _execution_order(self) -> tuple[list[int], dict[nn.Module, int]]:
         """Layers to fit, in the order in which they run, and how many of them ran before each BatchNorm."""
-        recorder, norms = LayerInputs(self.layers, positions=1, values=False), dict[nn.Module, int]()
+        recorder, norms = LayerOrder(self.layers), dict[nn.Module, int]()
 
         def note(module: nn.Module, inputs: object) -> None:
             norms.setdefault(module, len(recorder.order))
 
         hooks = [norm.register_forward_pre_hook(note) for norm in tracking_norms(self.run.model)]
         try:
-            with recorder, passing():
+            with recorder:
                 self.run.model(self.batches[0][:2])
         finally:
             for hook in hooks:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csqcli.quant import second_order
-from csqcli.quant.layer_inputs import LayerInputs, passing
+from csqcli.quant.layer_inputs import LayerInputs, LayerOrder, passing
 from csqcli.quant.layers import find_layers
 from csqcli.quant.passes.rounding import mse_step, quantize
 
@@ -189,6 +189,10 @@ def test_the_weight_times_its_recorded_columns_is_the_layer_s_output(layer: nn.M
         made = made + layer.bias.detach().unsqueeze(1)
     output = output.movedim(1, 0) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else output.flatten(0, -2).t()
     torch.testing.assert_close(made, output.flatten(1), atol=1e-5, rtol=1e-4)
+    alone = LayerOrder(layers)
+    with torch.no_grad(), alone:
+        layer(x)
+    assert (alone.order, alone.biases) == (recorder.order, recorder.biases)
     few = LayerInputs(layers, positions=4, offset=1)
     with torch.no_grad(), few:
         layer(x)
