@@ -189,7 +189,7 @@ def make_method(name: str, layers: list[Layer]) -> Staged | BitLevelCSQ:
 def masks_of(method: Staged | BitLevelCSQ) -> Tensor:
     """What decides how many planes are in use, while they are searched."""
     if isinstance(method, BitLevelCSQ):
-        return method.planes.mask_logits
+        return method.bit_planes.mask_logits
     assert method.search is not None, "the planes were fixed too early"
     return method.search.soft_mask
 
@@ -198,7 +198,7 @@ def weight_states(method: Staged | BitLevelCSQ) -> list[Tensor]:
     """What training moves, per layer: the latent, or the bit logits m_p."""
     if isinstance(method, Staged):
         return list(method.latents)
-    return [method.planes.pos[:, part] for part in method.planes.slices]
+    return [method.bit_planes.pos[:, part] for part in method.bit_planes.slices]
 
 
 def check_step_0(

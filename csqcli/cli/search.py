@@ -192,14 +192,14 @@ def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
     print_plan(pipeline.plan(resolved, display=display), json_wanted=options["as_json"], verbose=verbose)
 
 
-def _tell_idle(display: Display, resolved: Recipe, typed: Mapping[str, Any], planes: Path | None) -> None:
+def _tell_idle(display: Display, resolved: Recipe, typed: Mapping[str, Any], planes_file: Path | None) -> None:
     """Say what was typed and changes nothing, and what of a file of planes gives way to it."""
     from csqcli.recipe.complete import without_effect
     from csqcli.recipe.planes import replaced_target
 
     for note in without_effect(resolved, typed):
         display.say(f"without effect: {note}")
-    if note := replaced_target(planes, typed):
+    if note := replaced_target(planes_file, typed):
         display.say(note)
 
 
@@ -207,7 +207,7 @@ def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted recipe keys → values of the options of `csq search` by name, those that were typed; an option that is not there
     was not."""
     get = options.get
-    amp, planes, engine = get("amp"), get("planes"), get("latency_engine")
+    amp, planes_file, engine = get("amp"), get("planes"), get("latency_engine")
     held_out = val_split(get("val_split_"))
     model, data, checkpoint, device = (get(name) for name in ("model", "data", "checkpoint", "device"))
     named = {key: get(option) for option, key in _KEYS.items()}
@@ -222,7 +222,7 @@ def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     from csqcli.recipe.planes import read_planes
     from csqcli.recipe.resolve import parse_assignments
 
-    written = read_planes(planes) if planes is not None else {}
+    written = read_planes(planes_file) if planes_file is not None else {}
     return written | parse_assignments(get("settings") or []) | given(typed)
 
 

@@ -115,8 +115,8 @@ def choose_planes(
         for count in range(most[index] + 1):
             error = fit_levels(sample, first_planes(orders[index], count)).error.cpu()
             errors[index, count:] = error * (len(weight) / len(sample))
-    planes = fewest_losses(errors, curvature, replace(budget, limits=replace(limits, max_planes=most)))
-    return torch.stack([first_planes(order, count) for order, count in zip(orders, planes, strict=True)]).to(device)
+    counts = fewest_losses(errors, curvature, replace(budget, limits=replace(limits, max_planes=most)))
+    return torch.stack([first_planes(order, count) for order, count in zip(orders, counts, strict=True)]).to(device)
 
 
 def fewest_losses(errors: Tensor, curvature: Tensor, budget: Budget) -> list[int]:
@@ -132,9 +132,7 @@ def fewer_planes(
     fisher: Tensor,  # [layers]: running mean of the squared gradient of a weight
     budget: Budget,
     *,
-    errors: Callable[
-        [int], Tensor
-    ],  # layer → its squared error at 0 … n planes, [n + 1]; not asked where all planes may stay
+    errors: Callable[[int], Tensor],  # of a layer at 0 … n planes, squared, [n + 1]; not asked where all may stay
 ) -> dict[int, int]:
     """The layers that give up planes so that all are within the budget and the limits, each with the planes that it keeps:
     what loses least, by a knapsack. Empty where they are within them as they are."""

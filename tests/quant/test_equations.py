@@ -101,7 +101,7 @@ def test_one_method_step_is_sgd_on_eq_7(step: int) -> None:
         **PAPER | {"reg_strength": 0.3, "beta_schedule": "step", "beta_final": 50.0, "logit": 1.0, "mask_logit": 1.0}
     )
     method = BitLevelCSQ(layers, plan_for(layers, 2.0, Schedule(10, 10), bits=5), settings)
-    planes = method.planes
+    planes = method.bit_planes
     planes.mask_logits.copy_(torch.randn(planes.mask_logits.shape))
     beta = equations.temperature(step / 9, final=50.0)
     leaves = reference_leaves(planes, layers)

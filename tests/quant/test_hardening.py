@@ -236,10 +236,12 @@ def decided(layers: list[Layer], *, scale_sign: float = 1.0, rounding: str = "ne
     chosen = CSQSettings(**PAPER | {"rounding": rounding, "beta_schedule": "step", "logit": 1.0, "mask_logit": 1.0})
     method = BitLevelCSQ(layers, plan_for(layers, 1.9, Schedule(10, 10), bits=3), chosen)
     rng = torch.Generator().manual_seed(1)
-    for gates in (method.planes.pos, method.planes.neg):
+    for gates in (method.bit_planes.pos, method.bit_planes.neg):
         gates.copy_(torch.where(torch.rand(gates.shape, generator=rng) < 0.4, 1.0, -1.0))
-    method.planes.mask_logits.copy_(torch.tensor([[-1.0, 1.0, 1.0], [-1.0, -1.0, -0.0004]]))  # σ(200·−0.0004) = 0.48
-    method.planes.scale.copy_(torch.tensor([0.5, 2.0]) * scale_sign)
+    method.bit_planes.mask_logits.copy_(
+        torch.tensor([[-1.0, 1.0, 1.0], [-1.0, -1.0, -0.0004]])
+    )  # σ(200·−0.0004) = 0.48
+    method.bit_planes.scale.copy_(torch.tensor([0.5, 2.0]) * scale_sign)
     method.materialise(9)
     return method
 
@@ -253,11 +255,16 @@ def test_hard_equals_soft_where_bits_are_decided_and_a_last_plane_is_half_open(s
     method = decided(layers, scale_sign=scale_sign)
     soft = [layer.parameter.detach().clone() for layer in layers]
     # Eq. 5 in float64, so that the claim does not rest on the pass under test
-    where = method.planes.slices[1]
-    pos, neg = (gates[:, where].T.reshape(40, 5, 3).double() for gates in (method.planes.pos, method.planes.neg))
-    q = torch.sigmoid(200.0 * method.planes.mask_logits[1].double())
+    where = method.bit_planes.slices[1]
+    pos, neg = (
+        gates[:, where].T.reshape(40, 5, 3).double() for gates in (method.bit_planes.pos, method.bit_planes.neg)
+    )
+    q = torch.sigmoid(200.0 * method.bit_planes.mask_logits[1].double())
     torch.testing.assert_close(
-        soft[1].double(), reference.weight(pos, neg, q, method.planes.scale[1:].double(), 200.0), atol=1e-6, rtol=1e-5
+        soft[1].double(),
+        reference.weight(pos, neg, q, method.bit_planes.scale[1:].double(), 200.0),
+        atol=1e-6,
+        rtol=1e-5,
     )
     method.harden(9)
     for layer, before, hard in zip(layers, soft, method.hard_layers(), strict=True):
@@ -275,8 +282,8 @@ def test_unit_steps_are_the_papers_and_take_a_negative_scale_into_the_integers()
     method.harden(9)
     hard = method.hard_layers()
     assert all((layer.scale > 0).all() for layer in hard)
-    where = method.planes.slices[0]
-    digits = (method.planes.pos[:, where] >= 0).double() - (method.planes.neg[:, where] >= 0).double()
+    where = method.bit_planes.slices[0]
+    digits = (method.bit_planes.pos[:, where] >= 0).double() - (method.bit_planes.neg[:, where] >= 0).double()
     expected = -0.5 / 7 * (2 * digits[1] + 4 * digits[2])
     torch.testing.assert_close(hard[0].weight().flatten().double(), expected, atol=1e-6, rtol=1e-5)
 
@@ -310,8 +317,8 @@ def made(seed: int = 0, *, target_bits: float = 2.0, **more: object) -> tuple[nn
 def test_masks_fixed_early_stay_and_are_what_is_delivered(digits: str, target: float) -> None:
     model, method = made(digits=digits, target_bits=target, fix_masks_at=0.4)
     train(method, model, range(8))
-    assert method.planes.fixed_mask is not None
-    fixed = method.planes.fixed_mask.clone()
+    assert method.bit_planes.fixed_mask is not None
+    fixed = method.bit_planes.fixed_mask.clone()
     assert target - 1 <= method.mean_bits() <= target + 1e-9
     train(method, model, range(8, 20))
     method.harden(20)
@@ -327,14 +334,14 @@ def fixed_at_step_8(**more: object) -> list[tuple[Tensor, Tensor, Tensor]]:
     fix = method._fix_masks
 
     def watched(beta: float, new_beta: float) -> None:
-        before.extend(method.planes.soft_weight(index, beta) for index in range(2))
+        before.extend(method.bit_planes.soft_weight(index, beta) for index in range(2))
         fix(beta, new_beta)
 
     method._fix_masks = watched  # type: ignore[method-assign]
     train(method, model, range(7, 8))
-    assert method.planes.fixed_mask is not None
+    assert method.bit_planes.fixed_mask is not None
     after = [layer.parameter.detach().flatten() for layer in method.layers]
-    return list(zip(before, after, method.planes.fixed_mask, strict=True))
+    return list(zip(before, after, method.bit_planes.fixed_mask, strict=True))
 
 
 def test_fixing_planes_refits_each_scale_by_least_squares() -> None:
@@ -397,14 +404,14 @@ def test_a_preconditioned_step_moves_the_weights_as_sgd_on_them_does_at_any_scal
         plan = plan_for([layer], 1, Schedule(10, 10), planes=[1], momentum=0.0, weight_decay=0.0)
         settings = UniformGateSettings(gate_steps="preconditioned", beta_initial=beta, per_channel=False)
         method = UniformCSQ([layer], plan, settings)
-        method.planes.pos.zero_()
-        method.planes.neg.zero_()
-        method.planes.scale.fill_(scale)
+        method.bit_planes.pos.zero_()
+        method.bit_planes.neg.zero_()
+        method.bit_planes.scale.fill_(scale)
         method.materialise(0)
         layer.parameter.grad = torch.linspace(-1e-3, 1e-3, 50).view(5, 10)
         before = layer.parameter.detach().clone()
-        method.planes.update_gates(beta, lr=0.1, momentum=0.0, weight_decay=0.0, gain=method._gain(beta))
-        method.planes.materialise(beta)
+        method.bit_planes.update_gates(beta, lr=0.1, momentum=0.0, weight_decay=0.0, gain=method._gain(beta))
+        method.bit_planes.materialise(beta)
         moved = layer.parameter.detach() - before
         torch.testing.assert_close(moved, -2 * 0.1 * layer.parameter.grad, atol=1e-6, rtol=1e-2)
 
@@ -422,7 +429,7 @@ def test_auto_logits_are_1_from_a_checkpoint_and_follow_the_schedule_from_scratc
 def test_a_soft_count_steers_by_the_planes_that_are_in_the_weights() -> None:
     _, method = made(precision_count="soft")
     logits = torch.linspace(-1, 1, 16).view(2, 8)
-    method.planes.mask_logits.copy_(logits)
+    method.bit_planes.mask_logits.copy_(logits)
     sizes = torch.tensor([108.0, 96.0], dtype=torch.float64)
     expected = (torch.sigmoid(3.0 * logits.double()).sum(dim=1) @ sizes) / sizes.sum() - 2
     assert float(method._gap(3.0)) == pytest.approx(float(expected), abs=1e-5)
@@ -482,7 +489,7 @@ def test_limited_gates_stay_within_reach_of_gradients_and_the_weights_where_they
     for step in range(399):
         layer.parameter.grad = torch.zeros_like(layer.parameter)
         on.collect(step, lr=0.1, lr_share=1.0)
-        assert float(on.planes.pos.abs().max()) * on.beta(step + 1) <= 4.0 + 1e-4
+        assert float(on.bit_planes.pos.abs().max()) * on.beta(step + 1) <= 4.0 + 1e-4
     on.materialise(399)
     torch.testing.assert_close(layer.parameter.detach(), before, atol=1e-4, rtol=1e-3)
 
@@ -495,7 +502,7 @@ def test_behind_unit_steps_the_trained_weights_are_those_delivered_and_gradients
     finish = {"straight_through_at": 0.5, "straight_through_rate": 3.0, "harden_at": 1.0}
     settings = UniformGateSettings.model_validate({"gate_steps": "sgd", "per_channel": False} | finish)
     method = UniformCSQ([layer], plan, settings)
-    planes, lr, share = method.planes, 0.1, 0.5
+    planes, lr, share = method.bit_planes, 0.1, 0.5
     for step in range(30):
         layer.parameter.grad = torch.randn(5, 30, generator=generator) * (step != 19)
         soft, scale = layer.parameter.detach().clone(), float(planes.scale[0])
@@ -568,9 +575,9 @@ def test_the_finetune_of_a_search_keeps_its_bit_logits_at_the_weights_that_were_
     budget = search.plan.budget
     plan = Plan(Schedule(20, 10), budget, start=delivered, searched=search)
     on = BitLevelCSQ(search.layers, plan, search.settings)
-    assert torch.equal(on.planes.pos, search.planes.pos)  # Algorithm 1; integers alone give ±logit
-    assert torch.equal(on.planes.neg, search.planes.neg)
-    assert on.planes.pos_momentum.count_nonzero() == 0
+    assert torch.equal(on.bit_planes.pos, search.bit_planes.pos)  # Algorithm 1; integers alone give ±logit
+    assert torch.equal(on.bit_planes.neg, search.bit_planes.neg)
+    assert on.bit_planes.pos_momentum.count_nonzero() == 0
     for layer, hard in zip(search.layers, delivered, strict=True):
         soft, wanted = layer.parameter.detach().double(), hard.weight().double()
         # the scale is the least-squares one at the temperature that starts again

@@ -61,9 +61,8 @@ class BSQ(WeightMethod):
             weight = layer.parameter.detach().float()
             step = weight.abs().max().clamp_min(SMALLEST * 2**self.bits) / top
             self.steps.append(step)
-            planes = [nn.Parameter(torch.empty(self.bits, *weight.shape, device=weight.device)) for _ in range(2)]
-            self.positive.append(planes[0])
-            self.negative.append(planes[1])
+            for bits in (self.positive, self.negative):
+                bits.append(nn.Parameter(torch.empty(self.bits, *weight.shape, device=weight.device)))
             self._set_integers(index, (weight / step).round().to(torch.int32))
         self.materialise(0)
 
@@ -78,8 +77,8 @@ class BSQ(WeightMethod):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [*self.positive, *self.negative]}]
 
-    def planes(self) -> list[int]:
-        """Planes in use, of every layer."""
+    def planes_in_use(self) -> list[int]:
+        """How many planes each layer uses."""
         return [int(count) for count in self.active.sum(dim=1)]
 
     @torch.no_grad()
@@ -103,10 +102,10 @@ class BSQ(WeightMethod):
 
     @torch.no_grad()
     def materialise(self, step: int) -> None:
-        for index, planes in enumerate(zip(self.positive, self.negative, strict=True)):
-            for plane in planes:
-                plane.data.clamp_(0, _MOST)
-                plane.data[~self.active[index]] = 0
+        for index, pair in enumerate(zip(self.positive, self.negative, strict=True)):
+            for bits in pair:
+                bits.data.clamp_(0, _MOST)
+                bits.data[~self.active[index]] = 0
         if not self.fixed and step >= self.fixing_step:
             self._fix()
         elif not self.fixed and step and step % self.requantize_every == 0:
@@ -163,7 +162,7 @@ class BSQ(WeightMethod):
     def _fix(self) -> None:
         """Planes for good. Where they are too many, those that lose least, with the integers and step nearest to the weight."""
         self._requantize()
-        counts = self.planes()
+        counts = self.planes_in_use()
         weights = [self.integers(index) * step for index, step in enumerate(self.steps)]
 
         def errors(index: int) -> Tensor:
@@ -211,13 +210,13 @@ class BSQ(WeightMethod):
         ]
 
     def monitor(self, step: int) -> dict[str, float]:
-        mean = self.budget.mean_planes(self.planes())
+        mean = self.budget.mean_planes(self.planes_in_use())
         return {"mean_bits": mean, "budget_gap": mean - self.budget.target}
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "positive": [plane.data for plane in self.positive],
-            "negative": [plane.data for plane in self.negative],
+            "positive": [bits.data for bits in self.positive],
+            "negative": [bits.data for bits in self.negative],
             "steps": self.steps,
             "active": self.active,
             "fisher": self.fisher,

@@ -58,7 +58,7 @@ class GateMethod(WeightMethod):
         self.bits = self.planes_of_gates(plan)
         self.logit = settings.logit if settings.logit != "auto" else auto_logit(plan, settings.beta_final)
         signed = settings.digits == "signed"
-        self.planes = BitPlanes(
+        self.bit_planes = BitPlanes(
             layers,
             bits=self.bits,
             device=device,
@@ -73,11 +73,11 @@ class GateMethod(WeightMethod):
         self.hardened: _Hardened | None = None
         self.soft_step = 0  # the last step whose weights were soft; gates stay as they were then
         self.fixing_step = self._fixing_step() if self.searches else 0
-        self.planes.mask_logits.fill_(self.mask_logit)
+        self.bit_planes.mask_logits.fill_(self.mask_logit)
         if plan.start is not None:
-            self.planes.fix_mask(torch.stack([delivered.mask for delivered in plan.start]))
+            self.bit_planes.fix_mask(torch.stack([delivered.mask for delivered in plan.start]))
         elif plan.planes is not None:
-            self.planes.fix_mask(torch.stack([top_planes(k, self.bits) for k in plan.planes]))
+            self.bit_planes.fix_mask(torch.stack([top_planes(k, self.bits) for k in plan.planes]))
         beta = self.beta(0)
         if plan.start is not None and isinstance(plan.searched, GateMethod) and plan.searched.bits == self.bits:
             self._go_on_with(plan.searched, plan.start, beta)
@@ -89,7 +89,7 @@ class GateMethod(WeightMethod):
                 self._restart_bits(index, self._float_weight(index), starts=(), beta=beta)
         else:
             scales = [self._initial_scale(self._float_weight(index)) for index in range(len(layers))]
-            self.planes.initialise(logit=self.logit, mask_logit=self.mask_logit, beta=beta, scales=scales)
+            self.bit_planes.initialise(logit=self.logit, mask_logit=self.mask_logit, beta=beta, scales=scales)
         self.materialise(0)
 
     def _ratios(self, start: Sequence[HardLayer] | None) -> list[Tensor] | None:
@@ -103,7 +103,7 @@ class GateMethod(WeightMethod):
     def _float_weight(self, index: int) -> Tensor:
         """[weights]: what stands in the model now, at one scale for the layer."""
         layer = self.layers[index]
-        return self.planes.over_ratios(index, layer.flat(layer.parameter.detach()))
+        return self.bit_planes.over_ratios(index, layer.flat(layer.parameter.detach()))
 
     @property
     def mask_logit(self) -> float:
@@ -138,20 +138,20 @@ class GateMethod(WeightMethod):
 
         Gates are softer there, so each scale is refitted to the weights that were delivered.
         """
-        planes, found = self.planes, searched.planes
-        planes.pos.copy_(found.pos)
-        planes.neg.copy_(found.neg)
-        planes.scale.copy_(found.scale)
-        planes.ratios = found.ratios
+        bit_planes, found = self.bit_planes, searched.bit_planes
+        bit_planes.pos.copy_(found.pos)
+        bit_planes.neg.copy_(found.neg)
+        bit_planes.scale.copy_(found.scale)
+        bit_planes.ratios = found.ratios
         for index, (layer, delivered) in enumerate(zip(self.layers, start, strict=True)):
-            weight = layer.flat(delivered.weight()).to(planes.scale)
-            planes.fit_scale(index, planes.over_ratios(index, weight), beta)
+            weight = layer.flat(delivered.weight()).to(bit_planes.scale)
+            bit_planes.fit_scale(index, bit_planes.over_ratios(index, weight), beta)
 
     def _start_from(self, index: int, layer: HardLayer, beta: float) -> None:
         lowest = int(torch.nonzero(layer.mask).flatten()[0]) if layer.planes else 0
         full_scale = _layer_scale(layer.scale) / 2.0**lowest * (2**self.bits - 1)
-        integers = (layer.integers << lowest).to(self.planes.pos.device)
-        self.planes.set_integers(index, integers, full_scale, logit=self.logit, beta=beta)
+        integers = (layer.integers << lowest).to(self.bit_planes.pos.device)
+        self.bit_planes.set_integers(index, integers, full_scale, logit=self.logit, beta=beta)
 
     def beta(self, step: int) -> float:
         """Algorithm 1's temperature; it starts again, from ``restart_beta``, with the first step of fixed planes. Once gates are
@@ -181,30 +181,30 @@ class GateMethod(WeightMethod):
     def collect(self, step: int, *, lr: float, lr_share: float) -> None:
         if self.hardened is not None:
             return
-        beta, planes = self.beta(step), self.planes
+        beta, bit_planes = self.beta(step), self.bit_planes
         straight = self.straight_step
         if straight is not None and step >= straight:  # flips die out before the rest has settled, as in `staged`
             lr *= lr_share * self.settings.straight_through_rate
         options = {"lr": lr, "momentum": self.plan.momentum, "weight_decay": self.plan.weight_decay}
-        gradients = planes.update_gates(beta, **options, gain=self._gain(beta), seed=step)
+        gradients = bit_planes.update_gates(beta, **options, gain=self._gain(beta), seed=step)
         self.fisher.mul_(0.99).add_(gradients.squared, alpha=0.01)
         if straight is not None and step >= straight:
-            planes.limit_logits(_STRAIGHT_LIMIT / beta)
+            bit_planes.limit_logits(_STRAIGHT_LIMIT / beta)
             return
-        sgd_(planes.scale, planes.scale_momentum, gradients.scale, **options)
-        if planes.fixed_mask is None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
-            slope = equations.gate_slope(equations.gate(planes.mask_logits, beta), beta)
+        sgd_(bit_planes.scale, bit_planes.scale_momentum, gradients.scale, **options)
+        if bit_planes.fixed_mask is None:  # Eq. 7: ∂(L + λΔ_S R)/∂m_B = (dL/df + λΔ_S)·f'
+            slope = equations.gate_slope(equations.gate(bit_planes.mask_logits, beta), beta)
             mask_gradient = (gradients.mask + self.reg_strength * self._gap(beta)) * slope
-            sgd_(planes.mask_logits, planes.mask_momentum, mask_gradient, **options)
+            sgd_(bit_planes.mask_logits, bit_planes.mask_momentum, mask_gradient, **options)
         if step + 1 == self.fixing_step:
             self._fix_masks(beta, self.beta(step + 1))
         elif step + 1 == straight:
-            planes.refit_scale(beta, _UNIT_STEP)
-            planes.pos_momentum.zero_()
-            planes.neg_momentum.zero_()
+            bit_planes.refit_scale(beta, _UNIT_STEP)
+            bit_planes.pos_momentum.zero_()
+            bit_planes.neg_momentum.zero_()
         elif self.settings.refit_scale:
-            limit = self.settings.gate_limit if planes.fixed_mask is not None else None
-            planes.refit_scale(beta, self.beta(step + 1), limit)
+            limit = self.settings.gate_limit if bit_planes.fixed_mask is not None else None
+            bit_planes.refit_scale(beta, self.beta(step + 1), limit)
 
     @property
     def reg_strength(self) -> float:
@@ -219,7 +219,7 @@ class GateMethod(WeightMethod):
         """
         if self.settings.gate_steps == "sgd":
             return None
-        top = self.planes.scale * self.planes.plane_weights[-1]
+        top = self.bit_planes.scale * self.bit_planes.plane_weights[-1]
         return 1 / (top * beta / 4).square().clamp_min(1 / _MOST_GAIN).unsqueeze(1)
 
     def _gap(self, beta: float) -> Tensor:
@@ -229,22 +229,22 @@ class GateMethod(WeightMethod):
 
     def _counted(self, beta: float) -> Tensor:
         """[layers, bits]: the planes that Δ_S counts."""
-        return self.planes.hard_mask()
+        return self.bit_planes.hard_mask()
 
     @torch.no_grad()
     def _fix_masks(self, beta: float, new_beta: float) -> None:
         """From Eq. 5 to Eq. 4: planes chosen within the budget, scales refitted, bits restarted where that is asked for."""
-        planes, count = self.planes, range(len(self.layers))
+        bit_planes, count = self.bit_planes, range(len(self.layers))
         chosen = self._choose_planes(beta)
-        soft = [planes.soft_weight(index, beta) for index in count]
+        soft = [bit_planes.soft_weight(index, beta) for index in count]
         starts = [self._likely_scales(index, beta) for index in count]
-        planes.fix_mask(chosen)
+        bit_planes.fix_mask(chosen)
         for index, weight in enumerate(soft):
             if self.settings.restart_beta is None:
-                planes.fit_scale(index, weight, new_beta)
+                bit_planes.fit_scale(index, weight, new_beta)
             else:
                 self._restart_bits(index, weight, starts=starts[index], beta=new_beta)
-        planes.scale_momentum.zero_()
+        bit_planes.scale_momentum.zero_()
 
     def _restart_bits(self, index: int, weight: Tensor, *, starts: Sequence[float], beta: float) -> None:
         """Bits of one layer anew, on its fixed planes: the soft weight at ``beta`` is ``weight`` (at the layer's scale, [weights]),
@@ -253,19 +253,19 @@ class GateMethod(WeightMethod):
         The scale is the one whose levels are nearest to the weight; what lies between two levels stays in the lowest
         plane's digits, so that nothing is rounded before training has decided it.
         """
-        planes = self.planes
-        assert planes.fixed_mask is not None
-        fit = fit_levels(weight, planes.fixed_mask[index], starts=starts)
-        full_scale = fit.step * (2**planes.bits - 1)
+        bit_planes = self.bit_planes
+        assert bit_planes.fixed_mask is not None
+        fit = fit_levels(weight, bit_planes.fixed_mask[index], starts=starts)
+        full_scale = fit.step * (2**bit_planes.bits - 1)
         values = self.layers[index].unflatten(weight / fit.step)
-        planes.set_integers(index, values, full_scale, logit=1.0, beta=beta, signed=True)
-        where = planes.slices[index]
-        planes.pos_momentum[:, where] = planes.neg_momentum[:, where] = 0
+        bit_planes.set_integers(index, values, full_scale, logit=1.0, beta=beta, signed=True)
+        where = bit_planes.slices[index]
+        bit_planes.pos_momentum[:, where] = bit_planes.neg_momentum[:, where] = 0
 
     def materialise(self, step: int) -> None:
         if self.hardened is None:
             self.soft_step = step
-            self.planes.materialise(self.forward_beta(step))
+            self.bit_planes.materialise(self.forward_beta(step))
             return
         for layer, hard in zip(self.layers, self.hard_layers(), strict=True):
             layer.parameter.data.copy_(hard.weight())
@@ -278,12 +278,12 @@ class GateMethod(WeightMethod):
 
     @torch.no_grad()
     def _harden(self, step: int) -> _Hardened:
-        beta, planes = self.forward_beta(step), self.planes
+        beta, bit_planes = self.forward_beta(step), self.bit_planes
         if self.settings.rounding == "threshold":
             return self._threshold(beta)
-        mask = planes.fixed_mask if planes.fixed_mask is not None else self._choose_planes(beta)
+        mask = bit_planes.fixed_mask if bit_planes.fixed_mask is not None else self._choose_planes(beta)
         fits = [
-            fit_levels(planes.soft_weight(index, beta), mask[index], starts=self._likely_scales(index, beta))
+            fit_levels(bit_planes.soft_weight(index, beta), mask[index], starts=self._likely_scales(index, beta))
             for index in range(len(self.layers))
         ]
         integers = [layer.unflatten(fit.integers.to(torch.int32)) for layer, fit in zip(self.layers, fits, strict=True)]
@@ -292,15 +292,15 @@ class GateMethod(WeightMethod):
     def _threshold(self, beta: float) -> _Hardened:
         """The paper's hardening: unit steps of every gate, planes dropped where the budget asks for it, scales as they are."""
         mask = self._project(beta)
-        scales = self.planes.scale / (2**self.bits - 1)
+        scales = self.bit_planes.scale / (2**self.bits - 1)
         signs = torch.where(scales < 0, -1, 1).to(torch.int32)  # a negative scale goes into the integers
-        integers = [part * sign for part, sign in zip(self.planes.threshold_integers(mask), signs, strict=True)]
+        integers = [part * sign for part, sign in zip(self.bit_planes.threshold_integers(mask), signs, strict=True)]
         return _Hardened(mask, integers, scales.abs())
 
     def _likely_scales(self, index: int, beta: float) -> list[float]:
         """Scales at which a layer's soft weight lies on levels if its gates are decided and its masks alike."""
-        scale = float(self.planes.scale[index].abs()) / (2**self.bits - 1)
-        return [scale, *(scale * soft for soft in self.planes.mask(beta)[index].tolist())]
+        scale = float(self.bit_planes.scale[index].abs()) / (2**self.bits - 1)
+        return [scale, *(scale * soft for soft in self.bit_planes.mask(beta)[index].tolist())]
 
     def _curvature(self) -> Tensor:
         """[layers]: mean squared gradient of a weight, what a squared error there costs."""
@@ -308,33 +308,33 @@ class GateMethod(WeightMethod):
 
     def _choose_planes(self, beta: float) -> Tensor:
         """bool [layers, bits]: the planes that keep the soft model best within the budget (`hardening.choose_planes`)."""
-        planes = self.planes
-        weights = [planes.soft_weight(index, beta) for index in range(len(self.layers))]
-        energy, masks = planes.plane_energy(beta), planes.mask(beta)
+        bit_planes = self.bit_planes
+        weights = [bit_planes.soft_weight(index, beta) for index in range(len(self.layers))]
+        energy, masks = bit_planes.plane_energy(beta), bit_planes.mask(beta)
         return choose_planes(weights, masks, energy, self._curvature(), self.budget)
 
     def _project(self, beta: float) -> Tensor:
         """bool [layers, bits]: planes with m_B ≥ 0, the least important ones dropped until the budget is met."""
-        mask = self.planes.hard_mask()
-        if self.planes.fixed_mask is not None:
+        mask = self.bit_planes.hard_mask()
+        if self.bit_planes.fixed_mask is not None:
             return mask
-        importance = self.planes.plane_energy(beta) * self._curvature()[:, None]
+        importance = self.bit_planes.plane_energy(beta) * self._curvature()[:, None]
         return project(mask, importance, self.budget, spendable=mask)
 
     @torch.no_grad()
     def unrounded(self) -> list[Tensor]:
         """The soft weights, as they were before they turned hard. Unit steps in the forward pass are on levels already: there it is
         the weights at the temperature of their slopes, scaled so that the levels fit them."""
-        planes, beta, forward_beta = self.planes, self.beta(self.soft_step), self.forward_beta(self.soft_step)
+        bit_planes, beta, forward_beta = self.bit_planes, self.beta(self.soft_step), self.forward_beta(self.soft_step)
         found = []
         for index, layer in enumerate(self.layers):
-            soft = planes.soft_weight(index, beta)
+            soft = bit_planes.soft_weight(index, beta)
             if forward_beta != beta:
-                hard = planes.soft_weight(index, forward_beta)
+                hard = bit_planes.soft_weight(index, forward_beta)
                 share = soft @ hard
                 soft *= torch.where(share > 0, (hard @ hard) / share.clamp_min(1e-30), 1.0)
-            if planes.ratios is not None:
-                layer.by_channel(soft).mul_(planes.ratios[index])
+            if bit_planes.ratios is not None:
+                layer.by_channel(soft).mul_(bit_planes.ratios[index])
             found.append(layer.unflatten(soft))
         return found
 
@@ -348,13 +348,13 @@ class GateMethod(WeightMethod):
 
     def _deliver(self, hard: _Hardened) -> list[HardLayer]:
         scales = list(hard.scales)
-        if self.planes.ratios is not None:
-            scales = [scale * ratio for scale, ratio in zip(scales, self.planes.ratios, strict=True)]
+        if self.bit_planes.ratios is not None:
+            scales = [scale * ratio for scale, ratio in zip(scales, self.bit_planes.ratios, strict=True)]
         columns = zip(self.layers, hard.integers, scales, hard.mask, strict=True)
         return [hard_layer(layer, integers, scale, mask) for layer, integers, scale, mask in columns]
 
     def fixed_planes(self) -> list[int] | None:
-        mask = self.planes.fixed_mask
+        mask = self.bit_planes.fixed_mask
         return None if mask is None else [int(count) for count in mask.sum(dim=1)]
 
     def mean_bits(self) -> float:
@@ -363,7 +363,7 @@ class GateMethod(WeightMethod):
 
     def _mask_now(self) -> Tensor:
         """bool [layers, bits]: planes in use if every gate were a unit step now."""
-        return self.planes.hard_mask() if self.hardened is None else self.hardened.mask
+        return self.bit_planes.hard_mask() if self.hardened is None else self.hardened.mask
 
     def budget_gap(self) -> float:
         """Mean planes over weight elements minus the target; 0 where nothing is searched."""
@@ -371,8 +371,8 @@ class GateMethod(WeightMethod):
 
     def monitor(self, step: int) -> dict[str, Any]:
         beta, penalty = self.beta(step), 0.0
-        if self.planes.fixed_mask is None:
-            regulariser = float(equations.mask_regulariser(self.planes.mask_logits, beta))
+        if self.bit_planes.fixed_mask is None:
+            regulariser = float(equations.mask_regulariser(self.bit_planes.mask_logits, beta))
             penalty = self.reg_strength * float(self._gap(beta)) * regulariser
         return {
             "beta": beta,
@@ -383,11 +383,15 @@ class GateMethod(WeightMethod):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"planes": self.planes.state_dict(), "fisher": self.fisher, "soft_step": self.soft_step}
+        state: dict[str, Any] = {
+            "planes": self.bit_planes.state_dict(),
+            "fisher": self.fisher,
+            "soft_step": self.soft_step,
+        }
         return state if self.hardened is None else state | {"hardened": vars(self.hardened)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.planes.load_state_dict(state["planes"])
+        self.bit_planes.load_state_dict(state["planes"])
         self.fisher.copy_(state["fisher"])
         # states of csq 0.2 do not say it: weights then turned hard where the settings say so
         self.soft_step = state.get("soft_step", self.harden_at_step or self.schedule.total_steps)
@@ -424,7 +428,7 @@ class BitLevelCSQ(GateMethod):
         return max(1, round(share * self.schedule.total_steps)) if share < 1 else None
 
     def _counted(self, beta: float) -> Tensor:
-        return self.planes.mask(beta) if self.settings.precision_count == "soft" else self.planes.hard_mask()
+        return self.bit_planes.mask(beta) if self.settings.precision_count == "soft" else self.bit_planes.hard_mask()
 
 
 class UniformCSQ(GateMethod):
