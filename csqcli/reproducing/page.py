@@ -109,7 +109,8 @@ def _caption(experiment: Experiment, summary: dict[str, Any], columns: Sequence[
         sentences.append("Compare gaps, not accuracies, where data or schedule differ from the paper's.")
     sentences.append(
         "Bytes are those of the compact file that a run leaves (model.safetensors), with signs, scales, BatchNorm and "
-        "description; compression is the float model, 4 bytes a value, over them."
+        "description (`csq sweep` counts bit-packed files: the same model in fewer bytes); compression is the float model, 4 bytes a "
+        "value, over them."
     )
     if "paper: compression" in columns:
         sentences.append("The paper's compression counts weights alone, as 32 / planes does.")
