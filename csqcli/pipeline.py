@@ -409,12 +409,15 @@ def finetune(
 
 
 def _check_teacher(recipe: Recipe, *, where: str) -> None:
-    """UserError where a finetune is to follow a float model that nothing names."""
+    """UserError where a finetune is to follow a float model that nothing names, and where nothing follows the one that is named."""
     asked = [name for name in ("distill", "distill_features") if getattr(recipe.optimizer, name)]
     if asked and recipe.finetune.teacher is None:
         without = " ".join(f"--set optimizer.{name}=0" for name in asked)
         hint = f"name it: --teacher FILE (a checkpoint, or the folder of a float run); or leave it: {without}"
         raise UserError("the float model to distill from is not in the file", where=where, hint=hint)
+    if recipe.finetune.teacher is not None and not asked:
+        hint = "say how much: --set optimizer.distill=0.9 (predictions), --set optimizer.distill_features=1 (what the classifier reads)"
+        raise UserError("the loss has no share that follows the teacher", where="--teacher", hint=hint)
 
 
 def _float_weights(
@@ -423,7 +426,7 @@ def _float_weights(
     """Weights of the float model that a finetune follows, by the names of the file's model; None where it follows none. UserError for
     those of another network."""
     teacher = recipe.finetune.teacher
-    if teacher is None or not (recipe.optimizer.distill or recipe.optimizer.distill_features):
+    if teacher is None:
         return None
     weights_of, model = str(model_of(teacher)), file.manifest.model
     wanted = plain_model(

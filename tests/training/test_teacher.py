@@ -112,11 +112,12 @@ def test_a_finetune_of_a_file_follows_the_float_weights_that_are_named(csq, digi
     assert found["followed"] == found["again"] != found["alone"]
 
 
-def test_a_teacher_of_another_network_and_one_that_is_not_named_are_refused(csq, digits_run, tmp_path) -> None:
-    common = ("finetune", digits_run, "--data", "digits", "--epochs", 1, "-q", "--set", "distill=0.5")
-    other = tmp_path / "other.pth"
+def test_a_teacher_of_another_network_one_not_named_and_one_not_followed_are_refused(csq, digits_run, tmp_path) -> None:
+    common = ("finetune", digits_run, "--data", "digits", "--epochs", 1, "-q")
+    other, share = tmp_path / "other.pth", ("--set", "distill=0.5")
     torch.save(nn.Linear(3, 10).state_dict(), other)
-    for words, said in (((), "--teacher FILE"), (("--teacher", other), "other.pth")):
+    followed = ("--teacher", "builtin:digits_float")
+    for words, said in ((share, "--teacher FILE"), ((*share, "--teacher", other), "other.pth"), (followed, "no share")):
         code, _, error = csq(*common, *words, "-o", tmp_path / "run")
         assert code == 2
         assert said in error
