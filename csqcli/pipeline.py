@@ -44,6 +44,7 @@ from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
 from csqcli.training.limits import measure_ways
 from csqcli.training.loop import Trainer
+from csqcli.training.named import check_named, check_optimizer
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.planning import try_out
 from csqcli.training.post_training import measure_importance, quantize_after_training
@@ -78,7 +79,7 @@ def search(
     searches to begin with (``model.warm_start``). Raises UserError for anything wrong with the input; a folder
     with a finished run is refused without ``force``.
     """
-    spec = _model_asked_for(recipe)
+    spec = _model_asked_for(recipe, resume=resume)
     if images is None:
         with display.step(f"listing the images of {recipe.data.source}"):
             images = open_images(recipe)
@@ -103,6 +104,10 @@ def search(
                 begins_with.hand_over(run)
             _know_ways(run, layers)
             check_written_planes(run, recipe, layers)
+            _know_latencies(run, layers)
+            if layers and recipe.quantization.in_bytes and run.saved is None:
+                with run.display.step("measuring the smallest file"):
+                    sizing.check_reachable(run, layers, left, _shipped_bytes)
             if begins_with is not None:
                 run.tell_float()
             else:
@@ -141,6 +146,8 @@ def prepare(
     assert recipe.model.source is not None
     spec = parse(recipe.model.source, recipe.model.arguments)
     check_task(spec)
+    for each in (recipe, *searches):
+        _check_named(each)
     if images is None:
         with display.step(f"listing the images of {recipe.data.source}"):
             images = open_images(recipe)
@@ -199,7 +206,6 @@ def _opened(
 
 
 def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latents: bool) -> dict[str, Any]:
-    _know_latencies(run, layers)
     run.quantize_activations()
     if run.activations is not None:
         rehearse(run, layers, left)
@@ -388,6 +394,7 @@ def finetune(
             "its BatchNorms are folded for inference; they cannot be trained on", where=str(path), hint=hint
         )
     check_task(file.manifest.spec)
+    check_optimizer(recipe)
     _check_teacher(recipe, where=str(path))
     images = open_images(recipe)
     followed = _float_weights(recipe, images, file, trust_code=trust_code, where=str(path))
@@ -592,13 +599,24 @@ def evaluate_checkpoint(
         return evaluate(network, loader, present=images.present, on_batch=tell)
 
 
-def _model_asked_for(recipe: Recipe) -> ModelSpec:
-    """The model's spec. UserError where none is named, where it is no classifier, and where a target lacks."""
+def _model_asked_for(recipe: Recipe, *, resume: bool = False) -> ModelSpec:
+    """The model's spec. UserError where none is named, where it is no classifier, where a target lacks, and for whatever else the
+    recipe names that is not there."""
     check_complete(recipe)
+    _check_named(recipe, resume=resume)
     assert recipe.model.source is not None
     spec = parse(recipe.model.source, recipe.model.arguments)
     check_task(spec)
     return spec
+
+
+def _check_named(recipe: Recipe, *, resume: bool = False) -> None:
+    """As :func:`check_named`, and UserError where latencies are to come from what is not there; a state that is resumed has them."""
+    check_named(recipe)
+    if recipe.quantization.target_latency is not None and not resume:
+        from csqcli.exporting.latency_table import check_source
+
+        check_source(recipe)
 
 
 def _why(recipe: Recipe) -> str:

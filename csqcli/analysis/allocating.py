@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from csqcli.analysis.opening import open_for_search, shares_of
-from csqcli.exporting.latency_table import latencies_of
+from csqcli.exporting.latency_table import check_source, latencies_of
 from csqcli.quant.budget import BIT_OPERATIONS, NANOSECONDS, Budget
-from csqcli.quant.catalog import find_allocator
 from csqcli.recipe.schema import Recipe
 from csqcli.system.progress import Display
 from csqcli.training.budgets import budget_of
 from csqcli.training.latencies import NANOSECONDS_PER_MS
+from csqcli.training.named import check_named
 from csqcli.training.setup import allocation
 
 
@@ -28,7 +28,8 @@ def allocate(recipe: Recipe, *, display: Display) -> dict[str, Any]:
     """
     settings = recipe.quantization
     assert settings.allocator is not None
-    find_allocator(settings.allocator)
+    check_named(recipe)
+    check_source(recipe)
     if recipe.adaptation.epochs:
         display.say("planes for the model as it comes: the search would train it in float first (adaptation.epochs)")
     if not recipe.card.trains:

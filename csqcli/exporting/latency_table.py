@@ -20,6 +20,15 @@ from csqcli.system.progress import Display
 from csqcli.training.latencies import Latencies, check_covers, read_table
 
 
+def check_source(recipe: Recipe) -> None:
+    """UserError for a table that cannot be read, and an engine that is not installed; before there is a model to measure."""
+    settings = recipe.quantization
+    if settings.latency_table is not None:
+        read_table(Path(settings.latency_table))
+    elif settings.target_latency is not None:
+        choose(settings.latency_engine, where="quantization.latency_engine")
+
+
 def latencies_of(
     recipe: Recipe, model: nn.Module, layers: Sequence[Layer], config: Mapping[str, Any], *, display: Display
 ) -> Latencies:

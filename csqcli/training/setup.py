@@ -202,10 +202,10 @@ def _base_optimizer(run: Run, recipe: Recipe, method: WeightMethod) -> torch.opt
     groups = base_groups(run.model, method)
     if run.activations is not None:
         groups.append({"params": run.activations.parameters(), "weight_decay": 0.0})
-    return _optimizer_of(groups, recipe.optimizer)
+    return optimizer_of(groups, recipe.optimizer)
 
 
-def _optimizer_of(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def optimizer_of(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer that a recipe names, over ``groups``. UserError for none, and for one that csq's steps are not enough for."""
     where = f"optimizer.name={settings.name}"
     try:
@@ -331,7 +331,7 @@ def moment_bytes(settings: OptimizerSettings, device: torch.device) -> int:
     tried = nn.Parameter(torch.zeros(64, 64, device=device))
     tried.grad = torch.ones_like(tried)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a resumed run does not try
-        optimizer = _optimizer_of([{"params": [tried]}], settings)
+        optimizer = optimizer_of([{"params": [tried]}], settings)
         optimizer.step()
     kept = [value for value in optimizer.state[tried].values() if isinstance(value, torch.Tensor)]
     return round(sum(value.numel() * value.element_size() for value in kept) / tried.numel())

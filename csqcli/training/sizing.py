@@ -26,6 +26,7 @@ from csqcli.quant.passes.rounding import mse_step, quantize
 from csqcli.system import distributed
 from csqcli.system.progress import counted
 from csqcli.training.deliver import assembled
+from csqcli.training.limits import limits_of
 from csqcli.training.loop import Trainer
 from csqcli.training.run import Run, ShippedSize
 
@@ -33,6 +34,7 @@ _REFIT_AT = 0.75  # of the steps; most of the drift is over, and a fourth of the
 _AIM = 1.004  # of the bytes allowed, when planes are fitted: the end only ever makes the file smaller
 _SPARE = 96  # bytes: numbers in the certificate and in the manifest that are known only once the file is evaluated
 _BISECTIONS = 12
+_SURELY_LEFT = 0.5  # of the integers' bytes, after training in float
 _MOST_SHRUNK = 0.1  # of a level's width
 
 Shipped = Callable[[Path, str], int]  # a model file and a form → bytes of the file that would ship
@@ -41,29 +43,66 @@ Shipped = Callable[[Path, str], int]  # a model file and a form → bytes of the
 @torch.no_grad()
 def measure(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]], shipped: Shipped) -> None:
     """Set ``run.ships`` from the weights as they are. UserError where the size is below what the file holds beside integers."""
-    settings, rows = run.recipe.quantization, []
-    per_channel = run.recipe.method_settings.model_dump().get("per_channel", True)
-    middle = []
+    most, rows, middle = run.recipe.quantization.max_bits, [], []
     for layer in layers:
-        value = layer.by_channel(layer.flat(layer.parameter.detach())).float()
-        by_channel = per_channel and layer.allows_channel_scales  # as the method has it
         row = [0]
-        for planes in range(1, settings.max_bits + 1):
-            scale = mse_step(value, planes, channel_dim=1 if by_channel else None)
-            integers = quantize(value, scale.view(-1, 1), planes)
-            row.append(len(codes.encode(integers.cpu().numpy()).data))
-            if planes == min(2, settings.max_bits):
-                own = layer.unflatten(integers.to(torch.int32).flatten()).cpu()
-                mask = top_planes(planes, settings.max_bits)
-                middle.append(HardLayer(layer.name, own, scale.cpu(), mask, layer.channel_dim, layer.aliases))
+        for planes in range(1, most + 1):
+            hard = _rounded(run, layer, planes)
+            row.append(_bytes_of(layer, hard))
+            if planes == min(2, most):
+                middle.append(hard)
         rows.append(list(itertools.accumulate(row, max)))  # a coder may win a byte back; a budget may not
+    _set_ships(run, rows, middle, left_float, shipped)
+
+
+@torch.no_grad()
+def check_reachable(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]], shipped: Shipped) -> None:
+    """UserError for a size below that of the smallest file, its layers at their fewest planes: before anything is trained.
+
+    Only what a float phase may still change, which is the integers, is given the benefit of the doubt.
+    """
+    limits = limits_of(run.recipe, layers, run.ways)
+    fewest = [_rounded(run, layer, max(planes, 1)) for layer, planes in zip(layers, limits.min_planes, strict=True)]
+    codes_of = [_bytes_of(layer, hard) for layer, hard in zip(layers, fewest, strict=True)]
+    rows = [[size if k else 0 for k in range(run.recipe.quantization.max_bits + 1)] for size in codes_of]
+    _set_ships(run, rows, fewest, left_float, shipped)
+    assert run.ships is not None
+    coded = sum(size for size, planes in zip(codes_of, limits.min_planes, strict=True) if planes)
+    sure = _SURELY_LEFT if run.recipe.adaptation.epochs else 1
+    if sure * coded > run.ships.allowed:
+        what = f"a target of {run.ships.asked:,} bytes cannot be met: at the fewest planes it takes about"
+        hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+        raise UserError(f"{what} {run.ships.others + coded:,}", hint=hint)
+    run.ships = None  # measured on the weights that the search begins with
+
+
+def _rounded(run: Run, layer: Layer, planes: int) -> HardLayer:
+    """A layer rounded to the nearest levels at so many planes, as the method has its scales."""
+    per_channel = run.recipe.method_settings.model_dump().get("per_channel", True)
+    value = layer.by_channel(layer.flat(layer.parameter.detach())).float()
+    by_channel = per_channel and layer.allows_channel_scales  # as the method has it
+    scale = mse_step(value, planes, channel_dim=1 if by_channel else None)
+    integers = layer.unflatten(quantize(value, scale.view(-1, 1), planes).to(torch.int32).flatten()).cpu()
+    mask = top_planes(planes, run.recipe.quantization.max_bits)
+    return HardLayer(layer.name, integers, scale.cpu(), mask, layer.channel_dim, layer.aliases)
+
+
+def _bytes_of(layer: Layer, hard: HardLayer) -> int:
+    """Bytes of a layer's codes, in the order in which its weights lie in memory."""
+    return len(codes.encode(layer.flat(hard.integers).numpy()).data)
+
+
+def _set_ships(
+    run: Run, rows: list[list[int]], hard: Sequence[HardLayer], left_float: list[dict[str, Any]], shipped: Shipped
+) -> None:
+    settings = run.recipe.quantization
     asked = settings.target_size
     if asked is None:
         floats = 4 * sum(value.numel() for value in run.model.state_dict().values())
         assert settings.target_compression is not None
         asked = int(floats / settings.target_compression)
     run.ships = ShippedSize(asked, 0, distributed.from_main(rows))
-    measure_others(run, middle, left_float, shipped)
+    measure_others(run, hard, left_float, shipped)
     if run.ships.allowed <= 0:
         what = f"a target of {asked:,} bytes cannot be met: all but the integers takes {run.ships.others:,}"
         raise UserError(what, hint="raise the target")

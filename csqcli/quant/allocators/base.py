@@ -62,8 +62,7 @@ def allocation_by(
     card = find_allocator(name)
     known: dict[str, Any] = {"seed": seed, "trials": trials, "watch": watch}
     asked = {key: known[key] for key in card.asks}
-    imported = import_function if ":" in name else import_attribute
-    function: Any = imported(card.target, where="--allocator")
+    function = function_of(name)
     if card.gives == "planes":
         return Allocation(function(model, layers, batches, budget, **asked))
     bits = len(budget.table[0]) - 1
@@ -74,6 +73,12 @@ def allocation_by(
         what = f"gave importance of shape {list(importance.shape)}, not {[len(layers), bits]} of finite numbers ≥ 0"
         raise UserError(what, where=f"--allocator {name}", hint="one row per layer, one column per plane")
     return Allocation(allocate(importance, budget), importance)
+
+
+def function_of(name: str) -> Any:
+    """The function that an allocator's name stands for. UserError for one that is unknown or cannot be imported."""
+    imported = import_function if ":" in name else import_attribute
+    return imported(find_allocator(name).target, where="--allocator")
 
 
 def uniform(budget: Budget) -> list[int]:
