@@ -11,9 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
+
+from pydantic import Field
 
 from csqcli.errors import UserError
+from csqcli.system.arguments import checked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +46,11 @@ __all__ = [
 ]
 
 Report = dict[str, Any]
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Pixels: TypeAlias = Annotated[int, Field(ge=1, le=4096)]  # a side of an image
+HeldOut: TypeAlias = (
+    Annotated[float, Field(gt=0, le=1)] | Literal["test"]
+)  # a share of the training images, or the test split
 _RUNS = Path("runs")  # whose folders are the runs that were told no output
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
 
@@ -57,6 +65,7 @@ class Evaluation(TypedDict):
     mean_bits: float  # planes per weight element; 32 of a float model
 
 
+@checked
 def search(
     model: str | None = None,
     *,
@@ -112,6 +121,7 @@ def search(
     return pipeline.search(resolved, folder, display=display, force=force, resume=resume)
 
 
+@checked
 def finetune(
     file: str | Path,
     *,
@@ -177,17 +187,18 @@ def finetune(
     )
 
 
+@checked
 def evaluate(
     file: str | Path | None,
     data: str,
     *,
     model: str | None = None,
     weights: Literal["auto", "ema", "raw"] = "auto",
-    input_size: int | None = None,
+    input_size: Pixels | None = None,
     device: str = "auto",
-    batch_size: int = 256,
-    val_split: float | Literal["test"] | None = None,
-    val_limit: int | None = None,
+    batch_size: Positive = 256,
+    val_split: HeldOut | None = None,
+    val_limit: Positive | None = None,
     trust_code: bool = False,
     classes_by_position: bool = False,
     progress: bool | Display = False,
@@ -261,6 +272,7 @@ def evaluate(
     return _evaluation(accuracy, manifest.budget.mean_bits)
 
 
+@checked
 def export(
     file: str | Path,
     output: str | Path | None = None,
@@ -272,8 +284,8 @@ def export(
     calib: str | None = None,
     prefer: Literal["speed", "size"] = "speed",
     data: str | None = None,
-    val_split: float | Literal["test"] | None = None,
-    val_limit: int | None = None,
+    val_split: HeldOut | None = None,
+    val_limit: Positive | None = None,
     trust_code: bool = False,
     force: bool = False,
     progress: bool | Display = False,
@@ -340,15 +352,16 @@ def export(
     return describe(target_path) if form in registry.CARDS else build(manifest)
 
 
+@checked
 def bench(
     what: str | Path,
     *,
     engine: Literal["ort", "openvino", "litert", "torch"] | str | None = None,
-    threads: int = 1,
-    batch: int = 1,
-    repeats: int = 15,
-    input_size: int | None = None,
-    num_classes: int | None = None,
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1,
+    batch: Annotated[int, Field(ge=1, le=4096)] = 1,
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 15,
+    input_size: Pixels | None = None,
+    num_classes: Positive | None = None,
     trust_code: bool = False,
     progress: bool | Display = False,
 ) -> Report:
@@ -410,6 +423,7 @@ def bench(
     return bench_model(parse(str(what)), setting, input_size=input_size, num_classes=num_classes, display=display)
 
 
+@checked
 def report(file: str | Path) -> Report:
     """What a file says of itself: bits, sizes and accuracy, per layer and in all. Needs neither model code nor data.
 
@@ -434,12 +448,13 @@ def report(file: str | Path) -> Report:
     return describe(model_of(file))
 
 
+@checked
 def inspect(
     model: str | nn.Module,
     *,
-    input_size: int | Sequence[int] | None = None,
+    input_size: Pixels | Sequence[Positive] | None = None,
     exclude: Sequence[str] = (),
-    num_classes: int | None = None,
+    num_classes: Positive | None = None,
     pretrained: bool = False,
 ) -> Report:
     """What csq would quantize in a model, and what stays float and why.
@@ -478,6 +493,7 @@ def inspect(
     return coverage.coverage(unwrap(model), input_size, exclude=exclude)
 
 
+@checked
 def allocate(
     model: str | None = None,
     *,
@@ -544,12 +560,13 @@ def allocate(
     return found
 
 
+@checked
 def sensitivity(
     model: str | None = None,
     *,
     data: str | None = None,
     widths: Sequence[int] = (1, 2, 3, 4),
-    val_limit: int = 256,
+    val_limit: Positive = 256,
     recipe: str = "short",
     progress: bool | Display = False,
     **settings: Any,
@@ -590,6 +607,7 @@ def sensitivity(
     return measured(resolved, widths=wanted, images=val_limit, display=_display(progress))
 
 
+@checked
 def sweep(
     model: str | None = None,
     *,
@@ -599,10 +617,10 @@ def sweep(
     recipe: str = "short",
     baselines: Sequence[str] = (),
     warm: bool = False,
-    warm_epochs: int | None = None,
-    seeds: int = 1,
-    max_drop: float | None = None,
-    jobs: int | None = None,
+    warm_epochs: Positive | None = None,
+    seeds: Positive = 1,
+    max_drop: Annotated[float, Field(ge=0, le=100)] | None = None,
+    jobs: Annotated[int, Field(ge=1, le=1000)] | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Report:
@@ -654,15 +672,16 @@ def sweep(
     return run_sweep(planned, display=_display(progress), launcher=launcher, jobs=jobs or 1)
 
 
+@checked
 def explain(
     run: str | Path,
     data: str,
     *,
-    val_limit: int = 512,
-    swaps: int = 12,
+    val_limit: Positive = 512,
+    swaps: Annotated[int, Field(ge=0, le=10_000)] = 12,
     device: str = "auto",
-    batch_size: int = 256,
-    val_split: float | Literal["test"] | None = None,
+    batch_size: Positive = 256,
+    val_split: HeldOut | None = None,
     trust_code: bool = False,
     progress: bool | Display = False,
 ) -> Report:
@@ -728,16 +747,17 @@ def compare(*files: str | Path) -> Report:
     return compared([Path(file) for file in files])
 
 
+@checked
 def diff(
     float_model: str | Path,
     quantized: str | Path,
     data: str,
     *,
     export: str | Path | None = None,
-    val_limit: int = 64,
+    val_limit: Positive = 64,
     device: str = "auto",
-    batch_size: int = 16,
-    val_split: float | Literal["test"] | None = None,
+    batch_size: Positive = 16,
+    val_split: HeldOut | None = None,
     trust_code: bool = False,
     progress: bool | Display = False,
 ) -> Report:
@@ -780,6 +800,7 @@ def diff(
     )
 
 
+@checked
 def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = False) -> nn.Module:
     """The hard model of a quantized file, in eval mode.
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -225,3 +226,42 @@ def test_every_function_states_arguments_results_errors_and_an_example_that_pars
     example = inspect.cleandoc(text.split("Example::")[1])
     ast.parse(example)
     assert f"csqcli.{name}(" in example
+
+
+_WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
+    ("evaluate", ("run", "digits"), {"batch_size": 0}, "batch_size: should be greater than or equal to 1"),
+    ("evaluate", (None, "digits"), {"model": "digits_cnn", "weights": "foo"}, "weights: should be 'auto', 'ema' or 'raw'"),
+    ("evaluate", ("run", "digits"), {"val_split": 3}, "val_split: should be less than or equal to 1 or should be 'test'"),
+    ("evaluate", ("run", "digits"), {"val_limit": "many"}, "val_limit: should be a valid integer"),
+    ("explain", ("run", "digits"), {"val_limit": 0}, "val_limit: should be greater"),
+    ("explain", ("run", "digits"), {"swaps": -3}, "swaps: should be greater than or equal to 0"),
+    ("diff", ("float", "run", "digits"), {"batch_size": -1}, "batch_size: should be greater"),
+    ("export", ("run",), {"form": "onnx", "target": "foo"}, "target: should be 'ort', 'openvino' or 'tensorrt'"),
+    ("export", ("run",), {"form": "litert", "prefer": "foo"}, "prefer: should be 'speed' or 'size'"),
+    ("bench", ("digits_cnn",), {"threads": 0}, "threads: should be greater"),
+    ("bench", ("digits_cnn",), {"repeats": 0}, "repeats: should be greater"),
+    ("sweep", ("digits_cnn",), {"targets": [2], "jobs": 0}, "jobs: should be greater"),
+    ("inspect", ("digits_cnn",), {"num_classes": 0}, "num_classes: should be greater"),
+    ("inspect", ("digits_cnn",), {"input_size": 0}, "input_size: should be greater"),
+    ("inspect", ("digits_cnn",), {"exclude": "fc"}, "exclude: "),
+    ("sensitivity", ("digits_cnn",), {"data": "digits", "val_limit": 0}, "val_limit: should be greater"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments", "options", "message"), _WRONG)
+def test_arguments_out_of_range_are_refused_by_name(
+    name: str, arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        getattr(csqcli, name)(*arguments, **options)
+    assert raised.value.line().startswith(message), raised.value.line()
+
+
+def test_numbers_may_be_those_of_numpy(run: tuple[Path, dict[str, Any]]) -> None:
+    found = csqcli.evaluate(run[0], "digits", batch_size=np.int64(100), val_limit=np.int32(50))  # type: ignore[arg-type]
+    assert found["samples"] == 50
+
+
+def test_a_call_that_does_not_bind_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="form"):
+        csqcli.export("run")  # type: ignore[call-arg]
