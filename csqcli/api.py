@@ -126,7 +126,7 @@ def finetune(
     file: str | Path,
     *,
     data: str | None = None,
-    epochs: int | None = None,
+    epochs: Positive | None = None,
     teacher: str | Path | None = None,
     output: str | Path | None = None,
     resume: bool = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -200,15 +200,18 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
     return resolve_from(kept, overrides, where=where)
 
 
-def check_of_finetune(settings: Iterable[str]) -> None:
-    """UserError for settings of a search that would change nothing in a finetune: its file has the planes and the layers."""
-    for key in settings:
+def check_of_finetune(settings: Mapping[str, Any]) -> None:
+    """UserError for settings of a search that would change nothing in a finetune: its file has the planes and the layers; and for
+    a finetune of 0 epochs."""
+    for key, value in settings.items():
         full = _common_key(key) or key
         if full.startswith(_BEFORE_A_FINETUNE) and full not in _OF_A_FINETUNE:
             what = f"`{full}` is a setting of the search, and a finetune keeps what its file has"
             raise UserError(what, where="--set", hint="pass it to `csq search`, or leave it out")
         if full == "epochs":
             raise UserError("`epochs` are those of the search", where="--set", hint="pass --epochs, or finetune.epochs")
+        if full == "finetune.epochs" and value == 0:
+            raise UserError("finetune.epochs: a finetune needs at least 1 (got 0)", where="--set")
 
 
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:

@@ -330,6 +330,7 @@ ROWS = [
     "finetune run/model.safetensors --data images --quiet -o new",
     "finetune run/model.safetensors --data digits --quiet -o run",
     "finetune run/model.safetensors --data digits --quiet -o new --epochs 0",
+    "finetune run/model.safetensors --data digits --quiet -o new --set finetune.epochs=0",
     "finetune run/model.safetensors --data digits --quiet -o new --set target_bits=1",
     "finetune run/model.safetensors --data digits --quiet -o new --set act_bits=8",
     "finetune run/model.safetensors --data digits --quiet -o new --set layers.exclude=[fc]",
