@@ -110,7 +110,7 @@ def search(
     from csqcli.recipe.resolve import resolve
 
     named = {"model.source": model, "quantization.target_bits": target_bits, "data.source": data}
-    typed = settings | _given(named)
+    typed = _together(named, settings)
     resolved, display = resolve(recipe, typed), _display(progress)
     for note in without_effect(resolved, typed):
         display.say(f"without effect: {note}")
@@ -167,11 +167,12 @@ def finetune(
         "data.source": data,
         "finetune.epochs": epochs,
         "finetune.teacher": None if teacher is None else str(teacher),
-        "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
     }
-    resolved = resolve_stored(
-        manifest.recipe, _given(named) | settings, where=f"recipe in {path}", trust_code=trust_code
-    )
+    overrides = {
+        "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
+        **_together(named, settings, finetune__epochs="epochs"),
+    }
+    resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {path}", trust_code=trust_code)
     resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
 
     from csqcli import pipeline
@@ -245,7 +246,7 @@ def evaluate(
             model,
             data,
             weights=weights,
-            recipe=preprocessing(settings | _given({"data.input_size": input_size})),
+            recipe=preprocessing(_together({"data.input_size": input_size}, settings)),
             device=device,
             batch_size=batch_size,
             val_split=val_split,
@@ -538,7 +539,7 @@ def allocate(
         "data.source": data,
         "quantization.allocator": allocator,
     }
-    resolved = resolve(recipe, settings | _given(named))
+    resolved = resolve(recipe, _together(named, settings))
     if resolved.quantization.allocator is None:
         resolved.quantization.allocator = "importance"
     check_complete(resolved, writes=False)
@@ -598,7 +599,7 @@ def sensitivity(
     if not wanted or not all(type(width) is int and 1 <= width <= 8 for width in wanted):
         listed = ", ".join(map(str, widths))
         raise UserError(f"`{listed}` are not widths", where="widths", hint="whole numbers from 1 to 8, as 1,2,4")
-    resolved = resolve(recipe, settings | _given({"model.source": model, "data.source": data}))
+    resolved = resolve(recipe, _together({"model.source": model, "data.source": data}, settings))
     check_model_given(resolved)
     check_data_given(resolved)
 
@@ -654,7 +655,7 @@ def sweep(
 
     planned = Sweep(
         recipe=recipe,
-        overrides=settings | _given({"model.source": model, "data.source": data}),
+        overrides=_together({"model.source": model, "data.source": data}, settings),
         output=Path(output) if output is not None else None,
         targets=targets if targets is None or isinstance(targets, str) else ",".join(map(str, targets)),
         baselines=list(baselines),
@@ -934,8 +935,19 @@ def _evaluation(accuracy: Any, mean_bits: float) -> Evaluation:
     )
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if value is not None}
+def _together(named: Mapping[str, Any], settings: Mapping[str, Any], **names: str) -> dict[str, Any]:
+    """Arguments by the dotted key that they set, and the further settings, as overrides. UserError where both give one of them,
+    with two values. ``names`` are those of arguments that are not called like their key."""
+    from csqcli.recipe.resolve import laid_together
+
+    called = {"model.source": "model", "data.source": "data"} | {
+        key.replace("__", "."): at for key, at in names.items()
+    }
+
+    def as_argument(key: str, value: Any) -> str:
+        return f"{called.get(key, key.rpartition('.')[2])}={value!r}"
+
+    return laid_together(named, settings, as_named=as_argument, as_setting=lambda key, value: f"{key}={value!r}")
 
 
 def _display(progress: bool | Display) -> Display:

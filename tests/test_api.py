@@ -245,6 +245,7 @@ _WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("inspect", ("digits_cnn",), {"input_size": 0}, "input_size: should be greater"),
     ("inspect", ("digits_cnn",), {"exclude": "fc"}, "exclude: "),
     ("finetune", ("run",), {"epochs": 0}, "epochs: should be greater than or equal to 1"),
+    ("search", (), {**QUICK, "quantization.target_bits": 3}, "`target_bits=2` and `quantization.target_bits=3` say different"),
     ("sensitivity", ("digits_cnn",), {"data": "digits", "val_limit": 0}, "val_limit: should be greater"),
 ]  # fmt: skip
 

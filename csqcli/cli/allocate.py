@@ -28,10 +28,10 @@ from csqcli.cli.options import (
     TrialsOption,
     ValSplitOption,
     WeightsOption,
-    given,
     model_settings,
     settings_beside,
     val_split,
+    with_settings,
 )
 
 
@@ -96,7 +96,7 @@ def allocate(
     }
     display = Display(quiet=quiet, log_every=log_every)
     named: dict[str, Any] = {"recipe": recipe, "output": output_file, "force": force, "progress": display}
-    overrides = written | settings_beside(named, settings, context) | given(typed)
+    overrides = written | with_settings(typed, settings_beside(named, settings, context))
     if note := replaced_target(planes, overrides):
         display.say(note)
     found = api.allocate(**named, **overrides)

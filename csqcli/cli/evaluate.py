@@ -20,6 +20,7 @@ from csqcli.cli.options import (
     WeightsOption,
     settings_beside,
     val_split,
+    with_settings,
 )
 from csqcli.data.specs import help_text, hint
 from csqcli.errors import UserError
@@ -96,6 +97,7 @@ def evaluate(
         "progress": display,
     }
     assigned = settings_beside(named, settings, context)
+    with_settings({"data.input_size": input_size}, assigned)
     with display.step("loading PyTorch"):
         from csqcli import pipeline  # noqa: F401  # what api.evaluate imports
     result = api.evaluate(**named, **assigned)

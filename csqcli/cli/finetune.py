@@ -23,8 +23,8 @@ from csqcli.cli.options import (
     TrustOption,
     ValSplitOption,
     batch_settings,
-    given,
     val_split,
+    with_settings,
 )
 from csqcli.cli.output import result_of_run
 from csqcli.system.launcher import is_main_process
@@ -82,12 +82,15 @@ def finetune(
         "seed": seed,
         "device": device,
         "log": log,
-        "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
         **batch_settings(batch_size),
     }
     assigned = parse_assignments(settings or [])
     check_of_finetune(assigned)
-    overrides = given(typed) | assigned
+    target_bits = manifest.budget.target_mean_bits or manifest.budget.mean_bits
+    overrides = {
+        "quantization.target_bits": target_bits,
+        **with_settings(typed, assigned, finetune__epochs="--epochs"),
+    }
     resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}", trust_code=trust_code)
     resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
     check_data_given(resolved)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from csqcli.cli import output as out
-from csqcli.cli.options import DataOption, SetOption, given
+from csqcli.cli.options import DataOption, SetOption, with_settings
 from csqcli.errors import UserError
 
 
@@ -29,7 +29,7 @@ def init(
     Example: csq init resnet18 --target-bits 3 --data /imagenet -o mine.yaml
     """
     from csqcli.recipe.commented import commented
-    from csqcli.recipe.resolve import parse_assignments, resolve
+    from csqcli.recipe.resolve import resolve
     from csqcli.system.files import write_text
 
     typed = {
@@ -38,7 +38,7 @@ def init(
         "data.source": data,
         "quantization.method": method,
     }
-    overrides = parse_assignments(settings or []) | given(typed)
+    overrides = with_settings(typed, settings)
     text = commented(resolve(recipe, overrides), keep=set(overrides))
     if output.exists() and not force:
         raise UserError("exists already", where=str(output), hint="pass --force to replace it, or -o another")

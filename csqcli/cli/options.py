@@ -188,6 +188,44 @@ def settings_beside(named: Mapping[str, Any], assignments: list[str] | None, con
     return found
 
 
+def with_settings(
+    options: Mapping[str, Any], settings: list[str] | Mapping[str, Any] | None, **names: str
+) -> dict[str, Any]:
+    """The settings of options ({dotted key: value, None where it was not typed}) and those of ``--set`` as overrides. UserError where
+    both give one of them, with two values. ``names`` are those of options that are not called like their key."""
+    from csqcli.recipe.resolve import laid_together, parse_assignments
+
+    assigned = settings if isinstance(settings, Mapping) else parse_assignments(settings or [])
+    known = _OPTIONS | {key.replace("__", "."): name for key, name in names.items()}
+
+    def as_option(key: str, value: Any) -> str:
+        option = known.get(key, f"--{key.rpartition('.')[2].replace('_', '-')}")
+        if isinstance(value, bool):
+            return option if value else f"--no-{option.removeprefix('--')}"
+        return f"{option} {','.join(map(str, value)) if isinstance(value, list) else _said(value)}"
+
+    return laid_together(options, assigned, as_named=as_option, as_setting=_as_assignment)
+
+
+_OPTIONS = {
+    "model.source": "MODEL",
+    "data.source": "--data",
+    "data.micro_batch": "--batch-size",
+    "adaptation.epochs": "--float-epochs",
+    "finetune.epochs": "--finetune-epochs",
+}  # of those that are not called like their key
+
+
+def _as_assignment(key: str, value: Any) -> str:
+    return f"--set {key}={_said(value)}"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def val_split(text: str | None) -> float | Literal["test"] | None:
     """The value of ``--val-split``. UserError for what is neither a share nor test."""
     if text is None or text == "test":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,8 +17,8 @@ from csqcli.cli.options import (
     QuietOption,
     SetOption,
     ValSplitOption,
-    given,
     val_split,
+    with_settings,
 )
 from csqcli.system.launcher import is_main_process
 
@@ -49,7 +49,6 @@ def reproduce(
 
     Example: csq reproduce table4 --data cifar10:/cifar --model cifar_resnet20 --scale 0.1
     """
-    from csqcli.recipe.resolve import parse_assignments
     from csqcli.reproducing.experiments import EXPERIMENTS, find_experiment
     from csqcli.system.progress import Display, counted
 
@@ -59,9 +58,8 @@ def reproduce(
             output.line(f"{experiment.name:<16} {experiment.title} ({counted(runs, 'run')} a seed)")
         return
     experiment = find_experiment(name)
-    more: dict[str, Any] = parse_assignments(settings or []) | given(
-        {"data.source": data, "data.val_split": val_split(val_split_), "model.source": model}
-    )
+    typed = {"data.source": data, "data.val_split": val_split(val_split_), "model.source": model}
+    more = with_settings(typed, settings, model__source="--model")
     target, chosen = folder or Path("runs") / f"reproduce-{scale:g}", range(seeds)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
     from csqcli.reproducing import runs as reproducing

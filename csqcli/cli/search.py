@@ -34,9 +34,9 @@ from csqcli.cli.options import (
     ValSplitOption,
     WeightsOption,
     batch_settings,
-    given,
     model_settings,
     val_split,
+    with_settings,
 )
 from csqcli.cli.output import print_plan, result_of_run
 from csqcli.system.launcher import is_main_process
@@ -220,10 +220,9 @@ def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         **batch_settings(get("batch_size")),
     }
     from csqcli.recipe.planes import read_planes
-    from csqcli.recipe.resolve import parse_assignments
 
     written = read_planes(planes_file) if planes_file is not None else {}
-    return written | parse_assignments(get("settings") or []) | given(typed)
+    return written | with_settings(typed, get("settings"))
 
 
 _KEYS = {

@@ -23,10 +23,10 @@ from csqcli.cli.options import (
     SetOption,
     ValSplitOption,
     WeightsOption,
-    given,
     model_settings,
     settings_beside,
     val_split,
+    with_settings,
 )
 from csqcli.errors import UserError
 
@@ -71,7 +71,7 @@ def sensitivity(
         "progress": Display(quiet=quiet, log_every=log_every),
     }
     typed = model_settings(model, data, checkpoint, weights, head, pretrained, device, val_split(val_split_))
-    found = api.sensitivity(**named, **(settings_beside(named, settings, context) | given(typed)))
+    found = api.sensitivity(**named, **with_settings(typed, settings_beside(named, settings, context)))
     if svg is not None:
         from csqcli.reporting.analyses import sensitivity_figure
         from csqcli.system.files import write_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -397,17 +397,52 @@ def _as_mapping(raw: Any, where: str) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """``["optimizer.lr=0.1"]`` → {"optimizer.lr": 0.1}; values are YAML. Keys are checked by :func:`resolve`."""
-    parsed = {}
+    """``["optimizer.lr=0.1"]`` → {"optimizer.lr": 0.1}; values are YAML. Keys are checked by :func:`resolve`.
+
+    UserError for a key that is given twice with two values, be it once in short.
+    """
+    parsed: dict[str, Any] = {}
+    typed: dict[str, tuple[Any, str]] = {}  # by full key: the value, and how it was written
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"`{assignment}` is not key=value", where="--set", hint="e.g. --set optimizer.lr=0.05")
         try:
-            parsed[key.strip()] = _load_yaml(value)
+            read = _load_yaml(value)
         except ValueError:
             raise UserError(f"`{value}` is not a YAML value", where=f"--set {key}") from None
+        full = _common_key(key.strip()) or key.strip()
+        first, other = typed.setdefault(full, (read, assignment))
+        if first != read:
+            what = f"`{other}` and `{assignment}` say different things"
+            raise UserError(what, where="--set", hint="give one of them")
+        parsed[key.strip()] = read
     return parsed
+
+
+def laid_together(
+    named: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    as_named: Callable[[str, Any], str],
+    as_setting: Callable[[str, Any], str],
+) -> dict[str, Any]:
+    """What was given by name ({dotted key: value}, None for what was not) and by key ({dotted or short key: value}), as overrides.
+
+    UserError for a setting that was given both ways with two values; ``as_named`` and ``as_setting`` say how each was written.
+    """
+    given = {key: value for key, value in named.items() if value is not None}
+    for key, value in settings.items():
+        full = _common_key(key) or key
+        if full in given and not _is_same(given[full], value):
+            what = f"`{as_named(full, given[full])}` and `{as_setting(key, value)}` say different things"
+            raise UserError(what, hint="give one of them")
+    return dict(settings) | given
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two values of a setting are the same, one of them perhaps still as text (``off`` is False in YAML)."""
+    return bool(first == second) or (isinstance(first, str) and bool(_load_yaml(first) == second))
 
 
 def preprocessing(overrides: dict[str, Any]) -> Recipe:

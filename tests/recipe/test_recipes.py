@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from csqcli.recipe.resolve import (
     builtin_names,
     full_key,
     json_schema,
+    laid_together,
     parse_assignments,
     resolve,
     resolve_stored,
@@ -460,3 +462,28 @@ def test_what_was_typed_and_does_nothing_is_said(typed: dict[str, object], said:
 def test_zero_epochs_in_a_recipe_file_are_post_training_whatever_the_budgets_unit() -> None:
     recipe = validate({"epochs": 0, "quantization": {"target_bops": "20M"}}, where="mine.yaml")
     assert recipe.card.name == "ptq"
+
+
+@pytest.mark.parametrize(
+    ("typed", "assignments"),
+    [
+        ({"epochs": 2}, ["epochs=2"]),
+        ({"amp": "off"}, ["amp=off"]),
+        ({"data.batch_size": 32}, ["batch_size=32", "data.batch_size=32"]),
+        ({"quantization.target_bits": 2.0, "epochs": None}, ["target_bits=2", "epochs=3"]),
+    ],
+)
+def test_the_same_value_may_be_given_by_an_option_and_by_set(typed: dict[str, Any], assignments: list[str]) -> None:
+    assigned = parse_assignments(assignments)
+    merged = laid_together(typed, assigned, as_named=str.format, as_setting=str.format)
+    assert merged == assigned | {key: value for key, value in typed.items() if value is not None}
+
+
+def test_two_values_of_one_setting_are_refused_in_whatever_spelling() -> None:
+    with pytest.raises(UserError, match=r"`batch_size=32` and `data.batch_size=64` say different things"):
+        parse_assignments(["batch_size=32", "data.batch_size=64"])
+    said = {"as_named": lambda key, value: f"--{key} {value}", "as_setting": lambda key, value: f"--set {key}={value}"}
+    with pytest.raises(
+        UserError, match=r"`--data.batch_size 32` and `--set batch_size=64` say different things; give one"
+    ):
+        laid_together({"data.batch_size": 32}, {"batch_size": 64}, **said)
