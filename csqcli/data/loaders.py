@@ -2,7 +2,8 @@
 
 Order and augmentation are pure functions of (seed, epoch, batch), never of the number of workers or of what ran before,
 so a resumed run sees the same pixels. Inputs up to ``IN_MEMORY_SIDE`` pixels are decoded once and held as uint8;
-augmentation then runs on whole batches, on the model's device.
+augmentation then runs on whole batches, on the model's device. Random resized crops are cut from whole images at any size,
+as timm does it, and by worker processes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from csqcli.data import transforms
 from csqcli.data.images import UNDECODABLE, why_undecodable
 from csqcli.data.splits import Images
-from csqcli.data.transforms import IN_MEMORY_SIDE
+from csqcli.data.transforms import IN_MEMORY_SIDE, RESIZED_CROPS
 from csqcli.errors import UserError, machine_fault
 from csqcli.system.distributed import Shard
 
@@ -77,13 +78,14 @@ class LoaderSettings:
 
 
 def make_loader(images: Images, config: dict[str, Any], settings: LoaderSettings) -> Loader:
-    """The loader that fits the input size: in memory up to ``IN_MEMORY_SIDE`` pixels, else from disk."""
+    """The loader that fits: in memory up to ``IN_MEMORY_SIDE`` pixels, else, or for random resized crops, image by image."""
     channels = config["input_size"][0]
-    if channels not in (1, 3) and (images.pixels is None or images.pixels.shape[1] != channels):
+    crops = settings.training and settings.augment in RESIZED_CROPS
+    if channels not in (1, 3) and (crops or images.pixels is None or images.pixels.shape[1] != channels):
         raise UserError(
             f"the model takes images of {channels} channels", hint="csq reads grey and RGB images, 1 or 3 channels"
         )
-    if max(config["input_size"][1:]) <= IN_MEMORY_SIDE:
+    if max(config["input_size"][1:]) <= IN_MEMORY_SIDE and not crops:
         return _ArrayLoader(hold(images, config, training=settings.training), config, settings)
     return _ImageLoader(images, config, settings)
 

@@ -7,10 +7,14 @@ from typing import Any
 from csqcli.data.splits import DataSet
 
 IN_MEMORY_SIDE = 64  # pixels: larger inputs stream from disk through worker processes
+UNFLIPPED = "imagenet-no-flip"  # random resized crops of data whose mirrored images are another class
+RESIZED_CROPS = ("imagenet", UNFLIPPED)
 
 
 def choose_augment(setting: str, data: DataSet, config: dict[str, Any]) -> str:
-    """Resolve ``auto``."""
+    """What :func:`image_transform` and the loaders take: ``auto`` resolved, and no mirrors that were not asked for by name."""
+    if setting == "imagenet" and not data.flips:
+        return UNFLIPPED
     if setting != "auto":
         return setting
     if max(config["input_size"][1:]) > IN_MEMORY_SIDE:
@@ -27,6 +31,6 @@ def image_transform(config: dict[str, Any], augment: str | None) -> Any:
     if augment in (None, "none"):
         crop = {"crop_pct": config.get("crop_pct", 1.0), "crop_mode": config.get("crop_mode", "center")}
         return create_transform(**shared, **crop, is_training=False)
-    options: dict[str, Any] = {"train_crop_mode": "rkrc"} if augment != "imagenet" else {}
-    flip = 0.0 if augment == "crop" else 0.5
+    options: dict[str, Any] = {} if augment in RESIZED_CROPS else {"train_crop_mode": "rkrc"}
+    flip = 0.0 if augment in ("crop", UNFLIPPED) else 0.5
     return create_transform(**shared, is_training=True, hflip=flip, color_jitter=None, **options)  # type: ignore[arg-type]

@@ -72,7 +72,8 @@ class DataSettings(Section):
     workers: Annotated[int, RESULT_NEUTRAL, USERS_ONLY] = Field(2, ge=0, le=1024)
     """Loader processes; small data sets are held in memory and use none. Does not change results."""
     augment: Literal["auto", "none", "crop", "crop-flip", "imagenet"] = "auto"
-    """`auto`: padded random crop and flip up to 64 pixels (no flip for digits), random resized crop and flip beyond."""
+    """`auto`: padded random crop and flip up to 64 pixels (no flip for digits), random resized crop and flip beyond. `imagenet`:
+    the latter at any size (no flip for digits)."""
     input_size: int | None = Field(None, ge=1, le=4096)
     """Side of the square input in pixels."""
     mean: list[float] | None = None

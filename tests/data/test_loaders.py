@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from timm.data import create_transform
 
-from csqcli.data.loaders import Loader, LoaderSettings, Unavailable, make_loader, permutation
+from csqcli.data.loaders import Loader, LoaderSettings, Unavailable, make_loader, permutation, stream_seed
 from csqcli.data.specs import open_data
-from csqcli.data.splits import Images
+from csqcli.data.splits import DataSet, Images
+from csqcli.data.transforms import choose_augment
 from csqcli.errors import UserError
 from csqcli.models.networks import CIFAR_CONFIG, DIGITS_CONFIG
 from csqcli.system.distributed import Shard
@@ -147,6 +150,47 @@ def test_padded_crops_are_shifted_copies() -> None:
         centre = image[0, 2:6, 2:6]
         shifts = [source[0, 2 + dy : 6 + dy, 2 + dx : 6 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
         assert min(float((centre - shift).abs().max()) for shift in shifts) < 1e-4
+
+
+def test_imagenet_crops_of_small_images_are_those_of_timm(image_folder: Path) -> None:
+    train = open_data(str(image_folder)).train
+    config = LARGE | {"input_size": (3, 64, 64)}
+
+    def batch(augment: str) -> torch.Tensor:
+        settings = LoaderSettings(training=True, batch_size=12, augment=augment, seed=4)
+        return next(iter(make_loader(train, config, settings).epoch(0)))[0]
+
+    cropped = batch("imagenet")
+    transform = create_transform(
+        (3, 64, 64), is_training=True, color_jitter=None, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    for found, index in zip(cropped, permutation(12, 4, 0).tolist(), strict=True):
+        torch.manual_seed(stream_seed(4, 0, index))
+        random.seed(stream_seed(4, 0, index))
+        assert torch.equal(found, transform(train.pil(index, 3)))
+    assert not torch.equal(cropped, batch("crop-flip"))
+
+
+def test_imagenet_crops_mirror_no_digits() -> None:
+    ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(40, 1, 16, 16)  # brighter to the right in every crop
+    images = Images(torch.zeros(40, dtype=torch.long), pixels=ramp.contiguous())
+    mirrored = {}
+    for flips in (True, False):
+        data = DataSet("ramps", ["ramp"], images, images, flips=flips)
+        augment = choose_augment("imagenet", data, DIGITS_CONFIG)
+        settings = LoaderSettings(training=True, batch_size=40, augment=augment)
+        batch, _ = next(iter(make_loader(images, DIGITS_CONFIG, settings).epoch(0)))
+        mirrored[flips] = int((batch[..., -1].mean((1, 2)) < batch[..., 0].mean((1, 2))).sum())
+    assert mirrored[False] == 0
+    assert 8 < mirrored[True] < 32
+
+
+def test_imagenet_crops_of_images_of_four_channels_are_refused() -> None:
+    images = Images(torch.zeros(4, dtype=torch.long), pixels=torch.zeros(4, 4, 8, 8, dtype=torch.uint8))
+    config = {"input_size": (4, 8, 8), "mean": (0.5,) * 4, "std": (0.5,) * 4, "interpolation": "bilinear"}
+    make_loader(images, config, LoaderSettings(training=True, batch_size=4, augment="crop"))
+    with pytest.raises(UserError, match="the model takes images of 4 channels"):
+        make_loader(images, config, LoaderSettings(training=True, batch_size=4, augment="imagenet"))
 
 
 def test_limits_keep_every_class() -> None:
