@@ -13,12 +13,13 @@ import logging
 import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from csqcli.data import transforms
@@ -301,13 +302,12 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 def hold(images: Images, config: dict[str, Any], *, training: bool) -> Images:
     """The split as uint8 pixels at the model's input size; unreadable training images are dropped and listed."""
-    from timm.data.transforms import str_to_pil_interp
-
     channels, height, width = config["input_size"]
-    if images.pixels is not None and tuple(images.pixels.shape[1:]) == (channels, height, width):
+    centred = config.get("crop_mode", "center") == "center"
+    fits = images.pixels is not None and tuple(images.pixels.shape[1:]) == (channels, height, width)
+    if fits and (centred or config.get("crop_pct", 1.0) == 1):
         return images
-    resampling = str_to_pil_interp(config["interpolation"])
-    side = int(min(height, width) / config.get("crop_pct", 1.0))
+    prepare = _centre_crop(config) if centred else transforms.image_transform(config, None, normalize=False)
     pixels, kept, unreadable = [], [], []
     for index in range(len(images)):
         try:
@@ -320,14 +320,32 @@ def hold(images: Images, config: dict[str, Any], *, training: bool) -> Images:
             unreadable.append(images.name(index))
             _check_lost(len(unreadable), len(images), unreadable)
             continue
+        pixels.append(prepare(image))
+        kept.append(index)
+    if not kept:
+        raise UserError("no image can be decoded", where=f"{images.name(0)} and all others", hint="check the data")
+    return Images(images.labels[kept], pixels=torch.stack(pixels).contiguous(), unreadable=unreadable)
+
+
+def _centre_crop(config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """Resize to the shorter side and crop, as measured figures have it.
+
+    timm's own transform rounds the longer side and the crop's corner the other way, so that images which are not square come
+    out a pixel apart, and it enlarges and crops images that have the model's size already, such as those of CIFAR.
+    """
+    from timm.data.transforms import str_to_pil_interp
+
+    channels, height, width = config["input_size"]
+    resampling = str_to_pil_interp(config["interpolation"])
+    side = int(min(height, width) / config.get("crop_pct", 1.0))
+
+    def prepare(image: Image.Image) -> Tensor:
         if image.size != (width, height):
             ratio = side / min(image.size)
             resized = max(round(image.width * ratio), width), max(round(image.height * ratio), height)
             image = image.resize(resized, resampling)
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        pixels.append(torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1))
-        kept.append(index)
-    if not kept:
-        raise UserError("no image can be decoded", where=f"{images.name(0)} and all others", hint="check the data")
-    return Images(images.labels[kept], pixels=torch.stack(pixels).contiguous(), unreadable=unreadable)
+        return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+    return prepare

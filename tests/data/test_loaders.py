@@ -193,6 +193,21 @@ def test_imagenet_crops_of_images_of_four_channels_are_refused() -> None:
         make_loader(images, config, LoaderSettings(training=True, batch_size=4, augment="imagenet"))
 
 
+@pytest.mark.parametrize("mode", ["squash", "border"])
+def test_small_images_are_evaluated_at_the_crop_mode_of_the_model(mode: str) -> None:
+    draws = torch.Generator().manual_seed(2)
+    for height, width in ((48, 100), (90, 64), (32, 32)):
+        pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=draws)
+        images = Images(torch.zeros(2, dtype=torch.long), pixels=pixels)
+        config = LARGE | {"input_size": (3, 32, 32), "crop_mode": mode}
+        (batch, _), *_ = make_loader(images, config, LoaderSettings(training=False, batch_size=2)).epoch(0)
+        transform = create_transform(
+            (3, 32, 32), crop_pct=0.9, crop_mode=mode, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+        wanted = torch.stack([transform(images.pil(index, 3)) for index in range(2)])
+        torch.testing.assert_close(batch, wanted, rtol=0, atol=1e-6)
+
+
 def test_limits_keep_every_class() -> None:
     limited = open_data("digits", train_limit=100)
     assert len(limited.train) == 100
