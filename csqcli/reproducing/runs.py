@@ -271,10 +271,8 @@ def _row(
 
 def depth_trend(planes: Sequence[int]) -> float:
     """Spearman's rank correlation of planes with depth, −1 to 1; 0 where all layers have as many."""
-    import numpy
+    from scipy.stats import spearmanr
 
-    values = numpy.asarray(planes, dtype=float)
-    if len(values) < 2 or (values == values[0]).all():
+    if len(set(planes)) < 2:
         return 0.0
-    ranks = numpy.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
-    return float(numpy.corrcoef(numpy.arange(len(values)), ranks)[0, 1])
+    return float(spearmanr(range(len(planes)), planes).statistic)
