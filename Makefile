@@ -1,9 +1,9 @@
-# demo, test; check (the quick part of test), lint, docs (a site in build/site), bench, clean. Everything runs in .venv, made on first use.
+# demo, test; check (the quick part of test), lint, docs (a site in build/site), clean. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test lint docs bench clean
+.PHONY: demo check test lint docs clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -30,9 +30,6 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "build/site/index.html"
-
-bench: $(VENV)/.installed-dev
-	@echo "each file in benchmarks/ is a command of its own; see its header"; cat benchmarks/README.md
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
