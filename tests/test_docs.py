@@ -61,6 +61,16 @@ def test_extras_are_named_in_one_form_as_pip_takes_it() -> None:
     assert len(named) >= 10
 
 
+def test_every_folder_of_the_package_is_built_into_the_wheel() -> None:
+    """setuptools cannot find them by itself: recipes lie beside the package, where people see them, and are built into it."""
+    section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.setuptools]")[2]
+    listed = re.findall(r'^    "([\w.]+)",$', section.partition("\n\n")[0], flags=re.MULTILINE)
+    held = {
+        path.parent.relative_to(ROOT) for path in (ROOT / "csqcli").rglob("*") if path.suffix in (".py", ".safetensors")
+    }
+    assert sorted(listed) == sorted([".".join(folder.parts) for folder in held] + ["csqcli.recipes"])
+
+
 def test_the_quickstart_runs(csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("onnxscript")

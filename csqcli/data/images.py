@@ -36,7 +36,7 @@ FORMATS = (
     "WEBP",
 )  # nothing that interprets
 _ORIENTATION = 0x0112  # EXIF tag
-_TURNS = {  # EXIF orientation -> what makes the picture upright
+_TURNS = {  # EXIF orientation -> what makes the picture upright; ImageOps.exif_transpose writes the other tags anew, and fails there
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

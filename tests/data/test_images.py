@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from csqcli.data.images import UNDECODABLE, decode, why_undecodable
 from csqcli.data.loaders import LoaderSettings, make_loader
@@ -113,6 +113,18 @@ def test_the_exif_orientation_is_applied_once(tmp_path: Path, suffix: str, orien
     found = _read(path).astype(int)
     assert found.shape == (40, 24)
     assert abs(found[10::20, 6::12] - upright[10::20, 6::12]).max() < 12
+
+
+def test_a_picture_is_turned_upright_whatever_else_is_wrong_in_its_exif(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a camera of no name", 6
+    text, fraction = struct.pack(">HHI", 0x010F, 2, 20), struct.pack(">HHI", 0x010F, 5, 1)  # tag, type, count
+    damaged = exif.tobytes().replace(text, fraction)
+    assert damaged != exif.tobytes()
+    Image.new("RGB", (24, 40)).save(tmp_path / "x.jpg", exif=damaged)
+    with Image.open(tmp_path / "x.jpg") as image, pytest.raises(AttributeError):
+        ImageOps.exif_transpose(image)  # Pillow's own way gives such a picture up
+    assert _read(tmp_path / "x.jpg").shape == (24, 40)
 
 
 def test_of_several_frames_the_first_is_read(tmp_path: Path) -> None:
