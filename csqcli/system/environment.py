@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-CORE = ("torch", "torchvision", "timm", "typer", "rich", "safetensors", "pydantic", "numpy", "scipy", "pillow")
-EXTRAS = {  # extra of the distribution: the packages that it brings
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "openvino": ("openvino",),
-    "litert": ("ai-edge-litert", "flatbuffers"),
-    "torchao": ("torchao",),
-    "hf": ("pyarrow",),
-}
+_CSQ = "csq"  # the distribution
+_FOR_DEVELOPERS = ("dev", "docs", "rivals")  # extras that no command needs
 
 
 def version_of(package: str) -> str | None:
@@ -25,6 +20,25 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def declared() -> tuple[list[str], dict[str, list[str]]]:
+    """The packages that csq needs, and those that each of its extras brings on top, as the installed distribution declares
+    them; nothing where csq runs from a folder that was not installed. What an extra takes from another stands there only."""
+    try:
+        lines = metadata.requires(_CSQ) or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    core: list[str] = []
+    extras: dict[str, list[str]] = {}
+    for line in lines:
+        package, extra = re.match(r"[\w.-]+", line), re.search(r"""extra == ['"]([\w.-]+)['"]""", line)
+        assert package is not None, line
+        if extra is None:
+            core.append(package[0])
+        elif extra[1] not in _FOR_DEVELOPERS and package[0] not in (_CSQ, *core):
+            extras.setdefault(extra[1], []).append(package[0])
+    return core, extras
 
 
 _INSTRUCTIONS = (  # of a processor, those that speed of inference depends on; as Linux names them
@@ -56,14 +70,15 @@ def describe(folder: Path) -> dict[str, Any]:
 
     from csqcli.system.memory import free_bytes
 
+    core, extras = declared()
     what = {"cpu": platform.machine()}
     what |= {f"cuda:{number}": torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
     what |= {"mps": "Apple GPU"} if torch.backends.mps.is_available() else {}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version_of(name) for name in CORE},
-        "extras": {extra: {name: version_of(name) for name in names} for extra, names in EXTRAS.items()},
+        "packages": {name: version_of(name) for name in core},
+        "extras": {extra: {name: version_of(name) for name in names} for extra, names in extras.items()},
         "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": [
