@@ -7,7 +7,12 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _MAX_LINE = 2000  # characters; names out of damaged files can be any length
 _ALIKE, _AS_GOOD, _SUGGESTED = 0.6, 0.08, 3  # likeness of what is suggested, and how far from the nearest
@@ -35,6 +40,33 @@ class UserError(Exception):
         text = f"{self.where}: {self.what}" if self.where else self.what
         text = f"{text}; {self.hint}" if self.hint else text
         return printable(" ".join(text.split()))[:_MAX_LINE]  # library messages inside may span lines
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake that pydantic found."""
+
+    loc: tuple[str, ...]  # keys and indices down to the value, outermost first; empty for the whole
+    message: str
+    given: Any
+    kind: str  # pydantic's name of it: "extra_forbidden"
+
+    @property
+    def key(self) -> str:
+        """Where it is: ``layers.0.bits``."""
+        return ".".join(self.loc)
+
+    @property
+    def text(self) -> str:
+        """``layers.0.bits: Input should be a valid integer``."""
+        return f"{self.key}: {self.message}" if self.loc else self.message
+
+
+def first_problem(error: ValidationError) -> Problem:
+    """The first of a pydantic error's mistakes, in the words of whoever raised it."""
+    found = error.errors(include_url=False, include_context=False)[0]
+    message = found["msg"].removeprefix("Value error, ")
+    return Problem(tuple(map(str, found["loc"])), message, found.get("input"), found["type"])
 
 
 def printable(text: str) -> str:

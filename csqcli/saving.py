@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from csqcli.errors import UserError, did_you_mean, machine_fault, strangers_place
+from csqcli.errors import UserError, did_you_mean, first_problem, machine_fault, strangers_place
 from csqcli.exporting import verify
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header, io, loading
@@ -98,7 +98,7 @@ def _save(
             weights_from="training loop",
         )
     except ValidationError as error:
-        what = error.errors()[0]["msg"]
+        what = first_problem(error).message
         raise UserError(f"num_classes {num_classes!r}: {what}", where="csqcli.save") from None
     if classes is not None and len(classes) != num_classes:
         raise UserError(f"{len(classes)} class names for {num_classes} classes", where="csqcli.save")
@@ -188,8 +188,8 @@ def _accuracy(given: float | Mapping[str, float] | None) -> AccuracyRecord:
     try:
         return AccuracyRecord.model_validate(fields)
     except ValidationError as error:
-        problem = error.errors()[0]
-        what = f"accuracy: {problem['msg']} (got {problem.get('input')!r})"
+        problem = first_problem(error)
+        what = f"accuracy: {problem.message} (got {problem.given!r})"
         raise UserError(what, where="csqcli.save", hint="give percent") from None
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from csqcli.errors import did_you_mean, machine_fault
+from csqcli.errors import did_you_mean, first_problem, machine_fault
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,38 @@ def test_the_nearest_name_is_suggested_first_and_none_that_is_much_farther(
     typed: str, known: list[str], said: str
 ) -> None:
     assert did_you_mean(typed, known) == said
+
+
+class _Rows(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    rows: list[int] = []
+
+    @field_validator("rows")
+    @classmethod
+    def _are_few(cls, value: list[int]) -> list[int]:
+        if len(value) > 2:
+            raise ValueError("too many rows")
+        return value
+
+    @model_validator(mode="after")
+    def _are_not_seven(self) -> _Rows:
+        if self.rows == [7]:
+            raise ValueError("seven is taken")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "text"),
+    [
+        ({"rows": [1, "x"]}, "rows.1", "rows.1: Input should be a valid integer, unable to parse string as an integer"),
+        ({"rows": [1, 2, 3]}, "rows", "rows: too many rows"),
+        ({"rows": [7]}, "", "seven is taken"),
+        ({"row": 1}, "row", "row: Extra inputs are not permitted"),
+    ],
+)
+def test_pydantics_first_problem_is_told_in_the_words_of_who_found_it(given: dict, key: str, text: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        _Rows.model_validate(given)
+    problem = first_problem(caught.value)
+    assert (problem.key, problem.text) == (key, text)
+    assert problem.kind == ("extra_forbidden" if "row" in given else problem.kind)

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from csqcli.errors import UserError, no_such_file
+from csqcli.errors import UserError, first_problem, no_such_file
 from csqcli.file import flatbuffer
 from csqcli.file.deflate import inflate
 from csqcli.file.manifest import (
@@ -133,7 +133,7 @@ def parse_manifest(text: str | None, *, where: str, deflated: bytes | None = Non
             raw |= _read_json(inflate(deflated, MANIFEST_LIMIT, exact=False))
         return from_json_object(raw)
     except ValidationError as error:
-        raise UserError(f"manifest is damaged ({_first(error)})", where=where) from None
+        raise UserError(f"manifest is damaged ({first_problem(error).text})", where=where) from None
     except ValueError as error:
         raise UserError(f"manifest is damaged ({error})", where=where) from None
 
@@ -273,10 +273,3 @@ def _read_json(text: str | bytes) -> dict[str, Any]:
     if len(text) > _JSON_BYTES:
         raise ValueError(f"{len(text):,} bytes")
     return limits.read_json(text, nodes=_JSON_VALUES)
-
-
-def _first(error: ValidationError) -> str:
-    """The first problem: ``layers.0.bits: Input should be a valid integer``."""
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, problem["loc"]))
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")

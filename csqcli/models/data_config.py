@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, first_problem
 
 DataConfig = dict[str, Any]
 MAX_SIDE = 4096  # of every entry of input_size
@@ -57,9 +57,7 @@ def check_data_config(config: Mapping[str, Any]) -> DataConfig:
     try:
         _DataConfigRules.model_validate(dict(config))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")) from None
+        raise ValueError(first_problem(error).text) from None
     return dict(config)
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from csqcli.errors import UserError, did_you_mean
+from csqcli.errors import UserError, did_you_mean, first_problem
 from csqcli.quant.catalog import AUTO, MethodCard, MethodSettings, find_card
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
@@ -328,10 +328,10 @@ def _settings(card: MethodCard, given: MethodSettings | Mapping[str, Any] | None
     try:
         return card.settings.model_validate(dict(given or {}))
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        hint = did_you_mean(key, card.settings.model_fields) if problem["type"] == "extra_forbidden" else ""
-        raise UserError(f"{key}: {problem['msg']}", where=f"settings of `{card.name}`", hint=hint) from None
+        problem = first_problem(error)
+        unknown = problem.kind == "extra_forbidden"
+        hint = did_you_mean(problem.key, card.settings.model_fields) if unknown else ""
+        raise UserError(problem.text, where=f"settings of `{card.name}`", hint=hint) from None
 
 
 def _gpu_passes(method: WeightMethod) -> dict[int, Any]:

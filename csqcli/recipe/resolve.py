@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from csqcli.errors import UserError, did_you_mean
+from csqcli.errors import UserError, did_you_mean, first_problem
 from csqcli.quant.catalog import (
     AUTO,
     CARDS,
@@ -255,19 +255,19 @@ def _checked(model: Any, values: Any, *, where: str, card: MethodCard, inside: s
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = (inside + ".".join(str(part) for part in problem["loc"])).removesuffix(".")  # of a whole section
-        if problem["type"] == "extra_forbidden":
-            leaf = str(problem["loc"][-1])
+        problem = first_problem(error)
+        key = (inside + problem.key).removesuffix(".")  # of a whole section
+        if problem.kind == "extra_forbidden":
+            leaf = problem.loc[-1]
             owner = _owner(leaf, other_than=card)
             likely = _elsewhere(leaf, card) or did_you_mean(leaf, _beside(key)) or _suggest(leaf, card)
             hint = likely or "see `csq recipes schema`"
             if owner is not None and not likely:
                 raise _foreign(key, owner, card, where=where) from None
             raise UserError(f"unknown key `{key}`", where=where, hint=hint) from None
-        given = problem.get("input")
+        given = problem.given
         shown = f" (got {given!r})" if not isinstance(given, dict) and len(repr(given)) < 60 else ""
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem.message
         raise UserError(f"{key}: {message}{shown}" if key else message, where=where) from None
 
 

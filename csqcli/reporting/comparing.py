@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, first_problem
 from csqcli.file.manifest import LayerRecord, Manifest, from_json_object
 from csqcli.reporting.recompute import recomputed
 from csqcli.system.files import read_regular
@@ -51,8 +51,7 @@ def _manifest_of(path: Path) -> Manifest:
     except OSError as error:
         raise UserError(error.strerror or str(error), where=str(path)) from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        what = f"is no report of csq ({'.'.join(map(str, problem['loc']))}: {problem['msg']})"
+        what = f"is no report of csq ({first_problem(error).text})"
         raise UserError(what, where=str(path), hint="`csq report RUN --json` prints one") from None
     except ValueError as error:
         raise UserError(f"is no report of csq ({error})", where=str(path)) from None

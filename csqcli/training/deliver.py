@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, first_problem
 from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import activation_entries, hard_model
@@ -129,8 +129,8 @@ def rehearse(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]]
     except UserError as error:
         raise UserError(error.what, where=where if error.where == str(candidate) else error.where, hint=hint) from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        what = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {str(problem.get('input'))[:60]})"
+        problem = first_problem(error)
+        what = f"{problem.text} (got {str(problem.given)[:60]})"
         raise UserError(f"the file cannot say this of it: {what}", where=where, hint=hint) from None
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"cannot be stored ({error})", where=where, hint=hint) from error

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, first_problem
 from csqcli.quant.costs import FLOAT_FORM, FORM_PLANES
 from csqcli.system import files
 from csqcli.system.limits import read_json
@@ -84,9 +84,9 @@ def read_table(path: Path) -> Latencies:
         raw = read_json(files.read_regular(path, limit=_BYTES), nodes=_VALUES)
         found = Latencies.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise UserError(f"is no table of latencies ({key}: {problem['msg']})", where=str(path), hint=_HINT) from None
+        raise UserError(
+            f"is no table of latencies ({first_problem(error).text})", where=str(path), hint=_HINT
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot be read ({reason})", where=str(path), hint=_HINT) from None
