@@ -20,7 +20,7 @@ from csqcli.errors import UserError
 from csqcli.quant.activations import ActivationQuantizer, owners, quantizer_of, samples_of
 from csqcli.quant.budget import Budget, PlaneLimits, allocate, mean_planes
 from csqcli.quant.layers import Layer
-from csqcli.quant.measuring import evaluating, logits_of, unfrozen
+from csqcli.quant.measuring import evaluating, evaluating_untrained, logits_of, unfrozen
 from csqcli.quant.names import owner_of
 
 FEWEST, MOST = 2, 8  # bits that a searched input may have
@@ -48,14 +48,16 @@ def find_widths(
     macs: Mapping[str, int | None] | None = None,
     method: str = "lsq",
     seed: int = 0,
+    untrained: bool = False,
 ) -> Widths:
     """Widths of 2 to 8 bits for the inputs of ``layers``, whose mean is at most ``target``.
 
     The mean is over the values of the inputs (``per`` values: the bytes that they take), or over the multiply-accumulates
     that read them (``per`` macs, by layer name in ``macs``: with equal planes everywhere, the bit operations). The network's own
-    input is left out: it has 8 bits. The model comes back as it was. UserError where no input can be widened.
+    input is left out: it has 8 bits. The model comes back as it was; ``untrained`` is as in `activations.calibrate`. UserError
+    where no input can be widened.
     """
-    samples, negative = samples_of(model, owners(model, layers), batches())
+    samples, negative = samples_of(model, owners(model, layers), batches(), untrained=untrained)
     names = list(samples)[1:]  # in the order in which they run; the first is the network's own input
     if not names:
         raise UserError("no input of a layer to choose a width for", where="--act-bits auto", hint="pass --act-bits 8")
@@ -63,7 +65,7 @@ def find_widths(
         name: [quantizer_of(b, samples[name], signed=negative[name], method=method) for b in range(FEWEST, MOST + 1)]
         for name in names
     }
-    losses, values = _losses(model, layers, batches(), candidates, seed)
+    losses, values = _losses(model, layers, batches(), candidates, seed, untrained=untrained)
     weights = values if per == "values" else _macs_of(names, layers, macs or {})
     limits = PlaneLimits((FEWEST,) * len(names), (MOST,) * len(names))
     table = tuple(tuple(b * weights[name] for b in range(MOST + 1)) for name in names)
@@ -91,15 +93,18 @@ def _losses(
     batches: Iterable[Tensor],
     candidates: Mapping[str, Sequence[ActivationQuantizer]],
     seed: int,
+    *,
+    untrained: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """By module: the expected increase of the loss at each candidate's width [widths] in float64, and values per image."""
     widths = MOST - FEWEST + 1
     lost = {name: torch.zeros(widths, dtype=torch.float64) for name in candidates}
     values = dict.fromkeys(candidates, 0)
     generator, images_seen = torch.Generator().manual_seed(seed), 0
-    with evaluating(model), unfrozen(layers), _inputs_of(model, list(candidates)) as seen:
+    mode = evaluating_untrained(model) if untrained else evaluating(model)
+    with mode, unfrozen(layers), _inputs_of(model, list(candidates)) as seen:
         for images in batches:
-            for part in images.split(_MICRO_BATCH):
+            for part in _parts(images, equal=untrained):
                 seen.clear()
                 with torch.enable_grad():
                     logits = logits_of(model(part)).float()
@@ -118,6 +123,11 @@ def _losses(
                             error = (quantizer(value) - value).float().square()
                             lost[name][place] += 0.5 * float((weight * error).sum(dtype=torch.float64))
     return {name: total / max(images_seen, 1) for name, total in lost.items()}, values
+
+
+def _parts(images: Tensor, *, equal: bool) -> Sequence[Tensor]:
+    """Images that go through the network at once: ``equal`` parts leave no single image, of which BatchNorm has no variance."""
+    return images.tensor_split(-(-len(images) // _MICRO_BATCH)) if equal and len(images) else images.split(_MICRO_BATCH)
 
 
 @contextmanager

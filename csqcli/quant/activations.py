@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.quant.layers import Layer
+from csqcli.quant.measuring import evaluating, evaluating_untrained
 from csqcli.quant.names import owner_of
 from csqcli.quant.passes.sampling import spread_out
 
@@ -192,16 +193,18 @@ def calibrate(
     *,
     bits: int | Mapping[str, int],
     method: str = "lsq",
+    untrained: bool = False,
 ) -> ActivationQuantizers:
     """Quantizers for the inputs of ``layers``, with signs and MSE-optimal scales measured on a few batches of images.
 
     ``bits`` is one width, or a width by the module whose input it is for. ``dorefa`` clips unsigned inputs to [0, 1]; signed
     ones, and the network's own, have a range of their own there too.
 
-    The model runs in eval mode and comes back in the mode it was in.
+    The model runs in eval mode and comes back as it was. ``untrained`` says that its BatchNorms will be trained and may have no
+    statistics yet: those that have none normalise by the batch, so that scales fit what training will see.
     """
     wanted = owners(model, layers)
-    samples, negative = samples_of(model, wanted, batches)
+    samples, negative = samples_of(model, wanted, batches, untrained=untrained)
     quantizers = {}
     for position, (name, values) in enumerate(samples.items()):  # in the order in which the layers ran
         asked = bits if isinstance(bits, int) else bits.get(name, INPUT_BITS)
@@ -219,11 +222,11 @@ def owners(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
 
 @torch.no_grad()
 def samples_of(
-    model: nn.Module, names: Sequence[str], batches: Iterable[Tensor]
+    model: nn.Module, names: Sequence[str], batches: Iterable[Tensor], *, untrained: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, bool]]:
     """A sample of what each module receives, flat and in the order in which they run, and whether any of all values was negative.
 
-    Modules that are never called are in neither. The model runs in eval mode and comes back in the mode it was in.
+    Modules that are never called are in neither. How the model runs is as in :func:`calibrate`.
     """
     modules = dict(model.named_modules())
     samples: dict[str, list[Tensor]] = {}
@@ -241,16 +244,14 @@ def samples_of(
         return hook
 
     hooks = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
-    was_training = model.training
-    model.eval()
     try:
-        for images in batches:
-            if len(images):  # none of it could be decoded
-                model(images)
+        with evaluating_untrained(model) if untrained else evaluating(model):
+            for images in batches:
+                if len(images):  # none of it could be decoded
+                    model(images)
     finally:
         for handle in hooks:
             handle.remove()
-        model.train(was_training)
     return {name: torch.cat(values) for name, values in samples.items()}, negative
 
 

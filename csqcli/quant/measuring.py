@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from csqcli.errors import UserError, machine_fault
 from csqcli.quant.layers import Layer
 from csqcli.quant.passes.rounding import mse_step, plane_errors, quantize
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, C, H, W] and labels [B], on the model's device
+ONE_VALUE = "more than 1 value per channel"  # in torch's words for a batch of which BatchNorm finds no variance
 _NO_SECOND = "is not implemented"  # in torch's words for an operation that cannot be differentiated twice
 
 
@@ -82,6 +84,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def evaluating_untrained(model: nn.Module) -> Iterator[None]:
+    """As :func:`evaluating`, but BatchNorms that have no statistics yet normalise by the batch, as they will in training.
+
+    Those are the ones whose running mean is 0 and variance 1, with which they would do nothing. Their statistics stay as they
+    are. UserError for a batch of which one of them gets a single value per channel.
+    """
+    fresh = [module for module in model.modules() if isinstance(module, _BatchNorm) and _has_no_statistics(module)]
+    before = [(buffer, buffer.clone()) for norm in fresh for buffer in norm.buffers()]
+    with evaluating(model):
+        for norm in fresh:
+            norm.training = True  # its own alone: `train()` would wake the dropout inside of timm's
+        try:
+            yield
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            raise UserError(
+                "BatchNorm has no statistics of one image at a time", hint="raise data.batch_size"
+            ) from error
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def _has_no_statistics(norm: _BatchNorm) -> bool:
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and not bool(mean.any()) and bool((variance == 1).all())
 
 
 @contextlib.contextmanager

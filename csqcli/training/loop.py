@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from csqcli.data.loaders import Loader, Unavailable, stream_seed
 from csqcli.errors import UserError
 from csqcli.quant.activations import ActivationQuantizers
-from csqcli.quant.measuring import logits_of
+from csqcli.quant.measuring import ONE_VALUE, logits_of
 from csqcli.quant.optimizer import QuantizedOptimizer
 from csqcli.system import distributed
 from csqcli.training.evaluate import BrokenScores, evaluate
@@ -157,7 +157,7 @@ class Trainer:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
                 scores = logits_of((self.model if self.replica is None else self.replica)(images))
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if ONE_VALUE not in str(error):
                 raise
             hint = "raise data.batch_size or data.micro_batch"
             raise UserError("BatchNorm cannot train on one image at a time", hint=hint) from error

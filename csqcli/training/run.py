@@ -275,7 +275,12 @@ class Run:
         bits = self._searched_widths(hooked) if settings.act_bits == "auto" else settings.act_bits
         with self.display.step("calibrating activations"):
             self.activations = activations.calibrate(
-                self.model, hooked, self._calibration_images(), bits=bits, method=settings.act_method
+                self.model,
+                hooked,
+                self._calibration_images(),
+                bits=bits,
+                method=settings.act_method,
+                untrained=self._is_untrained,
             )
         # signs too: a shard may lack the rare negative values
         self.activations.take(distributed.from_main(self.activations.records()))
@@ -300,10 +305,19 @@ class Run:
                 macs=self.operations.macs if self.operations is not None else None,
                 method=settings.act_method,
                 seed=self.recipe.seed,
+                untrained=self._is_untrained,
             )
         found = distributed.from_main(found)
         self.mean_act_bits = found.mean
         return found.bits
+
+    @property
+    def _is_untrained(self) -> bool:
+        """Whether the network is fresh, no float epochs of the run's own included, and training will find its statistics."""
+        recipe, adaptation = self.recipe, self.record.adaptation
+        fresh = self.source.weights_from == "random" and recipe.model.warm_start is None
+        learned = adaptation is not None and adaptation.kept == "adapted"
+        return fresh and not learned and recipe.card.trains and recipe.batchnorm != "frozen"
 
     def _calibration_images(self) -> Iterator[torch.Tensor]:
         return (images for images, _ in self.calibration_batches())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import csqcli
+from csqcli.errors import UserError
 from csqcli.file import header
 from csqcli.file.manifest import ActivationEntry
 from csqcli.quant.activations import ActivationQuantizer, attach, calibrate, owners, quantizer_of
@@ -289,6 +290,116 @@ def test_a_module_that_is_registered_twice_has_one_quantizer() -> None:
     found = calibrate(model, layers, [images], bits=4)
     assert list(found.quantizers) == ["0", "2"]
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
+
+
+def fresh_network() -> nn.Sequential:
+    """Two BatchNorms of a fresh network, whose inputs have another scale than the BatchNorms' running statistics say."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.BatchNorm2d(8, momentum=None),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 3),
+    )
+
+
+IMAGES = 20 * torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_scales_of_an_untrained_network_fit_what_training_gives_its_layers() -> None:
+    model = fresh_network()
+    found = calibrate(model, find_layers(model)[0], [IMAGES], bits=3, untrained=True).records()
+    # behind a BatchNorm of the batch half of all values are those of a normal distribution; the least squared error of 8 levels
+    # of its positive half is at a step of about 0.3
+    assert [0.2 < record.scale < 0.5 for record in found[1:]] == [True, True]
+    in_eval = calibrate(fresh_network(), find_layers(model)[0], [IMAGES], bits=3).records()
+    assert in_eval[1].scale > 2
+
+
+def test_calibrating_an_untrained_network_leaves_it_as_it_was() -> None:
+    model = fresh_network()
+    model.train()
+    model[1].eval()  # one that was frozen
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    held = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    modes, rng = [module.training for module in model.modules()], torch.get_rng_state()
+    calibrate(model, find_layers(model)[0], [IMAGES, IMAGES[:4]], bits=3, untrained=True)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {name: value.data_ptr() for name, value in after.items()} == held
+
+
+def test_an_untrained_network_with_statistics_is_calibrated_under_them() -> None:
+    """A factory's own weights, or BatchNorms of a part that was trained."""
+    models = fresh_network(), fresh_network()
+    for model in models:
+        model[1].running_mean.fill_(0.3)
+        model[5].running_var.fill_(7.0)
+    plain, untrained = (
+        calibrate(model, find_layers(model)[0], [IMAGES], bits=3, untrained=asked).records()
+        for model, asked in zip(models, (False, True), strict=True)
+    )
+    assert plain == untrained
+
+
+def test_an_untrained_network_without_batchnorm_is_calibrated_as_any() -> None:
+    records = [
+        calibrate(model, find_layers(model)[0], [torch.ones(8, 1, 8, 8).cumsum(2)], bits=3, untrained=asked).records()
+        for model, asked in ((small_model(), False), (small_model(), True))
+    ]
+    assert records[0] == records[1]
+
+
+def test_an_untrained_network_is_not_calibrated_on_single_values_of_a_channel() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    with pytest.raises(UserError, match="no statistics of one image at a time"):
+        calibrate(model, find_layers(model)[0], [torch.randn(1, 4)], bits=4, untrained=True)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("extra", "batch"),
+    [((), True), (("--float-epochs", 1), False), (("--epochs", 0), False), (("--set", "batchnorm=frozen"), False)],
+    ids=["from scratch", "after float epochs", "nothing is trained", "BatchNorm is not trained"],
+)
+def test_a_run_calibrates_under_the_statistics_that_its_training_will_see(
+    csq, tmp_path: Path, monkeypatch, extra: tuple[str, ...], batch: bool
+) -> None:
+    from csqcli.training import run
+
+    asked = []
+    original = run.activations.calibrate
+
+    def calibrated(*positional, untrained, **more):
+        asked.append(untrained)
+        return original(*positional, untrained=untrained, **more)
+
+    monkeypatch.setattr(run.activations, "calibrate", calibrated)
+    search = (
+        "search",
+        "digits_cnn",
+        "--no-pretrained",
+        "--data",
+        "digits",
+        "--target-bits",
+        3,
+        "--act-bits",
+        3,
+        "--epochs",
+        1,
+        "--quiet",
+    )
+    limits = ("--set", "train_limit=128", "--set", "val_limit=50")
+    code, _, err = csq(*search, *limits, "-o", tmp_path, *extra)
+    assert code == 0, err
+    assert asked == [batch]
 
 
 def test_a_fresh_networks_faint_activations_have_a_scale_that_the_file_holds() -> None:
