@@ -57,13 +57,12 @@ def find_widths(
     input is left out: it has 8 bits. The model comes back as it was; ``untrained`` is as in `activations.calibrate`. UserError
     where no input can be widened.
     """
-    samples, negative = samples_of(model, owners(model, layers), batches(), untrained=untrained)
-    names = list(samples)[1:]  # in the order in which they run; the first is the network's own input
+    samples = samples_of(model, owners(model, layers), batches(), untrained=untrained)
+    names = [name for name, sample in samples.items() if not sample.is_image]  # in the order in which they run
     if not names:
         raise UserError("no input of a layer to choose a width for", where="--act-bits auto", hint="pass --act-bits 8")
     candidates = {
-        name: [quantizer_of(b, samples[name], signed=negative[name], method=method) for b in range(FEWEST, MOST + 1)]
-        for name in names
+        name: [quantizer_of(b, samples[name], method=method) for b in range(FEWEST, MOST + 1)] for name in names
     }
     losses, values = _losses(model, layers, batches(), candidates, seed, untrained=untrained)
     weights = values if per == "values" else _macs_of(names, layers, macs or {})

@@ -3,9 +3,9 @@
 The model's code, module tree and state dict stay as they are. A quantizer rounds what a layer receives to A bits at one
 scale per layer that training learns (LSQ or PACT; DoReFa's is fixed) and that evaluation only
 reads: a prediction never depends on its batch. Inputs that were never negative in calibration are unsigned; the network's
-own input has 8 bits. One bit is the sign, or 0 and 1 where inputs are never negative. Layers whose module is never called
-(weights used functionally, the output projection inside ``nn.MultiheadAttention``) have no input to hook and are listed
-as such.
+own input has 8 bits, in every layer that reads it (`quant.image_readers`). One bit is the sign, or 0 and 1 where inputs are
+never negative. Layers whose module is never called (weights used functionally, the output projection inside
+``nn.MultiheadAttention``) have no input to hook and are listed as such.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from csqcli.errors import UserError
+from csqcli.quant.image_readers import image_readers
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import evaluating, evaluating_untrained
 from csqcli.quant.names import owner_of
@@ -25,6 +27,7 @@ from csqcli.quant.passes.sampling import spread_out
 
 INPUT_BITS = 8  # of the network's own input
 _LEAST = 1e-20  # of a scale; fresh networks have activations of 1e-12
+_FEW = 2  # images that tell which layers read them
 _SAMPLE = 2**16  # values per layer and batch that the calibration looks at
 
 
@@ -204,12 +207,12 @@ def calibrate(
     statistics yet: those that have none normalise by the batch, so that scales fit what training will see.
     """
     wanted = owners(model, layers)
-    samples, negative = samples_of(model, wanted, batches, untrained=untrained)
+    samples = samples_of(model, wanted, batches, untrained=untrained)
     quantizers = {}
-    for position, (name, values) in enumerate(samples.items()):  # in the order in which the layers ran
+    for name, sample in samples.items():  # in the order in which the layers ran
         asked = bits if isinstance(bits, int) else bits.get(name, INPUT_BITS)
-        width = asked if position else max(asked, INPUT_BITS)
-        quantizers[name] = quantizer_of(width, values, signed=negative[name], method=method, own_range=not position)
+        width = max(asked, INPUT_BITS) if sample.is_image else asked
+        quantizers[name] = quantizer_of(width, sample, method=method)
     return ActivationQuantizers(model, quantizers, [name for name in wanted if name not in samples])
 
 
@@ -220,13 +223,22 @@ def owners(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     return [name for name in dict.fromkeys(map(owner_of, names)) if name in first]
 
 
+@dataclass(frozen=True)
+class InputSample:
+    """What calibration saw of a module's input."""
+
+    values: Tensor  # some of them, flat
+    signed: bool  # whether any of all values was negative
+    is_image: bool = False  # the network's own input
+
+
 @torch.no_grad()
 def samples_of(
     model: nn.Module, names: Sequence[str], batches: Iterable[Tensor], *, untrained: bool = False
-) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """A sample of what each module receives, flat and in the order in which they run, and whether any of all values was negative.
+) -> dict[str, InputSample]:
+    """A sample of what each module receives, in the order in which they run.
 
-    Modules that are never called are in neither. How the model runs is as in :func:`calibrate`.
+    Modules that are never called are left out. How the model runs is as in :func:`calibrate`.
     """
     modules = dict(model.named_modules())
     samples: dict[str, list[Tensor]] = {}
@@ -243,29 +255,36 @@ def samples_of(
 
         return hook
 
-    hooks = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
+    readers = None
+    hooks: list[RemovableHandle] = []
     try:
         with evaluating_untrained(model) if untrained else evaluating(model):
             for images in batches:
-                if len(images):  # none of it could be decoded
-                    model(images)
+                if not len(images):  # none of it could be decoded
+                    continue
+                if readers is None:
+                    readers = image_readers(model, names, images[:_FEW])
+                    hooks += [modules[name].register_forward_pre_hook(watch(name)) for name in names]
+                model(images)
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: torch.cat(values) for name, values in samples.items()}, negative
+    return {
+        name: InputSample(torch.cat(values), negative[name], is_image=name in (readers or ()))
+        for name, values in samples.items()
+    }
 
 
 @torch.no_grad()
-def quantizer_of(
-    bits: int, values: Tensor, *, signed: bool, method: str = "lsq", own_range: bool = False
-) -> ActivationQuantizer:
+def quantizer_of(bits: int, sample: InputSample, *, method: str = "lsq") -> ActivationQuantizer:
     """A quantizer of so many bits at the scale with the least squared error on a sample; ``dorefa``'s unsigned range is [0, 1]
-    unless it is to have one of its own."""
-    quantizer = ActivationQuantizer(bits, signed=signed, scale=1.0, method=method).to(values.device)
+    unless the input is the image."""
+    values = sample.values
+    quantizer = ActivationQuantizer(bits, signed=sample.signed, scale=1.0, method=method).to(values.device)
     low, high = quantizer.range
     if quantizer.is_sign:
         quantizer.scale.data.fill_(float(values.abs().mean()) or 1.0)
-    elif method == "dorefa" and not signed and not own_range:
+    elif method == "dorefa" and not sample.signed and not sample.is_image:
         quantizer.scale.data.fill_(1 / high)
     else:
         quantizer.scale.data.fill_(_mse_scale(values, low, high))

@@ -17,7 +17,7 @@ from torch import nn
 from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.quant.activation_widths import _losses, find_widths
-from csqcli.quant.activations import ActivationQuantizer, quantizer_of
+from csqcli.quant.activations import ActivationQuantizer, InputSample, quantizer_of
 from csqcli.quant.layers import find_layers
 
 IMAGES = torch.randn(40, 6, generator=torch.Generator().manual_seed(5))
@@ -34,7 +34,7 @@ def candidates_of(model: nn.Sequential) -> dict[str, list[ActivationQuantizer]]:
     """Quantizers of 2 to 8 bits for the inputs of the second and third layer."""
     inputs = {"2": model[:2](IMAGES), "4": model[:4](IMAGES)}
     return {
-        name: [quantizer_of(b, values.flatten(), signed=name == "4") for b in range(2, 9)]
+        name: [quantizer_of(b, InputSample(values.flatten(), signed=name == "4")) for b in range(2, 9)]
         for name, values in inputs.items()
     }
 
@@ -111,6 +111,34 @@ def test_a_network_whose_only_input_is_its_own_is_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 3))
     with pytest.raises(UserError, match="no input of a layer to choose a width for"):
         find_widths(model, find_layers(model)[0], lambda: [IMAGES], target=4)
+
+
+class TwoStems(nn.Module):
+    """Two layers that read the image, and two that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far, self.hidden, self.last = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.hidden((self.near(x) + self.far(x)).relu()).tanh())
+
+
+@pytest.mark.parametrize(
+    ("exclude", "searched"),
+    [([], ["hidden", "last"]), (["near", "far"], ["hidden", "last"]), (["near", "far", "hidden"], ["last"])],
+)
+def test_widths_are_searched_for_all_inputs_but_the_image(exclude: list[str], searched: list[str]) -> None:
+    torch.manual_seed(2)
+    model = TwoStems()
+    found = find_widths(model, find_layers(model, exclude=exclude)[0], lambda: [IMAGES], target=4)
+    assert list(found.bits) == searched
+    assert found.mean <= 4
 
 
 def test_searched_widths_are_trained_stored_finetuned_and_exported(csq, tmp_path: Path) -> None:

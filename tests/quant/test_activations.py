@@ -13,7 +13,7 @@ import csqcli
 from csqcli.errors import UserError
 from csqcli.file import header
 from csqcli.file.manifest import ActivationEntry
-from csqcli.quant.activations import ActivationQuantizer, attach, calibrate, owners, quantizer_of
+from csqcli.quant.activations import ActivationQuantizer, InputSample, attach, calibrate, owners, quantizer_of
 from csqcli.quant.layers import find_layers
 
 
@@ -150,7 +150,7 @@ def test_the_sign_s_scale_is_calibrated_to_the_mean_magnitude_and_the_networks_i
     records = calibrate(model, layers, [images], bits=1, method="xnor").records()
     handle.remove()
     assert [(r.module, r.bits, r.signed) for r in records] == [("0", 8, True), ("2", 1, False), ("5", 1, True)]
-    assert records[2].scale == pytest.approx(float(seen[0].abs().double().mean()), rel=1e-5)  # least squares for ±s
+    assert records[2].scale == pytest.approx(float(seen[-1].abs().double().mean()), rel=1e-5)  # least squares for ±s
 
 
 def small_model() -> nn.Sequential:
@@ -163,6 +163,61 @@ def test_signs_and_the_eight_bits_of_the_networks_input_come_from_calibration() 
     layers, _ = find_layers(model)
     records = calibrate(model, layers, [torch.randn(8, 1, 8, 8)], bits=3).records()
     assert [(r.module, r.bits, r.signed) for r in records] == [("0", 8, True), ("2", 3, False), ("5", 3, True)]
+
+
+class Branches(nn.Module):
+    """Two layers read the image, one of them what the model's own preparation makes of it; the third reads their sum."""
+
+    def __init__(self, prepare) -> None:
+        super().__init__()
+        self.near, self.far, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3)
+        self.prepare = prepare
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.near(x) + self.far(self.prepare(x))).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda x: x,
+        lambda x: x.view(len(x), -1).view_as(x),
+        lambda x: x.clone(memory_format=torch.channels_last),
+        lambda x: x.double().float(),
+        lambda x: (x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.2,
+        lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
+        nn.BatchNorm2d(3),
+    ],
+    ids=["itself", "a view", "another layout", "another type", "normalised", "channels turned", "BatchNorm"],
+)
+def test_every_layer_that_reads_the_image_has_8_bits(prepare) -> None:
+    model = Branches(prepare)
+    records = calibrate(model, find_layers(model)[0], [torch.rand(4, 3, 6, 6)], bits=2).records()
+    assert {record.module: record.bits for record in records} == {"near": 8, "far": 8, "last": 2}
+
+
+@pytest.mark.parametrize(("bits", "method"), [(1, "xnor"), (2, "lsq"), (2, "dorefa")])
+def test_behind_a_first_layer_that_is_left_out_no_layer_has_8_bits(bits: int, method: str) -> None:
+    model = small_model()
+    layers, _ = find_layers(model, exclude=["0"])
+    records = calibrate(model, layers, [5 * torch.randn(8, 1, 8, 8)], bits=bits, method=method).records()
+    assert [(record.module, record.bits) for record in records] == [("2", bits), ("5", bits)]
+    if method == "dorefa":
+        assert records[0].scale == pytest.approx(1 / 3)  # [0, 1] is its range, but for the image
+
+
+def test_a_layer_behind_a_recurrence_does_not_read_the_image() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.fc = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.rows(x.squeeze(1))[0][:, -1])
+
+    model = Recurrent()
+    records = calibrate(model, find_layers(model)[0], [torch.rand(4, 1, 8, 8)], bits=2).records()
+    assert {record.module: record.bits for record in records} == {"rows": 8, "fc": 2}
 
 
 def test_evaluation_does_not_depend_on_the_batch() -> None:
@@ -403,6 +458,6 @@ def test_a_run_calibrates_under_the_statistics_that_its_training_will_see(
 
 
 def test_a_fresh_networks_faint_activations_have_a_scale_that_the_file_holds() -> None:
-    faint = quantizer_of(8, torch.linspace(0, 1e-12, 100), signed=False)
+    faint = quantizer_of(8, InputSample(torch.linspace(0, 1e-12, 100), signed=False))
     record = ActivationEntry(module="a", bits=8, signed=False, scale=float(faint.scale.detach()))
     assert 0 < record.scale < 1e-12

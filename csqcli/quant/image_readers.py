@@ -1,0 +1,69 @@
+"""Which modules read the network's own input: the image, or what is made of it before the first product with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from csqcli.quant.measuring import evaluating
+
+
+@torch.no_grad()
+def image_readers(model: nn.Module, names: Sequence[str], images: Tensor) -> set[str]:
+    """Those of the modules whose positional inputs have the image among them.
+
+    The image is also what views, copies, types, norms, padding and other operations make of it, until a convolution or a matrix product:
+    its values are still those of the pixels. The model runs once, in eval mode; it and the random stream come back as they were.
+    """
+    found, modules = set[str](), dict(model.named_modules())
+    image = _ImageOperations(images)
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if any(image.is_in(value) for value in inputs):
+                found.add(name)
+
+        return hook
+
+    hooks = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        rng = torch.random.fork_rng([images.device] if images.is_cuda else [])
+        with evaluating(model), rng, image:
+            model(images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found
+
+
+class _ImageOperations(TorchDispatchMode):
+    """Follows the image through every operation that runs."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.held = [images]  # so that no address is used twice
+        self.addresses = {_address(images)}
+
+    def is_in(self, value: Any) -> bool:
+        """Whether a value is a tensor of the image's, or a view of one."""
+        return isinstance(value, Tensor) and _address(value) in self.addresses
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        multiplies = packet in flop_registry or "rnn" in str(packet)  # cells of fused recurrences have no formula
+        if not multiplies and any(self.is_in(value) for value in tree_leaves((args, kwargs))):
+            made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+            self.held += made
+            self.addresses |= {_address(value) for value in made}
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
