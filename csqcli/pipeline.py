@@ -28,7 +28,6 @@ from csqcli.file.manifest import Manifest, ModelRecord
 from csqcli.models.checkpoints import Weights
 from csqcli.models.fitting import load_for
 from csqcli.models.spec import ModelSpec, parse
-from csqcli.quant import activations
 from csqcli.quant.layers import Layer, layers_named
 from csqcli.recipe.complete import check_complete
 from csqcli.recipe.schema import Recipe
@@ -463,7 +462,7 @@ def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
     run.model.load_state_dict(start.state_dict() | run.untracked())
     if run.activations is None and start.manifest.activations:
         method = recipe.quantization.act_method
-        run.activations = activations.attach(run.model, activation_records(start.manifest), method=method)
+        run.attach_activations(activation_records(start.manifest), method=method)
     run.check_scores()
     if not run.past_search:
         with run.display.evaluation("evaluating the file's model", run.val_loader.batches) as tell:

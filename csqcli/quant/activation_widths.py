@@ -64,7 +64,8 @@ def find_widths(
     candidates = {
         name: [quantizer_of(b, samples[name], method=method) for b in range(FEWEST, MOST + 1)] for name in names
     }
-    losses, values = _losses(model, layers, batches(), candidates, seed, untrained=untrained)
+    values = {name: samples[name].image_values for name in names}
+    losses = _losses(model, layers, batches(), candidates, seed, untrained=untrained)
     weights = values if per == "values" else _macs_of(names, layers, macs or {})
     limits = PlaneLimits((FEWEST,) * len(names), (MOST,) * len(names))
     table = tuple(tuple(b * weights[name] for b in range(MOST + 1)) for name in names)
@@ -94,11 +95,10 @@ def _losses(
     seed: int,
     *,
     untrained: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """By module: the expected increase of the loss at each candidate's width [widths] in float64, and values per image."""
+) -> dict[str, Tensor]:
+    """By module: the expected increase of the loss at each candidate's width [widths] in float64."""
     widths = MOST - FEWEST + 1
     lost = {name: torch.zeros(widths, dtype=torch.float64) for name in candidates}
-    values = dict.fromkeys(candidates, 0)
     generator, images_seen = torch.Generator().manual_seed(seed), 0
     mode = evaluating_untrained(model) if untrained else evaluating(model)
     with mode, unfrozen(layers), _inputs_of(model, list(candidates)) as seen:
@@ -115,13 +115,12 @@ def _losses(
                 for (name, value), gradient in zip(inputs, gradients, strict=True):
                     if gradient is None:
                         continue
-                    values[name] = max(values[name], value.numel() // len(part))
                     value, weight = value.detach(), gradient.float().square()
                     with torch.no_grad():
                         for place, quantizer in enumerate(candidates[name]):
                             error = (quantizer(value) - value).float().square()
                             lost[name][place] += 0.5 * float((weight * error).sum(dtype=torch.float64))
-    return {name: total / max(images_seen, 1) for name, total in lost.items()}, values
+    return {name: total / max(images_seen, 1) for name, total in lost.items()}
 
 
 def _parts(images: Tensor, *, equal: bool) -> Sequence[Tensor]:

@@ -3,7 +3,7 @@
 The model's code, module tree and state dict stay as they are. A quantizer rounds what a layer receives to A bits at one
 scale per layer that training learns (LSQ or PACT; DoReFa's is fixed) and that evaluation only
 reads: a prediction never depends on its batch. Inputs that were never negative in calibration are unsigned; the network's
-own input has 8 bits, in every layer that reads it (`quant.image_readers`). One bit is the sign, or 0 and 1 where inputs are
+own input has 8 bits, in every layer that reads it (`quant.one_image`). One bit is the sign, or 0 and 1 where inputs are
 never negative. Layers whose module is never called (weights used functionally, the output projection inside
 ``nn.MultiheadAttention``) have no input to hook and are listed as such.
 """
@@ -16,18 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from csqcli.errors import UserError
-from csqcli.quant.image_readers import image_readers
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import evaluating, evaluating_untrained
 from csqcli.quant.names import owner_of
+from csqcli.quant.one_image import OfOneImage, given_by_one_image
 from csqcli.quant.passes.sampling import spread_out
 
 INPUT_BITS = 8  # of the network's own input
 _LEAST = 1e-20  # of a scale; fresh networks have activations of 1e-12
-_FEW = 2  # images that tell which layers read them
 _SAMPLE = 2**16  # values per layer and batch that the calibration looks at
 
 
@@ -44,17 +42,20 @@ class ActivationRecord:
 class ActivationQuantizer(nn.Module):
     """round(x/s) within the A-bit range, times s; s is learned.
 
-    ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top), N the values of one image. ``pact``: Choi et al. 2018, the
-    clipping level α = s·top is what learns, from clipped values only: dL/ds is scaled by 1/top², so that a step of SGD on s takes α
-    where one on α would. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and gradients pass inside it. ``xnor``:
-    Rastegari et al. 2016, one bit: sign(x)·s, gradients pass where |x| ≤ 1 (section 3.1); s stands in the place of their K, which
-    changes with every image and position, and is learned as LSQ's is. Inputs that are never negative, whose signs say nothing,
-    are rounded to 0 or s as by LSQ.
+    ``lsq``: dL/ds by Esser et al. 2020, Eq. 3, scaled by 1/√(N·top), N the values of one image (``image_values``). ``pact``: Choi
+    et al. 2018, the clipping level α = s·top is what learns, from clipped values only: dL/ds is scaled by 1/top², so that a step
+    of SGD on s takes α where one on α would. ``dorefa``: Zhou et al. 2016, Eq. 5 and 11: the range is fixed, and gradients pass
+    inside it. ``xnor``: Rastegari et al. 2016, one bit: sign(x)·s, gradients pass where |x| ≤ 1 (section 3.1); s stands in the
+    place of their K, which changes with every image and position, and is learned as LSQ's is. Inputs that are never negative,
+    whose signs say nothing, are rounded to 0 or s as by LSQ.
     """
 
-    def __init__(self, bits: int, *, signed: bool, scale: float, method: str = "lsq") -> None:
+    def __init__(
+        self, bits: int, *, signed: bool, scale: float, method: str = "lsq", image_values: int | None = None
+    ) -> None:
         super().__init__()
         self.bits, self.signed, self.method = bits, signed, method
+        self.image_values = image_values  # N; None where the input's first dimension is the batch, and tells it
         self.scale = nn.Parameter(torch.tensor([scale], dtype=torch.float32), requires_grad=method != "dorefa")
 
     @property
@@ -72,17 +73,19 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         low, high = self.range
         if self.is_sign:
-            binary: Tensor = _Sign.apply(x.float(), self.scale)
+            binary: Tensor = _Sign.apply(x.float(), self.scale, self.image_values)
             return binary.to(x.dtype)
-        rounded: Tensor = _Quantize.apply(x.float(), self.scale, low, high, self.method == "pact")
+        rounded: Tensor = _Quantize.apply(x.float(), self.scale, low, high, self.method == "pact", self.image_values)
         return rounded.to(x.dtype)
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, pact: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, pact: bool, image_values: int | None
+    ) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.low, ctx.high, ctx.pact = low, high, pact
+        ctx.low, ctx.high, ctx.pact, ctx.image_values = low, high, pact, image_values
         return torch.round(x / scale).clamp_(low, high) * scale
 
     @staticmethod
@@ -93,25 +96,26 @@ class _Quantize(torch.autograd.Function):
         inside = ~(below | above)
         clipped = below * float(ctx.low) + above * float(ctx.high)
         slope = clipped if ctx.pact else clipped + (ratio.round() - ratio) * inside
-        damping = ctx.high**-2 if ctx.pact else (_features(x) * ctx.high) ** -0.5
-        return gradient * inside, ((gradient * slope).sum() * damping).reshape(1), None, None, None
+        damping = ctx.high**-2 if ctx.pact else ((ctx.image_values or _features(x)) * ctx.high) ** -0.5
+        return gradient * inside, ((gradient * slope).sum() * damping).reshape(1), None, None, None, None
 
 
 class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, image_values: int | None) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.image_values = image_values
         return torch.where(x < 0, -scale, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        damped = (gradient * torch.where(x < 0, -1.0, 1.0)).sum() * _features(x) ** -0.5
-        return gradient * (x.abs() <= 1), damped.reshape(1)
+        damped = (gradient * torch.where(x < 0, -1.0, 1.0)).sum() * (ctx.image_values or _features(x)) ** -0.5
+        return gradient * (x.abs() <= 1), damped.reshape(1), None
 
 
 def _features(x: Tensor) -> int:
-    """Values of one image: N of LSQ's gradient scale, which does not grow with the batch."""
+    """Values of one image where the first dimension is the batch: N of LSQ's gradient scale, which does not grow with it."""
     return max(x.numel() // max(len(x), 1), 1)
 
 
@@ -146,6 +150,11 @@ class ActivationQuantizers:
         for quantizer, record in zip(self.quantizers.values(), records, strict=True):
             quantizer.signed = record.signed
             quantizer.scale.data.fill_(record.scale)
+
+    def count_image_values(self, model: nn.Module, images: Tensor) -> None:
+        """Learn N of quantizers that were attached from a file, which does not say it, from what some images give the layers."""
+        for name, sample in samples_of(model, list(self.quantizers), [images]).items():
+            self.quantizers[name].image_values = sample.stored_image_values
 
     def records(self) -> list[ActivationRecord]:
         """The quantizers as they are stored."""
@@ -230,6 +239,15 @@ class InputSample:
     values: Tensor  # some of them, flat
     signed: bool  # whether any of all values was negative
     is_image: bool = False  # the network's own input
+    image_values: int = 1  # of one image
+    is_batched: bool = (
+        True  # whether the first dimension is the batch: windows may be folded into it, or sequences come first
+    )
+
+    @property
+    def stored_image_values(self) -> int | None:
+        """As a quantizer has it."""
+        return None if self.is_batched else self.image_values
 
 
 @torch.no_grad()
@@ -242,37 +260,45 @@ def samples_of(
     """
     modules = dict(model.named_modules())
     samples: dict[str, list[Tensor]] = {}
-    negative: dict[str, bool] = {}
+    negative, batched = set[str](), set(names)
 
-    def watch(name: str) -> Callable[..., None]:
+    def watch(name: str, images: Tensor) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = next((value for value in inputs if isinstance(value, Tensor)), None)
             if x is None or not x.is_floating_point():
                 return
             flat = x.detach().float().flatten()
-            negative[name] = negative.get(name, False) or bool((flat < 0).any())
+            if bool((flat < 0).any()):
+                negative.add(name)
+            if x.shape[:1] != images.shape[:1]:
+                batched.discard(name)
             samples.setdefault(name, []).append(flat[spread_out(flat.numel(), _SAMPLE, device=flat.device)])
 
         return hook
 
-    readers = None
-    hooks: list[RemovableHandle] = []
-    try:
-        with evaluating_untrained(model) if untrained else evaluating(model):
-            for images in batches:
-                if not len(images):  # none of it could be decoded
-                    continue
-                if readers is None:
-                    readers = image_readers(model, names, images[:_FEW])
-                    hooks += [modules[name].register_forward_pre_hook(watch(name)) for name in names]
+    of_one: dict[str, OfOneImage] = {}
+    with evaluating_untrained(model) if untrained else evaluating(model):
+        for images in batches:
+            if not len(images):  # none of it could be decoded
+                continue
+            of_one = of_one or given_by_one_image(model, names, images[:1])
+            hooks = [modules[name].register_forward_pre_hook(watch(name, images)) for name in names]
+            try:
                 model(images)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return {
-        name: InputSample(torch.cat(values), negative[name], is_image=name in (readers or ()))
-        for name, values in samples.items()
-    }
+            finally:
+                for handle in hooks:
+                    handle.remove()
+    found = {}
+    for name, values in samples.items():
+        one = of_one.get(name, OfOneImage())
+        found[name] = InputSample(
+            torch.cat(values),
+            name in negative,
+            is_image=one.is_image,
+            image_values=one.values,
+            is_batched=name in batched,
+        )
+    return found
 
 
 @torch.no_grad()
@@ -280,7 +306,9 @@ def quantizer_of(bits: int, sample: InputSample, *, method: str = "lsq") -> Acti
     """A quantizer of so many bits at the scale with the least squared error on a sample; ``dorefa``'s unsigned range is [0, 1]
     unless the input is the image."""
     values = sample.values
-    quantizer = ActivationQuantizer(bits, signed=sample.signed, scale=1.0, method=method).to(values.device)
+    quantizer = ActivationQuantizer(
+        bits, signed=sample.signed, scale=1.0, method=method, image_values=sample.stored_image_values
+    ).to(values.device)
     low, high = quantizer.range
     if quantizer.is_sign:
         quantizer.scale.data.fill_(float(values.abs().mean()) or 1.0)

@@ -26,7 +26,7 @@ from csqcli.models.coverage import Operations, count_macs
 from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
 from csqcli.quant.activation_widths import find_widths
-from csqcli.quant.activations import ActivationQuantizers
+from csqcli.quant.activations import ActivationQuantizers, ActivationRecord
 from csqcli.quant.catalog import GateSettings, PTQSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.methods.base import WeightMethod
@@ -291,6 +291,13 @@ class Run:
         self.display.say(
             f"{counted(len(self.activations.quantizers), 'activation quantizer')} of {widths} bits{mean}{note}"
         )
+
+    def attach_activations(self, records: Sequence[ActivationRecord], *, method: str) -> None:
+        """The quantizers of a file, to be trained on."""
+        self.activations = activations.attach(self.model, records, method=method)
+        images = next((images for images in self._calibration_images() if len(images)), None)
+        if images is not None:
+            self.activations.count_image_values(self.model, images)
 
     def _searched_widths(self, layers: Sequence[Layer]) -> Mapping[str, int]:
         settings = self.recipe.quantization

@@ -220,6 +220,59 @@ def test_a_layer_behind_a_recurrence_does_not_read_the_image() -> None:
     assert {record.module: record.bits for record in records} == {"rows": 8, "fc": 2}
 
 
+class Tokens(nn.Module):
+    """Two layers on 12 tokens of an image; the second may get them otherwise than [images, tokens, 6]."""
+
+    def __init__(self, form: str = "batch first") -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.form, self.first, self.second = form, nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).tanh()
+        if self.form == "windows":
+            return self.second(x.reshape(-1, 4, 6)).reshape(-1, 12, 2).mean(1)
+        return self.second(x.transpose(0, 1)).mean(0) if self.form == "tokens first" else self.second(x).mean(1)
+
+
+@pytest.mark.parametrize(("bits", "method"), [(3, "lsq"), (1, "xnor"), (3, "pact")])
+@pytest.mark.parametrize("form", ["windows", "tokens first"])
+def test_a_step_learns_as_fast_whatever_the_first_dimension_of_its_input_is(form: str, bits: int, method: str) -> None:
+    """LSQ's N is the values of one image, here 72; the networks differ in how these are laid out, not in what they compute."""
+    gradients = []
+    for network in (Tokens(), Tokens(form)):
+        images = torch.randn(16, 12, 6, generator=torch.Generator().manual_seed(1))
+        quantizers = calibrate(network, find_layers(network)[0], [images], bits=bits, method=method)
+        network(images[:7]).square().mean().backward()  # another batch than that of calibration
+        gradients.append([scale.grad for scale in quantizers.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-8)
+    assert [quantizer.image_values for quantizer in quantizers.quantizers.values()] == [None, 72]
+
+
+def test_an_input_that_is_the_same_for_every_image_has_all_its_values_as_those_of_one() -> None:
+    """The table of positions of Swin-V2's attention: [1, positions, 2], whatever the batch."""
+
+    class Positions(Tokens):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x).mean(1)[:, :2] + self.second(torch.linspace(0, 1, 30).view(1, 5, 6)).mean(1)
+
+    for count in (1, 4):
+        model = Positions()
+        quantizers = calibrate(model, find_layers(model)[0], [torch.randn(count, 12, 6)], bits=3).quantizers
+        assert quantizers["second"].image_values == (None if count == 1 else 30)
+
+
+def test_quantizers_from_a_file_count_the_values_of_an_image_anew() -> None:
+    images = torch.randn(4, 12, 6)
+    records = calibrate(Tokens("windows"), find_layers(Tokens())[0], [images], bits=3).records()
+    model = Tokens("windows")
+    attached = attach(model, records)
+    assert attached.quantizers["second"].image_values is None
+    attached.count_image_values(model, images)
+    assert {name: q.image_values for name, q in attached.quantizers.items()} == {"first": None, "second": 72}
+    assert attached.records() == records
+
+
 def test_evaluation_does_not_depend_on_the_batch() -> None:
     model = small_model().eval()
     layers, _ = find_layers(model)

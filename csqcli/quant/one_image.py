@@ -1,8 +1,9 @@
-"""Which modules read the network's own input: the image, or what is made of it before the first product with weights."""
+"""What one image gives each module: how many values, and whether they are still the image's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,28 +15,40 @@ from torch.utils.flop_counter import flop_registry
 from csqcli.quant.measuring import evaluating
 
 
+@dataclass
+class OfOneImage:
+    """What a module receives when one image goes through the model."""
+
+    values: int = 1  # of its largest input
+    is_image: bool = False
+
+
 @torch.no_grad()
-def image_readers(model: nn.Module, names: Sequence[str], images: Tensor) -> set[str]:
-    """Those of the modules whose positional inputs have the image among them.
+def given_by_one_image(model: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, OfOneImage]:
+    """What each module that is called receives, positionally, from ``image`` [1, …].
 
     The image is also what views, copies, types, norms, padding and other operations make of it, until a convolution or a matrix product:
     its values are still those of the pixels. The model runs once, in eval mode; it and the random stream come back as they were.
     """
-    found, modules = set[str](), dict(model.named_modules())
-    image = _ImageOperations(images)
+    found: dict[str, OfOneImage] = {}
+    modules = dict(model.named_modules())
+    following = _ImageOperations(image)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if any(image.is_in(value) for value in inputs):
-                found.add(name)
+            given = found.setdefault(name, OfOneImage())
+            for value in inputs:
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    given.values = max(given.values, value.numel())
+                    given.is_image |= following.is_in(value)
 
         return hook
 
     hooks = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
     try:
-        rng = torch.random.fork_rng([images.device] if images.is_cuda else [])
-        with evaluating(model), rng, image:
-            model(images)
+        rng = torch.random.fork_rng([image.device] if image.is_cuda else [])
+        with evaluating(model), rng, following:
+            model(image)
     finally:
         for handle in hooks:
             handle.remove()
@@ -45,10 +58,10 @@ def image_readers(model: nn.Module, names: Sequence[str], images: Tensor) -> set
 class _ImageOperations(TorchDispatchMode):
     """Follows the image through every operation that runs."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, image: Tensor) -> None:
         super().__init__()
-        self.held = [images]  # so that no address is used twice
-        self.addresses = {_address(images)}
+        self.held = [image]  # so that no address is used twice
+        self.addresses = {_address(image)}
 
     def is_in(self, value: Any) -> bool:
         """Whether a value is a tensor of the image's, or a view of one."""
