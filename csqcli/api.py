@@ -17,6 +17,7 @@ from pydantic import Field
 
 from csqcli.errors import UserError
 from csqcli.system.arguments import checked
+from csqcli.system.callers import undisturbed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,7 +119,8 @@ def search(
     from csqcli import pipeline
 
     folder = Path(output) if output is not None else search_folder(resolved)
-    return pipeline.search(resolved, folder, display=display, force=force, resume=resume)
+    with undisturbed():
+        return pipeline.search(resolved, folder, display=display, force=force, resume=resume)
 
 
 @checked
@@ -177,15 +179,16 @@ def finetune(
 
     from csqcli import pipeline
 
-    return pipeline.finetune(
-        path,
-        resolved,
-        Path(output) if output is not None else finetune_folder(path),
-        display=_display(progress),
-        force=force,
-        resume=resume,
-        trust_code=trust_code,
-    )
+    with undisturbed():
+        return pipeline.finetune(
+            path,
+            resolved,
+            Path(output) if output is not None else finetune_folder(path),
+            display=_display(progress),
+            force=force,
+            resume=resume,
+            trust_code=trust_code,
+        )
 
 
 @checked
@@ -241,35 +244,38 @@ def evaluate(
     if model is not None:
         from csqcli.recipe.resolve import preprocessing
 
-        of_model = pipeline.evaluate_checkpoint(
-            str(file) if file is not None else None,
-            model,
-            data,
-            weights=weights,
-            recipe=preprocessing(_together({"data.input_size": input_size}, settings)),
-            device=device,
-            batch_size=batch_size,
-            val_split=val_split,
-            val_limit=val_limit,
-            display=_display(progress),
-        )
+        prepared = preprocessing(_together({"data.input_size": input_size}, settings))
+        with undisturbed():
+            of_model = pipeline.evaluate_checkpoint(
+                str(file) if file is not None else None,
+                model,
+                data,
+                weights=weights,
+                recipe=prepared,
+                device=device,
+                batch_size=batch_size,
+                val_split=val_split,
+                val_limit=val_limit,
+                display=_display(progress),
+            )
         return _evaluation(of_model, 32.0)
     if file is None:
         raise UserError("no file given", where="csqcli.evaluate", hint="name one, or a float model by `model`")
     if weights != "auto" or input_size is not None or settings:
         given = "weights" if weights != "auto" else "input_size" if input_size is not None else next(iter(settings))
         raise UserError("is for float models", where=given, hint="name one by --model; a csq file knows its own")
-    accuracy, manifest = pipeline.evaluate_file(
-        model_of(file),
-        data,
-        device=device,
-        batch_size=batch_size,
-        val_split=val_split,
-        val_limit=val_limit,
-        trust_code=trust_code,
-        classes_by_position=classes_by_position,
-        display=_display(progress),
-    )
+    with undisturbed():
+        accuracy, manifest = pipeline.evaluate_file(
+            model_of(file),
+            data,
+            device=device,
+            batch_size=batch_size,
+            val_split=val_split,
+            val_limit=val_limit,
+            trust_code=trust_code,
+            classes_by_position=classes_by_position,
+            display=_display(progress),
+        )
     return _evaluation(accuracy, manifest.budget.mean_bits)
 
 
@@ -334,22 +340,23 @@ def export(
     from csqcli.exporting.run import export_file, output_path
 
     target_path = Path(output) if output is not None else output_path(path, form)
-    manifest = export_file(
-        path,
-        target_path,
-        form=form,
-        activations=activations,
-        target=target,
-        weights=weights,
-        calib=calib,
-        prefer=prefer,
-        data_source=data,
-        val_split=val_split,
-        val_limit=val_limit,
-        trust_code=trust_code,
-        force=force,
-        display=_display(progress),
-    )
+    with undisturbed():
+        manifest = export_file(
+            path,
+            target_path,
+            form=form,
+            activations=activations,
+            target=target,
+            weights=weights,
+            calib=calib,
+            prefer=prefer,
+            data_source=data,
+            val_split=val_split,
+            val_limit=val_limit,
+            trust_code=trust_code,
+            force=force,
+            display=_display(progress),
+        )
     return describe(target_path) if form in registry.CARDS else build(manifest)
 
 
@@ -418,10 +425,11 @@ def bench(
     from csqcli.exporting.bench import Setting, bench_file, bench_model
     from csqcli.models.spec import parse
 
-    setting = Setting(chosen, threads, batch, repeats)
-    if is_file:
-        return bench_file(path, setting, trust_code=trust_code, display=display)
-    return bench_model(parse(str(what)), setting, input_size=input_size, num_classes=num_classes, display=display)
+    with undisturbed():
+        setting = Setting(chosen, threads, batch, repeats)
+        if is_file:
+            return bench_file(path, setting, trust_code=trust_code, display=display)
+        return bench_model(parse(str(what)), setting, input_size=input_size, num_classes=num_classes, display=display)
 
 
 @checked
@@ -483,15 +491,17 @@ def inspect(
     from csqcli.models import libraries as sources
 
     if isinstance(model, str):
-        loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
-        own = loaded.data_config["input_size"]
-        size = (*own[:-2], input_size, input_size) if isinstance(input_size, int) else input_size or own
-        return coverage.coverage(loaded.model, size, exclude=exclude, task=sources.task_of(loaded.spec))
+        with undisturbed():
+            loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
+            own = loaded.data_config["input_size"]
+            size = (*own[:-2], input_size, input_size) if isinstance(input_size, int) else input_size or own
+            return coverage.coverage(loaded.model, size, exclude=exclude, task=sources.task_of(loaded.spec))
     if input_size is None or isinstance(input_size, int):
         raise UserError("no input_size given", where="csqcli.inspect", hint="a module needs one, e.g. (3, 224, 224)")
     from csqcli.quant.wrappers import unwrap
 
-    return coverage.coverage(unwrap(model), input_size, exclude=exclude)
+    with undisturbed():
+        return coverage.coverage(unwrap(model), input_size, exclude=exclude)
 
 
 @checked
@@ -551,7 +561,8 @@ def allocate(
 
     from csqcli.analysis.allocating import allocate as allocated
 
-    found = allocated(resolved, display=_display(progress))
+    with undisturbed():
+        found = allocated(resolved, display=_display(progress))
     if target is not None:
         from csqcli.system.files import write_text
 
@@ -605,7 +616,8 @@ def sensitivity(
 
     from csqcli.analysis.sensitivity import sensitivity as measured
 
-    return measured(resolved, widths=wanted, images=val_limit, display=_display(progress))
+    with undisturbed():
+        return measured(resolved, widths=wanted, images=val_limit, display=_display(progress))
 
 
 @checked
@@ -670,7 +682,8 @@ def sweep(
     from csqcli.sweeping.sweep import run_sweep
 
     launcher = None if jobs is None else LocalProcesses(jobs)
-    return run_sweep(planned, display=_display(progress), launcher=launcher, jobs=jobs or 1)
+    with undisturbed():
+        return run_sweep(planned, display=_display(progress), launcher=launcher, jobs=jobs or 1)
 
 
 @checked
@@ -711,17 +724,18 @@ def explain(
     from csqcli.analysis.explaining import explain as explained
     from csqcli.system.run_files import model_of
 
-    return explained(
-        model_of(run),
-        data,
-        images=val_limit,
-        measured_swaps=swaps,
-        device=device,
-        batch_size=batch_size,
-        val_split=val_split,
-        trust_code=trust_code,
-        display=_display(progress),
-    )
+    with undisturbed():
+        return explained(
+            model_of(run),
+            data,
+            images=val_limit,
+            measured_swaps=swaps,
+            device=device,
+            batch_size=batch_size,
+            val_split=val_split,
+            trust_code=trust_code,
+            display=_display(progress),
+        )
 
 
 def compare(*files: str | Path) -> Report:
@@ -787,18 +801,19 @@ def diff(
     """
     from csqcli.analysis.differing import diff as differing
 
-    return differing(
-        str(float_model),
-        Path(quantized),
-        data,
-        export=Path(export) if export is not None else None,
-        images=val_limit,
-        device=device,
-        batch_size=batch_size,
-        val_split=val_split,
-        trust_code=trust_code,
-        display=_display(progress),
-    )
+    with undisturbed():
+        return differing(
+            str(float_model),
+            Path(quantized),
+            data,
+            export=Path(export) if export is not None else None,
+            images=val_limit,
+            device=device,
+            batch_size=batch_size,
+            val_split=val_split,
+            trust_code=trust_code,
+            display=_display(progress),
+        )
 
 
 @checked
@@ -828,10 +843,11 @@ def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = 
     from csqcli.system.run_files import model_of
 
     file = model_of(path)
-    if into is None:
-        return loading.load_file(file, trust_code=trust_code)
-    loading.load_into(into, io.read(file), where=str(file))
-    return into.eval()
+    with undisturbed():
+        if into is None:
+            return loading.load_file(file, trust_code=trust_code)
+        loading.load_into(into, io.read(file), where=str(file))
+        return into.eval()
 
 
 def save(
@@ -884,18 +900,19 @@ def save(
     target = Path(path)
     if target.suffix != ".safetensors":
         raise UserError("the name must end in .safetensors", where=str(target))
-    save_model(
-        model,
-        optimizer,
-        target,
-        source=source,
-        num_classes=num_classes,
-        arguments=arguments,
-        data_config=data_config,
-        loader=loader,
-        classes=classes,
-        accuracy=accuracy,
-    )
+    with undisturbed():
+        save_model(
+            model,
+            optimizer,
+            target,
+            source=source,
+            num_classes=num_classes,
+            arguments=arguments,
+            data_config=data_config,
+            loader=loader,
+            classes=classes,
+            accuracy=accuracy,
+        )
     return describe(target)
 
 

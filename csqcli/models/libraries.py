@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,21 +138,43 @@ def _data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
 
 
 def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
-    if pretrained and not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
-        import huggingface_hub.constants
-
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # read the cache only; the client would retry for a minute
     import timm
 
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    reachable = not pretrained or _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        return timm.create_model(spec.name, pretrained=pretrained, **kwargs)
+        with _timm_quiet(), contextlib.nullcontext() if reachable else _cache_only():
+            return timm.create_model(spec.name, pretrained=pretrained, **kwargs)
     except OSError as error:  # huggingface_hub, urllib and requests all raise kinds of OSError for "no network"
         raise _no_weights(spec, error) from error
     except RuntimeError as error:
         if pretrained and ("pretrained" in str(error).lower() or "hub" in str(error).lower()):
             raise _no_weights(spec, error) from error
         raise
+
+
+@contextlib.contextmanager
+def _timm_quiet() -> Iterator[None]:
+    """Without what timm logs below an error."""
+    log_of_timm = logging.getLogger("timm")
+    level = log_of_timm.level
+    log_of_timm.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log_of_timm.setLevel(level)
+
+
+@contextlib.contextmanager
+def _cache_only() -> Iterator[None]:
+    """Weights out of huggingface_hub's cache alone; where no network is, its client would retry for a minute."""
+    import huggingface_hub.constants
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
