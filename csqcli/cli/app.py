@@ -72,13 +72,6 @@ app.command("sweep-run", hidden=True)(sweep_run)
 app.add_typer(recipes.app, name="recipes")
 
 _BAD_INPUT, _INTERRUPTED = 2, 130  # 130 is what a shell reports for SIGINT
-_GOES_ON = {  # what an interrupted command left behind; the others leave nothing
-    "search": "; the same command with --resume goes on from the last saved state",
-    "finetune": "; the same command with --resume goes on from the last saved state",
-    "reproduce": "; the same command goes on",
-    "sweep": "; the same command goes on",
-}
-
 _GO_ON_BY_THEMSELVES = ("reproduce", "sweep", "sweep-run")
 
 
@@ -135,8 +128,15 @@ def _run(signals: Signals) -> int:
             traceback.print_exc()
         _fail(fault.line())
     signals.ignore()
-    output.error_line(f"csq: interrupted{_GOES_ON.get(_command(), '')}")
+    output.error_line(f"csq: interrupted{_way_on(signals)}")
     return 128 + signals.signum
+
+
+def _way_on(signals: Signals) -> str:
+    """How to go on with what an interrupted command left behind; most leave nothing."""
+    if _command() in _GO_ON_BY_THEMSELVES:
+        return "; the same command goes on"
+    return "; the same command with --resume goes on from the last saved state" if signals.left_state else ""
 
 
 def _command() -> str:

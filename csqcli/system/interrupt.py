@@ -6,7 +6,7 @@ import atexit
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Interrupted(Exception):
@@ -48,7 +48,12 @@ class StopRequest:
 class Signals:
     """Context manager around a whole command: SIGTERM is a KeyboardInterrupt, as SIGINT is, and nothing interrupts the way out."""
 
+    left_state: ClassVar[bool] = (
+        False  # whether what was interrupted can go on from a saved state; a run's folder knows
+    )
+
     def __init__(self) -> None:
+        Signals.left_state = False
         self.signum: int = signal.SIGINT  # the last that interrupted
         self._previous: dict[int, Any] = {}
 

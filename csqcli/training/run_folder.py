@@ -17,6 +17,7 @@ from csqcli.recipe.resolve import to_yaml
 from csqcli.recipe.schema import SHIPPED_FORMS, Recipe
 from csqcli.system import distributed, files
 from csqcli.system.device import pick_device
+from csqcli.system.interrupt import Signals
 from csqcli.system.limits import read_json
 from csqcli.system.lock import locked
 from csqcli.system.run_files import (
@@ -99,7 +100,9 @@ class RunFolder:
         self.finished = distributed.from_main(self.finished)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:
+            Signals.left_state = any(state.exists() for state in self.states)
         self._held.close()
 
     def _open(self) -> None:

@@ -349,7 +349,7 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
     monkeypatch.setattr(Trainer, "run_epoch", interrupted)
     code, _, err = csq(*arguments, "-o", tmp_path / "broken")
     assert code == 130
-    assert "--resume" in err
+    assert err.endswith("csq: interrupted; the same command with --resume goes on from the last saved state\n")
     monkeypatch.setattr(Trainer, "run_epoch", original)
     code, _, err = csq("evaluate", tmp_path / "broken", "--data", "digits")
     assert "holds an unfinished run" in err
@@ -540,3 +540,19 @@ def test_what_is_typed_and_does_nothing_is_said_by_the_command(csq, tmp_path: Pa
     )
     assert code == 0, err
     assert "without effect: quantization.state_dtype: the state of lsq is float32" in err
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_an_interruption_before_anything_is_saved_promises_nothing(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    from csqcli.training.run import Run
+
+    def interrupted(self, layers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "count_operations", interrupted)
+    output = tmp_path / "run"
+    code, _, err = csq("search", "--recipe", "digits", "--target-bits", "2", "--quiet", "-o", output, *more)
+    assert (code, err) == (130, "csq: interrupted\n")
+    assert not output.exists()
