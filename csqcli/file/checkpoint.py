@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from csqcli.file import header, io
 from csqcli.models.checkpoints import Checkpoint, read_checkpoint
+from csqcli.system.run_files import model_of
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """The tensors of a checkpoint; the weights of a quantized file are dequantized.
+    """The tensors of a checkpoint; the weights of a quantized file, or of the one in a run's folder, are dequantized.
 
     ``builtin:NAME`` names one that ships with csq. Raises UserError for what cannot be read.
     """
-    file = Path(path)
+    file = model_of(path)
     if file.suffix == ".safetensors" and file.is_file() and header.is_quantized(file):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         return Checkpoint({"": io.read(file).state_dict()}, digest, file.name)
-    return read_checkpoint(path)
+    return read_checkpoint(path if path.startswith("builtin:") else str(file))

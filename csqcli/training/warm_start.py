@@ -7,19 +7,23 @@ behind them does (docs/sweeps.md has both measured).
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 from csqcli.errors import UserError
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.models.checkpoints import Checkpoint, fit_state_dict
 from csqcli.quant.methods.base import WeightMethod
 from csqcli.system import distributed
+from csqcli.system.run_files import LATENT_FILE
 from csqcli.training.adapt import write_weights
 from csqcli.training.run import Run
 
 
 def read_warm_start(path: str) -> Checkpoint:
-    """The checkpoint: a latents.safetensors, or any file of plain tensors. UserError for anything else."""
-    found = open_checkpoint(path)
+    """The checkpoint: a latents.safetensors, that of a run's folder where it has one, or any file of plain tensors. UserError for
+    anything else."""
+    latents = Path(path) / LATENT_FILE
+    found = open_checkpoint(str(latents) if latents.is_file() else path)
     if "" not in found.groups:
         hint = "name the latents.safetensors of another run, or a state dict"
         raise UserError("is no plain state dict", where=path, hint=hint)

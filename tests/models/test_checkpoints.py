@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import shutil
 import sys
 import types
 from collections import OrderedDict, defaultdict
@@ -18,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
+from csqcli.file.checkpoint import open_checkpoint
 from csqcli.models import checkpoints, libraries, networks
+from csqcli.training.warm_start import read_warm_start
 
 
 def _load(name: str, *, checkpoint: Path, **options: Any) -> libraries.LoadedModel:
@@ -242,3 +245,21 @@ def test_a_safetensors_index_is_read_with_all_its_shards(tmp_path: Path) -> None
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(UserError, match=f"not a readable index .*{complaint}"):
             checkpoints.read_checkpoint(str(index))
+
+
+def test_a_runs_folder_stands_for_the_model_in_it(digits_run: Path, csq) -> None:
+    by_folder, by_file = (open_checkpoint(str(path)) for path in (digits_run, digits_run / "model.safetensors"))
+    assert (by_folder.sha256, by_folder.label) == (by_file.sha256, by_file.label)
+    said = [
+        csq("evaluate", "--model", "digits_cnn", path, "--data", "digits")[:2]
+        for path in (digits_run, digits_run / "model.safetensors")
+    ]
+    assert said[0] == said[1]
+    assert said[0][0] == 0
+
+
+def test_a_run_that_begins_with_a_folder_begins_with_its_latents(digits_run: Path, tmp_path: Path) -> None:
+    shutil.copy(digits_run / "model.safetensors", tmp_path / "model.safetensors")
+    assert read_warm_start(str(tmp_path)).label == "model.safetensors"
+    save_file({"fc.weight": torch.zeros(1)}, tmp_path / "latents.safetensors")
+    assert read_warm_start(str(tmp_path)).label == "latents.safetensors"
