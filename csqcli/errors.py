@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ _LIBRARIES = {  # whose frames say nothing about where a mistake is
     *("csqcli", "__main__", "torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "pydantic", "pydantic_core"),
     *("yaml", "typer", "click", "rich", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino"),
 }
+# what a network raises over an image that it was not made for
+MISFITS = (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError)
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # torch's allocators, CUDA and CPU
 
 
@@ -108,6 +110,15 @@ def strangers_fault(error: BaseException) -> UserError | None:
     place, kind = strangers_place(error), type(error).__name__
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return UserError(f"{kind}: {text}", where=place, hint="CSQ_DEBUG=1 shows the traceback") if place else None
+
+
+def cannot_run(error: BaseException, input_size: Sequence[int]) -> str:
+    """One of :data:`MISFITS` that a network raised over an image of ``input_size``, in words; raised anew where the machine is
+    what failed."""
+    if machine_fault(error) is not None:
+        raise error
+    place, size = strangers_place(error), "×".join(map(str, input_size))
+    return f"cannot run on an image of {size} ({f'{place}: ' if place else ''}{error})"
 
 
 def as_line(error: BaseException) -> UserError | None:

@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from csqcli.errors import UserError, did_you_mean, first_problem, machine_fault, strangers_place
+from csqcli.errors import MISFITS, UserError, cannot_run, did_you_mean, first_problem
 from csqcli.exporting import verify
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header, io, loading
@@ -295,16 +295,11 @@ def _device(network: nn.Module) -> torch.device:
 def _outputs(network: nn.Module, task: str, input_size: Sequence[int], *, where: str) -> list[Tensor]:
     """Every floating tensor of the network's output for synthetic images, float32 and on the CPU."""
     like = next(network.parameters())
-    size = "×".join(map(str, input_size))
     try:
         output = network(*example_inputs(task, input_size, batch=_PROBE_IMAGES, device=like.device, dtype=like.dtype))
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
-        if machine_fault(error) is not None:
-            raise
+    except MISFITS as error:
         hint = "pass data_config with the input_size (channels, height, width) of your images"
-        place = strangers_place(error)
-        what = f"cannot run on images of {size} ({f'{place}: ' if place else ''}{error})"
-        raise UserError(what, where=where, hint=hint) from error
+        raise UserError(cannot_run(error, input_size), where=where, hint=hint) from error
     return [tensor.float().cpu() for tensor in _tensors(output) if tensor.is_floating_point()]
 
 

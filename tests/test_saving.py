@@ -79,7 +79,7 @@ def ten_scores() -> nn.Module:
         ({"accuracy": {"hard_top2": 90.0}}, "accuracy has no `hard_top2`; did you mean `hard_top"),
         ({"accuracy": 0.5e4}, r"accuracy: Input should be less than or equal to 100 \(got 5000.0\); give percent"),
         ({"accuracy": math.nan}, "accuracy: Input should be a finite number"),
-        ({"data_config": {"input_size": (3, 8, 8), "mean": (0.5,), "std": (0.5,)}}, "cannot run on images of 3×8×8"),
+        ({"data_config": {"input_size": (3, 8, 8), "mean": (0.5,), "std": (0.5,)}}, "cannot run on an image of 3×8×8"),
         ({"data_config": {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.0,)}}, "data config: std"),
         ({"loader": []}, "the loader gives no batch"),
         ({"loader": [("text", 3)]}, "a batch of the loader holds str where images should be"),

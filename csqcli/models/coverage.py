@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from csqcli.errors import UserError, machine_fault, strangers_place
+from csqcli.errors import MISFITS, UserError, cannot_run
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.names import owner_of
 
@@ -54,12 +54,10 @@ def coverage(
     layers, left = find_layers(model, exclude=exclude)
     try:
         operations = count_macs(model, layers, input_size, task=task)
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
-        if machine_fault(error) is not None:
-            raise
-        place, size = strangers_place(error), "×".join(map(str, input_size))
-        what = f"the model cannot run on an image of {size} ({f'{place}: ' if place else ''}{error})"
-        raise UserError(what, hint="give the input size that it takes") from error
+    except MISFITS as error:
+        raise UserError(
+            f"the model {cannot_run(error, input_size)}", hint="give the input size that it takes"
+        ) from error
     macs, total_macs = operations.macs, operations.total
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(layer.weights for layer in layers)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from csqcli.data.loaders import Loader
-from csqcli.errors import UserError, machine_fault, strangers_place
+from csqcli.errors import MISFITS, UserError, cannot_run
 from csqcli.quant.measuring import evaluating, logits_of
 from csqcli.system import distributed
 
@@ -46,14 +46,10 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
     """UserError for a model that does not make one score per class (None: anything) of an image. Leaves it in eval mode."""
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    size = "×".join(map(str, input_size))
     try:
         shape = list(logits_of(model(torch.zeros(1, *input_size, device=device))).shape)
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError) as error:
-        if machine_fault(error) is not None:
-            raise
-        place = strangers_place(error)
-        what = f"cannot run on an image of {size} ({f'{place}: ' if place else ''}{error})"
+    except MISFITS as error:
+        what = cannot_run(error, input_size)
         hint = "check data.input_size"
         if "channels" in str(error):
             hint = 'a factory says what its model takes: model.data_config = {"input_size": (1, 28, 28)}'
