@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from csqcli.file import header, io
 from csqcli.models.checkpoints import Checkpoint, read_checkpoint
+from csqcli.system.files import sha256
 from csqcli.system.run_files import model_of
 
 
@@ -16,6 +15,5 @@ def open_checkpoint(path: str) -> Checkpoint:
     """
     file = model_of(path)
     if file.suffix == ".safetensors" and file.is_file() and header.is_quantized(file):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        return Checkpoint({"": io.read(file).state_dict()}, digest, file.name)
+        return Checkpoint({"": io.read(file).state_dict()}, sha256(file), file.name)
     return read_checkpoint(path if path.startswith("builtin:") else str(file))

@@ -7,7 +7,6 @@ Files are read as data only: nothing in them is ever run. Wherever the weights l
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.models.pickles import StandIn, load_pickled
+from csqcli.system.files import sha256
 from csqcli.system.limits import read_json
 
 Weights = Literal["auto", "ema", "raw"]  # which of a file's weights are wanted; auto prefers averaged ones
@@ -92,7 +92,7 @@ def read_checkpoint(path: str) -> Checkpoint:
             except ValueError as error:
                 hint = "a plain state dict is expected"
                 raise UserError(f"tensor `{name[:_MAX_NAME]}` is {error}", where=path, hint=hint) from None
-    return Checkpoint(groups, _sha256(files), path if path.startswith("builtin:") else file.name)
+    return Checkpoint(groups, sha256(*files), path if path.startswith("builtin:") else file.name)
 
 
 def choose_weights(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], *, weights: Weights = "auto") -> ChosenWeights:
@@ -196,15 +196,6 @@ def _shards(index: Path, *, where: str) -> list[Path]:
     except (OSError, ValueError) as error:
         raise UserError(f"not a readable index ({error})", where=where) from None
     return [index.parent / name for name in files]
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _groups(

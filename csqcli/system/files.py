@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def leftovers(path: Path) -> list[Path]:
 
 def seal(path: Path) -> None:
     """Append the SHA-256 of the file's bytes, as 64 hex digits. Zip archives, torch.save's among them, still open."""
-    digest = _sha256(path, path.stat().st_size)
+    digest = sha256(path)
     with open(path, "ab") as file:
         file.write(digest.encode())
 
@@ -100,15 +101,18 @@ def is_intact(path: Path) -> bool:
         return False
     with open(path, "rb") as file:
         file.seek(size)
-        return file.read() == _sha256(path, size).encode()
+        return file.read() == sha256(path, size=size).encode()
 
 
-def _sha256(path: Path, size: int) -> str:
+def sha256(*paths: Path, size: int | None = None) -> str:
+    """The SHA-256, in hex digits, of files one after the other, each up to its first ``size`` bytes; read in blocks."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while size > 0 and (block := file.read(min(size, 1 << 20))):
-            digest.update(block)
-            size -= len(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            left = sys.maxsize if size is None else size
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                digest.update(block)
+                left -= len(block)
     return digest.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -66,12 +65,12 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> str:
     """Write a state dict, each tensor on its own; its SHA-256."""
     with files.replacing(path) as temporary:
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, temporary)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return files.sha256(path)
 
 
 def _read(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if files.sha256(path) != sha256:
             raise ValueError("other bytes than were written")
         return load_file(path)
     except (OSError, ValueError, SafetensorError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -162,7 +161,7 @@ class RunFolder:
         except (OSError, ValueError, UserError):
             return None
         check_same(then, self.inputs, where=str(self.path))
-        if report.get("model_sha256") != _sha256(self.model_file):
+        if report.get("model_sha256") != files.sha256(self.model_file):
             what = f"is not the model that this run wrote: its SHA-256 is not that in {REPORT_FILE}"
             raise UserError(what, where=str(self.model_file), hint="put it back, or pass --force to run again")
         return report
@@ -212,7 +211,7 @@ class RunFolder:
     def write_report(self, report: dict[str, Any]) -> None:
         if self.shard.is_main:
             self._write_recipe()
-            facts = {"model_sha256": _sha256(self.model_file), "inputs": self.inputs.model_dump(mode="json")}
+            facts = {"model_sha256": files.sha256(self.model_file), "inputs": self.inputs.model_dump(mode="json")}
             content = report | facts
             files.write_text(self.path / REPORT_FILE, json.dumps(content, indent=2) + "\n")
             self._remove_older(report)
@@ -261,7 +260,3 @@ def _remove_empty(folders: Iterable[Path], *, kept: set[Path]) -> None:
             folder.rmdir()
         except OSError:  # not empty, or never made
             return
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,17 @@ def test_only_regular_files_below_the_limit_are_read(tmp_path: Path) -> None:
     for name in ("pipe", "link"):
         with pytest.raises(UserError, match="does not open"):
             files.read_regular(tmp_path / name, limit=5)
+
+
+def test_the_hash_of_files_is_that_of_their_bytes_in_a_row_and_never_holds_a_whole_one(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(os.urandom(3 * 2**20 + 5))
+    second.write_bytes(b"end")
+    whole = first.read_bytes() + second.read_bytes()
+    assert files.sha256(first, second) == hashlib.sha256(whole).hexdigest()
+    assert files.sha256(first, size=2**20 + 3) == hashlib.sha256(whole[: 2**20 + 3]).hexdigest()
+    tracemalloc.start()
+    files.sha256(first)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * 2**20
