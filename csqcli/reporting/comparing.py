@@ -14,6 +14,7 @@ from csqcli.reporting.recompute import recomputed
 from csqcli.system.files import read_regular
 from csqcli.system.limits import read_json
 from csqcli.system.run_files import model_of
+from csqcli.system.settings import flat
 
 _REPORT_BYTES, _REPORT_VALUES = 2**28, 2**22
 _NOT_COMPARED = ("description", "data.workers", "device", "threads", "model.checkpoint")  # say nothing of a result
@@ -37,7 +38,7 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     return {
         "models": [_model(path, manifest) for path, manifest in zip(paths, manifests, strict=True)],
         "layers": [_layer(name, [known.get(name) for known in layers]) for name in names],
-        "settings": _differing([_flat(manifest.recipe) for manifest in manifests]),
+        "settings": _differing([flat(manifest.recipe) for manifest in manifests]),
     }
 
 
@@ -85,14 +86,6 @@ def _layer(name: str, records: Sequence[LayerRecord | None]) -> dict[str, Any]:
         "entropy_bits": [record.entropy_bits if record is not None else None for record in records],
         "differs": len(set(planes)) > 1,
     }
-
-
-def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a recipe → values."""
-    found: dict[str, Any] = {}
-    for key, value in recipe.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return found
 
 
 def _differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from csqcli.system import files
 from csqcli.system.limits import read_json
 from csqcli.system.lock import locked
 from csqcli.system.run_files import MODEL_FILE, RECIPE_FILE, REPORT_FILE, RESUME_FILE
-from csqcli.system.settings import RESULT_NEUTRAL, without
+from csqcli.system.settings import RESULT_NEUTRAL, flat, without
 
 SWEEP_FILE = "sweep.json"
 _FILES_OF_A_RUN = (MODEL_FILE, REPORT_FILE, RECIPE_FILE, RESUME_FILE)
@@ -113,14 +113,4 @@ def _unreadable(folder: Path, why: str) -> UserError:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Dotted keys of what changes a result, as JSON has them."""
-    flat: dict[str, Any] = {}
-
-    def unfold(tree: dict[str, Any], before: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict) and value:
-                unfold(value, f"{before}{key}.")
-            else:
-                flat[f"{before}{key}"] = value
-
-    unfold(without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL)), "")
-    return flat
+    return flat(without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL)))

@@ -7,7 +7,7 @@ name what is read, imported or started.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -57,3 +57,12 @@ def without(tree: dict[str, Any], paths: Iterator[tuple[str, ...]]) -> dict[str,
         if isinstance(section, dict):
             section.pop(path[-1], None)
     return left
+
+
+def flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Dotted keys of a nested mapping and their values: ``{"data.workers": 2}``. An empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inside = isinstance(value, Mapping) and value
+        found |= flat(value, f"{before}{key}.") if inside else {f"{before}{key}": value}
+    return found

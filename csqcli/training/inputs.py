@@ -16,7 +16,7 @@ from csqcli.errors import UserError
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.distributed import Shard
-from csqcli.system.settings import RESULT_NEUTRAL, without
+from csqcli.system.settings import RESULT_NEUTRAL, flat, without
 
 log = logging.getLogger(__name__)
 
@@ -118,24 +118,14 @@ def check_same(then: Inputs, now: Inputs, *, where: str) -> None:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    flat = _flat(without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL)))
+    settings = flat(without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL)))
     if recipe.data.source is not None:
-        flat["data.source"] = same_place(recipe.data.source)
+        settings["data.source"] = same_place(recipe.data.source)
     if recipe.data.calib is not None:
-        flat["data.calib"] = same_place(recipe.data.calib)
+        settings["data.calib"] = same_place(recipe.data.calib)
     if recipe.model.checkpoint is not None and os.path.exists(recipe.model.checkpoint):
-        flat["model.checkpoint"] = os.path.realpath(recipe.model.checkpoint)
-    return flat
-
-
-def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{before}{key}.")
-        else:
-            flat[f"{before}{key}"] = value
-    return flat
+        settings["model.checkpoint"] = os.path.realpath(recipe.model.checkpoint)
+    return settings
 
 
 def _split(images: Images) -> Split:
