@@ -29,6 +29,11 @@ def points(count: float) -> str:
     return f"{count:g} point{'s' if count != 1 else ''}"
 
 
+def near_chance(chance: float) -> float:
+    """The top-1 in % up to which nothing was learned, where guessing has ``chance`` %."""
+    return min(1.5 * chance, chance + 5)
+
+
 def middle(text: str, width: int, *, mark: str = "…") -> str:
     """``text`` in at most ``width`` characters, shortened in the middle: both ends of a layer's name tell it apart."""
     if len(text) <= width:

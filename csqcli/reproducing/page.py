@@ -10,9 +10,9 @@ from csqcli.errors import printable
 from csqcli.quant.catalog import CARDS
 from csqcli.recipe.resolve import builtin_names
 from csqcli.reporting.charts import Figure, Point, Series, lines, scatter
-from csqcli.reporting.words import layer_names
+from csqcli.reporting.words import layer_names, near_chance
 from csqcli.reproducing.experiments import PAPERS_OWN, Experiment
-from csqcli.reproducing.runs import SHORT_OF_TARGET, depth_trend, near_chance
+from csqcli.reproducing.runs import SHORT_OF_TARGET, depth_trend
 from csqcli.system.progress import counted
 
 _NONE = "–"

@@ -16,6 +16,7 @@ from csqcli.quant.catalog import CARDS, PAPER
 from csqcli.recipe.complete import check_complete
 from csqcli.recipe.resolve import resolve, to_yaml
 from csqcli.recipe.schema import Recipe
+from csqcli.reporting.words import near_chance
 from csqcli.reproducing.experiments import Experiment, Row
 from csqcli.system.files import write_text
 from csqcli.system.progress import Display, counted
@@ -224,11 +225,6 @@ def summary(
             for row, reports in zip(experiment.rows, found, strict=True)
         ],
     }
-
-
-def near_chance(chance: float) -> float:
-    """The top-1 in % up to which nothing was learned."""
-    return min(1.5 * chance, chance + 5)
 
 
 def _row(

@@ -31,6 +31,7 @@ from csqcli.quant.catalog import GateSettings, PTQSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.methods.base import WeightMethod
 from csqcli.recipe.schema import ZEROQ, Recipe
+from csqcli.reporting.words import near_chance
 from csqcli.system import distributed
 from csqcli.system.distributed import Shard
 from csqcli.system.progress import Display, counted, planes_fixed
@@ -45,7 +46,6 @@ from csqcli.training.teacher import Teacher
 from csqcli.version import __version__
 
 CALIBRATION_BATCHES = 4
-_NEAR_CHANCE = 1.5  # times a guess: below it, the classes of weights and data hardly fit
 
 
 @dataclass
@@ -240,7 +240,7 @@ class Run:
         )
         chance = 100 / max(self.images.num_classes, 1)
         fresh = self.source.weights_from == "random" or self.recipe.model.head == "new"
-        if not fresh and (accuracy.float_top1 or 0.0) < _NEAR_CHANCE * chance:
+        if not fresh and (accuracy.float_top1 or 0.0) <= near_chance(chance):
             what = f"which is about chance ({chance:.3g} %)"
             self.display.say(f"{what}: are the data's classes those that the weights were trained on, in this order?")
 

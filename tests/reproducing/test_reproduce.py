@@ -16,6 +16,7 @@ from csqcli.cli import search as search_command
 from csqcli.quant.catalog import PAPER
 from csqcli.recipe.resolve import resolve, to_yaml
 from csqcli.recipe.schema import Recipe
+from csqcli.reporting.words import near_chance
 from csqcli.reproducing import page, runs
 from csqcli.reproducing.experiments import EXPERIMENTS, Experiment
 from csqcli.system.progress import Display
@@ -305,7 +306,7 @@ def test_rows_at_chance_and_searches_short_of_their_target_are_marked() -> None:
     text = page.markdown(experiment, summary_of(experiment, *one_of_two))
     assert "| 40.00 ± 42.43 † |" in text
     assert "‡" not in text
-    assert runs.near_chance(50) == 55  # 75 % of two classes is not chance
+    assert near_chance(50) == 55  # 75 % of two classes is not chance
 
 
 @pytest.mark.parametrize("name", list(EXPERIMENTS))

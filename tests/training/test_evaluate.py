@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 
 from csqcli.errors import UserError
 from csqcli.training.evaluate import check_scores, evaluate, recalibrate_batchnorm
+from csqcli.training.run import Run
 
 
 class _Loader:
@@ -64,3 +68,19 @@ def test_a_batch_without_images_is_passed_over() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
     recalibrate_batchnorm(model, _Empty(), epoch=0, batches=2)
     assert model[0].running_mean.tolist() == [4.5, 5.5, 6.5]
+
+
+@pytest.mark.parametrize(
+    ("classes", "top1", "asked"), [(2, 74.0, False), (2, 54.0, True), (10, 14.0, True), (10, 16.0, False)]
+)
+def test_only_what_is_near_a_guess_is_said_to_be_chance(classes: int, top1: float, asked: bool) -> None:
+    said: list[str] = []
+    run: Any = SimpleNamespace(
+        record=SimpleNamespace(accuracy=SimpleNamespace(float_top1=top1, float_top1_present=None, samples=100)),
+        images=SimpleNamespace(num_classes=classes),
+        source=SimpleNamespace(weights_from="a checkpoint"),
+        recipe=SimpleNamespace(model=SimpleNamespace(head="auto")),
+        display=SimpleNamespace(say=said.append),
+    )
+    Run.tell_float(run)
+    assert any("which is about chance" in line for line in said) == asked
