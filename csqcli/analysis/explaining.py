@@ -22,12 +22,11 @@ from csqcli.quant.costs import WEIGHTS, costs
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Score, score, squared_errors, weights_as
-from csqcli.quant.names import owner_of
+from csqcli.quant.names import MOST_PLANES, owner_of
 from csqcli.recipe.schema import LayerRules
 from csqcli.system.progress import Display
 
 SWAPS = 3  # that are reported
-_MOST_PLANES = 8
 _SHARES = tuple(4.0**-power for power in range(6, -1, -1))  # of a layer's weights, tried until one is too many
 
 
@@ -123,7 +122,7 @@ def explain(
                 "share": share,
                 "importance": row,
                 "take": _take(option, before, budget.table[index][k] - budget.table[index][max(k - 1, 0)]),
-                "give": _give(option, before, budget.table[index][min(k + 1, _MOST_PLANES)] - budget.table[index][k]),
+                "give": _give(option, before, budget.table[index][min(k + 1, MOST_PLANES)] - budget.table[index][k]),
             }
             for index, (layer, k, share, row, option) in enumerate(
                 zip(layers, planes, shares_of(spent), saved, options, strict=True)
@@ -154,7 +153,7 @@ def _budget(manifest: Manifest, layers: Sequence[Layer]) -> tuple[Budget, str]:
     named = quantization.get("cost") if isinstance(quantization, dict) else None
     cost = named if named in costs.names() else WEIGHTS
     most = quantization.get("max_bits") if isinstance(quantization, dict) else None
-    bits = most if isinstance(most, int) and 1 <= most <= _MOST_PLANES else _MOST_PLANES
+    bits = most if isinstance(most, int) and 1 <= most <= MOST_PLANES else MOST_PLANES
     try:
         own = LayerRules.model_validate(rules if isinstance(rules, dict) else {})
         limits = plane_limits(
@@ -166,8 +165,8 @@ def _budget(manifest: Manifest, layers: Sequence[Layer]) -> tuple[Budget, str]:
     target = manifest.budget.target_mean_bits or manifest.budget.mean_bits
     budget = make_budget(
         layers,
-        min(max(target, manifest.budget.mean_bits), float(_MOST_PLANES)),
-        bits=_MOST_PLANES,
+        min(max(target, manifest.budget.mean_bits), float(MOST_PLANES)),
+        bits=MOST_PLANES,
         limits=limits,
         cost=costs.find(cost),
         macs={layer.name: layer.macs for layer in manifest.layers},
@@ -180,7 +179,7 @@ def _importance(
     layers: Sequence[Layer], delivered: Sequence[HardLayer], curvatures: Sequence[Tensor]
 ) -> list[list[float]]:
     """½ Σ_i F_i ((W − Q_b)² − (W − Q_{b+1})²) for the planes b = 0 … k − 1 of each layer, Q_k the delivered weights W."""
-    errors = squared_errors(layers, _MOST_PLANES, curvatures)
+    errors = squared_errors(layers, MOST_PLANES, curvatures)
     rows = []
     for hard, row in zip(delivered, errors.tolist(), strict=True):
         reached = [*row[: hard.planes], 0.0]

@@ -25,6 +25,7 @@ from torch import Tensor
 from csqcli.errors import UserError
 from csqcli.quant.costs import Cost, LayerFacts, weight_planes
 from csqcli.quant.layers import Layer, match
+from csqcli.quant.names import MOST_PLANES
 from csqcli.quant.program import best_within
 
 _CELLS = 50_000  # the knapsack's resolution of the budget
@@ -186,7 +187,7 @@ def make_budget(
     layers: Sequence[Layer],
     target: float,
     *,
-    bits: int = 8,
+    bits: int = MOST_PLANES,
     limits: PlaneLimits | None = None,
     cost: Cost = weight_planes,
     macs: Mapping[str, int | None] | None = None,

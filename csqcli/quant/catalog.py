@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from csqcli.errors import UserError, did_you_mean, install
+from csqcli.quant.names import MOST_PLANES
 from csqcli.system.plugins import import_attribute
 from csqcli.system.settings import LARGE, Section
 
@@ -307,7 +308,7 @@ class MethodCard:
     activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
     trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
     least_planes: int = 0  # of a layer; at 1 it has no layer without planes
-    most_planes: int = 8
+    most_planes: int = MOST_PLANES
     takes_state_dtype: bool = False  # keeps what it has per weight in quantization.state_dtype
     keeps_unrounded: bool = True  # weights from before they were rounded, which another run may begin with
 

@@ -1,6 +1,8 @@
-"""What names of weights say. Loads no PyTorch."""
+"""What names of weights say, and how many planes there may be. Loads no PyTorch."""
 
 from __future__ import annotations
+
+MOST_PLANES = 8  # of a layer, and what it starts with where nothing else is said
 
 
 def owner_of(name: str) -> str:

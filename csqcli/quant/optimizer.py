@@ -16,11 +16,10 @@ from csqcli.quant.catalog import AUTO, MethodCard, MethodSettings, find_card
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
 from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
+from csqcli.quant.names import MOST_PLANES
 from csqcli.quant.passes.state import kernels_for
 from csqcli.quant.wrappers import unwrap
 from csqcli.system.settings import LARGE
-
-MAX_BITS = 8  # planes that each layer starts with
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -173,8 +172,8 @@ class CSQ(QuantizedOptimizer):
         if not isinstance(model, nn.Module):
             hint = "give the model itself: csqcli.CSQ(model, …), not model.parameters()"
             raise UserError(f"the model must be a torch.nn.Module, not a {type(model).__name__}", hint=hint)
-        if not isinstance(target_bits, (int, float)) or not 0 < target_bits <= MAX_BITS:  # NaN is refused too
-            raise UserError(f"target_bits must be above 0 and at most {MAX_BITS}, not {target_bits!r}")
+        if not isinstance(target_bits, (int, float)) or not 0 < target_bits <= MOST_PLANES:  # NaN is refused too
+            raise UserError(f"target_bits must be above 0 and at most {MOST_PLANES}, not {target_bits!r}")
         if not isinstance(lr, (int, float)) or not 0 < lr <= LARGE:  # NaN is refused too
             what = f"lr must be a number above 0 and at most {LARGE:g}, not {lr!r}"
             raise UserError(what, hint="schedulers may lower it to 0 later")
@@ -185,7 +184,7 @@ class CSQ(QuantizedOptimizer):
             layers,
             target_bits,
             Schedule(total_steps, steps_per_epoch or total_steps),
-            bits=MAX_BITS,
+            bits=MOST_PLANES,
             planes=[int(target_bits)] * len(layers) if card.takes == "planes" else None,
             lr=lr,
             momentum=momentum,

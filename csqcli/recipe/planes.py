@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from csqcli.errors import UserError, did_you_mean, no_such_file
+from csqcli.quant.names import MOST_PLANES
 from csqcli.recipe.resolve import read_yaml
-from csqcli.recipe.schema import MOST_PLANES
 
 _KEYS = ("target_bits", "planes")
 

@@ -27,8 +27,9 @@ from csqcli.quant.catalog import (
     find_card,
 )
 from csqcli.quant.costs import costs
+from csqcli.quant.names import MOST_PLANES
 from csqcli.recipe import legacy
-from csqcli.recipe.schema import INT8_PLANES, MOST_PLANES, USERS_TARGETS, ZEROQ, Recipe
+from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, ZEROQ, Recipe
 from csqcli.system.limits import MAX_DEPTH, check_tree
 from csqcli.system.settings import USERS_ONLY, without
 

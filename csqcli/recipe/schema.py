@@ -13,13 +13,13 @@ from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, mod
 
 from csqcli.quant.catalog import AUTO, MANUAL, TRIALS, MethodCard, MethodSettings, find_card
 from csqcli.quant.costs import WEIGHTS
+from csqcli.quant.names import MOST_PLANES
 from csqcli.system.limits import check_arguments
 from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
 ZEROQ = "zeroq"  # what data.calib takes in place of a folder
-MOST_PLANES = 8
 INT8_PLANES = 7  # integers up to ±127
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 USERS_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")
@@ -135,9 +135,9 @@ class QuantizationSettings(Section):
     itself."""
     trials: int = Field(TRIALS, ge=1, le=10**6)
     """Networks that the allocator `haq` measures."""
-    planes: dict[str, Annotated[int, Field(ge=0, le=8)]] = Field(default_factory=dict)
+    planes: dict[str, Annotated[int, Field(ge=0, le=MOST_PLANES)]] = Field(default_factory=dict)
     """For the allocator `manual`: planes by names or globs of weights; where several match a weight, the last one counts."""
-    max_bits: int = Field(8, ge=1, le=8)
+    max_bits: int = Field(MOST_PLANES, ge=1, le=MOST_PLANES)
     """n: planes that each layer starts with. Unset, with `act_bits` 8 or fewer: 7, since int8 engines hold no integers of 8 planes."""
     act_bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, 32, "auto"] = 32
     """Bits of the inputs of quantized layers; 32 leaves them float, 1 is XNOR-Net's sign, `auto` gives each layer 2 to 8 within

@@ -20,6 +20,7 @@ from csqcli.quant.budget import Budget, make_budget
 from csqcli.quant.catalog import MethodSettings
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
+from csqcli.quant.names import MOST_PLANES
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Plan:
     state_dtype: torch.dtype = torch.float32  # of what is kept per weight; bfloat16 takes half the memory
 
 
-def plan_for(layers: Sequence[Layer], target: float, schedule: Schedule, *, bits: int = 8, **more: Any) -> Plan:
+def plan_for(
+    layers: Sequence[Layer], target: float, schedule: Schedule, *, bits: int = MOST_PLANES, **more: Any
+) -> Plan:
     """The plan for a target of mean planes over elements, without rules for single layers. ``more`` are Plan's fields."""
     return Plan(schedule, make_budget(layers, target, bits=bits), **more)
 
@@ -73,7 +76,7 @@ class WeightMethod(ABC):
     takes: ClassVar[Literal["target", "planes", "either"]] = "target"  # searches planes itself, is given them, or both
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     least_planes: ClassVar[int] = 0  # of a layer, as most_planes: a recipe that asks for fewer or more is refused
-    most_planes: ClassVar[int] = 8
+    most_planes: ClassVar[int] = MOST_PLANES
     finetunes: ClassVar[bool] = (
         False  # whether it accepts Plan.start; delivered integers are else trained on by `staged`
     )
