@@ -663,13 +663,13 @@ def sweep(
         found = csqcli.sweep("resnet18", targets=[1, 1.5, 2, 3, 4], data="/imagenet", output="runs/sweep", epochs=5)
         print([(run["target_bits"], run["top1"], run["bytes"]) for run in found["runs"] if run["on_front_bytes"]])
     """
-    from csqcli.sweeping.plan import Sweep
+    from csqcli.sweeping.plan import Sweep, parse_targets
 
     planned = Sweep(
         recipe=recipe,
         overrides=_together({"model.source": model, "data.source": data}, settings),
         output=Path(output) if output is not None else None,
-        targets=targets if targets is None or isinstance(targets, str) else ",".join(map(str, targets)),
+        targets=parse_targets(targets) if isinstance(targets, str) else targets,
         baselines=list(baselines),
         warm=warm,
         warm_epochs=warm_epochs,

@@ -129,7 +129,7 @@ def sweep(**options: Any) -> None:
 
     Example: csq sweep resnet18 --targets 1,1.5,2,3,4 --data /imagenet --output runs/sweep
     """
-    from csqcli.sweeping.plan import Sweep, words
+    from csqcli.sweeping.plan import Sweep, parse_targets, words
     from csqcli.system.progress import Display, counted
 
     own = {name: options.pop(name) for name in _OWN}
@@ -138,7 +138,7 @@ def sweep(**options: Any) -> None:
         recipe=options["recipe"],
         overrides=search_settings(options),
         output=own["output"],
-        targets=own["targets"],
+        targets=parse_targets(own["targets"]) if own["targets"] is not None else None,
         baselines=words(own["with_"] or ""),
         warm=own["warm"],
         warm_epochs=own["warm_epochs"],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from csqcli.errors import UserError
 from csqcli.quant.catalog import UNIFORM, MethodCard, find_card
+from csqcli.quant.names import MOST_PLANES
 from csqcli.recipe.complete import check_complete, check_data_given, check_model_given
 from csqcli.recipe.resolve import of_every_method, resolve
 from csqcli.recipe.schema import Recipe
@@ -45,7 +46,7 @@ class Sweep:
     recipe: str  # name or file
     overrides: Mapping[str, Any]  # recipe keys laid over it, none of them a target
     output: Path | None  # None: runs/MODEL-sweep
-    targets: str | None  # as typed; None: the highest alone, which --max-drop begins with
+    targets: Sequence[float] | None  # mean planes; None: the highest alone, which --max-drop begins with
     baselines: Sequence[str] = ()
     warm: bool = False  # whether all targets but the highest begin with that one's weights; docs/sweeps.md has the cost
     warm_epochs: int | None = None
@@ -63,7 +64,7 @@ class Sweep:
         object.__setattr__(self, "folder", self.output or sweep_folder(base))
         if self.targets is None and self.max_drop is None:
             raise UserError("no targets given", hint="pass --targets, e.g. --targets 1,1.5,2,3,4, or --max-drop 1")
-        asked = [min(_DROP_TARGET, base.card.most_planes)] if self.targets is None else parse_targets(self.targets)
+        asked = [min(_DROP_TARGET, base.card.most_planes)] if self.targets is None else _checked_targets(self.targets)
         object.__setattr__(self, "planes", sorted(asked, reverse=True))
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UserError(f"{self.max_drop:g} is no number of points from 0 to 100", where="--max-drop")
@@ -186,20 +187,29 @@ def words(text: str) -> list[str]:
 
 
 def parse_targets(text: str) -> list[float]:
-    """The targets of ``--targets 1,1.5,2``. UserError for what is no number above 0 and at most 8, and for one given twice."""
+    """The numbers of ``--targets 1,1.5,2``. UserError for what is none."""
     found: list[float] = []
     for word in text.split(","):
         try:
-            target = float(word)
+            found.append(float(word))
         except ValueError:
-            target = math.nan
-        if not 0 < target <= 8:
-            what = f"`{word.strip()}` is no target: mean planes per weight, above 0 and at most 8"
-            raise UserError(what, where="--targets", hint="e.g. --targets 1,1.5,2,3,4")
-        if target in found:
-            raise UserError(f"{target:g} is there twice", where="--targets", hint="leave one out")
-        found.append(target)
+            raise _no_target(word.strip()) from None
     return found
+
+
+def _checked_targets(targets: Sequence[float]) -> list[float]:
+    """UserError for what is no number of planes above 0 and up to the most, and for one given twice."""
+    for place, target in enumerate(targets):
+        if not isinstance(target, Real) or not 0 < target <= MOST_PLANES:  # NaN is refused too
+            raise _no_target(f"{target:g}" if isinstance(target, Real) else str(target))
+        if target in targets[:place]:
+            raise UserError(f"{target:g} is there twice", where="--targets", hint="leave one out")
+    return [float(target) for target in targets]
+
+
+def _no_target(given: str) -> UserError:
+    what = f"`{given}` is no target: mean planes per weight, above 0 and at most {MOST_PLANES}"
+    return UserError(what, where="--targets", hint="e.g. --targets 1,1.5,2,3,4")
 
 
 def sweep_folder(recipe: Recipe) -> Path:

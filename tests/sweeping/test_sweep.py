@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -612,18 +613,32 @@ def test_jobs_of_submitit_run_the_same_commands(tmp_path: Path) -> None:
 
 
 def planned(**more: Any) -> Sweep:
-    settings = {"recipe": "digits", "overrides": {"epochs": 10}, "output": None, "targets": "1,2,4"}
+    settings = {"recipe": "digits", "overrides": {"epochs": 10}, "output": None, "targets": [1, 2, 4]}
     return Sweep(**{**settings, **more})
+
+
+def test_targets_are_numbers_and_those_that_are_none_are_refused() -> None:
+    third = 1 / 3
+    assert planned(targets=[third, 2], overrides={"epochs": 10, "layers.floor": 0}).planes == [2.0, third]
+    for targets, why in (
+        ([2, 0], "`0` is no target"),
+        ([8.5], "`8.5` is no target"),
+        ([math.nan], "`nan` is no target"),
+        (["2"], "`2` is no target"),
+        ([2, 1, 2.0], "2 is there twice"),
+    ):
+        with pytest.raises(UserError, match=why):
+            planned(targets=targets)
 
 
 def test_five_warm_targets_cost_at_most_three_runs() -> None:
     for epochs in range(2, 40):
-        runs = planned(targets="1,1.5,2,3,4", overrides={"epochs": epochs}, warm=True).members()
+        runs = planned(targets=[1, 1.5, 2, 3, 4], overrides={"epochs": epochs}, warm=True).members()
         assert sum(member.recipe.epochs for member in runs) <= 3 * epochs, epochs
 
 
 def test_every_target_and_method_has_every_seed_after_the_recipes_own() -> None:
-    sweep = planned(overrides={"epochs": 10, "seed": 5}, targets="2,4", baselines=["lsq"], seeds=2)
+    sweep = planned(overrides={"epochs": 10, "seed": 5}, targets=[2, 4], baselines=["lsq"], seeds=2)
     assert [(run.key, run.recipe.seed) for run in sweep.members()] == [
         *(("staged-4bit", 5), ("staged-2bit", 5), ("lsq-4bit", 5), ("lsq-2bit", 5)),
         *(("staged-4bit-seed6", 6), ("staged-2bit-seed6", 6), ("lsq-4bit-seed6", 6), ("lsq-2bit-seed6", 6)),
@@ -639,7 +654,7 @@ def test_settings_of_the_methods_own_do_not_reach_baselines() -> None:
 
 def left_out(baseline: str, **overrides: Any) -> tuple[list[float], list[str]]:
     """The targets that a baseline runs at, and why not at the others."""
-    asked = planned(targets="0.5,1,1.5,2", overrides={"epochs": 10, **overrides}, baselines=[baseline])
+    asked = planned(targets=[0.5, 1, 1.5, 2], overrides={"epochs": 10, **overrides}, baselines=[baseline])
     return [run.target for run in asked.members() if run.method == baseline], asked.left_out()
 
 
