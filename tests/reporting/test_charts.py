@@ -107,8 +107,14 @@ def test_the_front_is_what_no_point_beats() -> None:
 
 def test_a_line_of_one_point_and_one_of_equal_values_are_drawn() -> None:
     words = {"description": "", "x_label": "epoch", "y_label": "bits"}
-    for points in ([(1, 3.0)], [(1, 3.0), (2, 3.0)], [(1, 0.0)], []):
-        ET.fromstring(charts.lines("one", "One", [Series("a", points)], **words).svg())
+    for points in ([(1, 3.0)], [(1, 3.0), (2, 3.0)], [(1, 0.0)], [(1, 3.0), (2, None), (3, 3.0)], []):
+        root = ET.fromstring(charts.lines("one", "One", [Series("a", points)], **words).svg())
+        seen = [y for _, y in points if y is not None]
+        dots = root.findall(f".//{SVG}circle")
+        assert len(dots) == len(seen)
+        assert len(root.findall(f".//{SVG}path")) == 1
+        assert len({dot.get("cy") for dot in dots}) == min(len(seen), 1)  # equal values are drawn at one height
+        assert len({dot.get("cx") for dot in dots}) == len(seen)
 
 
 def test_labels_at_the_ends_of_lines_do_not_touch() -> None:
