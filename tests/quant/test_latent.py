@@ -110,6 +110,7 @@ def test_channels_of_zeros_and_of_one_value_survive() -> None:
     weight[1] = -0.25
     step = mse_step(weight, 3, channel_dim=0)
     assert torch.isfinite(step).all()
+    torch.testing.assert_close(step[[0, 2]], torch.full((2,), 0.1))
     assert torch.equal(quantize(weight, step.view(-1, 1), 3)[[0, 2]], torch.zeros(2, 7))
     torch.testing.assert_close(quantize(weight, step.view(-1, 1), 3) * step.view(-1, 1), weight)
 

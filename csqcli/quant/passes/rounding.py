@@ -35,7 +35,7 @@ def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None, grid: int 
     """The step that minimises the squared rounding error of ±(2^k−1), [1] or [channels] along ``channel_dim``.
 
     A grid over fractions of the largest magnitude, then alternating refits (integers for the step, least-squares step
-    for the integers). All-zero channels get step 1, where every integer is zero.
+    for the integers). All-zero channels get a step of 0.1, where every integer is zero.
     """
     rows = weight.detach().reshape(1, -1) if channel_dim is None else weight.detach().movedim(channel_dim, 0).flatten(1)
     at_a_time = max(1, _CHUNK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
