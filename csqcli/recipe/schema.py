@@ -15,7 +15,7 @@ from csqcli.quant.catalog import AUTO, MANUAL, TRIALS, MethodCard, MethodSetting
 from csqcli.quant.costs import WEIGHTS
 from csqcli.quant.names import MOST_PLANES
 from csqcli.system.limits import check_arguments
-from csqcli.system.settings import LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
+from csqcli.system.settings import HASHED_ELSEWHERE, LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
@@ -41,7 +41,7 @@ class ModelSettings(Section):
     """Keyword arguments for the model's constructor, e.g. `{drop_path_rate: 0.1}`."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """Which weights to take where a checkpoint holds both averaged (EMA) and raw ones; `auto` takes the averaged."""
-    warm_start: Annotated[str | None, RESULT_NEUTRAL] = None
+    warm_start: Annotated[str | None, HASHED_ELSEWHERE] = None
     """Weights that the search begins with in place of the float model's, which stays what is compared with and distilled from:
     the latents.safetensors that `csq sweep` leaves beside the model of the highest target, or another checkpoint of the network."""
     head: Literal["auto", "keep", "subset", "new"] = "auto"

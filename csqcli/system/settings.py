@@ -1,8 +1,9 @@
 """What every section of a recipe is made of: strict pydantic models whose docstrings are their help.
 
-Two marks stand on fields, so that no list of names elsewhere can go stale: :data:`RESULT_NEUTRAL` for settings that do not
-change what a run delivers, and :data:`USERS_ONLY` for settings that a recipe inside a model file may not make, because they
-name what is read, imported or started.
+Marks stand on fields, so that no list of names elsewhere can go stale: :data:`RESULT_NEUTRAL` for settings that do not
+change what a run delivers, :data:`HASHED_ELSEWHERE` for a path of which the file's content does, whose hash a run keeps by itself,
+and :data:`USERS_ONLY` for settings that a recipe inside a model file may not make, because they name what is read, imported or
+started.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 RESULT_NEUTRAL = "result-neutral"
+HASHED_ELSEWHERE = "hashed-elsewhere"
 USERS_ONLY = "users-only"
 LARGE = 1e6  # beyond every rate and strength that means anything; squares of it are still numbers in float32
 

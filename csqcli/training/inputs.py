@@ -16,7 +16,7 @@ from csqcli.errors import UserError
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.distributed import Shard
-from csqcli.system.settings import RESULT_NEUTRAL, flat, without
+from csqcli.system.settings import HASHED_ELSEWHERE, RESULT_NEUTRAL, flat, without
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def check_same(then: Inputs, now: Inputs, *, where: str) -> None:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    settings = flat(without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL)))
+    left = without(recipe.to_dict(), Recipe.keys_marked(RESULT_NEUTRAL))
+    settings = flat(without(left, Recipe.keys_marked(HASHED_ELSEWHERE)))  # their hashes are fields of Inputs
     if recipe.data.source is not None:
         settings["data.source"] = same_place(recipe.data.source)
     if recipe.data.calib is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 import csqcli
 from csqcli import pipeline
 from csqcli.errors import UserError
-from csqcli.sweeping import launching, page, running, summary
+from csqcli.sweeping import folder, launching, page, running, summary
 from csqcli.sweeping.launching import environment, run_elsewhere
 from csqcli.sweeping.plan import Member, Sweep
 from csqcli.sweeping.sweep import _next, least_target
@@ -755,3 +756,15 @@ def test_the_table_marks_the_front_and_fits_the_terminal() -> None:
         assert [name for name, line in rows.items() if "bytes" in line] == ["net-4bit", "net-2bit", "net-1bit"]
         assert all(f"{size:,}" in line for size, line in zip((4000, 2000, 2500, 1000), rows.values(), strict=True))
         assert any("smallest" in line and "net-2bit" in line for line in lines)
+
+
+def test_a_sweep_from_other_weights_is_another_sweep(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b", "a")):
+        asked = planned(output=tmp_path / "sweep", overrides={"epochs": 10, "model.warm_start": f"{name}.safetensors"})
+        with contextlib.ExitStack() as stack:
+            if name == "b":
+                stack.enter_context(
+                    pytest.raises(UserError, match=r"other settings \(model.warm_start a.safetensors there")
+                )
+            with folder.opened(asked):
+                folder.write_plan(asked, asked.members() if number == 0 else [])

@@ -20,6 +20,21 @@ from csqcli.training import inputs
 from csqcli.training.loop import Trainer
 
 
+def test_the_path_of_weights_to_begin_with_is_no_input_but_their_hash_is(tmp_path: Path) -> None:
+    images = Images(torch.zeros(2, dtype=torch.long), pixels=torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    data = DataSet("two", ["one"], images, images)
+
+    def asked(path: str, digest: str) -> inputs.Inputs:
+        recipe = resolve("digits", {"quantization.target_bits": 2, "model.warm_start": path})
+        return inputs.inputs_of(recipe, data, Shard(), source_sha256=digest)
+
+    assert inputs.difference(asked("here.safetensors", "1"), asked("there.safetensors", "1")) == ""
+    assert (
+        inputs.difference(asked("here.safetensors", "1"), asked("here.safetensors", "2"))
+        == "was started from another file"
+    )
+
+
 @pytest.fixture
 def stopped(csq, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """A run on an image folder, stopped after its first epoch; call it to resume with further arguments: (code, stderr)."""
