@@ -22,7 +22,6 @@ from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import QuantizedFile
-from csqcli.file.labels import open_held_out, with_labels_of
 from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
 from csqcli.models.checkpoints import Weights
@@ -41,6 +40,7 @@ from csqcli.training.adapt import adapt
 from csqcli.training.budgets import check_targets, check_written_planes, latency_reached
 from csqcli.training.deliver import deliver, publish, rehearse, write_report
 from csqcli.training.evaluate import Accuracy, check_scores, evaluate
+from csqcli.training.labels import open_held_out, with_labels_of
 from csqcli.training.limits import measure_ways
 from csqcli.training.loop import Trainer
 from csqcli.training.named import check_named, check_optimizer
@@ -54,7 +54,6 @@ from csqcli.training.shared_start import SharedStart
 from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
 
 _FITTINGS = 4  # tries at a size in bytes; the second is exact but for what BatchNorm's statistics deflate to
-_LONG_SECONDS = 0.012345678901234567  # written with as many digits as any measured time
 _FINETUNE_RATE = 0.4  # of the search's peak learning rate, where the recipe says nothing
 
 
@@ -341,23 +340,11 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
 
 
 def _ship(file: Path, output: Path, form: str, *, display: Display) -> int:
-    """Write ``file`` as ``output`` in a form of `csq export`, verified. Bytes that it takes at most, which do not depend on the
-    moment: a certificate states how long loading took, and the same run must fit to the same size again."""
+    """Write ``file`` as ``output`` in a form of `csq export`, verified. The bytes that it takes at most."""
     from csqcli.exporting.run import export_file
 
     export_file(file, output, form=form, trust_code=True, force=True, display=display)
-    written = io.read(output)
-    parity = written.manifest.parity
-    assert parity is not None
-    parity.load_seconds, parity.file_bytes = _LONG_SECONDS, 0
-    written.manifest.sizes.file_bytes = file.stat().st_size  # as in what was written; reading put its own size there
-    twin = output.with_name(f".{output.name}.twin")
-    try:
-        return (
-            io.write(twin, written, form="bit-packed", parity=parity) + 16
-        )  # other seconds, and what pads a header to 8
-    finally:
-        twin.unlink(missing_ok=True)
+    return sizing.most_bytes(output, made_from=file)
 
 
 def _shipped_bytes(file: Path, form: str) -> int:

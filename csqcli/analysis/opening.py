@@ -18,7 +18,6 @@ from csqcli.data.transforms import choose_augment
 from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.io import QuantizedFile
-from csqcli.file.labels import open_held_out, with_labels_of
 from csqcli.file.loading import hard_model
 from csqcli.file.manifest import Manifest
 from csqcli.models.coverage import Operations, count_macs
@@ -30,6 +29,7 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display, counted
 from csqcli.training.evaluate import check_scores
+from csqcli.training.labels import open_held_out, with_labels_of
 from csqcli.training.latencies import Latencies
 from csqcli.training.limits import Ways, measure_ways
 from csqcli.training.opening import check_task, open_images, open_model

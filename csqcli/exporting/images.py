@@ -5,7 +5,7 @@ from __future__ import annotations
 from csqcli.data.loaders import Loader, LoaderSettings, make_loader
 from csqcli.data.specs import ValSplit
 from csqcli.file.io import QuantizedFile
-from csqcli.file.labels import open_held_out, with_labels_of
+from csqcli.training.labels import open_held_out, with_labels_of
 
 _BATCH = 32
 

@@ -36,11 +36,30 @@ _SPARE = 96  # bytes: numbers in the certificate and in the manifest that are kn
 _BISECTIONS = 12
 _SURELY_LEFT = 0.5  # of the integers' bytes, after training in float
 _MOST_SHRUNK = 0.1  # of a level's width
+_LONG_SECONDS = 0.012345678901234567  # written with as many digits as any measured time
+_OTHERS = 16  # bytes: other seconds, and what pads a header to 8
 
 Shipped = Callable[[Path, str], int]  # a model file and a form → bytes of the file that would ship
 
 
 @torch.no_grad()
+def most_bytes(shipped: Path, *, made_from: Path) -> int:
+    """Bytes that a bit-packed file takes at most, which do not depend on the moment that it was written at: a certificate states how
+    long loading took, and the same run must fit to the same size again."""
+    written = io.read(shipped)
+    parity = written.manifest.parity
+    assert parity is not None
+    parity.load_seconds, parity.file_bytes = _LONG_SECONDS, 0
+    written.manifest.sizes.file_bytes = (
+        made_from.stat().st_size
+    )  # as in what was written; reading put its own size there
+    twin = shipped.with_name(f".{shipped.name}.twin")
+    try:
+        return io.write(twin, written, form="bit-packed", parity=parity) + _OTHERS
+    finally:
+        twin.unlink(missing_ok=True)
+
+
 def measure(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]], shipped: Shipped) -> None:
     """Set ``run.ships`` from the weights as they are. UserError where the size is below what the file holds beside integers."""
     most, rows, middle = run.recipe.quantization.max_bits, [], []
