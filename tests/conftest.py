@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from csqcli.system.heap import keep_freed_memory
 from tests import commands, traces
 
 commands.make_once()
-traces.remember()
 keep_freed_memory()  # as the command does, from the first test on
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: workers share the cores already
@@ -52,6 +51,13 @@ def csq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(exit_.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def remembered_traces() -> Iterator[None]:
+    """The networks that a file's tests export are traced once: for files that export the same ones again and again."""
+    with traces.remembered():
+        yield
 
 
 @pytest.fixture

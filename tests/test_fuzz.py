@@ -36,6 +36,8 @@ from tests.fuzz import runner, tensors, text, values
 from tests.fuzz.corpus import build_corpus
 from tests.quantized_models import make_file
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 SHARED = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

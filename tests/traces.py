@@ -7,10 +7,12 @@ this cannot describe completely, goes through the real thing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 from torch import Tensor, nn
 
 from csqcli.exporting import onnx_graph
@@ -20,9 +22,13 @@ from csqcli.quant.hard_layer import HardLayer
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def remember() -> None:
-    """From here on `onnx_graph.trace` traces what it has not traced before in this process, and copies what it has."""
-    honest, found = onnx_graph.trace, dict[str, tuple[bytes, set[str]]]()
+_FOUND: dict[str, tuple[bytes, set[str]]] = {}  # of this process: the same few networks are exported in many files
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """Inside, `onnx_graph.trace` traces what it has not traced before in this process, and copies what it has."""
+    honest, found = onnx_graph.trace, _FOUND
 
     def trace(
         model: nn.Module,
@@ -49,7 +55,9 @@ def remember() -> None:
             onnx.ModelProto.FromString(content), [layer for layer in layers if layer.name in names], absent
         )
 
-    onnx_graph.trace = trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_graph, "trace", trace)
+        yield
 
 
 def _description(model: nn.Module, layers: Sequence[HardLayer]) -> str | None:

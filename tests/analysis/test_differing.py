@@ -18,6 +18,8 @@ from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.loading import hard_model
 from csqcli.models.fitting import load_for
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 
 def recorded(model: nn.Module, images: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs and outputs of modules that are called once."""

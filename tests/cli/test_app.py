@@ -21,6 +21,8 @@ import csqcli
 from csqcli.file import io
 from csqcli.system import memory
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 FAST = ("--set", "optimizer.lr=0.02", "--epochs", "1", "--quiet")
 CONTRACT = {
     "schema_version": None,

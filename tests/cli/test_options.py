@@ -22,6 +22,8 @@ import yaml
 from csqcli.cli.app import app
 from tests.drawing import needs_png
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 SEARCH = "search --recipe digits --target-bits 2 -o OUT --quiet --set max_steps=1 --epochs 1"
 FINETUNE = "finetune RUN --data digits -o OUT --quiet --set max_steps=1 --epochs 1"
 

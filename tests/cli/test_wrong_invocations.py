@@ -27,6 +27,8 @@ from csqcli import api
 from csqcli.cli.app import app
 from csqcli.models.networks import digits_cnn
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 WRITE = os.environ.get("CSQ_SNAPSHOT") == "write"
 SNAPSHOT = Path(__file__).with_name("wrong_invocations.txt")
 DIGITS = "search --recipe digits -o new --quiet"

@@ -24,6 +24,8 @@ from csqcli.models.spec import parse
 from csqcli.quant.layers import find_layers
 from csqcli.system.progress import Display
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 onnx = pytest.mark.skipif(engines._missing("ort") != [], reason="needs the [onnx] extra")
 litert = pytest.mark.skipif(engines._missing("litert") != [], reason="needs the [litert] extra")
 INPUTS = Path(__file__).parents[1] / "file" / "fixtures" / "digits_schema1.safetensors"  # with 8-bit inputs

@@ -26,6 +26,8 @@ from csqcli.models import libraries as sources
 from csqcli.models.networks import digits_cnn
 from csqcli.quant.hard_layer import HardLayer
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 FORMS = ("compact", "int8-packed", "bit-packed", "state-dict")
 TRAPS = "quantized_models:Traps"
 

@@ -31,6 +31,8 @@ from onnx import numpy_helper
 
 from csqcli.exporting import int8_graph, onnx_graph, run, verify
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 NARROW = ("11100000", "11000000", "11110000")
 
 

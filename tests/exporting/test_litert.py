@@ -30,6 +30,8 @@ from csqcli.pipeline import evaluate_file
 from csqcli.quant import activations
 from csqcli.quant.layers import find_layers
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 _PACKAGES = ("ai_edge_litert", "flatbuffers", "onnx", "onnxscript", "onnxruntime")
 litert = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in _PACKAGES), reason="needs the [litert] extra"

@@ -28,6 +28,8 @@ from csqcli.exporting import onnx_graph, run, runtime, timing, unpacking, verify
 from csqcli.exporting.forms.onnx import Onnx
 from csqcli.exporting.verify import ParityError
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 TRAPS = "quantized_models:Traps"
 
 

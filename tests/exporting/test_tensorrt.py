@@ -30,6 +30,8 @@ from csqcli.exporting import run
 from csqcli.exporting.forms.onnx import Onnx
 from csqcli.exporting.verify import ParityError
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 SOURCE = "tests.exporting.test_tensorrt:Mixed"
 NARROW = ("11100000", "11000000", "11110000")  # largest |Q|: 7, 3, 15
 WIDE = ("11111111", "11000000")

@@ -20,6 +20,8 @@ from csqcli.quant.activation_widths import _losses, find_widths
 from csqcli.quant.activations import ActivationQuantizer, InputSample, quantizer_of
 from csqcli.quant.layers import find_layers
 
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
 IMAGES = torch.randn(40, 6, generator=torch.Generator().manual_seed(5))
 
 
