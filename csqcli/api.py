@@ -263,7 +263,8 @@ def evaluate(
         raise UserError("no file given", where="csqcli.evaluate", hint="name one, or a float model by `model`")
     if weights != "auto" or input_size is not None or settings:
         given = "weights" if weights != "auto" else "input_size" if input_size is not None else next(iter(settings))
-        raise UserError("is for float models", where=given, hint="name one by --model; a csq file knows its own")
+        what = f"`{given}` is about a float model, and none is named"
+        raise UserError(what, hint="name one by --model (model=), or leave it out: a csq file knows its own")
     with undisturbed():
         accuracy, manifest = pipeline.evaluate_file(
             model_of(file),
@@ -492,7 +493,8 @@ def inspect(
 
     if isinstance(model, str):
         with undisturbed():
-            loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
+            with sources.without_weights("leave --pretrained (pretrained=True) out"):
+                loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
             own = loaded.data_config["input_size"]
             size = (*own[:-2], input_size, input_size) if isinstance(input_size, int) else input_size or own
             return coverage.coverage(loaded.model, size, exclude=exclude, task=sources.task_of(loaded.spec))
@@ -532,7 +534,7 @@ def allocate(
         shape, weights, macs, planes, share of what is spent (0 to 1), importance of each plane (or null).
 
     Raises:
-        UserError: as :func:`search`, for allocators that cannot be had, and for an ``output`` that exists.
+        UserError: as :func:`search`, for allocators that are not available, and for an ``output`` that exists.
 
     Example::
 
@@ -609,7 +611,9 @@ def sensitivity(
     wanted = sorted(set(widths))
     if not wanted or not all(type(width) is int and 1 <= width <= 8 for width in wanted):
         listed = ", ".join(map(str, widths))
-        raise UserError(f"`{listed}` are not widths", where="widths", hint="whole numbers from 1 to 8, as 1,2,4")
+        raise UserError(
+            f"`{listed}` is not a list of widths", where="widths", hint="whole numbers from 1 to 8, as 1,2,4"
+        )
     resolved = resolve(recipe, _together({"model.source": model, "data.source": data}, settings))
     check_model_given(resolved)
     check_data_given(resolved)

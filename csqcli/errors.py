@@ -137,6 +137,11 @@ def no_such_file(path: Path) -> UserError:
     return UserError("is a folder", where=str(path), hint=hint)
 
 
+def no_data_given() -> UserError:
+    """For a command that needs images and was told of none."""
+    return UserError("no data given", hint="pass --data FOLDER, or another kind of data that `csq search --help` lists")
+
+
 def install(extra: str) -> str:
     """``pip install 'csq[onnx]'``: what puts the packages of an extra beside csq, whichever way csq was installed."""
     return f"pip install 'csq[{extra}]'"

@@ -26,6 +26,7 @@ from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
 from csqcli.models.checkpoints import Weights
 from csqcli.models.fitting import load_for
+from csqcli.models.libraries import without_weights
 from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant.layers import Layer, layers_named
 from csqcli.recipe.complete import check_complete
@@ -563,15 +564,16 @@ def evaluate_checkpoint(
     target = pick_device(device)
     images = open_data(data_source, train=False, val_split=val_split, val_limit=val_limit)
     weights_file = open_checkpoint(checkpoint) if checkpoint is not None else None
-    fitted = load_for(
-        model,
-        images.classes,
-        head="keep",
-        checkpoint=weights_file,
-        weights=weights,
-        arguments=recipe.model.arguments,
-        classes_from=images.source,
-    )
+    with without_weights("give a checkpoint of it as the first argument"):
+        fitted = load_for(
+            model,
+            images.classes,
+            head="keep",
+            checkpoint=weights_file,
+            weights=weights,
+            arguments=recipe.model.arguments,
+            classes_from=images.source,
+        )
     images = images.relabelled(fitted.outputs, fitted.names)
     display = display or Display(quiet=True)
     for note in fitted.loaded.notes:

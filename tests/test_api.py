@@ -88,7 +88,7 @@ def test_a_finished_run_is_kept_without_force(run: tuple[Path, dict[str, Any]]) 
     [
         ({"epoch": 3}, "unknown key `epoch`; did you mean `epochs`"),
         ({"recipe": "digit"}, "no such recipe or file; did you mean `digits`"),
-        ({"target_bits": 9}, "target_bits 9 is more than max_bits 8"),
+        ({"target_bits": 9}, "target_bits 9 is too many; at most 8"),
         ({"model": "resnet81"}, "unknown model"),
         ({"optimizer": {"lr": 1}}, "unknown key `optimizer`"),
         ({"lr": "fast"}, "optimizer.lr"),

@@ -161,7 +161,10 @@ def test_a_finetune_takes_neither_model_nor_data_from_the_file(
     planted = {"model": named, "data": {"source": "cifar10:/etc", "batch_size": 64, "workers": 999}, "compile": True}
     path = forged(digits_file, tmp_path / "in.safetensors", lambda manifest: manifest.update(recipe=planted))
     code, _, err = csq("finetune", path, "-o", tmp_path / "out")
-    assert (code, err) == (2, "csq: error: no data given; pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)\n")
+    assert (code, err) == (
+        2,
+        "csq: error: no data given; pass --data FOLDER, or another kind of data that `csq search --help` lists\n",
+    )
     run = ("--data", "digits", "--epochs", 1, "--set", "max_steps=1", "--quiet")
     assert csq("finetune", path, "-o", tmp_path / "out", *run)[0] == 0
     kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())

@@ -137,7 +137,7 @@ def test_evaluate_says_what_lacks(csq, photographs: Path, image_folder: Path) ->
     weights = photographs / "imagenet.safetensors"
     for words, wanted in (
         (("--data", image_folder), "no run or file given; name one that csq wrote, or a float model by --model"),
-        ((weights, "--model", MODEL), "no data given; --data takes folder:DIR"),
+        ((weights, "--model", MODEL), "no data given; pass --data FOLDER"),
         ((weights, "--model", MODEL, "--data", image_folder), "imagenet.safetensors: the weights have 1000 outputs, "),
         ((weights, "--data", image_folder), "not a csq file"),
     ):  # fmt: skip

@@ -20,6 +20,7 @@ from csqcli.file.header import GRAPHS, is_quantized
 from csqcli.file.loading import check_trusted, hard_model
 from csqcli.file.manifest import Manifest
 from csqcli.models.fitting import load_for
+from csqcli.models.libraries import without_weights
 from csqcli.models.spec import parse
 from csqcli.quant.measuring import Call, calls_of, evaluating, first_tensor
 from csqcli.quant.names import owner_of
@@ -263,9 +264,10 @@ def _float_model(float_: str, manifest: Manifest, *, trust_code: bool) -> nn.Mod
             hint = "name the quantized file's own model, a checkpoint of it, or a csq file"
             raise UserError(f"is not a {source}", where=float_, hint=hint)
     try:
-        fitted = load_for(
-            source, classes, checkpoint=checkpoint, arguments=manifest.model.arguments, classes_from="the file"
-        )
+        with without_weights("give a checkpoint of it in place of its name"):
+            fitted = load_for(
+                source, classes, checkpoint=checkpoint, arguments=manifest.model.arguments, classes_from="the file"
+            )
     except UserError as error:
         if checkpoint is None:
             raise

@@ -20,8 +20,7 @@ from csqcli.cli.options import (
     ValSplitOption,
     val_split,
 )
-from csqcli.data.specs import hint
-from csqcli.errors import UserError
+from csqcli.errors import no_data_given
 
 
 def diff(
@@ -63,7 +62,7 @@ def diff(
     from csqcli.system.run_files import model_of
 
     if data is None:
-        raise UserError("no data given", hint=hint())
+        raise no_data_given()
     read_manifest(model_of(quantized))  # what is wrong with the file is said before torch is imported
     found = api.diff(
         float_,

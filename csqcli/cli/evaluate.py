@@ -22,8 +22,8 @@ from csqcli.cli.options import (
     val_split,
     with_settings,
 )
-from csqcli.data.specs import help_text, hint
-from csqcli.errors import UserError
+from csqcli.data.specs import help_text
+from csqcli.errors import UserError, no_data_given
 
 
 def evaluate(
@@ -75,7 +75,7 @@ def evaluate(
     from csqcli.system.run_files import model_of
 
     if data is None:
-        raise UserError("no data given", hint=hint())
+        raise no_data_given()
     if file is None and model is None:
         raise UserError("no run or file given", hint="name one that csq wrote, or a float model by --model")
     if file is not None and model is None:

@@ -20,8 +20,7 @@ from csqcli.cli.options import (
     ValSplitOption,
     val_split,
 )
-from csqcli.data.specs import hint
-from csqcli.errors import UserError
+from csqcli.errors import UserError, no_data_given
 
 
 def explain(
@@ -48,7 +47,7 @@ def explain(
     from csqcli.system.run_files import model_of
 
     if data is None:
-        raise UserError("no data given", hint=hint())
+        raise no_data_given()
     if (file := model_of(run)).suffix in GRAPHS:
         raise UserError("its weights are inside of a graph", where=str(file), hint="explain the file it was made from")
     read_manifest(file)  # what is wrong with the file is said before torch is imported

@@ -90,5 +90,7 @@ def sensitivity(
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 4 for part in parts):
-        raise UserError(f"`{text}` are not widths", where="--widths", hint="whole numbers from 1 to 8, as 1,2,4")
+        raise UserError(
+            f"`{text}` is not a list of widths", where="--widths", hint="whole numbers from 1 to 8, as 1,2,4"
+        )
     return [int(part) for part in parts]

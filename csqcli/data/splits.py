@@ -20,7 +20,7 @@ class Reader(Protocol):
     """Encoded images that are no files of their own: members of an archive, rows of a table. Copied to loader processes."""
 
     def read(self, path: str) -> bytes:
-        """The bytes of an image, from anywhere in the data. One of `images.UNDECODABLE` where they cannot be had."""
+        """The bytes of an image, from anywhere in the data. One of `images.UNDECODABLE` where they are not available."""
         ...
 
     def size(self, path: str) -> int:

@@ -35,6 +35,22 @@ _INPUT_SIZES = {  # torchvision's models that are no image classifiers: an input
 }
 
 
+_OF_A_SEARCH = "pass --checkpoint FILE or --no-pretrained"
+
+
+class NoWeights(UserError):
+    """A library's pretrained weights that are not available. The hint is of a search; see :func:`without_weights`."""
+
+
+@contextlib.contextmanager
+def without_weights(hint: str) -> Iterator[None]:
+    """Inside, weights that are not available are an error with this hint: commands name the checkpoint in different places."""
+    try:
+        yield
+    except NoWeights as error:
+        raise UserError(error.what, where=error.where, hint=hint) from error.__cause__
+
+
 @dataclass
 class LoadedModel:
     """A model with its first weights, and what the data must look like for it."""
@@ -50,7 +66,7 @@ class LoadedModel:
 def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False) -> nn.Module:
     """The network of a spec. ``num_classes`` None leaves the constructor's own.
 
-    Raises UserError when arguments do not fit or pretrained weights cannot be had.
+    Raises UserError when arguments do not fit or pretrained weights are not available.
     """
     kwargs = dict(spec.arguments)
     try:
@@ -59,11 +75,7 @@ def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False)
             kwargs["num_classes"] = num_classes
         if spec.library == "csq":
             if pretrained:
-                raise UserError(
-                    "this architecture has no pretrained weights",
-                    where=spec.name,
-                    hint="pass --checkpoint FILE or --no-pretrained",
-                )
+                raise NoWeights("this architecture has no pretrained weights", where=spec.name, hint=_OF_A_SEARCH)
             return networks.REGISTRY[spec.name](**kwargs)
         if spec.library == "timm":
             return _build_timm(spec, kwargs, pretrained)
@@ -92,7 +104,7 @@ def load(
 
     ``num_classes`` None takes the library's own number of outputs; with ``own_head`` it gives way to the number that the
     weights have. ``weights`` chooses between averaged and raw weights where a checkpoint holds both. Raises UserError for
-    unknown models and for weights that do not fit or cannot be had.
+    unknown models and for weights that do not fit or are not available.
     """
     spec = parse(source, arguments)
     if checkpoint is None:
@@ -224,13 +236,10 @@ def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) ->
     return model
 
 
-def _no_weights(spec: ModelSpec, error: Exception) -> UserError:
+def _no_weights(spec: ModelSpec, error: Exception) -> NoWeights:
     reason = str(error).strip().splitlines()[0][:120].rstrip() if str(error).strip() else type(error).__name__
-    return UserError(
-        f"pretrained weights could not be had, no network or not in the local cache ({reason})",
-        where=spec.source,
-        hint="pass --checkpoint FILE, to `csq evaluate` as its first argument; a search also takes --no-pretrained",
-    )
+    what = f"pretrained weights are not available, no network or not in the local cache ({reason})"
+    return NoWeights(what, where=spec.source, hint=_OF_A_SEARCH)
 
 
 def _reachable(url: str) -> bool:

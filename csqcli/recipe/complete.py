@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from csqcli.errors import UserError
+from csqcli.errors import UserError, no_data_given
 from csqcli.quant.catalog import POST_TRAINING
 from csqcli.recipe.resolve import full_key
 from csqcli.recipe.schema import Recipe
@@ -61,13 +61,13 @@ def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
 def check_model_given(recipe: Recipe) -> None:
     """UserError for a recipe that names no model."""
     if recipe.model.source is None:
-        raise UserError("no model given", hint="name one, e.g. `csq search resnet18 …`, or use a recipe that does")
+        raise UserError("no model given", hint="name one, e.g. resnet18, or use a recipe that does")
 
 
 def check_data_given(recipe: Recipe) -> None:
     """UserError for a recipe that names no images."""
     if recipe.data.source is None:
-        raise UserError("no data given", hint="pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)")
+        raise no_data_given()
 
 
 def without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> list[str]:

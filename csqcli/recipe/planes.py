@@ -35,7 +35,7 @@ def read_planes(path: Path) -> dict[str, Any]:
     for name, count in raw["planes"].items():
         if not isinstance(name, str) or type(count) is not int or not 0 <= count <= MOST_PLANES:
             hint = f"a name or glob of weights, and a whole number from 0 to {MOST_PLANES}"
-            raise UserError(f"`{name}: {count}` is no line of planes", where=where, hint=hint)
+            raise UserError(f"`{name}: {count}` does not say how many planes a weight has", where=where, hint=hint)
     target = raw.get("target_bits")
     settings = {"quantization.planes": raw["planes"], "quantization.allocator": "manual"}
     return settings | ({"quantization.target_bits": target} if target is not None else {})

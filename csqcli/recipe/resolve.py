@@ -108,7 +108,7 @@ def _values(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops where the nesting gets deep, which PyYAML reads in quadratic time, and at a key that stands twice in a mapping."""
+    """Stops where the nesting gets deep, which PyYAML reads in quadratic time, and at a key that occurs twice in a mapping."""
 
     depth = 0
 
@@ -124,7 +124,7 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
         twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
         if twice is not None:
-            raise yaml.YAMLError(f"`{twice}` stands twice in one section; the first would be lost")
+            raise yaml.YAMLError(f"`{twice}` occurs twice in one section; the first would be lost")
         return super().construct_mapping(node, deep=deep)
 
 

@@ -155,8 +155,11 @@ class QuantizationSettings(Section):
 
     @model_validator(mode="after")
     def _activations_agree(self) -> QuantizationSettings:
-        if (self.act_bits == "auto") != (self.target_act_bits is not None):
-            raise ValueError("act_bits auto and target_act_bits go together")
+        if self.act_bits == "auto" and self.target_act_bits is None:
+            raise ValueError("act_bits auto needs target_act_bits; pass --target-act-bits, e.g. --target-act-bits 4")
+        if self.act_bits != "auto" and self.target_act_bits is not None:
+            change = "say act_bits auto" if self.act_bits == 32 else "leave --act-bits out"
+            raise ValueError(f"target_act_bits is a mean of searched widths, and act_bits is {self.act_bits}; {change}")
         if self.act_bits == 1 and self.act_method != "xnor":
             raise ValueError(f"act_bits 1 has act_method xnor, not {self.act_method}")
         if self.act_bits not in (1, 32) and self.act_method == "xnor":
@@ -387,7 +390,8 @@ class Recipe(Section):
     def _target_within_planes(self) -> Recipe:
         target, planes = self.quantization.target_bits, self.quantization.max_bits
         if target is not None and target > planes and self.card.takes != "planes":
-            raise ValueError(f"target_bits {target:g} is more than max_bits {planes}")
+            most = f"{planes}" if planes == MOST_PLANES else f"{planes}, which is quantization.max_bits"
+            raise ValueError(f"target_bits {target:g} is too many; at most {most}")
         return self
 
     @model_validator(mode="after")

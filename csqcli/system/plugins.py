@@ -46,7 +46,7 @@ class Registry(Generic[T]):
 
 
 def import_attribute(name: str, *, where: str = "") -> Any:
-    """``package.module:attribute``, the working directory included. UserError in one line where it cannot be had."""
+    """``package.module:attribute``, the working directory included. UserError in one line where it cannot be imported."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UserError(f"`{name}` is not package.module:name", where=where)

@@ -22,8 +22,11 @@ _OF_A_RUN = (METRICS_FILE, RESUME_FILE, PREVIOUS_FILE, LOCK_FILE)  # what there 
 
 
 def model_of(run: str | Path) -> Path:
-    """The model's file where a run's folder is named, and ``run`` itself where a file is. UserError for a folder without one."""
+    """The model's file where a run's folder is named, and ``run`` itself where a file is. UserError for a folder without one, and
+    for another file of a run."""
     folder = Path(run)
+    if folder.name in (REPORT_FILE, METRICS_FILE, RECIPE_FILE) and folder.is_file():
+        raise UserError("is not the model", where=str(folder), hint=f"give the run's folder, {folder.parent}")
     if not folder.is_dir() or (folder / MODEL_FILE).is_file():
         return folder / MODEL_FILE if folder.is_dir() else folder
     if any((folder / name).is_file() for name in _OF_A_RUN):

@@ -224,7 +224,7 @@ class _Work:
     # -- rounding
 
     def _round_unseen(self) -> None:
-        """Layers whose inputs cannot be had, or are too many, keep the nearest levels: they hold them from the start."""
+        """Layers whose inputs are not available, or are too many, keep the nearest levels: they hold them from the start."""
         unseen = sorted(set(range(len(self.layers))) - set(self.order))
         for index in unseen:
             self.method.write(index)

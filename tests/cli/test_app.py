@@ -301,9 +301,9 @@ def test_an_image_folder_and_a_library_model_work_together(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("search",), "no model given; name one, e.g. `csq search resnet18 …`, or use a recipe that does"),
-        (("search", "resnet18", "--target-bits", "3"), "no data given; pass --data FOLDER (or cifar10:DIR, cifar100:DIR, digits)"),
-        (("search", "--recipe", "digits", "--target-bits", "99"), "recipe digits: target_bits 99 is more than max_bits 8"),
+        (("search",), "no model given; name one, e.g. resnet18, or use a recipe that does"),
+        (("search", "resnet18", "--target-bits", "3"), "no data given; pass --data FOLDER, or another kind of data that `csq search --"),
+        (("search", "--recipe", "digits", "--target-bits", "99"), "recipe digits: target_bits 99 is too many; at most 8"),
         (("search", "--recipe", "digits", "--target-bits", "0"), "recipe digits: quantization.target_bits: Input should be greater than 0"),
         (("search", "--recipe", "digits", "--method", "ste", "--target-bits", "1.5"), "ste gives every layer the same planes; 1.5"),
         (("search", "--recipe", "digit"), "digit: no such recipe or file; did you mean `digits`?"),

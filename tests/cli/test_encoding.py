@@ -45,10 +45,9 @@ def test_a_run_and_its_errors_are_printed_in_ascii(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert b"beta" in done.stderr or b"bits" in done.stderr
     assert b"gr\\xf6\\xdfe" in done.stdout
-    done = run(ENVIRONMENTS["ascii"], "search")
-    assert done.stderr == (
-        b"csq: error: no model given; name one, e.g. `csq search resnet18 ...`, or use a recipe that does\n"
-    )
+    done = run(ENVIRONMENTS["ascii"], "search", "--recipe", "digits", "--target-bits", "2…")
+    assert b"2..." in done.stderr
+    assert done.returncode == 2
 
 
 def test_a_name_that_is_no_text_is_escaped(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ WRONG = {
     "search --recipe digits --set epoch=3": "did you mean `epochs`?",
     "search --recipe digits --set epochs=-1 --target-bits 2": "epochs: Input should be greater than or equal to 0",
     "search --recipe wrong.yaml": "unknown key `quantisation`",
-    "search --recipe digits --target-bits 99": "more than max_bits 8",
+    "search --recipe digits --target-bits 99": "target_bits 99 is too many; at most 8",
     "search --recipe digits --method csqq --target-bits 2": "did you mean",
     "search --recipe digits --method ste --target-bits 1.5": "the same planes",
     "search": "no model given",

@@ -52,7 +52,7 @@ def test_pretrained_without_network_says_what_to_pass(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for name in ("resnet18", "torchvision:resnet18"):
-        with pytest.raises(UserError, match=r"pretrained weights could not be had.*pass --checkpoint FILE"):
+        with pytest.raises(UserError, match=r"pretrained weights are not available.*pass --checkpoint FILE"):
             libraries.load(name, num_classes=1000)
 
 

@@ -88,7 +88,7 @@ def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
     """YAML would take the second, and lose every key of the first."""
     file = tmp_path / "twice.yaml"
     file.write_text("data: {source: digits}\nepochs: 3\ndata: {batch_size: 8}\n")
-    with pytest.raises(UserError, match="`data` stands twice in one section"):
+    with pytest.raises(UserError, match="`data` occurs twice in one section"):
         resolve(str(file), {})
     file.write_text("base: &base {batch_size: 8}\ndata: {<<: *base, source: digits}\n")
     with pytest.raises(UserError, match="base"):  # merging is YAML's, and only `base` is no key of a recipe
@@ -171,7 +171,7 @@ def test_command_line_beats_recipe_beats_default() -> None:
         ({"epochs": 2, "quantization": {"method": "ptq"}}, "epochs: `ptq` trains nothing (got 2)"),
         ({"data": {"calib": "images"}}, "data.calib: images without labels cannot be trained on"),
         ({"quantization": {"target_bits": -1}}, "quantization.target_bits: Input should be greater than 0"),
-        ({"quantization": {"target_bits": 9}}, "target_bits 9 is more than max_bits 8"),
+        ({"quantization": {"target_bits": 9}}, "target_bits 9 is too many; at most 8"),
         ({"quantization": {"method": "cqs"}}, "quantization.method: no method `cqs`; did you mean `csq`"),
     ],
 )
