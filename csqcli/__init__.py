@@ -1,4 +1,4 @@
-"""csq quantizes pretrained vision checkpoints by bi-level continuous sparsification (CSQ).
+"""csq quantizes pretrained vision checkpoints in mixed precision, within a budget of mean bits; CSQ is among its methods.
 
 The library's front door. Everything here is described in :mod:`csqcli.api` and imported when it is first used: importing
 ``csqcli`` loads no torch.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from csqcli.quant.catalog import CARDS
 from csqcli.recipe.resolve import builtin_names
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +79,20 @@ def test_readme_names_no_recipe_that_does_not_ship() -> None:
         if "--recipe" in command:
             recipe = command[command.index("--recipe") + 1]
             assert recipe in builtin_names() or recipe.endswith(".yaml")
+
+
+def test_the_row_of_method_names_every_method() -> None:
+    [row] = [
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `--method` |")
+    ]
+    assert [name for name in CARDS if f"`{name}`" not in row] == []
+
+
+def test_help_and_package_describe_csq_in_the_same_words(csq) -> None:
+    # a regular expression: no TOML reader is in Python 3.10
+    [line] = re.findall(
+        r'^description = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert f"{line}." in " ".join(csq("--help")[1].split())

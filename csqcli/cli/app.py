@@ -39,7 +39,7 @@ app = typer.Typer(
     name="csq",
     cls=Commands,
     help=(
-        "Quantize pretrained image classifiers to the mean bits you type, by bi-level continuous sparsification (CSQ).\n\n"
+        "Quantize pretrained vision checkpoints in mixed precision, within the mean bits you type; CSQ is among the methods.\n\n"
         "To begin: `csq doctor`, then `csq search --recipe digits --target-bits 2`, which takes seconds and downloads nothing."
     ),
     no_args_is_help=True,
