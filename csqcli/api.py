@@ -966,7 +966,8 @@ def _together(named: Mapping[str, Any], settings: Mapping[str, Any], **names: st
     }
 
     def as_argument(key: str, value: Any) -> str:
-        return f"{called.get(key, key.rpartition('.')[2])}={value!r}"
+        said = f"{value:g}" if isinstance(value, float) else repr(value)
+        return f"{called.get(key, key.rpartition('.')[2])}={said}"
 
     return laid_together(named, settings, as_named=as_argument, as_setting=lambda key, value: f"{key}={value!r}")
 

@@ -45,8 +45,8 @@ def test_a_run_and_its_errors_are_printed_in_ascii(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert b"beta" in done.stderr or b"bits" in done.stderr
     assert b"gr\\xf6\\xdfe" in done.stdout
-    done = run(ENVIRONMENTS["ascii"], "search", "--recipe", "digits", "--target-bits", "2…")
-    assert b"2..." in done.stderr
+    done = run(ENVIRONMENTS["ascii"], "search", "--recipe", "digits", "--set", "epochs…")
+    assert b"`epochs...` is not key=value" in done.stderr
     assert done.returncode == 2
 
 
