@@ -72,8 +72,8 @@ class Staged(WeightMethod):
         )
         self.scale_adam: LatentAdam | None = None
         if settings.scale_lr:
-            rates = [unit.view(1, -1, 1) for unit in self.units]
-            self.scale_adam = LatentAdam(rates, beta1=_EXP_AVG_DECAY, beta2=0.99, state_dtype=torch.float32)
+            every = torch.cat(self.units).view(1, -1, 1)  # one after the other: one update for all layers
+            self.scale_adam = LatentAdam([every], beta1=_EXP_AVG_DECAY, beta2=0.99, state_dtype=torch.float32)
         device = self.latents[0].device
         if plan.start is not None:
             scales = [hard.scale.view(-1, 1).to(device) for hard in plan.start]
@@ -131,19 +131,19 @@ class Staged(WeightMethod):
         """A step on the logarithms of scales, by dL/d log s = Σ W dL/dW over what has the scale. Latents keep their levels."""
         if self.scale_adam is None:
             return
-        slopes: list[Tensor | None] = []
+        slopes = []
         for layer, gradient, unit in zip(self.layers, gradients, self.units, strict=True):
             if gradient is None:
-                slopes.append(None)
+                slopes.append(torch.zeros(len(unit), device=unit.device))
                 continue
             weight = layer.by_channel(layer.flat(layer.parameter.detach()))
             slope = (weight * gradient).sum(dim=(0, 2), dtype=torch.float32)
-            slopes.append((slope if len(unit) > 1 else slope.sum()).view(1, -1, 1))
-        moves = [torch.zeros(1, len(unit), 1, device=unit.device) for unit in self.units]
-        ones = [torch.ones_like(unit) for unit in self.units]
+            slopes.append(slope if len(unit) > 1 else slope.sum().view(1))
+        slope = torch.cat(slopes).view(1, -1, 1)
+        moves, ones = torch.zeros_like(slope), torch.ones_like(slope).view(-1, 1)
         rate = self.settings.scale_lr * self.plan.rate_share * lr_share
-        self.scale_adam.step(moves, slopes, units=ones, edges=None, lr=rate, seed=0)
-        factors = [move.exp().view(-1, 1) for move in moves]
+        self.scale_adam.step([moves], [slope], units=[ones], edges=None, lr=rate, seed=0)
+        factors = moves.exp().view(-1, 1).split([len(unit) for unit in self.units])
         self.units = [unit * factor for unit, factor in zip(self.units, factors, strict=True)]
         self.stairs = [
             replace(stairs, scale=stairs.scale * factor) for stairs, factor in zip(self.stairs, factors, strict=True)
