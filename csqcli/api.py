@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
 
-from pydantic import Field
+from annotated_types import Ge, Gt, Le
 
 from csqcli.errors import UserError
 from csqcli.system.arguments import checked
@@ -47,10 +47,10 @@ __all__ = [
 ]
 
 Report = dict[str, Any]
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
-Pixels: TypeAlias = Annotated[int, Field(ge=1, le=4096)]  # a side of an image
+Positive: TypeAlias = Annotated[int, Ge(1)]
+Pixels: TypeAlias = Annotated[int, Ge(1), Le(4096)]  # a side of an image
 HeldOut: TypeAlias = (
-    Annotated[float, Field(gt=0, le=1)] | Literal["test"]
+    Annotated[float, Gt(0), Le(1)] | Literal["test"]
 )  # a share of the training images, or the test split
 _RUNS = Path("runs")  # whose folders are the runs that were told no output
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
@@ -366,9 +366,9 @@ def bench(
     what: str | Path,
     *,
     engine: Literal["ort", "openvino", "litert", "torch"] | str | None = None,
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1,
-    batch: Annotated[int, Field(ge=1, le=4096)] = 1,
-    repeats: Annotated[int, Field(ge=1, le=10_000)] = 15,
+    threads: Annotated[int, Ge(1), Le(1024)] = 1,
+    batch: Annotated[int, Ge(1), Le(4096)] = 1,
+    repeats: Annotated[int, Ge(1), Le(10_000)] = 15,
     input_size: Pixels | None = None,
     num_classes: Positive | None = None,
     trust_code: bool = False,
@@ -636,8 +636,8 @@ def sweep(
     warm: bool = False,
     warm_epochs: Positive | None = None,
     seeds: Positive = 1,
-    max_drop: Annotated[float, Field(ge=0, le=100)] | None = None,
-    jobs: Annotated[int, Field(ge=1, le=1000)] | None = None,
+    max_drop: Annotated[float, Ge(0), Le(100)] | None = None,
+    jobs: Annotated[int, Ge(1), Le(1000)] | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Report:
@@ -696,7 +696,7 @@ def explain(
     data: str,
     *,
     val_limit: Positive = 512,
-    swaps: Annotated[int, Field(ge=0, le=10_000)] = 12,
+    swaps: Annotated[int, Ge(0), Le(10_000)] = 12,
     device: str = "auto",
     batch_size: Positive = 256,
     val_split: HeldOut | None = None,

@@ -6,11 +6,12 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, get_type_hints
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
 
 from csqcli.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,7 +21,7 @@ _UNCHECKED = {"nn": types.SimpleNamespace(Module=Any), "Display": Any}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that raises UserError for an argument that its signature rules out: ``batch_size: Annotated[int, Field(ge=1)]``.
+    """A function that raises UserError for an argument that its signature rules out: ``batch_size: Annotated[int, Ge(1)]``.
 
     Numbers may come as NumPy's or as text; the function gets those of Python. What goes into ``*args`` and ``**settings`` is
     its own to check. A call that does not bind is a TypeError, as ever.
@@ -34,12 +35,16 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.cache
     def adapters() -> dict[str, TypeAdapter[Any]]:
+        from pydantic import ConfigDict, TypeAdapter  # importing csqcli takes no time
+
         hints = get_type_hints(function, localns=_UNCHECKED, include_extras=True)
         config = ConfigDict(allow_inf_nan=False)
         return {name: TypeAdapter(hints[name], config=config) for name in hints if name in fixed}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        from pydantic import ValidationError
+
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             if name in fixed:

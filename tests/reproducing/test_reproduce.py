@@ -175,7 +175,8 @@ def test_a_planned_run_is_collected_and_one_with_other_settings_is_refused(csq, 
     table = json.loads((tmp_path / "table4.json").read_text())
     assert table["rows"][1]["ours"]["top1"] == [json.loads(report.read_text())["accuracy"]["hard_top1"]]
 
-    code, _, err = csq("reproduce", "table4", *TRIAL, "--set", "max_steps=1", "-o", tmp_path)
+    other = ["max_steps=1" if word == "max_steps=2" else word for word in TRIAL]
+    code, _, err = csq("reproduce", "table4", *other, "-o", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert "max_steps 2 then, 1 now" in err
     assert "choose another --output" in err
