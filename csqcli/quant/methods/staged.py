@@ -28,6 +28,7 @@ from csqcli.quant.masks import SoftMasks
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import Staircase, levels_of, mse_step, quantize
+from csqcli.quant.passes.state import parts_of
 
 _EXP_AVG_DECAY = 0.9  # Adam's β1
 
@@ -133,11 +134,11 @@ class Staged(WeightMethod):
             return
         slopes = []
         for layer, gradient, unit in zip(self.layers, gradients, self.units, strict=True):
-            if gradient is None:
-                slopes.append(torch.zeros(len(unit), device=unit.device))
-                continue
-            weight = layer.by_channel(layer.flat(layer.parameter.detach()))
-            slope = (weight * gradient).sum(dim=(0, 2), dtype=torch.float32)
+            slope = torch.zeros(layer.parameter.shape[layer.channel_dim], device=unit.device)
+            if gradient is not None:
+                weight = layer.by_channel(layer.flat(layer.parameter.detach()))
+                for part in parts_of(weight):  # products stay in cache
+                    slope[part[1]] += (weight[part].float() * gradient[part]).sum(dim=(0, 2))
             slopes.append(slope if len(unit) > 1 else slope.sum().view(1))
         slope = torch.cat(slopes).view(1, -1, 1)
         moves, ones = torch.zeros_like(slope), torch.ones_like(slope).view(-1, 1)
