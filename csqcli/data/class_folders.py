@@ -57,6 +57,7 @@ class _Split:
     images: dict[str, list[str]] = field(default_factory=dict)  # class -> paths, sorted
     empty: list[str] = field(default_factory=list)  # class folders without an image
     others: list[str] = field(default_factory=list)  # files that are no images by their names
+    hidden: int = 0  # images whose names begin with a dot
 
 
 def role_of(name: str, *, strict: bool = True) -> Role | None:
@@ -166,11 +167,14 @@ def _listed(tree: Tree, path: str) -> _Split:
                 splits = [place for place, part in enumerate(inner) if role_of(part) is not None]
             if skipped:
                 continue
-            if base.lower().endswith(SUFFIXES) and not base.startswith("._"):
+            is_image = base.lower().endswith(SUFFIXES)
+            if is_image and not is_hidden(base):
                 if splits:
                     raise _split_in_a_class(tree, below, inner, splits[0])
                 images.append(file)
-            elif not is_hidden(base) and base.lower() not in _LITTER:
+            elif is_hidden(base):
+                split.hidden += is_image and not base.startswith("._")  # of which macOS leaves one beside every file
+            elif base.lower() not in _LITTER:
                 split.others.append(file)
         if images:
             split.images[name] = images
@@ -248,6 +252,9 @@ def _tell(tree: Tree, splits: list[_Split]) -> None:
             "are no classes" if len(empty) > 1 else "is no class",
             first,
         )
+    hidden = sum(split.hidden for split in splits)
+    if hidden:
+        log.warning("%d hidden image%s passed over (the name begins with a dot)", hidden, "s" if hidden > 1 else "")
     others = [path for split in splits for path in split.others]
     if others:
         log.warning("%d file%s passed over%s", len(others), "s" if others[1:] else "", _others(tree, others))

@@ -107,7 +107,10 @@ def choose_weights(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], *, weig
     """
     required = {name for name in wanted if not _is_optional(name)}
     matches = _matches(checkpoint, wanted)
-    fitting = [place for place, names in matches.items() if required <= names]
+    tied = _tied(wanted)
+    fitting = [
+        place for place, names in matches.items() if required <= {*names, *(n for name in names for n in tied[name])}
+    ]
     if not fitting:
         nearest = max(matches, key=lambda place: (len(matches[place]), -len("".join(place))), default=None)
         if nearest is None:
@@ -139,6 +142,10 @@ def fit_state_dict(
     Raises UserError that says in one line what does not fit; a head of another size than ``num_classes`` is named as such.
     """
     wanted = model.state_dict()
+    tied = _tied(wanted)
+    state = dict(state) | {  # of weights that are one, `safetensors.torch.save_model` and others write one name
+        name: state[other] for name in wanted if name not in state for other in tied[name] if other in state
+    }
     missing = [name for name in wanted if name not in state and not _is_optional(name)]
     unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:
@@ -259,6 +266,14 @@ def _check_tensor(name: str, value: Tensor) -> None:
 # ---- choosing
 
 Place = tuple[str, str]  # (group, prefix of names in it)
+
+
+def _tied(wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """By name of a model's tensor: the other names of the very same memory."""
+    places: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, value in wanted.items():
+        places.setdefault((value.data_ptr() or id(value), tuple(value.shape)), []).append(name)
+    return {name: [other for other in names if other != name] for names in places.values() for name in names}
 
 
 def _is_optional(name: str) -> bool:

@@ -141,6 +141,14 @@ def test_hidden_and_empty_folders_are_no_classes_and_said_to_be_none(image_folde
     ]
 
 
+def test_hidden_images_are_passed_over_and_counted(image_folder: Path, caplog) -> None:
+    one = next((image_folder / "train" / "dark").iterdir())
+    for name in (f".{one.name}", f"._{one.name}"):  # an editor's or a copying program's, and macOS'
+        shutil.copyfile(one, one.with_name(name))
+    assert len(open_data(str(image_folder)).train) == 12
+    assert caplog.messages == ["1 hidden image passed over (the name begins with a dot)"]
+
+
 @pytest.mark.parametrize(("lacking", "kind"), [("train", "training"), ("val", "validation")])
 def test_a_class_with_images_in_one_split_only_is_an_error(image_folder: Path, lacking: str, kind: str) -> None:
     for split in ("train", "val"):

@@ -263,3 +263,30 @@ def test_a_run_that_begins_with_a_folder_begins_with_its_latents(digits_run: Pat
     assert read_warm_start(str(tmp_path)).label == "model.safetensors"
     save_file({"fc.weight": torch.zeros(1)}, tmp_path / "latents.safetensors")
     assert read_warm_start(str(tmp_path)).label == "latents.safetensors"
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+        self.head = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize("kept", ["first", "again"])
+def test_weights_that_are_one_need_one_name_in_a_file(tmp_path: Path, kept: str) -> None:
+    torch.manual_seed(1)
+    wanted = {name: value for name, value in Twice().state_dict().items() if name.split(".")[0] in (kept, "head")}
+    save_file(wanted, tmp_path / "one.safetensors")  # as safetensors.torch.save_model has it
+    model = Twice()
+    chosen = checkpoints.choose_weights(
+        checkpoints.read_checkpoint(str(tmp_path / "one.safetensors")), model.state_dict()
+    )
+    checkpoints.fit_state_dict(model, chosen.state, where="one")
+    assert torch.equal(model.first.weight, wanted[f"{kept}.weight"])
+    assert model.first.weight is model.again.weight
+    del wanted["head.bias"]
+    with pytest.raises(UserError, match="1 missing"):
+        checkpoints.fit_state_dict(Twice(), wanted, where="one")
