@@ -73,12 +73,11 @@ def weights_hash(model: nn.Module) -> str:
 
 def difference(then: Inputs, now: Inputs) -> str:
     """What is not the same, in words; empty where the run may go on. What is not known yet is passed over."""
-    if then.settings != now.settings:
-        keys = [
-            key
-            for key in dict.fromkeys((*then.settings, *now.settings))
-            if then.settings.get(key) != now.settings.get(key)
-        ]
+    settings = dict.fromkeys((*then.settings, *now.settings))
+    keys = [
+        key for key in settings if then.settings.get(key) != now.settings.get(key)
+    ]  # one unset may be of a later csq
+    if keys:
         shown = [f"{key} {_show(then, key)} then, {_show(now, key)} now" for key in keys[:_SHOWN]]
         more = [f"{len(keys) - _SHOWN} more"] if keys[_SHOWN:] else []
         return f"was started with other settings ({'; '.join(shown + more)})"

@@ -35,6 +35,17 @@ def test_the_path_of_weights_to_begin_with_is_no_input_but_their_hash_is(tmp_pat
     )
 
 
+def test_a_setting_that_a_later_version_has_and_that_is_unset_is_no_difference() -> None:
+    images = Images(torch.zeros(2, dtype=torch.long), pixels=torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    data = DataSet("two", ["one"], images, images)
+    now = inputs.inputs_of(resolve("digits", {"quantization.target_bits": 2}), data, Shard())
+    earlier = now.model_copy(update={"settings": {k: v for k, v in now.settings.items() if k != "finetune.teacher"}})
+    assert now.settings["finetune.teacher"] is None
+    assert inputs.difference(earlier, now) == ""
+    other = now.model_copy(update={"settings": earlier.settings | {"finetune.teacher": "float.pth"}})
+    assert "finetune.teacher unset then, float.pth now" in inputs.difference(earlier, other)
+
+
 @pytest.fixture
 def stopped(csq, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """A run on an image folder, stopped after its first epoch; call it to resume with further arguments: (code, stderr)."""
