@@ -19,7 +19,7 @@ from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import ValSplit, open_data
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
-from csqcli.file import io
+from csqcli.file import header, io
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import activation_records, hard_model, plain_model
@@ -386,15 +386,14 @@ def finetune(
     images = open_images(recipe)
     followed = _float_weights(recipe, images, file, trust_code=trust_code, where=str(path))
     images = with_labels_of(file.manifest, images, where=str(path), whole=True)
-    source = file.manifest.payload_sha256
-    with RunFolder(output, recipe, images, force=force, resume=resume, source=source) as folder:
+    source, teacher = file.manifest.payload_sha256, "" if followed is None else distributed.fingerprint(followed)
+    with RunFolder(output, recipe, images, force=force, resume=resume, source=source, teacher=teacher) as folder:
         if folder.finished is not None:
             folder.finish()
             return folder.finished
         torch.manual_seed(recipe.seed)
         model = plain_model(file, trust_code=trust_code, where=str(path))
         config = data_config(file.manifest.data_config, recipe)
-        folder.inputs.teacher_sha256 = "" if followed is None else distributed.fingerprint(followed)
         with Run(recipe, folder, display, model, images, config, file.manifest.model) as run:
             run.keep_teacher(followed)
             report = _finetune(run, file)
@@ -407,11 +406,11 @@ def _check_teacher(recipe: Recipe, *, where: str) -> None:
     asked = [name for name in ("distill", "distill_features") if getattr(recipe.optimizer, name)]
     if asked and recipe.finetune.teacher is None:
         without = " ".join(f"--set optimizer.{name}=0" for name in asked)
-        hint = f"name it: --teacher FILE (a checkpoint, or the folder of a float run); or leave it: {without}"
+        hint = f"name it: --teacher FILE (teacher=), a checkpoint or the folder of a float run; or leave it: {without}"
         raise UserError("the float model to distill from is not in the file", where=where, hint=hint)
     if recipe.finetune.teacher is not None and not asked:
         hint = "say how much: --set optimizer.distill=0.9 (predictions), --set optimizer.distill_features=1 (what the classifier reads)"
-        raise UserError("the loss has no share that follows the teacher", where="--teacher", hint=hint)
+        raise UserError("the loss has no share that follows the teacher", where="--teacher (teacher=)", hint=hint)
 
 
 def _float_weights(
@@ -423,14 +422,17 @@ def _float_weights(
     if teacher is None:
         return None
     weights_of, model = str(model_of(teacher)), file.manifest.model
-    wanted = plain_model(
-        file, trust_code=trust_code, where=where
-    ).state_dict()  # before anything else builds what a file names
+    # before anything else builds what a file names
+    wanted = plain_model(file, trust_code=trust_code, where=where).state_dict()
+    if header.is_quantized(model_of(teacher)) and io.read(model_of(teacher)).layers:
+        hint = "give a float checkpoint, or the folder of a run of --method float"
+        raise UserError("is quantized: a teacher is a float model", where=weights_of, hint=hint)
     found = load_for(
         model.source,
         images.classes,
         head="auto" if model.num_classes == len(images.classes) else "keep",
         checkpoint=open_checkpoint(weights_of),
+        weights=recipe.model.weights,
         arguments=model.arguments,
         classes_from=images.source,
     ).loaded.model.state_dict()

@@ -317,7 +317,7 @@ class FinetuneSettings(Section):
     """Peak learning rate; 0.4 of the search's when unset, since the model is already trained at its precision."""
     staged_lr: float | None = Field(None, gt=0, le=LARGE)
     """`staged.latent_lr` where `staged` trains the integers on; unset: the search's where that was `staged`, else its default."""
-    teacher: str | None = None
+    teacher: Annotated[str | None, USERS_ONLY, HASHED_ELSEWHERE] = None
     """Float weights that `optimizer.distill` and `distill_features` follow where `csq finetune` trains a file on: a checkpoint, or the
     folder of a float run. A search follows the float model that it has at hand."""
 

@@ -45,20 +45,22 @@ class Inputs(BaseModel):
     processes: int
     checkpoint_sha256: str | None = None
     weights_sha256: str = ""  # of the model before its first step, which a teacher is a copy of; "" of fresh ones
-    teacher_sha256: str = (
-        ""  # of the float model that a finetune of a file follows; "" of a teacher that a search has at hand
-    )
+    # of the float model that a finetune of a file follows; "" of a teacher that a search has at hand
+    teacher_sha256: str = ""
     threads: int = 0
     torch: str = torch.__version__
     device: str = ""
 
 
-def inputs_of(recipe: Recipe, images: DataSet, shard: Shard, *, source_sha256: str = "") -> Inputs:
+def inputs_of(
+    recipe: Recipe, images: DataSet, shard: Shard, *, source_sha256: str = "", teacher_sha256: str = ""
+) -> Inputs:
     """All that is known before the model is built."""
     assert images.train is not None
     return Inputs(
         settings=_settings(recipe),
         source_sha256=source_sha256,
+        teacher_sha256=teacher_sha256,
         train=_split(images.train),
         val=_split(images.val),
         classes=images.classes,

@@ -45,12 +45,20 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, recipe: Recipe, images: DataSet, *, force: bool, resume: bool, source: str = ""
+        self,
+        path: Path,
+        recipe: Recipe,
+        images: DataSet,
+        *,
+        force: bool,
+        resume: bool,
+        source: str = "",
+        teacher: str = "",
     ) -> None:
-        """``source``: hash of a model file that the run starts from."""
+        """``source``: hash of a model file that the run starts from; ``teacher``: of float weights that it follows."""
         self.path, self.recipe, self.force, self.resume = path, recipe, force, resume
         self.shard, self.device = distributed.start(pick_device(recipe.device))
-        self.inputs = inputs_of(recipe, images, self.shard, source_sha256=source)
+        self.inputs = inputs_of(recipe, images, self.shard, source_sha256=source, teacher_sha256=teacher)
         self.states = [path / RESUME_FILE, path / PREVIOUS_FILE]  # newest first
         self.finished: dict[str, Any] | None = None  # the report, when --resume finds this very run complete
         self._held = contextlib.ExitStack()

@@ -39,11 +39,11 @@ def test_a_setting_that_a_later_version_has_and_that_is_unset_is_no_difference()
     images = Images(torch.zeros(2, dtype=torch.long), pixels=torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     data = DataSet("two", ["one"], images, images)
     now = inputs.inputs_of(resolve("digits", {"quantization.target_bits": 2}), data, Shard())
-    earlier = now.model_copy(update={"settings": {k: v for k, v in now.settings.items() if k != "finetune.teacher"}})
-    assert now.settings["finetune.teacher"] is None
+    earlier = now.model_copy(update={"settings": {k: v for k, v in now.settings.items() if k != "finetune.staged_lr"}})
+    assert now.settings["finetune.staged_lr"] is None
     assert inputs.difference(earlier, now) == ""
-    other = now.model_copy(update={"settings": earlier.settings | {"finetune.teacher": "float.pth"}})
-    assert "finetune.teacher unset then, float.pth now" in inputs.difference(earlier, other)
+    other = now.model_copy(update={"settings": earlier.settings | {"finetune.staged_lr": 0.5}})
+    assert "finetune.staged_lr unset then, 0.5 now" in inputs.difference(earlier, other)
 
 
 @pytest.fixture

@@ -116,8 +116,13 @@ def test_a_teacher_of_another_network_one_not_named_and_one_not_followed_are_ref
     common = ("finetune", digits_run, "--data", "digits", "--epochs", 1, "-q")
     other, share = tmp_path / "other.pth", ("--set", "distill=0.5")
     torch.save(nn.Linear(3, 10).state_dict(), other)
-    followed = ("--teacher", "builtin:digits_float")
-    for words, said in ((share, "--teacher FILE"), ((*share, "--teacher", other), "other.pth"), (followed, "no share")):
+    followed, itself = ("--teacher", "builtin:digits_float"), ("--teacher", digits_run)
+    for words, said in (
+        (share, "--teacher FILE"),
+        ((*share, "--teacher", other), "other.pth"),
+        ((*share, *itself), "is quantized"),
+        (followed, "no share"),
+    ):
         code, _, error = csq(*common, *words, "-o", tmp_path / "run")
         assert code == 2
         assert said in error
@@ -152,6 +157,18 @@ def test_a_finetune_that_goes_on_wants_the_same_teacher(csq, digits_run, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "run_epoch", stopped)
         assert csq(*words, *settings)[0] == 130
-    save_file({name: value * 1.01 if value.is_floating_point() else value for name, value in weights.items()}, teacher)
+    other = {name: value * 1.01 if value.is_floating_point() else value for name, value in weights.items()}
+    save_file(other, teacher)
     code, _, error = csq(*words, *settings, "--resume")
     assert (code, "was started with another teacher" in error) == (2, True)
+    moved = tmp_path / "moved.safetensors"
+    save_file(weights, moved)
+    resumed = [moved if word == teacher else word for word in words]
+    code, _, error = csq(*resumed, *settings, "--resume")
+    assert code == 0, error
+    whole_run = [tmp_path / "whole" if word == tmp_path / "run" else word for word in resumed]
+    assert csq(*whole_run, *settings)[0] == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    again = ("finetune", tmp_path / "run", "--data", "digits", "--epochs", 1, "-q", "-o", tmp_path / "again")
+    assert "name it: --teacher FILE" in csq(*again, "--set", "distill=0.5")[2]  # no file says what is read
