@@ -525,6 +525,21 @@ def test_scales_learn_by_adam_on_their_logarithms_and_move_no_weight_to_another_
         assert torch.equal(quantize(unrounded, step_size, 2).to(torch.int32), hard.integers)
 
 
+def test_a_delivered_layer_of_one_scale_keeps_one_while_it_learns() -> None:
+    model, optimizer = start("lsq")
+    train(model, optimizer, range(3))
+    delivered = optimizer.hard_layers()
+    assert {hard.scale.numel() for hard in delivered} == {1}
+    layers, _ = find_layers(model)
+    on = Staged(layers, plan_for(layers, 2.0, SCHEDULE, start=delivered))
+    trained = QuantizedOptimizer(on, torch.optim.SGD(base_groups(model, on), lr=0.05))
+    train(model, trained, range(3))
+    trained.harden()
+    for before, after in zip(delivered, trained.hard_layers(), strict=True):
+        assert after.scale.numel() == 1
+        assert not torch.equal(before.scale, after.scale)
+
+
 @pytest.mark.parametrize("name", [name for name, card in CARDS.items() if card.trains])
 def test_cards_say_whose_state_has_the_type_of_state_dtype(name: str) -> None:
     card = CARDS[name]

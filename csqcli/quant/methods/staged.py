@@ -71,11 +71,13 @@ class Staged(WeightMethod):
         self.adam = LatentAdam(
             self.latents, beta1=_EXP_AVG_DECAY, beta2=settings.fisher_decay, state_dtype=plan.state_dtype
         )
+        device = self.latents[0].device
         self.scale_adam: LatentAdam | None = None
         if settings.scale_lr:
-            every = torch.cat(self.units).view(1, -1, 1)  # one after the other: one update for all layers
+            # one after the other, as many as the layers will have scales: one update for all
+            own = self.units if plan.start is None else [hard.scale.view(-1, 1).to(device) for hard in plan.start]
+            every = torch.cat(own).float().view(1, -1, 1)
             self.scale_adam = LatentAdam([every], beta1=_EXP_AVG_DECAY, beta2=0.99, state_dtype=torch.float32)
-        device = self.latents[0].device
         if plan.start is not None:
             scales = [hard.scale.view(-1, 1).to(device) for hard in plan.start]
             widths = [stairs.width for stairs in plan.searched.stairs] if isinstance(plan.searched, Staged) else None
@@ -133,18 +135,19 @@ class Staged(WeightMethod):
         if self.scale_adam is None:
             return
         slopes = []
-        for layer, gradient, unit in zip(self.layers, gradients, self.units, strict=True):
-            slope = torch.zeros(layer.parameter.shape[layer.channel_dim], device=unit.device)
+        counts = [len(stairs.scale) for stairs in self.stairs]
+        for layer, gradient, count in zip(self.layers, gradients, counts, strict=True):
+            slope = torch.zeros(layer.parameter.shape[layer.channel_dim], device=layer.parameter.device)
             if gradient is not None:
                 weight = layer.by_channel(layer.flat(layer.parameter.detach()))
                 for part in parts_of(weight):  # products stay in cache
                     slope[part[1]] += (weight[part].float() * gradient[part]).sum(dim=(0, 2))
-            slopes.append(slope if len(unit) > 1 else slope.sum().view(1))
+            slopes.append(slope if count > 1 else slope.sum().view(1))
         slope = torch.cat(slopes).view(1, -1, 1)
         moves, ones = torch.zeros_like(slope), torch.ones_like(slope).view(-1, 1)
         rate = self.settings.scale_lr * self.plan.rate_share * lr_share
         self.scale_adam.step([moves], [slope], units=[ones], edges=None, lr=rate, seed=0)
-        factors = moves.exp().view(-1, 1).split([len(unit) for unit in self.units])
+        factors = moves.exp().view(-1, 1).split(counts)
         self.units = [unit * factor for unit, factor in zip(self.units, factors, strict=True)]
         self.stairs = [
             replace(stairs, scale=stairs.scale * factor) for stairs, factor in zip(self.stairs, factors, strict=True)
