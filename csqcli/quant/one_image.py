@@ -56,27 +56,40 @@ def given_by_one_image(model: nn.Module, names: Sequence[str], image: Tensor) ->
 
 
 class _ImageOperations(TorchDispatchMode):
-    """Follows the image through every operation that runs."""
+    """Follows the image, and the features that are computed from it, through every operation that runs."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
-        self.held = [image]  # so that no address is used twice
-        self.addresses = {_address(image)}
+        self.held = [image]  # so that no address of the image's is used twice
+        self.image = {_address(image)}
+        self.features: set[int | None] = set()  # of which an address that is used again is classified again
 
     def is_in(self, value: Any) -> bool:
         """Whether a value is a tensor of the image's, or a view of one."""
-        return isinstance(value, Tensor) and _address(value) in self.addresses
+        return isinstance(value, Tensor) and _address(value) in self.image
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_address(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)} - {None}
         result = function(*args, **(kwargs or {}))
         packet = function.overloadpacket
         multiplies = packet in flop_registry or "rnn" in str(packet)  # cells of fused recurrences have no formula
-        if not multiplies and any(self.is_in(value) for value in tree_leaves((args, kwargs))):
-            made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        addresses = {_address(value) for value in made} - {None}
+        if multiplies or given & self.features:
+            self.features |= addresses
+            self.image -= addresses  # written in place
+        elif given & self.image:
             self.held += made
-            self.addresses |= {_address(value) for value in made}
+            self.image |= addresses
+            self.features -= addresses
+        else:
+            self.features -= addresses - given
         return result
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _address(tensor: Tensor) -> int | None:
+    """Of a tensor's memory; None of one that has none of its own, as sparse ones."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None

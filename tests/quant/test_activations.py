@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import csqcli
 from csqcli.errors import UserError
@@ -15,6 +15,7 @@ from csqcli.file import header
 from csqcli.file.manifest import ActivationEntry
 from csqcli.quant.activations import ActivationQuantizer, InputSample, attach, calibrate, owners, quantizer_of
 from csqcli.quant.layers import find_layers
+from csqcli.quant.one_image import given_by_one_image
 
 
 class _Round(torch.autograd.Function):
@@ -514,3 +515,29 @@ def test_a_fresh_networks_faint_activations_have_a_scale_that_the_file_holds() -
     faint = quantizer_of(8, InputSample(torch.linspace(0, 1e-12, 100), signed=False))
     record = ActivationEntry(module="a", bits=8, signed=False, scale=float(faint.scale.detach()))
     assert 0 < record.scale < 1e-12
+
+
+class Mixed(nn.Module):
+    """A first convolution whose features meet the image again before the second reads them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.second = how, nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x / 2)
+        if self.how == "sum":
+            y = y + x.mean(dim=1, keepdim=True)
+        elif self.how == "mask":
+            y = y * (x > 0)
+        elif self.how == "in place":
+            y = x.clone().add_(y)
+        elif self.how == "sparse":
+            y = y + torch.eye(8).to_sparse().to_dense()
+        return self.second(y)
+
+
+@pytest.mark.parametrize("how", ["sum", "mask", "in place", "sparse", ""])
+def test_features_that_meet_the_image_again_are_no_image(how: str) -> None:
+    given = given_by_one_image(Mixed(how), ["first", "second"], torch.randn(1, 3, 8, 8))
+    assert (given["first"].is_image, given["second"].is_image) == (True, False)
