@@ -172,7 +172,7 @@ def finetune(
     }
     overrides = {
         "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
-        **_together(named, settings, finetune__epochs="epochs"),
+        **_together(named, settings),
     }
     resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {path}", trust_code=trust_code)
     resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
@@ -956,14 +956,12 @@ def _evaluation(accuracy: Any, mean_bits: float) -> Evaluation:
     )
 
 
-def _together(named: Mapping[str, Any], settings: Mapping[str, Any], **names: str) -> dict[str, Any]:
+def _together(named: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the dotted key that they set, and the further settings, as overrides. UserError where both give one of them,
-    with two values. ``names`` are those of arguments that are not called like their key."""
+    with two values."""
     from csqcli.recipe.resolve import laid_together
 
-    called = {"model.source": "model", "data.source": "data"} | {
-        key.replace("__", "."): at for key, at in names.items()
-    }
+    called = {"model.source": "model", "data.source": "data"}
 
     def as_argument(key: str, value: Any) -> str:
         said = f"{value:g}" if isinstance(value, float) else repr(value)

@@ -609,7 +609,7 @@ def choose(epochs: int, *, from_scratch: bool) -> tuple[str, str]:
         return POST_TRAINING, "0 epochs"
     if from_scratch:
         return "csq", "from scratch"
-    length = f"{epochs} epoch{'s' if epochs != 1 else ''} from a checkpoint"
+    length = f"{epochs} epoch{'s' if epochs != 1 else ''} from trained weights"
     if epochs >= LONG_SCHEDULE:
         return "csq", f"{length}, {LONG_SCHEDULE} or more"
     return "staged", f"{length}, fewer than {LONG_SCHEDULE}"

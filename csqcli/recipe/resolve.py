@@ -443,7 +443,12 @@ def laid_together(
 
 def _is_same(first: Any, second: Any) -> bool:
     """Whether two values of a setting are the same, one of them perhaps still as text (``off`` is False in YAML)."""
-    return bool(first == second) or (isinstance(first, str) and bool(_load_yaml(first) == second))
+    if first == second:
+        return True
+    try:
+        return isinstance(first, str) and bool(_load_yaml(first) == second)
+    except ValueError:  # no YAML: it is what it is
+        return False
 
 
 def preprocessing(overrides: dict[str, Any]) -> Recipe:

@@ -59,9 +59,10 @@ def recipe_of(experiment: Experiment, row: Row, seed: int, *, scale: float, more
         "epochs": max(1, round(whole.epochs * scale)),
         "finetune.epochs": round(whole.finetune.epochs * scale),
     }
-    if row.pretrain:
-        epochs |= {"adaptation.epochs": epochs["epochs"], "adaptation.lr": whole.optimizer.peak_lr}
     recipe = resolve(experiment.recipe, settings | epochs | dict(more))
+    if row.pretrain:
+        before = {"adaptation.epochs": recipe.epochs, "adaptation.lr": recipe.optimizer.peak_lr}
+        recipe = resolve(experiment.recipe, settings | epochs | before | dict(more))
     for key in (*_common(row, seed), *row.settings):
         if _value(recipe, key) != settings[key]:
             what = f"`{key}` is what {experiment.name} sets for each of its runs"

@@ -42,7 +42,6 @@ _OTHERS = 16  # bytes: other seconds, and what pads a header to 8
 Shipped = Callable[[Path, str], int]  # a model file and a form → bytes of the file that would ship
 
 
-@torch.no_grad()
 def most_bytes(shipped: Path, *, made_from: Path) -> int:
     """Bytes that a bit-packed file takes at most, which do not depend on the moment that it was written at: a certificate states how
     long loading took, and the same run must fit to the same size again."""
@@ -50,9 +49,8 @@ def most_bytes(shipped: Path, *, made_from: Path) -> int:
     parity = written.manifest.parity
     assert parity is not None
     parity.load_seconds, parity.file_bytes = _LONG_SECONDS, 0
-    written.manifest.sizes.file_bytes = (
-        made_from.stat().st_size
-    )  # as in what was written; reading put its own size there
+    # as in what was written; reading put its own size there
+    written.manifest.sizes.file_bytes = made_from.stat().st_size
     twin = shipped.with_name(f".{shipped.name}.twin")
     try:
         return io.write(twin, written, form="bit-packed", parity=parity) + _OTHERS
@@ -60,6 +58,7 @@ def most_bytes(shipped: Path, *, made_from: Path) -> int:
         twin.unlink(missing_ok=True)
 
 
+@torch.no_grad()
 def measure(run: Run, layers: Sequence[Layer], left_float: list[dict[str, Any]], shipped: Shipped) -> None:
     """Set ``run.ships`` from the weights as they are. UserError where the size is below what the file holds beside integers."""
     most, rows, middle = run.recipe.quantization.max_bits, [], []

@@ -239,6 +239,8 @@ def test_bsq_begins_with_a_network_trained_for_as_many_epochs() -> None:
         assert recipe.adaptation.epochs == (recipe.epochs if pretrained else 0)
         assert recipe.adaptation.lr == (recipe.optimizer.lr if pretrained else None)
         assert ("-pretrained-" in run.name) == pretrained
+    (few,) = runs.plan(rows_of("table1", "BSQ"), scale=0.1, seeds=[0], more={"data.source": "digits", "epochs": 3})
+    assert (few.recipe.epochs, few.recipe.adaptation.epochs) == (3, 3)
 
 
 def test_size_and_planes_stand_beside_target_and_paper() -> None:
