@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "quantization.method": "csq",
         "csq.precision_count": "sign",
         "csq.fix_masks_at": 1.0,
+        "csq.harden_at": 1.0,
     }
 }
 

@@ -288,8 +288,9 @@ PAPER = {  # what section IV-A says of the method itself; the old name csq-paper
     "rounding": "threshold",
     "harden_at": 1.0,
 }
-# what `csq` takes where nothing is to be kept: planes that end at the target, and are trained on (docs/results.md)
-FROM_SCRATCH = PAPER | {"rounding": "nearest", "precision_count": "soft", "fix_masks_at": 0.6}
+# what `csq` takes where nothing is to be kept: planes that end at the target and are trained on, and weights that turn hard while
+# the rest can still adapt to them (docs/results.md)
+FROM_SCRATCH = PAPER | {"rounding": "nearest", "precision_count": "soft", "fix_masks_at": 0.6, "harden_at": 0.9}
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def test_from_scratch_the_bit_level_method_has_the_papers_settings_but_for_the_c
 ):
     scratch = {"model.pretrained": False, "quantization.target_bits": 2, "epochs": 40}
     own = resolve("short", scratch).method_settings.model_dump()
-    ours = {"rounding": "nearest", "precision_count": "soft", "fix_masks_at": 0.6}
+    ours = {"rounding": "nearest", "precision_count": "soft", "fix_masks_at": 0.6, "harden_at": 0.9}
     assert {key: own[key] for key in PAPER} == PAPER | ours
     typed = resolve("short", scratch | {"quantization.method": "csq", "fix_masks_at": 0.5}).method_settings.model_dump()
     assert (typed["fix_masks_at"], typed["beta_final"]) == (0.5, 200)
