@@ -21,6 +21,8 @@ from csqcli.quant.passes.state import kernels_for
 from csqcli.quant.wrappers import unwrap
 from csqcli.system.settings import LARGE
 
+_SAME = 1e-3  # of a weight's norm: what swapping values in and out in half precision may leave
+
 
 class QuantizedOptimizer(torch.optim.Optimizer):
     """A weight method and a base optimizer, behind ``torch.optim.Optimizer``'s face.
@@ -124,7 +126,8 @@ class CSQ(QuantizedOptimizer):
     and averages of weights find them where they find those of any optimizer. The last group's ``lr`` is the rate of the
     gates of `csq`; for `staged` it says how far into its schedule a run is: ``settings.latent_lr`` is taken times
     (lr / peak)², where the peak is OneCycleLR's ``max_lr``, else the ``lr`` given here; beyond the peak it does not grow.
-    After ``total_steps`` steps the weights in the model are hard.
+    After ``total_steps`` steps the weights in the model are hard. Weights are loaded before CSQ is built: it takes them as
+    they are then, and the first step refuses what was loaded since.
 
     Args:
         model: any module with weights of linear- or convolution-like operations, already on its device, in any wrapper
@@ -199,6 +202,35 @@ class CSQ(QuantizedOptimizer):
         self.add_param_group({"params": weights, "weight_decay": 0.0, "peak_lr": lr})
         self._built = True
         self._share_with_base()
+        self._versions: list[int] | None = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        """They move when somebody else writes to a weight in place; csq writes through ``.data``, which moves none."""
+        return [layer.parameter._version for layer in self.method.layers]
+
+    @torch.no_grad()
+    def _check_untouched(self) -> None:
+        """UserError before the first step where a weight holds other values than csq put there: they would be lost.
+
+        What was put there is compared only where somebody has written; equal values may be, as by DDP's broadcast.
+        """
+        if self.step_count:
+            return
+        now = self._versions_now()
+        before = [-1] * len(now) if self._versions is None else self._versions
+        moved = [layer for layer, one, two in zip(self.method.layers, before, now, strict=True) if one != two]
+        if not moved:
+            return
+        found = [layer.parameter.detach().clone() for layer in moved]
+        self.method.materialise(0)
+        for layer, values in zip(moved, found, strict=True):
+            own = layer.parameter.detach().float()
+            if not (values.float() - own).norm() <= _SAME * own.norm():  # NaN is refused too
+                for replaced, theirs in zip(moved, found, strict=True):
+                    replaced.parameter.data.copy_(theirs)
+                what = "other weights were loaded after CSQ was built, and training would throw them away"
+                raise UserError(what, where=layer.name, hint="load the weights first, then build CSQ")
+        self._versions = now
 
     def _share_with_base(self) -> None:
         """The base optimizer steps on every group but the last, in the very same mappings."""
@@ -215,12 +247,25 @@ class CSQ(QuantizedOptimizer):
             What ``closure`` returned; None without one.
 
         Raises:
-            UserError: after ``total_steps`` steps.
+            UserError: after ``total_steps`` steps; at the first, when weights were loaded after CSQ was built.
         """
         if self.step_count >= self.total_steps:
             hint = "build it with the number of steps of the whole run"
             raise UserError(f"all {self.total_steps} steps of total_steps are done", where="CSQ.step", hint=hint)
+        self._check_untouched()
         return self._update(closure)
+
+    @torch.no_grad()
+    def harden(self) -> None:
+        """Fix every layer's planes, within the budget, and put the hard weights into the model. Idempotent."""
+        self._check_untouched()
+        super().harden()
+
+    @contextlib.contextmanager
+    def hard(self) -> Iterator[list[HardLayer]]:
+        self._check_untouched()  # on exit csq's weights are in the model, and the first step would find nothing
+        with super().hard() as layers:
+            yield layers
 
     def _rate(self) -> tuple[float, float]:
         group = self.param_groups[-1]
@@ -276,6 +321,7 @@ class CSQ(QuantizedOptimizer):
         self.step_count = own["step"]
         with torch.no_grad():
             self.method.materialise(self.step_count)
+        self._versions = self._versions_now()
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("method", "base", "step_count", "harden_at_step", "total_steps", "method_name", "_built")
@@ -284,6 +330,7 @@ class CSQ(QuantizedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share_with_base()
+        self._versions = None  # a copy's weights count anew
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CSQ:
         """A copy with weights of its own, or with those of a model that is copied in the same call."""

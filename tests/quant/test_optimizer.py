@@ -214,6 +214,105 @@ def test_settings_of_another_method_are_refused() -> None:
         start(settings=CSQSettings())
 
 
+# weights loaded after the optimizer was built
+
+
+def resume_at_the_start(model: nn.Module, optimizer: CSQ) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("method", ["staged", "csq", "lsq"])
+@pytest.mark.parametrize("between", [lambda *_: None, resume_at_the_start])
+def test_weights_loaded_after_the_optimizer_was_built_are_refused_at_the_first_step_and_stay(
+    method: str, between: Callable[[nn.Module, CSQ], None]
+) -> None:
+    model, optimizer = start(method=method, target_bits=2)
+    between(model, optimizer)
+    torch.manual_seed(1)
+    other = digits_cnn().state_dict()
+    model.load_state_dict(other)
+    backward(model, 0)
+    said = "conv1.weight: other weights were loaded after CSQ was built, .*; load the weights first, then build CSQ"
+    for act in (optimizer.step, optimizer.harden, optimizer.hard().__enter__):
+        with pytest.raises(UserError, match=said):
+            act()
+    assert all(torch.equal(values(model)[name], other[name]) for name in WEIGHTS)
+    assert optimizer.step_count == 0
+
+
+def test_weights_loaded_into_a_copy_are_refused_too() -> None:
+    torch.manual_seed(1)
+    other = digits_cnn().state_dict()
+    model = digits_cnn()
+    model.load_state_dict(other)
+    optimizer = CSQ(model, target_bits=2.5, total_steps=STEPS)
+    twin, copied = copy.deepcopy((model, optimizer))
+    twin.load_state_dict(other)  # as often written to as the original
+    backward(twin, 0)
+    with pytest.raises(UserError, match="load the weights first"):
+        copied.step()
+    train(model, optimizer, range(1))
+
+
+def broadcast(model: nn.Module) -> None:
+    nn.parallel.DistributedDataParallel(model)
+    model.load_state_dict(values(model))
+
+
+def swap(model: nn.Module) -> None:
+    own = values(model)
+    torch.manual_seed(1)
+    model.load_state_dict(digits_cnn().state_dict())
+    model.load_state_dict(own)
+
+
+@torch.no_grad()
+def perturb(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.add_(1).sub_(1)  # in floats not what it was
+
+
+@pytest.mark.parametrize("touch", [broadcast, swap, perturb])
+@pytest.mark.parametrize("method", ["staged", "csq", "lsq"])
+def test_equal_values_written_before_the_first_step_change_nothing(
+    touch: Callable[[nn.Module], None], method: str, process_group: None
+) -> None:
+    model, optimizer = start(method=method, target_bits=2)
+    other, plain = start(method=method, target_bits=2)
+    touch(model)
+    other.load_state_dict({**other.state_dict(), **{n: v for n, v in values(model).items() if n not in WEIGHTS}})
+    train(model, optimizer, range(1))
+    train(other, plain, range(1))
+    for name, value in values(other).items():
+        torch.testing.assert_close(values(model)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_nobody_wrote_to_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = start()
+    written: list[int] = []
+    materialise = optimizer.method.materialise
+    monkeypatch.setattr(optimizer.method, "materialise", lambda step: written.append(step) or materialise(step))
+    train(model, optimizer, range(2))
+    assert written == [1, 2]
+
+
+@pytest.mark.parametrize("stop", [0, 3])
+@pytest.mark.parametrize("model_first", [True, False])
+def test_a_run_goes_on_whichever_of_its_two_states_is_loaded_first(stop: int, model_first: bool) -> None:
+    model, optimizer = start()
+    train(model, optimizer, range(stop))
+    network, own = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, range(stop, STEPS))
+    other, resumed = start(seed=1)
+    if model_first:
+        other.load_state_dict(network)
+    resumed.load_state_dict(own)
+    if not model_first:
+        other.load_state_dict(network)
+    train(other, resumed, range(stop, STEPS))
+    assert_equal(values(model), values(other))
+
+
 # copies and state
 
 
