@@ -57,6 +57,12 @@ def save_model(
     accuracy: float | Mapping[str, float] | None = None,
 ) -> Manifest:
     """Write the quantized file of ``model`` and return its manifest; see :func:`csqcli.save` for the arguments."""
+    if not isinstance(source, str):
+        what = f"source must be text, not a {type(source).__name__}"
+        raise UserError(what, where="csqcli.save", hint="name it: timm:resnet18, or package.module:factory")
+    if not isinstance(optimizer, QuantizedOptimizer):
+        what = f"the optimizer must be a csqcli.CSQ, not a {type(optimizer).__name__}"
+        raise UserError(what, where="csqcli.save", hint="train with csqcli.CSQ(model, …), and give that")
     network = unwrap(model)
     device = _device(network)
     with torch.random.fork_rng(

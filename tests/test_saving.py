@@ -65,6 +65,7 @@ def ten_scores() -> nn.Module:
 @pytest.mark.parametrize(
     ("details", "message"),
     [
+        ({"source": leaky}, "source must be text, not a function; name it: timm:resnet18, or package.module:factory"),
         ({"source": "csq:digits_cn"}, "no model `digits_cn` in csq; did you mean `digits_cnn`"),
         ({"source": "timm:resnet18"}, "timm:resnet18: builds another model: .* tensors differ in name, `layer1"),
         ({"source": "csq:cifar_resnet20"}, "builds another model"),
@@ -103,6 +104,14 @@ def test_a_model_that_the_optimizer_does_not_train_is_refused(tmp_path: Path) ->
     _, optimizer = trained()
     with pytest.raises(UserError, match=r"the model has no weight `conv1.weight` of shape \[16, 1, 3, 3\]"):
         save(sized(), optimizer, tmp_path / "model.safetensors", source="tests.test_saving:sized")
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model, _ = trained()
+    other: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"csqcli\.save: the optimizer must be a csqcli\.CSQ, not a SGD; train with"):
+        save(model, other, tmp_path / "model.safetensors")
     assert not any(tmp_path.iterdir())
 
 
