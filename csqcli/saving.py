@@ -8,6 +8,7 @@ can be saved at any step and go on.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from csqcli.training.run import environment
 
 _RECALIBRATION_BATCHES = 100  # at most, of the loader given
 _PROBE_IMAGES = 2
+_LEAST_ALIKE = 0.5  # cosine of a copy's weights to the trained ones: averages have about 1, unrelated networks about 0
 _NARROW_TOLERANCE = 0.1  # of the outputs' standard deviation: a half-precision model against its float32 file
 
 
@@ -229,8 +231,8 @@ def _delivered(found: Sequence[Layer], optimizer: QuantizedOptimizer) -> list[tu
         hard_layers = list(hard_layers)
     by_weight = {id(layer.parameter): layer for layer in found}
     by_name = {layer.name: layer for layer in found}
-    pairs = []
-    for trained, hard in zip(optimizer.method.layers, hard_layers, strict=bool(hard_layers)):
+    pairs, copies = [], {}
+    for index, (trained, hard) in enumerate(zip(optimizer.method.layers, hard_layers, strict=bool(hard_layers))):
         layer = by_weight.get(id(trained.parameter))
         if layer is None:
             layer = by_name.get(trained.name)
@@ -239,8 +241,32 @@ def _delivered(found: Sequence[Layer], optimizer: QuantizedOptimizer) -> list[tu
                 hint = "save the model that the optimizer was built over, or an average of it"
                 raise UserError(what, where="csqcli.save", hint=hint)
             hard = _rounded(hard, layer)
+            copies[index] = layer
         pairs.append((layer, replace(hard, name=layer.name, aliases=layer.aliases)))
+    if copies:
+        _check_trained(copies, optimizer)
     return pairs
+
+
+def _check_trained(copies: Mapping[int, Layer], optimizer: QuantizedOptimizer) -> None:
+    """UserError where weights that are not the optimizer's own resemble neither its unrounded nor its current ones.
+
+    ``copies`` has layers of the network by their index in the method.
+    """
+    current = [layer.parameter.detach() for layer in optimizer.method.layers]
+    alike = []
+    for trained in (optimizer.method.unrounded(), current):
+        if trained is not None:
+            product = ours = theirs = 0.0
+            for index, layer in copies.items():
+                own, other = layer.parameter.detach().float().cpu(), trained[index].float().cpu()
+                product += float((own * other).sum())
+                ours, theirs = ours + float(own.square().sum()), theirs + float(other.square().sum())
+            alike.append(product / math.sqrt(ours * theirs) if ours * theirs else 1.0)
+    if not max(alike) >= _LEAST_ALIKE:
+        what = f"the model's weights are not those trained, nor an average of them (cosine {max(alike):.2f})"
+        hint = "save the model that CSQ was built over; load weights before building it, without assign=True after"
+        raise UserError(what, where="csqcli.save", hint=hint)
 
 
 def _rounded(hard: HardLayer, layer: Layer) -> HardLayer:

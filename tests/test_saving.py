@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,30 @@ def test_a_model_that_the_optimizer_does_not_train_is_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"the model has no weight `conv1.weight` of shape \[16, 1, 3, 3\]"):
         save(sized(), optimizer, tmp_path / "model.safetensors", source="tests.test_saving:sized")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["staged", "csq", "lsq"])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_network_that_was_never_trained_is_refused(method: str, assign: bool, tmp_path: Path) -> None:
+    model, optimizer = trained(method=method)
+    other = digits_cnn()
+    if assign:  # the optimizer goes on with weights that are no longer the model's
+        model.load_state_dict(other.state_dict(), assign=True)
+    with pytest.raises(UserError, match=r"the model's weights are not those trained, .* \(cosine -?0\.0\d\); save the"):
+        save(model if assign else other, optimizer, tmp_path / "model.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("method", "target"), [("staged", 1), ("csq", 1), ("lsq", 1)])
+def test_a_copy_and_the_weights_before_training_are_alike_enough_at_few_planes(
+    method: str, target: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = digits_cnn()
+    before = copy.deepcopy(model)
+    _, optimizer = trained(model, method=method, target_bits=target)
+    for network in (before, copy.deepcopy(model)):
+        save(network, optimizer, tmp_path / "model.safetensors")
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
