@@ -277,12 +277,15 @@ def test_wrong_command_lines_are_one_line_and_exit_2(
     assert complaint in error
 
 
+@pytest.mark.parametrize("form", ["state-dict", "int8-packed"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_a_state_dict_says_that_a_plain_model_does_not_round_activations(csq, tmp_path: Path, bits: int | None) -> None:
+def test_a_note_says_that_a_plain_model_does_not_round_activations(
+    csq, tmp_path: Path, form: str, bits: int | None
+) -> None:
     file = models.file_with_scales(digits_cnn().eval(), "csqcli.models.networks:digits_cnn", models.MASKS, bits=bits)
     source, exported = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     io.write(source, file, form="compact")
-    code, out, _ = csq("export", source, "--state-dict", "-o", exported, "--trust-code", "-q")
+    code, out, _ = csq("export", source, f"--{form}", "-o", exported, "--trust-code", "-q")
     assert (code, "a plain PyTorch model with these weights does not round them" in " ".join(out.split())) == (
         0,
         bits is not None,

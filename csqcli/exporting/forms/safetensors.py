@@ -62,6 +62,10 @@ class Int8Packed(SafetensorsForm):
 
     name = layout = "int8-packed"
 
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.notes += _notes_for_plain_models(subject.file)
+
 
 class BitPacked(SafetensorsForm):
     """The smallest form."""
@@ -109,12 +113,7 @@ class StateDict(SafetensorsForm):
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
-        rounded = len(subject.file.manifest.activations)
-        if rounded:
-            self.notes.append(
-                f"inputs of {counted(rounded, 'layer')} are rounded by csqcli.load and csq evaluate; "
-                "a plain PyTorch model with these weights does not round them, and may be less accurate"
-            )
+        self.notes += _notes_for_plain_models(subject.file)
 
     @classmethod
     def accept(cls, file: QuantizedFile, options: Options, *, where: str) -> None:
@@ -125,3 +124,14 @@ class StateDict(SafetensorsForm):
             if not torch.equal(found, layer.integers):
                 what = f"two integers of {layer.name} have the same level, so its weights do not tell its integers"
                 raise UserError(what, where=where, hint="take --bit-packed")
+
+
+def _notes_for_plain_models(file: QuantizedFile) -> list[str]:
+    """What a reader that takes the weights alone leaves out."""
+    rounded = len(file.manifest.activations)
+    if not rounded:
+        return []
+    return [
+        f"inputs of {counted(rounded, 'layer')} are rounded by csqcli.load and csq evaluate; "
+        "a plain PyTorch model with these weights does not round them, and may be less accurate"
+    ]
