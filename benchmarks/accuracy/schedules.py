@@ -4,7 +4,8 @@
     python benchmarks/accuracy/schedules.py … --start checkpoint --methods staged csq ste --epochs 3 6 15 30
 
 From scratch the peak learning rate is 0.1, from the float checkpoint of 15 epochs it is the proxy's 0.05. Hard top-1 of the file as
-reloaded. `csq-paper-planes` is `csq` with the paper's choice of planes. Restartable: finished runs are read from --work. An epoch
+reloaded. `csq-paper-planes` is `csq` with the paper's choice of planes, both it and `csq-hard-at-the-end` with
+weights that turn hard after the last step. Restartable: finished runs are read from --work. An epoch
 takes ten to fifteen seconds of one core, so a curve from scratch (150 epochs a method and seed) is half an hour a line.
 """
 
@@ -30,7 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "csq.precision_count": "sign",
         "csq.fix_masks_at": 1.0,
         "csq.harden_at": 1.0,
-    }
+    },
+    "csq-hard-at-the-end": {"quantization.method": "csq", "csq.harden_at": 1.0},
 }
 
 
