@@ -189,8 +189,8 @@ def _opened(
     if first != recipe.seed:
         torch.manual_seed(recipe.seed)
     loaded, images = fitted.loaded, images.relabelled(fitted.outputs, fitted.names)
-    for note in loaded.notes:
-        display.say(f"{loaded.weights_from}: {note}")
+    for line in loaded.lines:
+        display.say(line)
     source = ModelRecord(
         source=spec.source,
         library=spec.library,
@@ -578,8 +578,8 @@ def evaluate_checkpoint(
         )
     images = images.relabelled(fitted.outputs, fitted.names)
     display = display or Display(quiet=True)
-    for note in fitted.loaded.notes:
-        display.say(f"{fitted.loaded.weights_from}: {note}")
+    for line in fitted.loaded.lines:
+        display.say(line)
     config = data_config(fitted.loaded.data_config, recipe)
     network = fitted.loaded.model.to(target)
     check_scores(network, config["input_size"], images.num_classes, where=model)

@@ -82,6 +82,8 @@ def _opened(recipe: Recipe, display: Display, *, calibrating: bool, limit: int |
     torch.manual_seed(recipe.seed)
     with display.step(f"loading {spec.source}"):
         fitted = open_model(recipe, data)
+    for line in fitted.loaded.lines:
+        display.say(line)
     data = data.relabelled(fitted.outputs, fitted.names)
     config = data_config(fitted.loaded.data_config, recipe)
     model = fitted.loaded.model.to(device)

@@ -61,6 +61,15 @@ class LoadedModel:
     weights_from: str  # "pretrained", "random", or the checkpoint's label
     checkpoint_sha256: str | None = None
     notes: tuple[str, ...] = ()  # what was done to make a checkpoint fit, one sentence each, for the user
+    assumed: tuple[str, ...] = ()  # what its factory leaves open, likewise
+
+    @property
+    def lines(self) -> list[str]:
+        """Notes with what they are about in front, as commands print them."""
+        return [
+            *(f"{self.spec.source}: {note}" for note in self.assumed),
+            *(f"{self.weights_from}: {note}" for note in self.notes),
+        ]
 
 
 def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False) -> nn.Module:
@@ -111,14 +120,16 @@ def load(
         # a factory has no number of its own that could be asked for
         asked = None if own_head and pretrained and spec.library != "factory" else num_classes
         model = build(spec, num_classes=asked, pretrained=pretrained)
-        return LoadedModel(model.float(), spec, data_config(model, spec), "pretrained" if pretrained else "random")
+        label = "pretrained" if pretrained else "random"
+        return LoadedModel(model.float(), spec, data_config(model, spec), label, assumed=_assumed(model, spec))
     model = build(spec, num_classes=num_classes)
     chosen, label = choose_weights(checkpoint, model.state_dict(), weights=weights), checkpoint.label
     own = _outputs_in(chosen.state, model.state_dict(), num_classes) if own_head else None
     if own is not None:
         model, num_classes = build(spec, num_classes=own), own
     fit_state_dict(model, chosen.state, where=label, num_classes=num_classes, num_classes_from=num_classes_from)
-    return LoadedModel(model.float(), spec, data_config(model, spec), label, checkpoint.sha256, chosen.notes)
+    config, assumed = data_config(model, spec), _assumed(model, spec)
+    return LoadedModel(model.float(), spec, config, label, checkpoint.sha256, chosen.notes, assumed)
 
 
 def _outputs_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_classes: int | None) -> int | None:
@@ -147,6 +158,16 @@ def _data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
     if spec.library == "torchvision":
         return _torchvision_config(spec)
     return IMAGENET_CONFIG | dict(getattr(model, "data_config", {}))
+
+
+def _assumed(model: nn.Module, spec: ModelSpec) -> tuple[str, ...]:
+    if spec.library != "factory" or getattr(model, "data_config", {}):
+        return ()
+    size = "×".join(map(str, IMAGENET_CONFIG["input_size"]))
+    return (
+        f"its factory sets no data_config (docs/data.md): images are taken as {size} with ImageNet's mean and std, "
+        "where data.input_size, data.mean and data.std do not say otherwise",
+    )
 
 
 def _build_timm(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:

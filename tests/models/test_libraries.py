@@ -9,6 +9,7 @@ import torch
 
 from csqcli.errors import UserError
 from csqcli.models import libraries
+from csqcli.models.checkpoints import Checkpoint
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,32 @@ def test_a_factory_gets_the_number_of_classes_when_it_takes_one() -> None:
     loaded = libraries.load("csqcli.models.networks:digits_cnn", num_classes=7, pretrained=False)
     assert loaded.model.fc.out_features == 7
     assert loaded.spec.library == "factory"
+
+
+NO_CONFIG = "its factory sets no data_config (docs/data.md): images are taken as 3×224×224 with ImageNet's mean and std"
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize(("factory", "silent"), [("says_nothing", True), ("group_norm_cnn", False)])
+def test_a_factory_without_data_config_is_said_to_get_imagenet_s(factory: str, silent: bool, from_file: bool) -> None:
+    source = f"tests.plain_models:{factory}"
+    state = libraries.build(libraries.parse(source), num_classes=10).state_dict()
+    checkpoint = Checkpoint({"": state}, "", "mine") if from_file else None
+    loaded = libraries.load(source, num_classes=10, pretrained=False, checkpoint=checkpoint)
+    assert [line.startswith(f"{source}: {NO_CONFIG}") for line in loaded.lines] == [True] * silent
+    assert (loaded.data_config["input_size"] == (3, 224, 224)) == silent
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "--model", "tests.plain_models:says_nothing", "--data", "digits", "--val-limit", 8),
+        ("sensitivity", "tests.plain_models:says_nothing", "--no-pretrained", "--data", "digits", "--val-limit", 8),
+        ("search", "tests.plain_models:says_nothing", "--no-pretrained", "--data", "digits", "--target-bits", 2),
+    ],
+)
+def test_commands_print_what_a_factory_leaves_open(csq, tmp_path: Path, command: tuple) -> None:
+    size = ("--set", "data.input_size=8") if command[0] == "sensitivity" else ("--input-size", 8)
+    short = ("-o", tmp_path / "run", "--epochs", 1, "--set", "max_steps=1") if command[0] == "search" else ()
+    code, _, err = csq(*command, *size, *short)
+    assert (code, NO_CONFIG in " ".join(err.split())) == (0, True), err
