@@ -85,7 +85,7 @@ class ModelRecord(Record):
     name: Name
     arguments: Annotated[dict[str, Any], AfterValidator(check_arguments)] = Field(default_factory=dict)
     num_classes: int = Field(ge=1, le=MAX_CLASSES)
-    weights_from: str  # "pretrained", "random", or the checkpoint's file name
+    weights_from: str  # "pretrained", "random", "factory", or the checkpoint's file name
     checkpoint_sha256: str | None = None
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class LoadedModel:
     model: nn.Module
     spec: ModelSpec
     data_config: DataConfig
-    weights_from: str  # "pretrained", "random", or the checkpoint's label
+    weights_from: str  # "pretrained", "random", "factory" (whatever it gives), or the checkpoint's label
     checkpoint_sha256: str | None = None
     notes: tuple[str, ...] = ()  # what was done to make a checkpoint fit, one sentence each, for the user
     assumed: tuple[str, ...] = ()  # what its factory leaves open, likewise
@@ -120,8 +120,11 @@ def load(
         # a factory has no number of its own that could be asked for
         asked = None if own_head and pretrained and spec.library != "factory" else num_classes
         model = build(spec, num_classes=asked, pretrained=pretrained)
-        label = "pretrained" if pretrained else "random"
-        return LoadedModel(model.float(), spec, data_config(model, spec), label, assumed=_assumed(model, spec))
+        label, assumed = "pretrained" if pretrained else "random", _assumed(model, spec)
+        if pretrained and spec.library == "factory" and not _takes(import_attribute(spec.name), "pretrained"):
+            label = "factory"
+            assumed += ("no checkpoint given, and its factory takes no `pretrained`: weights are those that it gives",)
+        return LoadedModel(model.float(), spec, data_config(model, spec), label, assumed=assumed)
     model = build(spec, num_classes=num_classes)
     chosen, label = choose_weights(checkpoint, model.state_dict(), weights=weights), checkpoint.label
     own = _outputs_in(chosen.state, model.state_dict(), num_classes) if own_head else None
@@ -239,11 +242,9 @@ def _build_torchvision(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool
 
 def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     factory = import_attribute(spec.name, where=spec.name)
-    parameters = inspect.signature(factory).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "num_classes" in kwargs and "num_classes" not in parameters and not takes_any:
+    if "num_classes" in kwargs and not _takes(factory, "num_classes"):
         kwargs.pop("num_classes")
-    if pretrained and ("pretrained" in parameters or takes_any):
+    if pretrained and _takes(factory, "pretrained"):
         kwargs["pretrained"] = True
     model = factory(**kwargs)
     if not isinstance(model, nn.Module):
@@ -255,6 +256,11 @@ def _build_factory(spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) ->
             f"the factory returned lazy modules, whose shapes are open ({lazy[0]})", where=spec.name, hint=hint
         )
     return model
+
+
+def _takes(factory: Callable[..., Any], argument: str) -> bool:
+    parameters = inspect.signature(factory).parameters
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _no_weights(spec: ModelSpec, error: Exception) -> NoWeights:

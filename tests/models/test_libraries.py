@@ -10,6 +10,7 @@ import torch
 from csqcli.errors import UserError
 from csqcli.models import libraries
 from csqcli.models.checkpoints import Checkpoint
+from csqcli.models.networks import digits_cnn
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,28 @@ def test_commands_print_what_a_factory_leaves_open(csq, tmp_path: Path, command:
     short = ("-o", tmp_path / "run", "--epochs", 1, "--set", "max_steps=1") if command[0] == "search" else ()
     code, _, err = csq(*command, *size, *short)
     assert (code, NO_CONFIG in " ".join(err.split())) == (0, True), err
+
+
+def with_pretrained(num_classes: int = 10, *, pretrained: bool = False) -> torch.nn.Module:
+    return digits_cnn(num_classes)
+
+
+def with_anything(**arguments) -> torch.nn.Module:
+    return digits_cnn(arguments["num_classes"])
+
+
+@pytest.mark.parametrize(
+    ("source", "pretrained", "label"),
+    [
+        ("tests.plain_models:group_norm_cnn", True, "factory"),
+        ("tests.plain_models:group_norm_cnn", False, "random"),
+        ("tests.models.test_libraries:with_pretrained", True, "pretrained"),
+        ("tests.models.test_libraries:with_anything", True, "pretrained"),
+    ],
+)
+def test_weights_of_a_factory_that_takes_no_pretrained_are_called_the_factory_s(
+    source: str, pretrained: bool, label: str
+) -> None:
+    loaded = libraries.load(source, num_classes=10, pretrained=pretrained)
+    note = f"{source}: no checkpoint given, and its factory takes no `pretrained`: weights are those that it gives"
+    assert (loaded.weights_from, loaded.lines) == (label, [note] * (label == "factory"))
