@@ -49,9 +49,8 @@ __all__ = [
 Report = dict[str, Any]
 Positive: TypeAlias = Annotated[int, Ge(1)]
 Pixels: TypeAlias = Annotated[int, Ge(1), Le(4096)]  # a side of an image
-HeldOut: TypeAlias = (
-    Annotated[float, Gt(0), Le(1)] | Literal["test"]
-)  # a share of the training images, or the test split
+# a share of the training images, or the test split
+HeldOut: TypeAlias = Annotated[float, Gt(0), Le(1)] | Literal["test"]
 _RUNS = Path("runs")  # whose folders are the runs that were told no output
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
 
@@ -158,24 +157,17 @@ def finetune(
 
         report = csqcli.finetune("runs/resnet18", data="/imagenet", epochs=3, output="runs/tuned")
     """
-    from csqcli.file import header
-    from csqcli.recipe.resolve import check_of_finetune, resolve_stored
+    from csqcli.recipe.resolve import check_of_finetune
     from csqcli.system.run_files import model_of
 
     check_of_finetune(settings)
     path = model_of(file)
-    manifest = header.read_manifest(path)
     named = {
         "data.source": data,
         "finetune.epochs": epochs,
         "finetune.teacher": None if teacher is None else str(teacher),
     }
-    overrides = {
-        "quantization.target_bits": manifest.budget.target_mean_bits or manifest.budget.mean_bits,
-        **_together(named, settings),
-    }
-    resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {path}", trust_code=trust_code)
-    resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
+    resolved = finetune_recipe(path, _together(named, settings), trust_code=trust_code)
 
     from csqcli import pipeline
 
@@ -241,22 +233,21 @@ def evaluate(
     from csqcli import pipeline
     from csqcli.system.run_files import model_of
 
+    measured: dict[str, Any] = {
+        "device": device,
+        "batch_size": batch_size,
+        "val_split": val_split,
+        "val_limit": val_limit,
+        "display": _display(progress),
+    }
     if model is not None:
         from csqcli.recipe.resolve import preprocessing
 
         prepared = preprocessing(_together({"data.input_size": input_size}, settings))
+        checkpoint = None if file is None else str(file)
         with undisturbed():
             of_model = pipeline.evaluate_checkpoint(
-                str(file) if file is not None else None,
-                model,
-                data,
-                weights=weights,
-                recipe=prepared,
-                device=device,
-                batch_size=batch_size,
-                val_split=val_split,
-                val_limit=val_limit,
-                display=_display(progress),
+                checkpoint, model, data, weights=weights, recipe=prepared, **measured
             )
         return _evaluation(of_model, 32.0)
     if file is None:
@@ -267,15 +258,7 @@ def evaluate(
         raise UserError(what, hint="name one by --model (model=), or leave it out: a csq file knows its own")
     with undisturbed():
         accuracy, manifest = pipeline.evaluate_file(
-            model_of(file),
-            data,
-            device=device,
-            batch_size=batch_size,
-            val_split=val_split,
-            val_limit=val_limit,
-            trust_code=trust_code,
-            classes_by_position=classes_by_position,
-            display=_display(progress),
+            model_of(file), data, trust_code=trust_code, classes_by_position=classes_by_position, **measured
         )
     return _evaluation(accuracy, manifest.budget.mean_bits)
 
@@ -933,6 +916,19 @@ def search_folder(recipe: Recipe) -> Path:
     }
     asked = "-".join(text.format(value) for text, value in parts.items() if value is not None) or "float"
     return _RUNS / f"{_as_file_name(model)}-{asked}"
+
+
+def finetune_recipe(file: Path, overrides: Mapping[str, Any], *, trust_code: bool) -> Recipe:
+    """What trains a file on: the recipe in it with ``overrides``, at its target, for 5 epochs where neither says how many."""
+    from csqcli.file import header
+    from csqcli.recipe.resolve import resolve_stored
+
+    manifest = header.read_manifest(file)
+    target = manifest.budget.target_mean_bits or manifest.budget.mean_bits
+    given = {"quantization.target_bits": target, **overrides}
+    found = resolve_stored(manifest.recipe, given, where=f"recipe in {file}", trust_code=trust_code)
+    found.finetune.epochs = found.finetune.epochs or FINETUNE_EPOCHS
+    return found
 
 
 def finetune_folder(file: Path) -> Path:

@@ -97,7 +97,7 @@ def evaluate(
         "progress": display,
     }
     assigned = settings_beside(named, settings, context)
-    with_settings({"data.input_size": input_size}, assigned)
+    with_settings({"data.input_size": input_size}, assigned)  # refuses two values, by the options' names
     with display.step("loading PyTorch"):
         from csqcli import pipeline  # noqa: F401  # what api.evaluate imports
     result = api.evaluate(**named, **assigned)

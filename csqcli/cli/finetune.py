@@ -65,10 +65,10 @@ def finetune(
 
     Example: csq finetune runs/resnet18 --data /imagenet --epochs 5
     """
-    from csqcli.api import FINETUNE_EPOCHS, finetune_folder
+    from csqcli.api import finetune_folder, finetune_recipe
     from csqcli.file.header import read_manifest
     from csqcli.recipe.complete import check_data_given
-    from csqcli.recipe.resolve import check_of_finetune, parse_assignments, resolve_stored
+    from csqcli.recipe.resolve import check_of_finetune, parse_assignments
     from csqcli.system.progress import Display
     from csqcli.system.run_files import MODEL_FILE, model_of
 
@@ -86,13 +86,8 @@ def finetune(
     }
     assigned = parse_assignments(settings or [])
     check_of_finetune(assigned)
-    target_bits = manifest.budget.target_mean_bits or manifest.budget.mean_bits
-    overrides = {
-        "quantization.target_bits": target_bits,
-        **with_settings(typed, assigned, finetune__epochs="--epochs"),
-    }
-    resolved = resolve_stored(manifest.recipe, overrides, where=f"recipe in {file}", trust_code=trust_code)
-    resolved.finetune.epochs = resolved.finetune.epochs or FINETUNE_EPOCHS
+    overrides = with_settings(typed, assigned, finetune__epochs="--epochs")
+    resolved = finetune_recipe(file, overrides, trust_code=trust_code)
     check_data_given(resolved)
     target = output or finetune_folder(file)
     display = Display(quiet=quiet or not is_main_process(), log_every=log_every)

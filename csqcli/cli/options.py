@@ -207,13 +207,14 @@ def with_settings(
     return laid_together(options, assigned, as_named=as_option, as_setting=_as_assignment)
 
 
+# of those that are not called like their key
 _OPTIONS = {
     "model.source": "MODEL",
     "data.source": "--data",
     "data.micro_batch": "--batch-size",
     "adaptation.epochs": "--float-epochs",
     "finetune.epochs": "--finetune-epochs",
-}  # of those that are not called like their key
+}
 
 
 def _as_assignment(key: str, value: Any) -> str:

@@ -240,9 +240,8 @@ class InputSample:
     signed: bool  # whether any of all values was negative
     is_image: bool = False  # the network's own input
     image_values: int = 1  # of one image
-    is_batched: bool = (
-        True  # whether the first dimension is the batch: windows may be folded into it, or sequences come first
-    )
+    # whether the first dimension is the batch: windows may be folded into it, or sequences come first
+    is_batched: bool = True
 
     @property
     def stored_image_values(self) -> int | None:

@@ -48,9 +48,8 @@ class StopRequest:
 class Signals:
     """Context manager around a whole command: SIGTERM is a KeyboardInterrupt, as SIGINT is, and nothing interrupts the way out."""
 
-    left_state: ClassVar[bool] = (
-        False  # whether what was interrupted can go on from a saved state; a run's folder knows
-    )
+    # whether what was interrupted can go on from a saved state; a run's folder knows
+    left_state: ClassVar[bool] = False
 
     def __init__(self) -> None:
         Signals.left_state = False

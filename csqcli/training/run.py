@@ -320,9 +320,10 @@ class Run:
 
     @property
     def _is_untrained(self) -> bool:
-        """Whether the network is fresh, no float epochs of the run's own included, and training will find its statistics."""
+        """Whether the network may have no statistics yet, and training will find them. Unlike a recipe that is from scratch, one
+        whose float epochs were not kept leaves it without."""
         recipe, adaptation = self.recipe, self.record.adaptation
-        fresh = self.source.weights_from == "random" and recipe.model.warm_start is None
+        fresh = self.source.weights_from in ("random", "factory") and recipe.model.warm_start is None
         learned = adaptation is not None and adaptation.kept == "adapted"
         return fresh and not learned and recipe.card.trains and recipe.batchnorm != "frozen"
 

@@ -13,6 +13,7 @@ import csqcli
 from csqcli.errors import UserError
 from csqcli.file import header
 from csqcli.file.manifest import ActivationEntry
+from csqcli.quant import activations
 from csqcli.quant.activations import ActivationQuantizer, InputSample, attach, calibrate, owners, quantizer_of
 from csqcli.quant.layers import find_layers
 from csqcli.quant.one_image import given_by_one_image
@@ -541,3 +542,32 @@ class Mixed(nn.Module):
 def test_features_that_meet_the_image_again_are_no_image(how: str) -> None:
     given = given_by_one_image(Mixed(how), ["first", "second"], torch.randn(1, 3, 8, 8))
     assert (given["first"].is_image, given["second"].is_image) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "untrained"),
+    [
+        ("--no-pretrained --set model.checkpoint=null", True),
+        ("--no-pretrained --set model.checkpoint=null --set batchnorm=frozen", False),
+        ("--no-pretrained --set model.checkpoint=null --epochs 0", False),
+        ("--no-pretrained --set model.checkpoint=null --float-epochs 1 --set adaptation.lr=0.1", False),
+        ("", False),
+    ],
+)
+def test_a_search_calibrates_as_untrained_what_will_find_its_statistics(
+    csq, tmp_path, words: str, untrained: bool
+) -> None:
+    asked = []
+    whole = activations.calibrate
+
+    def noted(*given, **options):
+        asked.append(options["untrained"])
+        return whole(*given, **options)
+
+    settings = "--act-bits 3 --target-bits 2 --set max_steps=3 -q"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "calibrate", noted)
+        epochs = "" if "--epochs 0" in words else "--epochs 1"
+        code, _, error = csq(*f"search --recipe digits {words} {epochs} {settings}".split(), "-o", tmp_path / "run")
+    assert code == 0, error
+    assert asked == [untrained]
