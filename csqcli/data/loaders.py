@@ -8,6 +8,7 @@ as timm does it, and by worker processes.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import random
@@ -238,10 +239,19 @@ class _ImageLoader:
 
 def _begun(loader: torch.utils.data.DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[_Undecodable]]]:
     """The loader's next epoch, without torch's signal handler, which raises the news of a dead worker wherever this process
-    happens to be, in the middle of a save too. Waiting for a batch tells as well, within 5 seconds and between two steps."""
+    happens to be, in the middle of a save too. Waiting for a batch tells as well, within 5 seconds and between two steps.
+
+    What workers inherit is not theirs to collect: an engine's session that ends there waits for threads that were not forked.
+    """
     handled = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if handled else None
-    batches = iter(loader)
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        batches = iter(loader)
+    finally:
+        if not frozen:  # by the caller
+            gc.unfreeze()
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
     return batches

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
+import os
 import random
 from pathlib import Path
 
@@ -49,6 +51,40 @@ def test_a_corrupt_validation_image_is_an_error_that_names_it(image_folder: Path
     opened = open_data(str(image_folder))
     with pytest.raises(UserError, match=r"dark/0.png: cannot be decoded"):
         list(make_loader(opened.val, config, LoaderSettings(training=False, batch_size=4)).epoch(0))
+
+
+class Ended:
+    """Garbage that says in which process it was collected."""
+
+    def __init__(self, told: Path) -> None:
+        self.told, self.itself = told, self
+
+    def __del__(self) -> None:
+        with self.told.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_workers_collect_nothing_that_they_inherit(image_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """A session of onnxruntime that a worker ends waits for threads which were not forked."""
+    whole, told = Images.pil, tmp_path / "told"
+
+    def collecting(self: Images, index: int, channels: int):
+        gc.collect()
+        return whole(self, index, channels)
+
+    monkeypatch.setattr(Images, "pil", collecting)
+    settings = LoaderSettings(training=True, batch_size=4, augment="imagenet", workers=1)
+    loader = make_loader(open_data(str(image_folder)).train, LARGE, settings)
+    gc.disable()
+    try:
+        Ended(told)
+        assert len(list(loader.epoch(0))) == 3
+    finally:
+        loader.close()
+        gc.enable()
+    gc.collect()
+    assert told.read_text().split() == [str(os.getpid())]
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("config", [CIFAR_CONFIG, LARGE], ids=["in memory", "streamed"])
