@@ -7,8 +7,8 @@ its defaults; where a paper's setting is for another optimizer than the proxy's 
 
     python benchmarks/accuracy/methods.py --data cifar10:DIR --work runs/methods --jobs 2 --act-bits 32 3 --json runs/methods/table.json
 
-Restartable: finished runs are read from --work. A run takes two to three minutes of one core; 66 rows, three seeds and both
-widths of activations are about sixteen hours of it. `--only "parq 2" "bsq 2"` runs some rows, `--seeds 1` one seed.
+Restartable: finished runs are read from --work. A run takes one to three minutes of one core; 76 rows, three seeds and both
+widths of activations are eight to twenty hours of it. `--only "parq 2" "bsq 2"` runs some rows, `--seeds 1` one seed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import rows as names_of_rows
 
 PLANES = (1, 2, 3)
 RATES = (("sgd", 0.05), ("sgd", 0.01), ("adamw", 0.001))  # of the rivals' own code
+ALLOCATORS = ("importance", "hawq-v2", "hawq-v1", "haq", "quanos", "random")  # by all of which `lsq` trains
 TERNARY, BINARY = "twn", ("xnor", "xnor, straight-through")
 
 
@@ -38,7 +39,8 @@ def methods() -> dict[str, dict[str, Any]]:
     rows["pact, SAWB"] = {"quantization.method": "pact", "pact.quantizer": "sawb"}
     rows["xnor, straight-through"] = {"quantization.method": "xnor", "xnor.gradient": "straight-through"}
     rows["ste, importance"] = {"quantization.method": "ste", "quantization.allocator": "importance"}
-    rows["lsq, importance"] = {"quantization.method": "lsq", "quantization.allocator": "importance"}
+    for allocator in ALLOCATORS:
+        rows[f"lsq, {allocator}"] = {"quantization.method": "lsq", "quantization.allocator": allocator}
     for name in names_of_rows.LIBRARIES:
         for kind, rate in RATES:
             base = names_of_rows.OPTIMIZERS[kind] | {"optimizer.lr": rate}
@@ -50,7 +52,7 @@ def planes_of(name: str) -> tuple[int, ...]:
     """The planes that a method is defined for."""
     if name == TERNARY or name in BINARY:
         return (1,)
-    return (2, 3) if name == "pact, SAWB" or name.endswith("importance") else PLANES
+    return (2, 3) if name == "pact, SAWB" or name.partition(", ")[2] in ALLOCATORS else PLANES
 
 
 def levels(name: str, planes: int) -> int:
