@@ -22,6 +22,7 @@ from csqcli.system.callers import undisturbed
 if TYPE_CHECKING:
     from torch import nn
 
+    from csqcli.quant.layerwise import Quantized
     from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
     from csqcli.recipe.schema import Recipe
     from csqcli.system.progress import Display
@@ -39,6 +40,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load",
+    "quantize",
     "report",
     "save",
     "search",
@@ -837,9 +839,54 @@ def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = 
         return into.eval()
 
 
+def quantize(
+    model: nn.Module,
+    images: Iterable[Any],
+    target_bits: float,
+    *,
+    exclude: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Quantized:
+    """Post-training quantization of a model in memory, in place: what ``csq search --epochs 0`` does, without files.
+
+    Planes go where the Fisher information says that they matter, then layers are rounded one after the other to what changes
+    their outputs least; biases and BatchNorm statistics follow. The same images and seed give the same bits.
+
+    Args:
+        model: any network, with its trained weights, on any device. Afterwards it holds the quantized ones; its modes
+            (train or eval) stay as they are, and after an exception its weights too.
+        images: batches of training images, or of tuples that begin with them, normalised and cropped as for validation;
+            labels are not used. The first ``settings["images"]`` (512) are looked at; below three planes 2,048 vary less.
+        target_bits: mean planes per weight element, above 0 and at most 8; fractions are fine.
+        exclude: globs of weights that stay float and uncounted, as the recipe's ``layers.exclude``.
+        settings: of the method ``ptq``, as `csq methods` lists them: ``images``, ``passes``, ``damping``, ….
+        seed: of the labels that are drawn from the model's own predictions.
+        progress: show what is going on, on stderr.
+
+    Returns:
+        ``planes`` (of each weight, by name), ``mean_bits``, and what :func:`save` needs to write the file.
+
+    Raises:
+        UserError: for a target that cannot be met, images that the model does not take, and activations that overflow.
+
+    Example::
+
+        quantized = csqcli.quantize(model, loader, 3)
+        csqcli.save(model, quantized, "model.safetensors", source="timm:resnet18", num_classes=10)
+    """
+    from csqcli.rounding import quantize_in_memory
+
+    with undisturbed():
+        return quantize_in_memory(
+            model, images, target_bits, exclude=exclude, settings=settings, seed=seed, display=_display(progress)
+        )
+
+
 def save(
     model: nn.Module,
-    optimizer: QuantizedOptimizer,
+    optimizer: QuantizedOptimizer | Quantized,
     path: str | Path,
     *,
     source: str,
@@ -858,7 +905,7 @@ def save(
         model: the network that ``optimizer`` was built over, in any wrapper of torch.compile or data parallelism; or an
             average of its weights (timm's ModelEmaV3, torch's AveragedModel), which is rounded to the planes and scales
             that the optimizer found.
-        optimizer: a :class:`CSQ`.
+        optimizer: a :class:`CSQ`, or what :func:`quantize` returned.
         path: file to write, ``.safetensors``; replaced when it exists, and only by a file that was read back whole.
         source: what builds the architecture again, as on the command line: ``timm:resnet18``, ``package.module:factory``.
         num_classes: of the head.

@@ -32,6 +32,7 @@ from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant import activations, basis
 from csqcli.quant.hard_layer import HardLayer, spread
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.quant.layerwise import Quantized
 from csqcli.quant.optimizer import CSQ, QuantizedOptimizer
 from csqcli.quant.passes.rounding import levels_of, nearest_level
 from csqcli.quant.wrappers import unwrap
@@ -47,7 +48,7 @@ _NARROW_TOLERANCE = 0.1  # of the outputs' standard deviation: a half-precision 
 @torch.no_grad()
 def save_model(
     model: nn.Module,
-    optimizer: QuantizedOptimizer,
+    optimizer: QuantizedOptimizer | Quantized,
     path: Path,
     *,
     source: str,
@@ -62,8 +63,8 @@ def save_model(
     if not isinstance(source, str):
         what = f"source must be text, not a {type(source).__name__}"
         raise UserError(what, where="csqcli.save", hint="name it: timm:resnet18, or package.module:factory")
-    if not isinstance(optimizer, QuantizedOptimizer):
-        what = f"the optimizer must be a csqcli.CSQ, not a {type(optimizer).__name__}"
+    if not isinstance(optimizer, (QuantizedOptimizer, Quantized)):
+        what = f"the optimizer must be a csqcli.CSQ, or what csqcli.quantize returned, not a {type(optimizer).__name__}"
         raise UserError(what, where="csqcli.save", hint="train with csqcli.CSQ(model, …), and give that")
     network = unwrap(model)
     device = _device(network)
@@ -85,7 +86,7 @@ def save_model(
 
 def _save(
     network: nn.Module,
-    optimizer: QuantizedOptimizer,
+    optimizer: QuantizedOptimizer | Quantized,
     path: Path,
     *,
     spec: ModelSpec,
@@ -164,11 +165,12 @@ def _save(
     return header.read_manifest(path)
 
 
-def _recipe(optimizer: QuantizedOptimizer) -> dict[str, Any]:
+def _recipe(optimizer: QuantizedOptimizer | Quantized) -> dict[str, Any]:
     """What a recipe would say of the training, so that `csq finetune` goes on with the same method."""
-    if not isinstance(optimizer, CSQ):
+    if not isinstance(optimizer, (CSQ, Quantized)):
         return {}
-    return {"quantization": {"method": optimizer.method_name, "target_bits": optimizer.method.plan.budget.target}}
+    asked = {"quantization": {"method": optimizer.method_name, "target_bits": optimizer.method.plan.budget.target}}
+    return asked if isinstance(optimizer, CSQ) else asked | {"epochs": 0, "finetune": {"epochs": 0}}
 
 
 def _importable(source: str, arguments: Mapping[str, Any] | None) -> ModelSpec:
@@ -221,7 +223,7 @@ def _check_architecture(built: nn.Module, network: nn.Module, *, where: str) -> 
             raise UserError(f"builds `{name}` of shape {theirs[name]}, the model has {shape}", where=where, hint=hint)
 
 
-def _delivered(found: Sequence[Layer], optimizer: QuantizedOptimizer) -> list[tuple[Layer, HardLayer]]:
+def _delivered(found: Sequence[Layer], optimizer: QuantizedOptimizer | Quantized) -> list[tuple[Layer, HardLayer]]:
     """The network's layers and what is delivered of each, under the names that they have in the network.
 
     A network that holds the optimizer's own weights, or holds them under other names, gets the hard layers as they are. A
@@ -248,7 +250,7 @@ def _delivered(found: Sequence[Layer], optimizer: QuantizedOptimizer) -> list[tu
     return pairs
 
 
-def _check_trained(copies: Mapping[int, Layer], optimizer: QuantizedOptimizer) -> None:
+def _check_trained(copies: Mapping[int, Layer], optimizer: QuantizedOptimizer | Quantized) -> None:
     """UserError where weights that are not the optimizer's own resemble neither its unrounded nor its current ones.
 
     ``copies`` has layers of the network by their index in the method.
@@ -301,23 +303,30 @@ def _on_hard_weights(network: nn.Module, pairs: Sequence[tuple[Layer, HardLayer]
 
 
 class _Batches:
-    """Anybody's loader as BatchNorm's recalibration takes it. A batch is images, or a tuple, list or dict that begins with them."""
+    """Anybody's loader as BatchNorm's recalibration takes it."""
 
     def __init__(self, loader: Iterable[Any], network: nn.Module) -> None:
-        self.loader, self.like = loader, next(network.parameters())
+        self.loader, self.network = loader, network
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, None]]:
-        empty = True
-        for batch in self.loader:
-            while not isinstance(batch, Tensor):
-                if not isinstance(batch, (Sequence, Mapping)) or not batch or isinstance(batch, str):
-                    what = f"a batch of the loader holds {type(batch).__name__} where images should be"
-                    raise UserError(what, where="csqcli.save", hint="give batches of images, or of (images, labels)")
-                batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-            yield batch.to(self.like.device, self.like.dtype), None
-            empty = False
-        if empty:
-            raise UserError("the loader gives no batch", where="csqcli.save", hint="an iterator is spent after one use")
+        for images in images_of(self.loader, self.network, where="csqcli.save"):
+            yield images, None
+
+
+def images_of(loader: Iterable[Any], network: nn.Module, *, where: str) -> Iterator[Tensor]:
+    """The images of anybody's loader, with the device and dtype of the network. A batch is images, or a tuple, list or dict that
+    begins with them. UserError where it is something else, and where there is none."""
+    like, empty = next(network.parameters()), True
+    for batch in loader:
+        while not isinstance(batch, Tensor):
+            if not isinstance(batch, (Sequence, Mapping)) or not batch or isinstance(batch, str):
+                what = f"a batch of the loader holds {type(batch).__name__} where images should be"
+                raise UserError(what, where=where, hint="give batches of images, or of (images, labels)")
+            batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
+        yield batch.to(like.device, like.dtype)
+        empty = False
+    if empty:
+        raise UserError("the loader gives no batch", where=where, hint="an iterator is spent after one use")
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -54,6 +54,13 @@ def test_readme_python_runs_and_writes_a_file_that_loads(tmp_path: Path, monkeyp
     assert "mean bits" in report
 
 
+def test_readme_python_rounds_a_model_in_memory(tmp_path: Path, monkeypatch, csq) -> None:
+    monkeypatch.chdir(tmp_path)
+    rounds = next(body for body in python_blocks() if "csqcli.quantize(" in body)
+    exec(compile(rounds, "README.md", "exec"), {})
+    assert "test_resnet" in csq("report", "rounded.safetensors")[1]
+
+
 def test_readme_python_runs_the_commands_as_functions(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     commands = next(body for body in python_blocks() if "csqcli.search(" in body).replace("epochs=5", "epochs=1")

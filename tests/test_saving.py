@@ -135,7 +135,10 @@ def test_a_copy_and_the_weights_before_training_are_alike_enough_at_few_planes(
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     model, _ = trained()
     other: Any = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(UserError, match=r"csqcli\.save: the optimizer must be a csqcli\.CSQ, not a SGD; train with"):
+    with pytest.raises(
+        UserError,
+        match=r"csqcli\.save: the optimizer must be a csqcli\.CSQ, or what csqcli\.quantize returned, not a SGD; train with",
+    ):
         save(model, other, tmp_path / "model.safetensors")
     assert not any(tmp_path.iterdir())
 

@@ -175,8 +175,7 @@ class CSQ(QuantizedOptimizer):
         if not isinstance(model, nn.Module):
             hint = "give the model itself: csqcli.CSQ(model, …), not model.parameters()"
             raise UserError(f"the model must be a torch.nn.Module, not a {type(model).__name__}", hint=hint)
-        if not isinstance(target_bits, (int, float)) or not 0 < target_bits <= MOST_PLANES:  # NaN is refused too
-            raise UserError(f"target_bits must be above 0 and at most {MOST_PLANES}, not {target_bits!r}")
+        check_target(target_bits)
         if not isinstance(lr, (int, float)) or not 0 < lr <= LARGE:  # NaN is refused too
             what = f"lr must be a number above 0 and at most {LARGE:g}, not {lr!r}"
             raise UserError(what, hint="schedulers may lower it to 0 later")
@@ -193,7 +192,7 @@ class CSQ(QuantizedOptimizer):
             momentum=momentum,
             weight_decay=weight_decay,
         )
-        chosen = card.load()(layers, plan, _settings(card, settings))
+        chosen = card.load()(layers, plan, settings_of(card, settings))
         base = torch.optim.SGD(base_groups(model, chosen), lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.total_steps, self.method_name = total_steps, method
         self._built = False
@@ -341,6 +340,12 @@ class CSQ(QuantizedOptimizer):
         return copied
 
 
+def check_target(target_bits: float) -> None:
+    """UserError for what is no mean of planes."""
+    if not isinstance(target_bits, (int, float)) or not 0 < target_bits <= MOST_PLANES:  # NaN is refused too
+        raise UserError(f"target_bits must be above 0 and at most {MOST_PLANES}, not {target_bits!r}")
+
+
 def _check_steps(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         hint = "give a number of optimizer steps: len(loader) for an epoch, len(loader) * epochs for the whole run"
@@ -356,7 +361,9 @@ def _trainable(method: str, target_bits: float) -> MethodCard:
     if card.name == "float":
         raise UserError("`float` quantizes nothing", where="method", hint="use a torch optimizer")
     if not card.trains:
-        raise UserError(f"`{card.name}` trains nothing", where="method", hint="`csq search --epochs 0` does it")
+        raise UserError(
+            f"`{card.name}` trains nothing", where="method", hint="csqcli.quantize does it, or `csq search --epochs 0`"
+        )
     if card.takes == "planes" and target_bits != int(target_bits):
         hint = "take a whole target, or a method that searches planes"
         raise UserError(
@@ -365,7 +372,8 @@ def _trainable(method: str, target_bits: float) -> MethodCard:
     return card
 
 
-def _settings(card: MethodCard, given: MethodSettings | Mapping[str, Any] | None) -> MethodSettings:
+def settings_of(card: MethodCard, given: MethodSettings | Mapping[str, Any] | None) -> MethodSettings:
+    """The settings of a method from a mapping of some of them. UserError for what they are not."""
     if isinstance(given, MethodSettings) and not isinstance(given, card.settings):
         what = f"{type(given).__name__} are not those of the method `{card.name}`"
         raise UserError(what, where="settings", hint=f"give {card.settings.__name__}, or a mapping")

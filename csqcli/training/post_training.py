@@ -1,40 +1,27 @@
-"""Post-training quantization: the planes by importance, then the layers rounded one group after the other.
+"""Post-training quantization in a run: the calibration images, the planes by importance, and the state between two groups of layers.
 
-The calibration images go through the network once per group of layers, up to the last of them, and through a float copy of it. What is
-collected there (`quant.layer_inputs`) decides the group's integers and scales (`quant.second_order`), the mean shift of their
-outputs goes into their biases, and the statistics of BatchNorms behind them move by what became of their inputs. The next group then sees
-what all of this made of its inputs.
-
-Labels of the images are never looked at: importance takes labels drawn from the model's own predictions, whose gradients have
-the Fisher information as their second moment.
+How layers are rounded is in `quant.layerwise`. Labels of the images are never looked at.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from csqcli.data.loaders import LoaderSettings, make_loader, stream_seed
 from csqcli.data.splits import Images
 from csqcli.errors import UserError
-from csqcli.quant import activations
 from csqcli.quant.allocators.importance import fisher_importance
 from csqcli.quant.budget import allocate
 from csqcli.quant.hard_layer import HardLayer
-from csqcli.quant.layer_inputs import LayerInputs, LayerOrder, passing
 from csqcli.quant.layers import Layer
-from csqcli.quant.measuring import logits_of
+from csqcli.quant.layerwise import LayerwiseRounding, with_own_labels
 from csqcli.quant.methods.base import Plan, Schedule
-from csqcli.quant.methods.ptq import PostTraining, start_scale
-from csqcli.quant.norms import following, tracking_norms
-from csqcli.quant.second_order import InputMoments, damped, fit, for_moved_inputs, held_out_damping, held_out_rounding
+from csqcli.quant.methods.ptq import PostTraining
 from csqcli.system import distributed
 from csqcli.system.interrupt import Interrupted, StopRequest
 from csqcli.system.progress import counted, planes_fixed
@@ -45,10 +32,6 @@ from csqcli.training.setup import allocated, shared_importance
 from csqcli.training.shared_start import known_importance
 
 _BATCH = 64  # images per forward pass
-_FISHER_BATCH = 16  # images whose mean gradient is squared
-_SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
-_SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
-_MOST_COLUMNS = 2**13  # of a layer that is fitted: its moments take the square of that, seven times, in float32
 _FEW_PLANES, _MANY_IMAGES = 2.9, 2048  # docs/results.md, how long to train
 _SAVE_SECONDS = 20.0  # between two states
 
@@ -84,8 +67,6 @@ class _Work:
 
     run: Run
     layers: list[Layer]
-    done: int = 0  # groups
-    done_layers: int = -1  # layers of the order before which every BatchNorm is settled
     saved_at: float = field(default_factory=time.monotonic)
 
     def begin(self) -> None:
@@ -104,32 +85,35 @@ class _Work:
         run = self.run
         state, run.saved = run.saved if run.saved is not None and run.saved.phase == "search" else None, None
         self.begin()
-        self.teacher = copy.deepcopy(run.model)
-        activations.detach(self.teacher)  # its hooks would be those of the model itself
-        if state is None:
-            self.method = self._planned(self._planes())
-        else:
-            self.method = self._planned(state.optimizer["method"]["planes"])
+        self.method = self._planned(self._planes() if state is None else state.optimizer["method"]["planes"])
+        settle = run.recipe.bn_recalibration_batches > 0
+        self.rounding = LayerwiseRounding(run.model, self.method, self.batches, settle_norms=settle)
+        if state is not None:
             self.method.load_state_dict(state.optimizer["method"])
             run.model.load_state_dict(state.model)
-            self.done = state.batch
-            run.display.say(f"resumed after {self.done} groups of layers")
-        self.order, self.norms = self._execution_order()
-        self._round_unseen()
-        groups = _groups(self.order, self.settings.passes)
-        if self.done:
-            self.done_layers = self.order.index(groups[self.done - 1][0])
-        with StopRequest(patient=run.shard.world > 1) as request:
-            with run.display.step("rounding layer by layer", len(groups)) as tell:
-                for number, group in enumerate(groups):
-                    if number < self.done:
-                        continue
-                    self._round_group(group)
-                    self.done = number + 1
-                    tell(self.done)
-                    self._after_group(request)
-            self._settle_norms(len(self.order))
+            self.rounding.go_on_after(state.batch)
+            run.display.say(f"resumed after {state.batch} groups of layers")
+        self._tell_unseen()
+        with (
+            StopRequest(patient=run.shard.world > 1) as request,
+            run.display.step("rounding layer by layer", len(self.rounding.groups)) as tell,
+        ):
+
+            def after_group(done: int) -> None:
+                tell(done)
+                self._after_group(request)
+
+            self.rounding.run(after_group)
         run.model.eval()
+
+    def _tell_unseen(self) -> None:
+        unseen = self.rounding.unseen
+        if unseen:
+            first, more = self.layers[unseen[0]].name, ", …" if len(unseen) > 1 else ""
+            self.run.display.say(
+                f"{counted(len(unseen), 'layer')} rounded to the nearest levels, because what they multiply is not seen or too "
+                f"much: {first}{more}"
+            )
 
     # -- what is looked at
 
@@ -180,13 +164,7 @@ class _Work:
         return fisher_importance(self.run.model, self.layers, self._labelled(), bits, recovery=self.settings.recovery)
 
     def _labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Small batches with labels drawn from the model's own predictions."""
-        generator = _generator(self.run.recipe.seed, 1)
-        for batch in itertools.chain.from_iterable(images.split(_FISHER_BATCH) for images in self.batches):
-            with torch.no_grad():
-                likely = logits_of(self.run.model(batch)).softmax(dim=1).cpu()
-            labels = torch.multinomial(likely, 1, generator=generator).flatten()
-            yield batch, labels.to(batch.device)
+        return with_own_labels(self.run.model, self.batches, _generator(self.run.recipe.seed, 1))
 
     def _planned(self, planes: Sequence[int]) -> PostTraining:
         run = self.run
@@ -200,129 +178,6 @@ class _Work:
                 f"--set ptq.images={_MANY_IMAGES} varies less and takes longer"
             )
         return PostTraining(self.layers, Plan(Schedule(0, 1), budget, planes=planes), self.settings)
-
-    @torch.no_grad()
-    def _execution_order(self) -> tuple[list[int], dict[nn.Module, int]]:
-        """Layers to fit, in the order in which they run, and how many of them ran before each BatchNorm."""
-        recorder, norms = LayerOrder(self.layers), dict[nn.Module, int]()
-
-        def note(module: nn.Module, inputs: object) -> None:
-            norms.setdefault(module, len(recorder.order))
-
-        hooks = [norm.register_forward_pre_hook(note) for norm in tracking_norms(self.run.model)]
-        try:
-            with recorder:
-                self.run.model(self.batches[0][:2])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.biases = recorder.biases
-        kept = [index for index in recorder.order if _columns(self.layers[index]) <= _MOST_COLUMNS]
-        ran_before = {norm: len(set(recorder.order[:count]) & set(kept)) for norm, count in norms.items()}
-        return kept, ran_before
-
-    # -- rounding
-
-    def _round_unseen(self) -> None:
-        """Layers whose inputs are not available, or are too many, keep the nearest levels: they hold them from the start."""
-        unseen = sorted(set(range(len(self.layers))) - set(self.order))
-        for index in unseen:
-            self.method.write(index)
-        if unseen:
-            first, more = self.layers[unseen[0]].name, ", …" if len(unseen) > 1 else ""
-            self.run.display.say(
-                f"{counted(len(unseen), 'layer')} rounded to the nearest levels, because what they multiply is not seen or too "
-                f"much: {first}{more}"
-            )
-
-    @torch.no_grad()
-    def _round_group(self, group: Sequence[int]) -> None:
-        halves = self._collect(group)
-        for index in group:
-            self._round(index, halves.pop(index))
-
-    def _collect(self, group: Sequence[int]) -> dict[int, list[InputMoments]]:
-        """One pass: moments of the group's inputs, over each half of the images; BatchNorms before it settle on the way."""
-        run, halves = self.run, dict[int, list[InputMoments]]()
-        own = [self.layers[index] for index in group]
-        parameters = dict(self.teacher.named_parameters())
-        float_layers = [Layer(layer.name, parameters[layer.name]) for layer in own]
-        with self._open_norms(self.order.index(group[0])):
-            for number, batch in enumerate(self.batches):
-                float_inputs = self._inputs(self.teacher, float_layers, batch, number)
-                inputs = self._inputs(run.model, own, batch, number)
-                for place, index in enumerate(group):
-                    if index not in halves:
-                        halves[index] = [InputMoments.like(inputs[place]) for _ in range(2)]
-                    parts = (columns.tensor_split(2, dim=-1) for columns in (inputs[place], float_inputs[place]))
-                    for half, part, float_part in zip(halves[index], *parts, strict=True):
-                        half.add(part, float_part)
-        return halves
-
-    def _inputs(self, model: nn.Module, layers: Sequence[Layer], batch: Tensor, offset: int) -> dict[int, Tensor]:
-        images = sum(map(len, self.batches))
-        recorder = LayerInputs(layers, positions=[_positions(layer, images) for layer in layers], offset=offset)
-        recorder.wanted = set(range(len(layers)))
-        with recorder, passing():
-            model(batch)
-        return recorder.columns
-
-    def _round(self, index: int, halves: Sequence[InputMoments]) -> None:
-        layer, k = self.layers[index], self.method.planes[index]
-        moments = halves[0] + halves[1]
-        groups, columns = moments.mean.shape
-        weight = layer.parameter.detach().float().clone().reshape(groups, -1, columns)  # placing overwrites it
-        second, cross = moments.second / moments.count, moments.cross / moments.count
-        if not bool(torch.isfinite(second).all()):
-            hint = "its activations overflow on these images; check the checkpoint"
-            raise UserError("the layer's inputs are NaN or infinite", where=layer.name, hint=hint)
-        damping, seen = self.settings.damping, [half for half in halves if half.count]
-        parts = [(half.second / half.count, half.cross / half.count) for half in seen]
-        target = weight
-        if self.settings.follow_inputs and len(parts) == 2:
-            follow = held_out_damping(weight, parts, damping)
-            target = weight if follow is None else for_moved_inputs(weight, damped(second, follow), cross)
-        shaped = target.reshape(layer.parameter.shape)
-        scale = start_scale(shaped, layer, k)
-        if k and columns > 1 and self.settings.rounding == "second-order":
-            start = scale.expand(groups * weight.shape[1]).reshape(groups, -1, 1)
-            if moments.count < columns and len(parts) == 2:
-                own = [moment for moment, _ in parts]
-                damping = held_out_rounding(target, own, start, planes=k, share=damping)
-            integers, fitted = fit(target, damped(second, damping), start, planes=k)
-            self.method.place(index, integers.reshape(layer.parameter.shape), fitted.flatten())
-        else:
-            self.method.write(index)
-        bias = self.biases.get(index)
-        if bias is not None and self.settings.correct_bias:
-            rounded = layer.parameter.detach().float().reshape(groups, -1, columns)
-            mean, wanted = moments.mean, moments.float_mean if self.settings.follow_inputs else moments.mean
-            shift = (weight @ wanted.unsqueeze(-1) - rounded @ mean.unsqueeze(-1)).flatten() / moments.count
-            bias.data += shift.to(bias.dtype)
-
-    # -- BatchNorm
-
-    @contextlib.contextmanager
-    def _open_norms(self, place: int) -> Iterator[None]:
-        """Inside, BatchNorms behind the last group and before layer number ``place`` of the order follow what comes in. The
-        float network has to see each batch first."""
-        settle = self.run.recipe.bn_recalibration_batches > 0
-        names = {module: name for name, module in self.run.model.named_modules()}
-        with contextlib.ExitStack() as opened:
-            for norm, before in self.norms.items():
-                if settle and self.done_layers < before <= place:
-                    opened.enter_context(following(norm, self.teacher.get_submodule(names[norm])))
-            yield
-        self.done_layers = place
-
-    def _settle_norms(self, place: int) -> None:
-        """A pass for the BatchNorms behind the last layer, if any."""
-        if all(before <= self.done_layers for before in self.norms.values()):
-            return
-        with torch.no_grad(), self._open_norms(place):
-            for batch in self.batches:
-                self.teacher(batch)
-                self.run.model(batch)
 
     # -- interruption
 
@@ -338,7 +193,7 @@ class _Work:
                 inputs=run.folder.inputs,
                 phase="search",
                 epoch=0,
-                batch=self.done,
+                batch=self.rounding.done,
                 losses=[],
                 model=run.model.state_dict(),
                 optimizer={"method": self.method.state_dict()},
@@ -351,29 +206,7 @@ class _Work:
         self.saved_at = time.monotonic()
         if stop is not None:
             distributed.stop()
-            raise Interrupted(stop, f"{self.done} groups of layers rounded")
-
-
-def _groups(order: Sequence[int], passes: int) -> list[list[int]]:
-    """Consecutive layers in at most so many groups, whose sizes differ by one at most. With two or more, the last layer is a group of
-    its own: what a layer does not see of those in its group the layers behind it make up for, and here there are none."""
-    count = min(passes, len(order))
-    if count < 2:
-        return [list(order)] if order else []
-    *front, last = order
-    bounds = [len(front) * number // (count - 1) for number in range(count)]
-    return [*(front[a:b] for a, b in itertools.pairwise(bounds)), [last]]
-
-
-def _positions(layer: Layer, images: int) -> int:
-    """Output positions of one image that a layer's moments need."""
-    fewest, most = _SAMPLES
-    return -(-min(max(_SAMPLES_PER_WEIGHT * _columns(layer), fewest), most) // images)
-
-
-def _columns(layer: Layer) -> int:
-    """Weights of one filter."""
-    return layer.weights // layer.parameter.shape[layer.channel_dim]
+            raise Interrupted(stop, f"{self.rounding.done} groups of layers rounded")
 
 
 def _generator(*keys: int) -> torch.Generator:

@@ -15,10 +15,10 @@ import csqcli
 from csqcli import pipeline
 from csqcli.data.specs import open_data
 from csqcli.models.networks import digits_cnn
-from csqcli.quant import norms
+from csqcli.quant import layerwise, norms
 from csqcli.quant.activations import attached
-from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.layers import find_layers
+from csqcli.quant.layerwise import LayerwiseRounding
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.ptq import PostTraining
 from csqcli.quant.second_order import InputMoments
@@ -58,13 +58,13 @@ def test_every_calibration_image_is_looked_at_beside_a_network_that_rounds_nothi
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    collect = post_training._Work._collect
+    round_group = LayerwiseRounding.round_group
 
-    def watched(work: post_training._Work, group: list[int]) -> object:
-        seen.append((sum(map(len, work.batches)), len(attached(work.run.model)), len(attached(work.teacher))))
-        return collect(work, group)
+    def watched(rounding: LayerwiseRounding, group: list[int]) -> None:
+        seen.append((sum(map(len, rounding.batches)), len(attached(rounding.model)), len(attached(rounding.teacher))))
+        round_group(rounding, group)
 
-    monkeypatch.setattr(post_training._Work, "_collect", watched)
+    monkeypatch.setattr(LayerwiseRounding, "round_group", watched)
     csqcli.search(recipe="digits", target_bits=2, epochs=0, act_bits=4, output=tmp_path, images=100)  # 64 and 36
     assert set(seen) == {(100, 4, 0)}
 
@@ -102,17 +102,17 @@ def test_a_run_stopped_between_groups_resumes_to_the_same_bytes(
 ) -> None:
     run = (*RUN, "--target-bits", 2, "--set", "passes=3")
     assert csq(*run, "-o", tmp_path / "whole")[0] == 0
-    original, calls = post_training._Work._round_group, iter(range(9))
+    original, calls = LayerwiseRounding.round_group, iter(range(9))
 
     def stopped(self, group):
         original(self, group)
         if next(calls) == 1:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(post_training._Work, "_round_group", stopped)
+    monkeypatch.setattr(LayerwiseRounding, "round_group", stopped)
     code, _, err = csq(*run, "-o", tmp_path / "broken")
     assert (code, "2 groups of layers rounded" in err) == (130, True), err
-    monkeypatch.setattr(post_training._Work, "_round_group", original)
+    monkeypatch.setattr(LayerwiseRounding, "round_group", original)
     code, _, err = csq(*run, "-o", tmp_path / "broken", "--resume")
     assert code == 0, err
     names = ("whole", "broken")
@@ -169,7 +169,7 @@ def test_a_batchnorm_moves_by_what_became_of_its_inputs_and_not_by_the_images() 
 
 @pytest.mark.parametrize("passes", [2, 5, 16])
 def test_the_last_layer_is_rounded_on_what_all_others_became(passes: int) -> None:
-    groups = post_training._groups(range(9), passes)
+    groups = layerwise._groups(range(9), passes)
     assert [index for group in groups for index in group] == list(range(9))
     assert groups[-1] == [8]
     assert len(groups) == min(passes, 9)
@@ -177,8 +177,8 @@ def test_the_last_layer_is_rounded_on_what_all_others_became(passes: int) -> Non
 
 
 def test_all_layers_in_one_pass_and_no_layer_at_all_are_possible() -> None:
-    assert post_training._groups(range(3), 1) == [[0, 1, 2]]
-    assert post_training._groups([], 4) == []
+    assert layerwise._groups(range(3), 1) == [[0, 1, 2]]
+    assert layerwise._groups([], 4) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -200,16 +200,15 @@ def test_a_classifier_that_sees_fewer_images_than_it_has_features_is_no_worse_on
     method = PostTraining(layers, plan_for(layers, 3, Schedule(0, 1), planes=[3]))
     method.write(0)
     nearest = model[0].weight.detach().double().numpy().copy()
-    work = post_training._Work(None, layers)  # type: ignore[arg-type]  # rounding a layer asks nothing of the run
     model[0].weight.data = torch.tensor(weight).float()
-    work.method, work.settings, work.biases = method, PTQSettings(), {0: model[0].bias}
+    rounding = LayerwiseRounding(model, method, [torch.zeros(2, 320)])
     before, after = features(128)
     columns, float_columns = (torch.tensor(value).float().unsqueeze(0) for value in (after, before))
     halves = [InputMoments.like(columns) for _ in range(2)]
     for half, part in zip(halves, (slice(None, 64), slice(64, None)), strict=True):
         half.add(columns[..., part], float_columns[..., part])
     with torch.no_grad():
-        work._round(0, halves)
+        rounding._round(0, halves)
     found, found_bias = (value.detach().double().numpy() for value in (model[0].weight, model[0].bias))
     means = (weight @ before).mean(axis=1) + bias  # the bias takes up what became of them
     np.testing.assert_allclose((found @ after).mean(axis=1) + found_bias, means, rtol=1e-3, atol=1e-3)

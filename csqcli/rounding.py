@@ -1,0 +1,60 @@
+"""Post-training quantization of a model in its caller's memory: what ``csq search --epochs 0`` does, without data sources or files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csqcli.errors import MISFITS, UserError, cannot_run
+from csqcli.quant.catalog import PTQSettings, find_card
+from csqcli.quant.layerwise import Quantized, quantize_model
+from csqcli.quant.optimizer import check_target, settings_of
+from csqcli.quant.wrappers import unwrap
+from csqcli.saving import images_of
+from csqcli.system.progress import Display
+
+
+def quantize_in_memory(
+    model: nn.Module,
+    images: Iterable[Any],
+    target_bits: float,
+    *,
+    exclude: Sequence[str],
+    settings: Mapping[str, Any] | None,
+    seed: int,
+    display: Display,
+) -> Quantized:
+    """Round ``model`` in place; see :func:`csqcli.quantize` for the arguments."""
+    if not isinstance(model, nn.Module):
+        hint = "give the model itself: csqcli.quantize(model, …)"
+        raise UserError(f"the model must be a torch.nn.Module, not a {type(model).__name__}", hint=hint)
+    check_target(target_bits)
+    chosen = settings_of(find_card("ptq"), settings)
+    assert isinstance(chosen, PTQSettings)
+    network = unwrap(model)
+    batches = _first(chosen.images, images, network)
+    try:
+        return quantize_model(
+            network, batches, target_bits, exclude=exclude, settings=chosen, seed=seed, watch=display.step
+        )
+    except UserError:
+        raise
+    except MISFITS as error:
+        raise UserError(cannot_run(error, batches[0].shape[1:]), where="csqcli.quantize") from error
+
+
+@torch.no_grad()
+def _first(count: int, images: Iterable[Any], network: nn.Module) -> list[Tensor]:
+    """The first ``count`` images, in the batches that they come in. UserError where one is NaN or infinite."""
+    batches: list[Tensor] = []
+    for batch in images_of(images, network, where="csqcli.quantize"):
+        left = count - sum(map(len, batches))
+        batches.append(batch[:left])
+        if not bool(torch.isfinite(batches[-1]).all()):
+            raise UserError("the images hold NaN or infinite values", where="csqcli.quantize")
+        if left <= len(batch):
+            break
+    return batches

@@ -1,0 +1,146 @@
+"""csqcli.quantize: post-training quantization of a model in memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import csqcli
+from csqcli.data.loaders import stream_seed
+from csqcli.file import io
+from csqcli.models.networks import digits_cnn
+from csqcli.quant.layerwise import LayerwiseRounding
+from csqcli.quant.optimizer import QuantizedOptimizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
+    """A run of `csq search --epochs 0`, and the batches of images that it looked at."""
+    seen: list[list[Tensor]] = []
+    run = LayerwiseRounding.run
+
+    def watched(self: LayerwiseRounding, *given: Any) -> None:
+        seen.append([batch.clone() for batch in self.batches])
+        run(self, *given)
+
+    folder = tmp_path_factory.mktemp("ptq")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerwiseRounding, "run", watched)
+        csqcli.search(recipe="digits", target_bits=2.5, epochs=0, images=128, threads=1, output=folder)
+    return folder, seen[0]
+
+
+def digits_float() -> nn.Module:
+    model = digits_cnn()
+    model.load_state_dict(safetensors.torch.load_file(ROOT / "csqcli" / "assets" / "digits_float.safetensors"))
+    return model
+
+
+def test_it_gives_the_bits_that_the_command_gives(searched: tuple[Path, list[Tensor]], tmp_path: Path) -> None:
+    folder, batches = searched
+    model = digits_float()
+    found = csqcli.quantize(model, [(batch, None) for batch in batches], 2.5, seed=stream_seed(0, 1))
+    theirs = io.read(folder / "model.safetensors")
+    report = csqcli.save(model, found, tmp_path / "m.safetensors", source="csq:digits_cnn", num_classes=10)
+    ours = io.read(tmp_path / "m.safetensors")
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+        assert torch.equal(model.state_dict()[name], value), name
+    assert {layer["name"]: layer["bits"] for layer in report["layers"]} == found.planes
+    assert found.mean_bits == report["budget"]["mean_bits"] <= 2.5
+    assert report["recipe"]["quantization"]["method"] == "ptq"
+
+
+def test_the_model_keeps_its_modes_and_the_caller_its_random_stream(searched: tuple[Path, list[Tensor]]) -> None:
+    _, batches = searched
+    model = digits_float().train()
+    model.bn1.eval()  # type: ignore[operator]
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    csqcli.quantize(model, batches, 3, settings={"images": 64})
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_more_images_are_looked_at_than_the_settings_say(searched: tuple[Path, list[Tensor]]) -> None:
+    _, batches = searched
+    few, many = digits_float(), digits_float()
+    pixels = torch.cat(batches)
+    csqcli.quantize(few, [pixels[:64]], 2, settings={"images": 64})
+    csqcli.quantize(many, iter([pixels[:128]]), 2, settings={"images": 64})
+    assert all(torch.equal(one, two) for one, two in zip(few.parameters(), many.parameters(), strict=True))
+
+
+def test_excluded_weights_stay_as_they_are_and_are_not_counted(searched: tuple[Path, list[Tensor]]) -> None:
+    _, batches = searched
+    model = digits_float()
+    before = model.fc.weight.clone()  # type: ignore[union-attr, operator]
+    found = csqcli.quantize(model, batches, 2, exclude=["fc"])
+    assert torch.equal(model.fc.weight, before)  # type: ignore[arg-type]
+    assert "fc.weight" not in found.planes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "resnet18"}, "the model must be a torch.nn.Module, not a str"),
+        ({"target_bits": 0}, "target_bits must be above 0 and at most 8, not 0"),
+        ({"target_bits": math.nan}, "target_bits must be above 0"),
+        ({"target_bits": 0.5}, "target_bits 0.5 cannot be met: the layer rules alone need 1"),
+        ({"images": []}, "csqcli.quantize: the loader gives no batch"),
+        ({"images": ["text"]}, "a batch of the loader holds str where images should be"),
+        ({"images": [torch.full((4, 1, 8, 8), math.nan)]}, "the images hold NaN or infinite values"),
+        ({"images": [torch.zeros(4, 3, 8, 8)]}, "csqcli.quantize: cannot run on an image of 3×8×8"),
+        ({"settings": {"image": 3}}, "settings of `ptq`: .*; did you mean `images`"),
+        ({"exclude": ["fx"]}, "fx"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_change_nothing(given: dict[str, Any], message: str) -> None:
+    model = digits_float()
+    before = copy.deepcopy(model.state_dict())
+    arguments = {"model": model, "images": [torch.rand(8, 1, 8, 8)], "target_bits": 2, **given}
+    with pytest.raises(csqcli.UserError, match=message):
+        csqcli.quantize(**arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_fails_halfway_leaves_the_weights_as_they_were(
+    searched: tuple[Path, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, batches = searched
+    model = digits_float()
+    before = copy.deepcopy(model.state_dict())
+    original, calls = LayerwiseRounding.round_group, iter(range(9))
+
+    def stopped(self: LayerwiseRounding, group: list[int]) -> None:
+        original(self, group)
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerwiseRounding, "round_group", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        csqcli.quantize(model, batches, 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_rounded_model_that_was_changed_since_is_not_saved(
+    searched: tuple[Path, list[Tensor]], tmp_path: Path
+) -> None:
+    _, batches = searched
+    model, other = digits_float(), digits_cnn()
+    found = csqcli.quantize(model, batches, 2)
+    assert not isinstance(found, QuantizedOptimizer)
+    with pytest.raises(csqcli.UserError, match="not those trained"):
+        csqcli.save(other, found, tmp_path / "m.safetensors", source="csq:digits_cnn", num_classes=10)
+    assert not list(tmp_path.iterdir())
