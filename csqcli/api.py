@@ -1002,7 +1002,7 @@ def _evaluation(accuracy: Any, mean_bits: float) -> Evaluation:
 def _together(named: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the dotted key that they set, and the further settings, as overrides. UserError where both give one of them,
     with two values."""
-    from csqcli.recipe.resolve import laid_together
+    from csqcli.recipe.keys import merged
 
     called = {"model.source": "model", "data.source": "data"}
 
@@ -1010,7 +1010,7 @@ def _together(named: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
         said = f"{value:g}" if isinstance(value, float) else repr(value)
         return f"{called.get(key, key.rpartition('.')[2])}={said}"
 
-    return laid_together(named, settings, as_named=as_argument, as_setting=lambda key, value: f"{key}={value!r}")
+    return merged(named, settings, as_named=as_argument, as_setting=lambda key, value: f"{key}={value!r}")
 
 
 def _display(progress: bool | Display) -> Display:

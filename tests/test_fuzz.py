@@ -30,6 +30,7 @@ from csqcli.models import checkpoints
 from csqcli.models import libraries as sources
 from csqcli.models import networks as models
 from csqcli.recipe import resolve as recipe
+from csqcli.recipe import yaml_files
 from csqcli.system import limits as untrusted
 from csqcli.system.allocation import AllocationLimit
 from tests.fuzz import runner, tensors, text, values
@@ -116,7 +117,7 @@ def assert_comes_back(raw: dict[str, Any]) -> None:
         checked = recipe.validate(raw, where="recipe")
     except UserError:
         return
-    again = recipe.validate(recipe._load_yaml(recipe.to_yaml(checked)), where="again")
+    again = recipe.validate(yaml_files.load_yaml(recipe.to_yaml(checked)), where="again")
     assert repr(again.to_dict()) == repr(checked.to_dict())  # in words, since NaN is not equal to itself
 
 
@@ -142,7 +143,7 @@ def test_any_argument_of_a_model_that_is_taken_comes_back_from_the_recipes_yaml(
 def test_any_yaml_is_read_or_refused(value: Any) -> None:
     text = yaml.safe_dump(value)
     with contextlib.suppress(ValueError):  # what read() turns into a line
-        assert repr(recipe._load_yaml(text)) == repr(yaml.safe_load(text))
+        assert repr(yaml_files.load_yaml(text)) == repr(yaml.safe_load(text))
 
 
 # ---- code and paths out of files

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from csqcli.quant.catalog import CARDS
-from csqcli.recipe.resolve import builtin_names
+from csqcli.recipe.yaml_files import builtin_names
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)

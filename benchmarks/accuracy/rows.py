@@ -131,7 +131,7 @@ class Rows:
     def __init__(
         self, given: argparse.Namespace, table: Sequence[str], *, recipe: str, fixed: Mapping[str, Any]
     ) -> None:
-        from csqcli.recipe.resolve import parse_assignments
+        from csqcli.recipe.keys import parse_assignments
 
         self.given, self.recipe, self.fixed = given, recipe, dict(fixed)
         self.more = parse_assignments(given.set)
@@ -188,7 +188,7 @@ class Rows:
     def _set_for(self, method: str) -> dict[str, Any]:
         """What `--set` lays over a row: settings of a method's own only over the rows of that method."""
         from csqcli.quant.catalog import find_card
-        from csqcli.recipe.resolve import of_every_method
+        from csqcli.recipe.keys import of_every_method
 
         card, common = find_card(method), of_every_method(self.more)
 

@@ -68,7 +68,8 @@ def finetune(
     from csqcli.api import finetune_folder, finetune_recipe
     from csqcli.file.header import read_manifest
     from csqcli.recipe.complete import check_data_given
-    from csqcli.recipe.resolve import check_of_finetune, parse_assignments
+    from csqcli.recipe.keys import parse_assignments
+    from csqcli.recipe.resolve import check_of_finetune
     from csqcli.system.progress import Display
     from csqcli.system.run_files import MODEL_FILE, model_of
 

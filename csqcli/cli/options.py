@@ -174,7 +174,7 @@ def given(settings: dict[str, Any]) -> dict[str, Any]:
 def settings_beside(named: Mapping[str, Any], assignments: list[str] | None, context: typer.Context) -> dict[str, Any]:
     """What ``--set`` says, for a function of the API that takes ``named`` from the command's other options. UserError for a key
     of such a name: what it would mean is that option's to say."""
-    from csqcli.recipe.resolve import parse_assignments
+    from csqcli.recipe.keys import parse_assignments
 
     found = parse_assignments(assignments or [])
     for key in (key for key in found if key in named):
@@ -193,7 +193,7 @@ def with_settings(
 ) -> dict[str, Any]:
     """The settings of options ({dotted key: value, None where it was not typed}) and those of ``--set`` as overrides. UserError where
     both give one of them, with two values. ``names`` are those of options that are not called like their key."""
-    from csqcli.recipe.resolve import laid_together, parse_assignments
+    from csqcli.recipe.keys import merged, parse_assignments
 
     assigned = settings if isinstance(settings, Mapping) else parse_assignments(settings or [])
     known = _OPTIONS | {key.replace("__", "."): name for key, name in names.items()}
@@ -204,7 +204,7 @@ def with_settings(
             return option if value else f"--no-{option.removeprefix('--')}"
         return f"{option} {','.join(map(str, value)) if isinstance(value, list) else _said(value)}"
 
-    return laid_together(options, assigned, as_named=as_option, as_setting=_as_assignment)
+    return merged(options, assigned, as_named=as_option, as_setting=_as_assignment)
 
 
 # of those that are not called like their key

@@ -20,7 +20,7 @@ def _root(context: typer.Context) -> None:
 @app.command("list")
 def list_recipes(as_json: JsonOption = False) -> None:
     """Shipped recipes, a line each."""
-    from csqcli.recipe.resolve import builtin_names, read
+    from csqcli.recipe.yaml_files import builtin_names, read
 
     found = [{"name": name, "description": read(name)[0].get("description", "")} for name in builtin_names()]
     if as_json:

@@ -160,7 +160,7 @@ def sweep(**options: Any) -> None:
     jobs = own["jobs"] or 1
     launcher: Launcher | None = None
     if own["launcher"] is Where.slurm:
-        from csqcli.recipe.resolve import parse_assignments
+        from csqcli.recipe.keys import parse_assignments
 
         jobs = own["jobs"] or _AT_ONCE
         launcher = Submitit(planned.folder / "slurm", parse_assignments(own["launcher_set"] or []))

@@ -7,7 +7,7 @@ from typing import Any
 
 from csqcli.errors import UserError, no_data_given
 from csqcli.quant.catalog import POST_TRAINING
-from csqcli.recipe.resolve import full_key
+from csqcli.recipe.keys import full_key
 from csqcli.recipe.schema import Recipe
 
 _OF_TRAINING = ("optimizer.", "max_steps", "amp", "compile", "quantization.state_dtype")

@@ -16,7 +16,7 @@ import yaml
 
 from csqcli.errors import UserError, did_you_mean, no_such_file
 from csqcli.quant.names import MOST_PLANES
-from csqcli.recipe.resolve import read_yaml
+from csqcli.recipe.yaml_files import read_yaml
 
 _KEYS = ("target_bits", "planes")
 

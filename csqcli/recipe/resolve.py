@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
-from importlib import resources
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -29,11 +27,11 @@ from csqcli.quant.catalog import (
 from csqcli.quant.costs import costs
 from csqcli.quant.names import MOST_PLANES
 from csqcli.recipe import legacy
+from csqcli.recipe.keys import beside, common_key, elsewhere, foreign, full_key, owner_of, put, suggest
 from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, ZEROQ, Recipe
-from csqcli.system.limits import MAX_DEPTH, check_tree
+from csqcli.recipe.yaml_files import read
 from csqcli.system.settings import USERS_ONLY, without
 
-_MAX_BYTES, _MAX_VALUES = 2**18, 10_000  # of a recipe file; a rule per layer of the largest model takes less
 _OF_A_SEARCH = (
     "allocator",
     "cost",
@@ -50,92 +48,6 @@ _PREPROCESSING = (
     *(f"data.{key}" for key in ("input_size", "mean", "std", "interpolation", "crop_pct")),
     "model.arguments",
 )
-_MERGE = "tag:yaml.org,2002:merge"  # <<: may stand as often as one likes
-_FREE_MAPPINGS = (
-    "model.arguments",
-    "layers.min_bits",
-    "layers.max_bits",
-    "quantization.planes",
-)  # whose keys are not settings
-
-
-def _folder() -> Path:
-    """Shipped recipes: inside the installed package, or `recipes/` beside it in a checkout."""
-    installed = Path(str(resources.files("csqcli"))) / "recipes"
-    return installed if installed.is_dir() else installed.parent.parent / "recipes"
-
-
-def builtin_names() -> list[str]:
-    """Names of the recipes that ship with csq."""
-    return sorted(file.stem for file in _folder().glob("*.yaml"))
-
-
-def read(name_or_file: str) -> tuple[dict[str, Any], str]:
-    """A recipe's raw mapping, by shipped name or by path, and what to call it in messages."""
-    if name_or_file in builtin_names():
-        text, where = (_folder() / f"{name_or_file}.yaml").read_text(encoding="utf-8"), f"recipe {name_or_file}"
-    else:
-        path = Path(name_or_file)
-        if not path.is_file():
-            hint = did_you_mean(name_or_file, builtin_names()) or f"shipped recipes: {', '.join(builtin_names())}"
-            raise UserError("no such recipe or file", where=name_or_file, hint=hint)
-        text, where = _text_of(path), str(path)
-    raw = _values(text, where) or {}
-    if not isinstance(raw, dict):
-        raise UserError("a recipe is a mapping of settings", where=where)
-    return raw, where
-
-
-def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file, under the limits of a recipe. UserError for what cannot be read."""
-    return _values(_text_of(path), str(path))
-
-
-def _text_of(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f"is larger than {_MAX_BYTES:,} bytes", where=str(path), hint="give a recipe")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read ({error})", where=str(path)) from None
-
-
-def _values(text: str, where: str) -> Any:
-    try:
-        return _load_yaml(text)
-    except ValueError as error:
-        raise UserError(f"not valid YAML: {error}", where=where) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Stops where the nesting gets deep, which PyYAML reads in quadratic time, and at a key that occurs twice in a mapping."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH}")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"`{twice}` occurs twice in one section; the first would be lost")
-        return super().construct_mapping(node, deep=deep)
-
-
-def _load_yaml(text: str) -> Any:
-    """YAML of plain values: no objects, and no more of them than a recipe needs. ValueError for anything else."""
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own slips too
-        raise ValueError(error) from None
-    check_tree(value, nodes=_MAX_VALUES)
-    return value
 
 
 def resolve(name_or_file: str, overrides: dict[str, Any]) -> Recipe:
@@ -154,7 +66,7 @@ def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) 
     named = typed.get("quantization.method", typed.get("method"))
     if named is not None and named != _method_of(given):  # settings of the recipe's own method do not apply to another
         given = {key: value for key, value in given.items() if key not in CARDS}
-    targets = {full for key in typed if (full := _common_key(key)) in _TARGETS}
+    targets = {full for key in typed if (full := common_key(key)) in _TARGETS}
     section = given.get("quantization")
     if targets and isinstance(
         section, dict
@@ -162,14 +74,14 @@ def resolve_from(raw: dict[str, Any], overrides: dict[str, Any], *, where: str) 
         given["quantization"] = {k: value for k, value in section.items() if f"quantization.{k}" not in _TARGETS}
     of_method = {}
     for key, value in typed.items():
-        full = _common_key(key)
+        full = common_key(key)
         if full is None:
             of_method[key] = value
         else:
-            _set(given, full, value, where)
+            put(given, full, value, where)
     card, _ = _chosen(given, where)  # which may depend on what was just set
     for key, value in of_method.items():
-        _set(given, full_key(key, card), value, where)
+        put(given, full_key(key, card), value, where)
     return validate(given, where=where)
 
 
@@ -197,7 +109,7 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
             kept.pop("epochs", None)  # a finetune has its own
         if not card.finetunes and card.name != "float":
             kept = {key: value for key, value in kept.items() if key != card.section}
-            _set(kept, "quantization.method", "staged", where)
+            put(kept, "quantization.method", "staged", where)
     return resolve_from(kept, overrides, where=where)
 
 
@@ -205,7 +117,7 @@ def check_of_finetune(settings: Mapping[str, Any]) -> None:
     """UserError for settings of a search that would change nothing in a finetune: its file has the planes and the layers; and for
     a finetune of 0 epochs."""
     for key, value in settings.items():
-        full = _common_key(key) or key
+        full = common_key(key) or key
         if full.startswith(_BEFORE_A_FINETUNE) and full not in _OF_A_FINETUNE:
             what = f"`{full}` is a setting of the search, and a finetune keeps what its file has"
             raise UserError(what, where="--set", hint="pass it to `csq search`, or leave it out")
@@ -222,7 +134,7 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     for name, other in CARDS.items():
         if name in raw and name != card.section:
             key = next(iter(raw[name]), None) if isinstance(raw[name], dict) else None
-            raise _foreign(f"{name}.{key}" if key else name, other, card, where=where)
+            raise foreign(f"{name}.{key}" if key else name, other, card, where=where)
     rest = {key: value for key, value in raw.items() if key != card.section}
     section = raw.get(card.section) or {}
     if card.name == "csq" and isinstance(section, dict) and is_from_scratch(raw):
@@ -260,11 +172,11 @@ def _checked(model: Any, values: Any, *, where: str, card: MethodCard, inside: s
         key = (inside + problem.key).removesuffix(".")  # of a whole section
         if problem.kind == "extra_forbidden":
             leaf = problem.loc[-1]
-            owner = _owner(leaf, other_than=card)
-            likely = _elsewhere(leaf, card) or did_you_mean(leaf, _beside(key)) or _suggest(leaf, card)
+            owner = owner_of(leaf, other_than=card)
+            likely = elsewhere(leaf, card) or did_you_mean(leaf, beside(key)) or suggest(leaf, card)
             hint = likely or "see `csq recipes schema`"
             if owner is not None and not likely:
-                raise _foreign(key, owner, card, where=where) from None
+                raise foreign(key, owner, card, where=where) from None
             raise UserError(f"unknown key `{key}`", where=where, hint=hint) from None
         given = problem.given
         shown = f" (got {given!r})" if not isinstance(given, dict) and len(repr(given)) < 60 else ""
@@ -381,135 +293,20 @@ def _check_zeroq(settings: MethodSettings, calib: str | None, where: str) -> Non
             raise UserError(f"ptq.{key}: is for images that --calib {ZEROQ} makes", where=where, hint=hint)
 
 
-def _set(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
-    section = raw
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise UserError(f"`{parent}` is not a section", where=where)
-    section[leaf] = value
-
-
 def _as_mapping(raw: Any, where: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of settings", where=where)
     return raw
 
 
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """``["optimizer.lr=0.1"]`` → {"optimizer.lr": 0.1}; values are YAML. Keys are checked by :func:`resolve`.
-
-    UserError for a key that is given twice with two values, be it once in short.
-    """
-    parsed: dict[str, Any] = {}
-    typed: dict[str, tuple[Any, str]] = {}  # by full key: the value, and how it was written
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise UserError(f"`{assignment}` is not key=value", where="--set", hint="e.g. --set optimizer.lr=0.05")
-        try:
-            read = _load_yaml(value)
-        except ValueError:
-            raise UserError(f"`{value}` is not a YAML value", where=f"--set {key}") from None
-        full = _common_key(key.strip()) or key.strip()
-        first, other = typed.setdefault(full, (read, assignment))
-        if first != read:
-            what = f"`{other}` and `{assignment}` say different things"
-            raise UserError(what, where="--set", hint="give one of them")
-        parsed[key.strip()] = read
-    return parsed
-
-
-def laid_together(
-    named: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    *,
-    as_named: Callable[[str, Any], str],
-    as_setting: Callable[[str, Any], str],
-) -> dict[str, Any]:
-    """What was given by name ({dotted key: value}, None for what was not) and by key ({dotted or short key: value}), as overrides.
-
-    UserError for a setting that was given both ways with two values; ``as_named`` and ``as_setting`` say how each was written.
-    """
-    given = {key: value for key, value in named.items() if value is not None}
-    for key, value in settings.items():
-        full = _common_key(key) or key
-        if full in given and not _is_same(given[full], value):
-            what = f"`{as_named(full, given[full])}` and `{as_setting(key, value)}` say different things"
-            raise UserError(what, hint="give one of them")
-    return dict(settings) | given
-
-
-def _is_same(first: Any, second: Any) -> bool:
-    """Whether two values of a setting are the same, one of them perhaps still as text (``off`` is False in YAML)."""
-    if first == second:
-        return True
-    try:
-        return isinstance(first, str) and bool(_load_yaml(first) == second)
-    except ValueError:  # no YAML: it is what it is
-        return False
-
-
 def preprocessing(overrides: dict[str, Any]) -> Recipe:
     """A recipe that says how a float model's images are prepared. UserError for settings of anything else."""
     for key in overrides:
-        full = _common_key(key)
+        full = common_key(key)
         if full not in _PREPROCESSING:
             what = f"`{full or key}` does not say how a float model's images are prepared"
             raise UserError(what, where="--set", hint=f"one of {', '.join(_PREPROCESSING)}")
     return resolve("short", overrides)
-
-
-def of_every_method(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``overrides`` that are no settings of a method's own."""
-    return {key: value for key, value in overrides.items() if _common_key(key) is not None}
-
-
-def _common_key(key: str) -> str | None:
-    """The dotted key of a setting that every run has; None for those of methods, ambiguous and unknown ones."""
-    leaves = Recipe.leaves()
-    if key in leaves or any(key.startswith(f"{leaf}.") for leaf in _FREE_MAPPINGS):
-        return key
-    matches = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == key]
-    return matches[0] if len(matches) == 1 else None
-
-
-def full_key(key: str, card: MethodCard) -> str:
-    """The dotted key for a full or unambiguous short one (``max_bits`` alone is ambiguous, ``batch_size`` is not).
-
-    Short names of the method in use come before those of other methods, which are refused by name.
-    """
-    leaves = _leaves(card)
-    if key in leaves or any(key.startswith(f"{leaf}.") for leaf in _FREE_MAPPINGS):
-        return key
-    if key.startswith("quantization.") and key.removeprefix("quantization.") in legacy.OLD_KEYS:
-        key = key.removeprefix("quantization.").replace("mask_beta_", "beta_")  # where csq 0.1 had it
-    matches = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == key]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise UserError(f"`{key}` is ambiguous", where="--set", hint=f"write {' or '.join(f'`{m}`' for m in matches)}")
-    section, _, leaf = key.rpartition(".")
-    owner = CARDS.get(section) if leaf and section != card.section else None
-    owner = owner if owner is not None and leaf in owner.settings.model_fields else _owner(key, other_than=card)
-    if owner is not None and not did_you_mean(key, leaves):
-        raise _foreign(key, owner, card, where="--set")
-    raise UserError(f"unknown key `{key}`", where="--set", hint=_suggest(key, card) or "see `csq recipes schema`")
-
-
-def _owner(key: str, *, other_than: MethodCard) -> MethodCard | None:
-    """Another method that has a setting of this name."""
-    return next((c for c in CARDS.values() if c.name != other_than.name and key in c.settings.model_fields), None)
-
-
-def _foreign(key: str, owner: MethodCard, card: MethodCard, *, where: str) -> UserError:
-    takes = ", ".join(card.settings.model_fields) or "no settings of its own"
-    return UserError(
-        f"`{key}` is a setting of method {owner.name}, and this run's is {card.name}",
-        where=where,
-        hint=f"pass --method {owner.name}, or leave it out; {card.name} takes {takes}",
-    )
 
 
 def json_schema() -> dict[str, Any]:
@@ -527,29 +324,3 @@ def json_schema() -> dict[str, Any]:
 def to_yaml(recipe: Recipe) -> str:
     """The complete recipe as YAML."""
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _elsewhere(leaf: str, card: MethodCard) -> str:
-    """``did you mean `quantization.target_bits`?`` for a key that stands in the wrong section of a recipe."""
-    places = [name for name in _leaves(card) if name.rsplit(".", 1)[-1] == leaf]
-    return f"did you mean {' or '.join(f'`{place}`' for place in places)}?" if places else ""
-
-
-def _suggest(key: str, card: MethodCard) -> str:
-    leaves = _leaves(card)
-    short = [leaf.rsplit(".", 1)[-1] for leaf in leaves]
-    first, then = (leaves, short) if "." in key else (short, leaves)
-    return did_you_mean(key, first) or did_you_mean(key, then)
-
-
-def _beside(key: str) -> set[str]:
-    """The keys that a recipe may have where this dotted one is: the names of its sections, or those within one."""
-    section = key.rpartition(".")[0]
-    dotted = [*Recipe.leaves(), *(f"{c.section}.{name}" for c in CARDS.values() for name in c.settings.model_fields)]
-    inside = [leaf.removeprefix(f"{section}.") for leaf in dotted if not section or leaf.startswith(f"{section}.")]
-    return {name.partition(".")[0] for name in inside}
-
-
-def _leaves(card: MethodCard) -> list[str]:
-    """Dotted names of every setting that a run of this method has."""
-    return [*Recipe.leaves(), *(f"{card.section}.{name}" for name in card.settings.model_fields)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from csqcli.errors import printable
 from csqcli.quant.catalog import CARDS
-from csqcli.recipe.resolve import builtin_names
+from csqcli.recipe.yaml_files import builtin_names
 from csqcli.reporting.charts import Figure, Point, Series, lines, scatter
 from csqcli.reporting.words import layer_names, near_chance
 from csqcli.reproducing.experiments import PAPERS_OWN, Experiment

@@ -13,7 +13,8 @@ from csqcli.errors import UserError
 from csqcli.quant.catalog import UNIFORM, MethodCard, find_card
 from csqcli.quant.names import MOST_PLANES
 from csqcli.recipe.complete import check_complete, check_data_given, check_model_given
-from csqcli.recipe.resolve import of_every_method, resolve
+from csqcli.recipe.keys import of_every_method
+from csqcli.recipe.resolve import resolve
 from csqcli.recipe.schema import Recipe
 from csqcli.system.progress import counted
 from csqcli.system.run_files import LATENT_FILE

@@ -169,10 +169,11 @@ class Case:
         return allowed(lambda: recipe.to_yaml(recipe.resolve(str(target), {})))
 
     def set(self) -> str:
+        from csqcli.recipe import keys
         from csqcli.recipe import resolve as recipe
 
         texts = [assignment(self.rng) for _ in range(self.rng.choice([1, 1, 2]))]
-        return allowed(lambda: recipe.to_yaml(recipe.resolve("digits", recipe.parse_assignments(texts))))
+        return allowed(lambda: recipe.to_yaml(recipe.resolve("digits", keys.parse_assignments(texts))))
 
     def onnx(self) -> str:
         from csqcli.file import header

@@ -22,6 +22,7 @@ def build_corpus(folder: Path) -> None:
     from csqcli.file import io as file_io
     from csqcli.models import networks as models
     from csqcli.recipe import resolve as recipe
+    from csqcli.recipe import yaml_files
     from csqcli.system.progress import Display
     from csqcli.training.loop import Trainer
     from tests.quantized_models import make_file
@@ -68,8 +69,8 @@ def build_corpus(folder: Path) -> None:
     torch.save(state, folder / "plain.tar")
     torch.save(state, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     (folder / "full.yaml").write_text(recipe.to_yaml(run))
-    for name in recipe.builtin_names():
-        (folder / f"{name}.yaml").write_text((recipe._folder() / f"{name}.yaml").read_text())
+    for name in yaml_files.builtin_names():
+        (folder / f"{name}.yaml").write_text((yaml_files.shipped() / f"{name}.yaml").read_text())
 
     # ---- one case
     rng = np.random.default_rng(0)

@@ -70,11 +70,11 @@ def mutate_yaml(text: str, rng: random.Random) -> bytes:
 
 def assignment(rng: random.Random) -> str:
     from csqcli.quant.catalog import CARDS
-    from csqcli.recipe.resolve import _leaves
+    from csqcli.recipe.keys import leaves_of
 
     card = rng.choice(list(CARDS.values()))
     key = rng.choice(
-        [*_leaves(card), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", odd_key(rng)]
+        [*leaves_of(card), "lr", "max_bits", "model.arguments.x", "layers.min_bits.fc", "..", "", odd_key(rng)]
     )
     values = [
         json.dumps(hostile(rng)),

@@ -9,7 +9,8 @@ import pytest
 
 from csqcli.quant.catalog import CARDS
 from csqcli.recipe.commented import commented
-from csqcli.recipe.resolve import builtin_names, resolve
+from csqcli.recipe.resolve import resolve
+from csqcli.recipe.yaml_files import builtin_names
 
 
 def uncommented(text: str) -> str:

@@ -12,18 +12,10 @@ from csqcli.cli.search import search_settings
 from csqcli.errors import UserError
 from csqcli.quant.catalog import CARDS, PAPER
 from csqcli.recipe.complete import without_effect
+from csqcli.recipe.keys import full_key, merged, parse_assignments
 from csqcli.recipe.planes import replaced_target
-from csqcli.recipe.resolve import (
-    builtin_names,
-    full_key,
-    json_schema,
-    laid_together,
-    parse_assignments,
-    resolve,
-    resolve_stored,
-    to_yaml,
-    validate,
-)
+from csqcli.recipe.resolve import json_schema, resolve, resolve_stored, to_yaml, validate
+from csqcli.recipe.yaml_files import builtin_names
 
 
 @pytest.mark.parametrize("name", builtin_names())
@@ -475,8 +467,8 @@ def test_zero_epochs_in_a_recipe_file_are_post_training_whatever_the_budgets_uni
 )
 def test_the_same_value_may_be_given_by_an_option_and_by_set(typed: dict[str, Any], assignments: list[str]) -> None:
     assigned = parse_assignments(assignments)
-    merged = laid_together(typed, assigned, as_named=str.format, as_setting=str.format)
-    assert merged == assigned | {key: value for key, value in typed.items() if value is not None}
+    both = merged(typed, assigned, as_named=str.format, as_setting=str.format)
+    assert both == assigned | {key: value for key, value in typed.items() if value is not None}
 
 
 def test_two_values_of_one_setting_are_refused_in_whatever_spelling() -> None:
@@ -486,4 +478,4 @@ def test_two_values_of_one_setting_are_refused_in_whatever_spelling() -> None:
     with pytest.raises(
         UserError, match=r"`--data.batch_size 32` and `--set batch_size=64` say different things; give one"
     ):
-        laid_together({"data.batch_size": 32}, {"batch_size": 64}, **said)
+        merged({"data.batch_size": 32}, {"batch_size": 64}, **said)
