@@ -112,7 +112,8 @@ def assemble(
 
     Raises UserError, naming the tensor, where training left NaN or infinite values.
     """
-    names = {name for layer in layers for name in (layer.name, *layer.aliases)}
+    twice = {alias for layer in layers for alias in layer.aliases}  # a shared weight is one, in float as in the file
+    names = twice | {layer.name for layer in layers}
     state = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):  # what get_extra_state gives
@@ -139,7 +140,7 @@ def assemble(
             mean_bits=sizes.mean_over_weights(records, lambda layer: layer.bits),
             total_weights=sum(layer.weights for layer in records),
         ),
-        sizes=sizes.sizes(records, float_bytes=4 * sum(value.numel() for value in state.values())),
+        sizes=sizes.sizes(records, float_bytes=4 * sum(state[name].numel() for name in state.keys() - twice)),
         accuracy=accuracy if accuracy is not None else AccuracyRecord(),
         layers=records,
         activations=list(activations),

@@ -100,7 +100,7 @@ class BudgetRecord(Record):
 class SizesRecord(Record):
     """The size, counted in four ways."""
 
-    float_bytes: Count  # every parameter and buffer at 4 bytes
+    float_bytes: Count  # every parameter and buffer at 4 bytes; shared weights once
     paper_compression: Amount | None  # 32 / mean planes: the paper's count, weights only; null where no plane is left
     stored_bits_per_weight: Amount  # dense sign-magnitude layout
     entropy_bits_per_weight: Amount  # ideal order-0 coder, per layer

@@ -318,12 +318,14 @@ def quantizer_of(bits: int, sample: InputSample, *, method: str = "lsq") -> Acti
     return quantizer
 
 
-def _mse_scale(values: Tensor, low: int, high: int, *, grid: int = 40) -> float:
-    """The scale with the least squared rounding error on a sample; 1 for an all-zero one."""
+def _mse_scale(values: Tensor, low: int, high: int) -> float:
+    """The scale with the least squared rounding error on a sample; 1 for an all-zero one. Far below the largest value too: the few
+    enormous activations of some transformers are not worth that all others become zero."""
     largest = float(values.abs().max())
     if largest == 0:
         return 1.0
-    scales = [largest * share / max(high, 1) for share in torch.linspace(0.05, 1.0, grid).tolist()]
+    shares = [*torch.linspace(0.05, 1.0, 40).tolist(), *torch.logspace(-3, -1.4, 17).tolist()]
+    scales = [largest * share / max(high, 1) for share in shares]
     errors = [float((values - torch.round(values / s).clamp_(low, high) * s).square().sum()) for s in scales]
     return scales[errors.index(min(errors))]
 

@@ -132,7 +132,8 @@ def patches(dims: int, given: dict[str, Any], positions: int, offset: int) -> Te
     outputs = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes]
     every = max(1, int((outputs[0] * outputs[1] / positions) ** (0.5 if outputs[0] > 1 else 1)))
     skips = [min(every, size) for size in outputs]
-    begin = [(offset + 3 * offset * axis) % skip * s for axis, (skip, s) in enumerate(zip(skips, stride, strict=True))]
+    rounds = (offset, offset // skips[0])  # after as many batches as it takes, every position has been an origin
+    begin = [at % skip * s for at, skip, s in zip(rounds, skips, stride, strict=True)]
     image = image[:, :, begin[0] :, begin[1] :]
     wide = [skip * s for skip, s in zip(skips, stride, strict=True)]
     if tuple(kernel) == (1, 1):

@@ -161,7 +161,7 @@ def _integers_on_basis(weight: np.ndarray, basis: np.ndarray, channel_dim: int) 
 
 
 def _elements(file: Any, manifest: Manifest) -> int:
-    """Elements of all parameters and buffers of the model, from the shapes in the header."""
+    """Elements of all parameters and buffers of the model, shared weights once, from the shapes in the header."""
     names = [name for layer in manifest.layers for name in (layer.name, *layer.aliases)]
     helpers = {
         f"{layer.name}_{part}" for layer in manifest.layers for part in ("packed", "scale", "shape", "basis")
@@ -172,5 +172,5 @@ def _elements(file: Any, manifest: Manifest) -> int:
         others = {}
     else:
         others = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    quantized = sum(layer.weights * (1 + len(layer.aliases)) for layer in manifest.layers)
+    quantized = sum(layer.weights for layer in manifest.layers)
     return quantized + sum(math.prod(shape) for name, shape in others.items() if name not in helpers)

@@ -115,6 +115,10 @@ class Run:
         )
         training = shared(training=True, batch_size=settings.batch_size, augment=augment)
         self.train_loader = make_loader(train, self.config, training)
+        # where nothing is trained, ranges are those of images as they will come, without augmentation
+        as_they_come = not recipe.card.trains and not recipe.finetune.epochs and augment != "none"
+        plain = replace(training, augment="none")
+        self.calibration_loader = make_loader(train, self.config, plain) if as_they_come else self.train_loader
         held_out = shared(training=False, batch_size=settings.eval_batch_size)
         self.val_loader = make_loader(val, self.config, held_out)
         whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
@@ -164,7 +168,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for loader in (self.train_loader, self.val_loader, self.whole_val_loader):
+        for loader in (self.train_loader, self.calibration_loader, self.val_loader, self.whole_val_loader):
             loader.close()
 
     def take(self, state: RunState | None) -> None:
@@ -331,8 +335,8 @@ class Run:
         return (images for images, _ in self.calibration_batches())
 
     def calibration_batches(self) -> Any:
-        """The first training batches, as the first epoch sees them."""
-        return itertools.islice(self.train_loader.epoch(0), CALIBRATION_BATCHES)
+        """The first training batches: as the first epoch sees them, or without augmentation where nothing is trained."""
+        return itertools.islice(self.calibration_loader.epoch(0), CALIBRATION_BATCHES)
 
     def untracked(self) -> dict[str, torch.Tensor]:
         """Buffers that a file may lack (old checkpoints have no num_batches_tracked)."""

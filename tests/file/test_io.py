@@ -160,6 +160,7 @@ def test_tied_weights_are_stored_once_and_load_under_both_names(tmp_path: Path) 
     io.write(tmp_path / "tied.safetensors", file)
     state = io.read(tmp_path / "tied.safetensors").state_dict()
     assert [layer.name for layer in layers] == ["first.weight"]
+    assert file.manifest.sizes.float_bytes == 4 * (16 + 4)  # the weight once, and a bias
     fresh = _Tied()
     fresh.load_state_dict(state, strict=True)
     assert torch.equal(fresh.second.weight, model.first.weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -510,6 +511,21 @@ def test_a_run_calibrates_under_the_statistics_that_its_training_will_see(
     code, _, err = csq(*search, *limits, "-o", tmp_path, *extra)
     assert code == 0, err
     assert asked == [batch]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_few_enormous_activations_do_not_round_all_others_to_zero(bits: int) -> None:
+    values = torch.randn(2**16, generator=torch.Generator().manual_seed(bits))
+    values[:10] = 60.0  # as in some tokens of large transformers
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def error(scale: float) -> float:
+        array = values.double().numpy()
+        return float(np.square(np.clip(np.round(array / scale), low, high) * scale - array).sum())
+
+    scale = float(quantizer_of(bits, InputSample(values, signed=True)).scale.detach())
+    assert error(scale) <= 1.05 * min(error(candidate) for candidate in np.geomspace(0.01, 70, 2000))
+    assert bits > 2 or (torch.round(values / scale) != 0).float().mean() > 0.4
 
 
 def test_a_fresh_networks_faint_activations_have_a_scale_that_the_file_holds() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,6 +87,25 @@ def test_mse_step_beats_the_largest_magnitude_and_its_own_neighbours(planes: int
     largest = weight.abs().amax(dim=1, keepdim=True) if per_channel else weight.abs().max()
     assert error(step) <= error(largest / (2**planes - 1)) * 1.0001
     assert error(step) <= min(error(step * 0.93), error(step * 1.07)) * 1.01
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 6, 7, 8])
+@pytest.mark.parametrize(("length", "tails"), [(2000, 0), (2000, 30), (4608, 0), (4608, 5), (4608, 60), (25_088, 3)])
+def test_mse_step_finds_the_best_step_of_long_rows_and_of_rows_with_outliers(
+    length: int, tails: int, planes: int
+) -> None:
+    rng = np.random.default_rng(planes)
+    rows = rng.standard_t(tails, size=(4, length)) if 0 < tails < 30 else rng.normal(size=(4, length))
+    if tails >= 30:  # one outlier a row
+        rows[:, 0] = tails
+    top, found = 2**planes - 1, mse_step(torch.tensor(rows).float(), planes, channel_dim=0).double().numpy()
+
+    def error(row: np.ndarray, step: float) -> float:
+        return float(np.square(np.clip(np.round(row / step), -top, top) * step - row).sum())
+
+    for row, step in zip(rows, found, strict=True):
+        best = min(error(row, np.abs(row).max() * share / top) for share in np.geomspace(0.005, 1.05, 300))
+        assert error(row, step) <= 1.15 * best
 
 
 @pytest.mark.parametrize("channel_dim", [0, 1, None])

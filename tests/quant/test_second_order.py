@@ -201,6 +201,19 @@ def test_the_weight_times_its_recorded_columns_is_the_layer_s_output(layer: nn.M
     assert all(tuple(column) in every for column in few.columns[0].flatten(0, 1).t().tolist())
 
 
+@pytest.mark.parametrize("positions", [4, 9, 16, 64])
+def test_over_the_batches_every_position_of_a_feature_map_is_looked_at(positions: int) -> None:
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    layers, _ = find_layers(layer)
+    image, seen = torch.arange(16 * 16.0).reshape(1, 1, 16, 16), set()
+    for offset in range(256 // positions):
+        recorder = LayerInputs(layers, positions=positions, offset=offset)
+        with torch.no_grad(), recorder, passing():
+            layer(image)
+        seen.update(recorder.columns[0].flatten().tolist())
+    assert seen == set(range(256))
+
+
 def test_a_weight_computed_from_a_parameter_is_not_taken_for_it() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import csqcli
 from csqcli import pipeline
 from csqcli.data.specs import open_data
 from csqcli.models.networks import digits_cnn
-from csqcli.quant import layerwise, norms
+from csqcli.quant import activations, layerwise, norms
 from csqcli.quant.activations import attached
 from csqcli.quant.layers import find_layers
 from csqcli.quant.layerwise import LayerwiseRounding
@@ -248,3 +249,22 @@ def test_attention_is_rounded_by_what_it_sees_and_layers_that_are_not_seen_are_n
         "1 layer rounded to the nearest levels, because what they multiply is not seen or too much: widened.weight\n"
         in err
     )
+
+
+@pytest.mark.parametrize(("more", "augmented"), [({}, False), ({"finetune.epochs": 1, "max_steps": 2}, True)])
+def test_activations_are_calibrated_on_images_as_they_will_come_unless_training_follows(
+    more: dict[str, int], augmented: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    calibrate = activations.calibrate
+
+    def watched(model: nn.Module, layers: Any, images: Any, **options: Any) -> Any:
+        seen.extend(images)
+        return calibrate(model, layers, seen, **options)
+
+    monkeypatch.setattr(activations, "calibrate", watched)
+    settings = {"augment": "crop-flip", "images": 64, "act_bits": 8, "epochs": 0, "target_bits": 3}
+    csqcli.search(recipe="digits", output=tmp_path, **settings, **more)
+    pixels = torch.cat(seen)
+    first_column = pixels[..., 0].std() / pixels.std()  # digits have next to nothing there, shifted ones have
+    assert (float(first_column) > 0.1) == augmented

@@ -16,6 +16,11 @@ from torch import Tensor
 from csqcli.quant.passes.sampling import spread_out
 from csqcli.quant.passes.state import kernels_for, of_channels, parts_of
 
+_SAMPLE = 2048  # weights of a row that the grid of steps is tried on
+_TAIL = 16  # and its largest magnitudes beside them
+_TRIES = 6  # steps of the grid that are then tried on the whole row
+_FEW_PLANES = 4  # of which a step far below the largest magnitude may be the best, which leaves outliers at the edge
+_REFITS = 3
 _CHUNK = 2**17  # weights that `mse_step` passes over at a time on a CPU: half a MiB
 _UNSEEN = 1e-4  # a plane whose soft mask is below this is left out
 
@@ -31,7 +36,7 @@ def quantize(latent: Tensor, step: Tensor, planes: int) -> Tensor:
     return torch.round(latent / step).clamp_(-top, top)
 
 
-def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None, grid: int = 24, refits: int = 3) -> Tensor:
+def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None) -> Tensor:
     """The step that minimises the squared rounding error of ±(2^k−1), [1] or [channels] along ``channel_dim``.
 
     A grid over fractions of the largest magnitude, then alternating refits (integers for the step, least-squares step
@@ -39,31 +44,58 @@ def mse_step(weight: Tensor, planes: int, *, channel_dim: int | None, grid: int 
     """
     rows = weight.detach().reshape(1, -1) if channel_dim is None else weight.detach().movedim(channel_dim, 0).flatten(1)
     at_a_time = max(1, _CHUNK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-    return torch.cat([_row_steps(part, planes, grid, refits) for part in rows.split(at_a_time)])
+    return torch.cat([_row_steps(part, planes) for part in rows.split(at_a_time)])
 
 
-def _row_steps(rows: Tensor, planes: int, grid: int, refits: int) -> Tensor:
+def _row_steps(rows: Tensor, planes: int) -> Tensor:
     """`mse_step` of few enough rows ([channels, weights]) that the many passes over them stay in cache."""
     top = top_integer(planes)
     largest = rows.abs().amax(dim=1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
     unit = power_of_two(largest)  # exact, and squares of the weights neither vanish nor overflow
     rows, largest = rows / unit, largest / unit
-    sample = rows[:, spread_out(rows.shape[1], 2048, device=rows.device)]  # as many as the grid needs per channel
-    best = largest / top
-    least = torch.full_like(best, float("inf"))
-    rounded = torch.empty_like(sample)
-    for fraction in torch.linspace(0.1, 1.0, grid).tolist():
-        step = largest * (fraction / top)
-        torch.div(sample, step, out=rounded).round_().clamp_(-top, top).mul_(step)
-        error = rounded.sub_(sample).square_().sum(dim=1, keepdim=True)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
-    for _ in range(refits):
+    best = _best_of_grid(rows, largest, planes)
+    for _ in range(_REFITS):
         integers = quantize(rows, best, planes)
         square = integers.square().sum(dim=1, keepdim=True)
         fitted = (rows * integers).sum(dim=1, keepdim=True) / square.clamp_min(1e-12)
         best = torch.where(square > 0, fitted, best)
     return (best * unit).clamp_min(torch.finfo(best.dtype).tiny).flatten()
+
+
+def _best_of_grid(rows: Tensor, largest: Tensor, planes: int) -> Tensor:
+    """[channels, 1]: the fraction of the largest magnitude per level with the least squared error.
+
+    Of long rows the largest magnitudes, which decide where to clip, and a sample that stands for all others say which few
+    fractions to try on the whole row.
+    """
+    top, length = top_integer(planes), rows.shape[1]
+    fractions = torch.linspace(0.1, 1.0, 24).tolist()
+    if length > _SAMPLE:
+        fractions += torch.logspace(-2, -0.4, 17).tolist()
+    elif planes <= _FEW_PLANES:
+        fractions += torch.logspace(-2, -1.1, 8).tolist()
+    sample = rows[:, spread_out(length, _SAMPLE, device=rows.device)]
+    tail, each = None, torch.ones_like(largest)
+    if length > _SAMPLE:
+        tail = rows.abs().topk(_TAIL, dim=1).values
+        others = sample.abs() < tail[:, -1:]
+        sample, each = sample * others, (length - _TAIL) / others.sum(dim=1, keepdim=True).clamp_min(1)
+    steps = torch.cat([largest * (fraction / top) for fraction in fractions], dim=1)  # [channels, fractions]
+    errors = []
+    for step in steps.split(1, dim=1):
+        error = _squared_error(sample, step, top)
+        errors.append(error if tail is None else error * each + _squared_error(tail, step, top))
+    if tail is None:
+        return steps.gather(1, torch.cat(errors, dim=1).argmin(dim=1, keepdim=True))
+    tries = steps.gather(1, torch.cat(errors, dim=1).topk(_TRIES, dim=1, largest=False).indices)
+    found = [_squared_error(rows, tries[:, at : at + 1], top) for at in range(_TRIES)]
+    return tries.gather(1, torch.cat(found, dim=1).argmin(dim=1, keepdim=True))
+
+
+def _squared_error(rows: Tensor, step: Tensor, top: int) -> Tensor:
+    """[channels, 1]: the summed squared error of rounding each row at its step."""
+    return (rows / step).round_().clamp_(-top, top).mul_(step).sub_(rows).square_().sum(dim=1, keepdim=True)
 
 
 def power_of_two(values: Tensor) -> Tensor:
