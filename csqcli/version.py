@@ -1,3 +1,3 @@
 """The version of csq, where rooms below the front door can read it."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
