@@ -845,6 +845,7 @@ def quantize(
     target_bits: float,
     *,
     exclude: Sequence[str] = (),
+    act_bits: int = 32,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -861,6 +862,8 @@ def quantize(
             labels are not used. The first ``settings["images"]`` (512) are looked at; below three planes 2,048 vary less.
         target_bits: mean planes per weight element, above 0 and at most 8; fractions are fine.
         exclude: globs of weights that stay float and uncounted, as the recipe's ``layers.exclude``.
+        act_bits: of the inputs of layers, 2 to 8, at static scales measured on the first four batches; 32 leaves them float. Hooks
+            on the model round them, and the file has their scales. Layers have 7 planes at most then, unless the target is higher.
         settings: of the method ``ptq``, as `csq methods` lists them: ``images``, ``passes``, ``damping``, ….
         seed: of the labels that are drawn from the model's own predictions.
         progress: show what is going on, on stderr.
@@ -880,7 +883,14 @@ def quantize(
 
     with undisturbed():
         return quantize_in_memory(
-            model, images, target_bits, exclude=exclude, settings=settings, seed=seed, display=_display(progress)
+            model,
+            images,
+            target_bits,
+            exclude=exclude,
+            act_bits=act_bits,
+            settings=settings,
+            seed=seed,
+            display=_display(progress),
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from csqcli.errors import MISFITS, UserError, cannot_run
 from csqcli.quant.catalog import PTQSettings, find_card
-from csqcli.quant.layerwise import Quantized, quantize_model
+from csqcli.quant.layerwise import FLOAT_BITS, Quantized, quantize_model
 from csqcli.quant.optimizer import check_target, settings_of
 from csqcli.quant.wrappers import unwrap
 from csqcli.saving import images_of
@@ -23,6 +23,7 @@ def quantize_in_memory(
     target_bits: float,
     *,
     exclude: Sequence[str],
+    act_bits: int,
     settings: Mapping[str, Any] | None,
     seed: int,
     display: Display,
@@ -32,13 +33,22 @@ def quantize_in_memory(
         hint = "give the model itself: csqcli.quantize(model, …)"
         raise UserError(f"the model must be a torch.nn.Module, not a {type(model).__name__}", hint=hint)
     check_target(target_bits)
+    if act_bits not in (*range(2, 9), FLOAT_BITS):
+        raise UserError(f"act_bits must be 2 to 8, or 32 for inputs that stay float, not {act_bits!r}")
     chosen = settings_of(find_card("ptq"), settings)
     assert isinstance(chosen, PTQSettings)
     network = unwrap(model)
     batches = _first(chosen.images, images, network)
     try:
         return quantize_model(
-            network, batches, target_bits, exclude=exclude, settings=chosen, seed=seed, watch=display.step
+            network,
+            batches,
+            target_bits,
+            exclude=exclude,
+            act_bits=act_bits,
+            settings=chosen,
+            seed=seed,
+            watch=display.step,
         )
     except UserError:
         raise

@@ -91,6 +91,23 @@ def test_excluded_weights_stay_as_they_are_and_are_not_counted(searched: tuple[P
     assert "fc.weight" not in found.planes
 
 
+def test_rounded_activations_are_in_the_file_and_in_its_exports(
+    searched: tuple[Path, list[Tensor]], tmp_path: Path
+) -> None:
+    _, batches = searched
+    model = digits_float()
+    found = csqcli.quantize(model, batches, 3, act_bits=8)
+    report = csqcli.save(model, found, tmp_path / "m.safetensors", source="csq:digits_cnn", num_classes=10)
+    assert len(report["activations"]) == 4
+    loaded = csqcli.load(tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(batches[0]), model.eval()(batches[0]))
+    graph = csqcli.export(tmp_path / "m.safetensors", form="onnx")
+    assert graph["parity"]["max_logit_error"] < 1e-4
+    again = csqcli.quantize(model, batches, 3)  # a second time: the hooks stay those of the first
+    assert again.mean_bits <= 3
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -102,6 +119,7 @@ def test_excluded_weights_stay_as_they_are_and_are_not_counted(searched: tuple[P
         ({"images": ["text"]}, "a batch of the loader holds str where images should be"),
         ({"images": [torch.full((4, 1, 8, 8), math.nan)]}, "the images hold NaN or infinite values"),
         ({"images": [torch.zeros(4, 3, 8, 8)]}, "csqcli.quantize: cannot run on an image of 3×8×8"),
+        ({"act_bits": 1}, "act_bits must be 2 to 8, or 32"),
         ({"settings": {"image": 3}}, "settings of `ptq`: .*; did you mean `images`"),
         ({"exclude": ["fx"]}, "fx"),
     ],

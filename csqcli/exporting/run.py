@@ -17,6 +17,7 @@ from csqcli.file import io, layout, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
 from csqcli.quant.measuring import logits_of
+from csqcli.system.environment import processor
 from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.version import __version__
@@ -95,6 +96,8 @@ def export_file(
         except ParityError as mismatch:
             layer = exporter.begins_at(path)
             mismatch.what += f"; outputs begin to differ at {layer}" if layer is not None else ""
+            wide = [layer for layer in file.layers if layer.name in exporter.int8]
+            mismatch.hint = verify.saturates(wide, processor()["instructions"]) or mismatch.hint
             raise
         accuracy = hard_accuracy = None
         if loader is not None:

@@ -24,6 +24,7 @@ PROBE_IMAGES = 4
 FLOAT_TOLERANCE = 5e-4  # of the logits' standard deviation; float engines differ by the order of their sums
 ACCURACY_TOLERANCE = 0.5  # points of top-1, or of few images
 _FEW_IMAGES = 3  # so many; predictions that stand at the edge turn where sums differ in their last digit
+_NO_SATURATION = 64  # the largest integer of which two products with 255 fit into 16 bits
 _FLOOR = 1e-6  # logits that are all alike have no spread to measure against
 
 
@@ -82,6 +83,24 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
         return False
     flat = [value.contiguous().view(-1).view(torch.uint8) for value in (left, right)] if left.numel() else []
     return not flat or torch.equal(flat[0], flat[1])
+
+
+def saturates(int8_layers: Sequence[HardLayer], instructions: Sequence[str]) -> str:
+    """What to do where kernels of this processor may have saturated; empty where they cannot have.
+
+    Without integer dot products x86 adds two products of an unsigned 8-bit input and an integer in 16 bits: 2 · 255 · 64 is the most.
+    """
+    is_x86 = any(name.startswith(("sse", "avx")) for name in instructions)
+    if not is_x86 or any("vnni" in name or name == "amx_int8" for name in instructions):
+        return ""
+    largest = {layer.name: int(layer.integers.abs().max()) for layer in int8_layers if layer.integers.numel()}
+    beyond = [name for name, top in largest.items() if top > _NO_SATURATION]
+    if not beyond:
+        return ""
+    return (
+        f"this processor has no integer dot products (VNNI), and its int8 kernels saturate where integers go beyond {_NO_SATURATION} "
+        f"({beyond[0]} has {largest[beyond[0]]}): search with --set quantization.max_bits=6, or export on one that has them"
+    )
 
 
 def check_logits(logits: Tensor, probe: Probe, *, tolerance_in_std: float, where: str) -> float:

@@ -28,10 +28,12 @@ from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.measuring import Watch, evaluating, logits_of, unwatched
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.ptq import PostTraining, start_scale
-from csqcli.quant.names import MOST_PLANES
+from csqcli.quant.names import INT8_PLANES, MOST_PLANES
 from csqcli.quant.norms import following, tracking_norms
 from csqcli.quant.second_order import InputMoments, damped, fit, for_moved_inputs, held_out_damping, held_out_rounding
 
+FLOAT_BITS = 32  # of activations that are not rounded
+_CALIBRATION_BATCHES = 4  # that activation ranges are those of
 _FISHER_BATCH = 16  # images whose mean gradient is squared
 _SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
 _SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
@@ -216,13 +218,15 @@ def quantize_model(
     target_bits: float,
     *,
     exclude: Sequence[str] = (),
+    act_bits: int = FLOAT_BITS,
     settings: PTQSettings | None = None,
     seed: int = 0,
     watch: Watch = unwatched,
 ) -> Quantized:
     """Round a model in place, planes by Fisher importance; :func:`csqcli.quantize` has the arguments. Modes come back as they were.
 
-    What an exception leaves half rounded is put back.
+    Inputs of layers are rounded by hooks on the model, where ``act_bits`` are fewer than 32. What an exception leaves half rounded is put
+    back.
     """
     layers, _ = find_layers(model, exclude=exclude)
     settings = settings or PTQSettings()
@@ -230,17 +234,24 @@ def quantize_model(
     generator = torch.Generator().manual_seed(seed)
     try:
         with evaluating(model):
-            plan = plan_for(layers, target_bits, Schedule(0, 1))
+            bits = INT8_PLANES if act_bits < FLOAT_BITS and target_bits <= INT8_PLANES else MOST_PLANES
+            plan = plan_for(layers, target_bits, Schedule(0, 1), bits=bits)
             plan.budget.check_feasible()
+            if act_bits < FLOAT_BITS:
+                activations.detach(model)  # those of a model that was quantized before
+                with watch("calibrating activations"):
+                    activations.calibrate(model, layers, batches[:_CALIBRATION_BATCHES], bits=act_bits)
             with watch("measuring which layers matter"):
                 labelled = with_own_labels(model, batches, generator)
-                importance = fisher_importance(model, layers, labelled, MOST_PLANES, recovery=settings.recovery)
+                importance = fisher_importance(model, layers, labelled, bits, recovery=settings.recovery)
                 planes = allocate(importance, plan.budget)
             method = PostTraining(layers, replace(plan, planes=planes), settings)
             rounding = LayerwiseRounding(model, method, batches)
             with watch("rounding layer by layer", len(rounding.groups)) as tell:
                 rounding.run(tell)
     except BaseException:
+        if act_bits < FLOAT_BITS:
+            activations.detach(model)
         model.load_state_dict(before)
         raise
     return Quantized(method)

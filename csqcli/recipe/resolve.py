@@ -25,10 +25,10 @@ from csqcli.quant.catalog import (
     find_card,
 )
 from csqcli.quant.costs import costs
-from csqcli.quant.names import MOST_PLANES
+from csqcli.quant.names import INT8_PLANES, MOST_PLANES
 from csqcli.recipe import legacy
 from csqcli.recipe.keys import beside, common_key, elsewhere, foreign, full_key, owner_of, put, suggest
-from csqcli.recipe.schema import INT8_PLANES, USERS_TARGETS, ZEROQ, Recipe
+from csqcli.recipe.schema import USERS_TARGETS, ZEROQ, Recipe
 from csqcli.recipe.yaml_files import read
 from csqcli.system.settings import USERS_ONLY, without
 

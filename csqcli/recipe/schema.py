@@ -20,7 +20,6 @@ from csqcli.system.settings import HASHED_ELSEWHERE, LARGE, RESULT_NEUTRAL, USER
 DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
 ZEROQ = "zeroq"  # what data.calib takes in place of a folder
-INT8_PLANES = 7  # integers up to ±127
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 USERS_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")
 BYTE_TARGETS = ("target_size", "target_compression")

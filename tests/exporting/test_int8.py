@@ -20,6 +20,7 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries as sources
 from csqcli.quant import activations
+from csqcli.quant.hard_layer import HardLayer, top_planes
 from csqcli.quant.layers import find_layers
 
 if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
@@ -364,3 +365,41 @@ def test_unusual_layers_in_int8_compute_the_hard_model_itself(tmp_path: Path) ->
     with torch.no_grad():
         wanted = _model(file)(images).numpy()
     assert np.median(np.abs(logits - wanted).max(axis=1) / wanted.std()) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("instructions", "largest", "said"),
+    [
+        (["sse4_2", "avx", "avx2"], 127, True),
+        (["sse4_2", "avx2"], 65, True),
+        (["sse4_2", "avx2"], 64, False),
+        (["avx2", "avx512f", "avx512_vnni"], 127, False),
+        (["avx2", "avx_vnni"], 127, False),
+        (["asimd", "asimddp"], 127, False),
+    ],
+)
+def test_a_processor_whose_int8_kernels_saturate_is_named_as_the_reason(
+    instructions: list[str], largest: int, said: bool
+) -> None:
+    layer = HardLayer(
+        "conv1.weight", torch.tensor([[largest, -3]], dtype=torch.int32), torch.ones(1), top_planes(7, 8), 0, ()
+    )
+    hint = verify.saturates([layer], instructions)
+    assert bool(hint) == said
+    assert not said or f"conv1.weight has {largest}" in hint
+
+
+def test_an_int8_graph_that_a_processor_saturates_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "processor", lambda: {"instructions": ["avx2"]})
+
+    def differs(*_: object, **__: object) -> float:
+        raise verify.ParityError("logits differ", hint="please report the model")
+
+    monkeypatch.setattr(verify, "check_logits", differs)
+    with pytest.raises(verify.ParityError) as refused:
+        _export(tmp_path, _file(("11111110",) * 3))
+    assert "VNNI" in refused.value.line()
+    assert "max_bits=6" in refused.value.line()
+    assert "report the model" not in refused.value.line()
