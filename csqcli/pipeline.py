@@ -34,7 +34,7 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
 from csqcli.system.device import pick_device
 from csqcli.system.files import write_text
-from csqcli.system.progress import Display
+from csqcli.system.progress import Display, counted
 from csqcli.system.run_files import model_of
 from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
@@ -210,7 +210,8 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latent
         rehearse(run, layers, left)
     settings = run.recipe.quantization
     if not run.recipe.card.trains:
-        file, gap = publish(run, quantize_after_training(run, layers), left)
+        in_bytes = layers and settings.in_bytes
+        file, gap = (_round_in_bytes if in_bytes else _round)(run, layers, left)
         return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
     if layers and settings.in_bytes:
         with run.display.step("measuring what each plane takes on disk"):
@@ -224,6 +225,40 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latent
     if latents:
         keep_latents(run, trainer.optimizer.method)
     return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
+
+
+def _round(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
+    return publish(run, quantize_after_training(run, layers), left)
+
+
+def _round_in_bytes(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
+    """As `_round`, within a budget of bytes, and the file that ships beside the model: rounded again, with fewer bytes for the
+    integers, while it is over. UserError where it stays over."""
+    form, record, over = run.recipe.quantization.ship_as, run.record, 0
+    shipped = run.folder.shipped_file(form)
+    with run.display.step("measuring what each plane takes on disk"):
+        sizing.measure(run, layers, left, _shipped_bytes)
+    assert run.ships is not None
+    others, before = run.ships.others, {name: value.clone() for name, value in run.model.state_dict().items()}
+    for _ in range(_FITTINGS):
+        run.ships.others = others + record.bytes_over
+        file, gap = _round(run, layers, left)
+        size = _ship(run.folder.model_file, shipped, form, display=run.display) if run.shard.is_main else None
+        over = distributed.from_main(size) - run.ships.asked
+        if over <= 0:
+            return file, gap
+        run.display.say(f"{counted(over, 'byte')} over {run.ships.asked:,}: rounding again")
+        record.bytes_over += over
+        run.model.load_state_dict(before)
+        if run.shard.is_main:
+            shipped.unlink()
+    raise _stays_over(run, over)
+
+
+def _stays_over(run: Run, over: int) -> UserError:
+    assert run.ships is not None
+    what = f"stays {over:,} bytes over the {run.ships.asked:,} that were asked for"
+    return UserError(what, where=str(run.folder.model_file), hint="ask for more, or for fewer --target-bits")
 
 
 def _deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
@@ -246,8 +281,7 @@ def _deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) ->
         goal = coded - over  # what is beside the integers turned out larger than it was before BatchNorm settled
         if run.shard.is_main:
             shipped.unlink()
-    what = f"stays {over:,} bytes over the {run.ships.asked:,} that were asked for"
-    raise UserError(what, where=str(run.folder.model_file), hint="ask for more, or for fewer --target-bits")
+    raise _stays_over(run, over)
 
 
 def _know_ways(run: Run, layers: list[Layer]) -> None:

@@ -29,9 +29,6 @@ def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
         hint = "pass --target-bits, --target-bops or --target-latency"
         raise UserError("a budget of bytes is about a file, and none is written here", hint=hint)
     if quantization.in_users_unit:
-        if card.name == POST_TRAINING and quantization.in_bytes:
-            hint = "pass --target-bits, --target-bops or --target-latency, or --epochs 3 to train"
-            raise UserError("a budget of bytes needs training, and with 0 epochs nothing is trained", hint=hint)
         if card.name == "float":
             raise UserError("float quantizes nothing, so there is no budget to meet", hint="leave the target out")
         if card.name not in ("staged", POST_TRAINING):

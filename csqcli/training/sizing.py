@@ -116,7 +116,8 @@ def _set_ships(
     settings = run.recipe.quantization
     asked = settings.target_size
     if asked is None:
-        floats = 4 * sum(value.numel() for value in run.model.state_dict().values())
+        twice = {alias for layer in hard for alias in layer.aliases}  # a shared weight counts once
+        floats = 4 * sum(value.numel() for name, value in run.model.state_dict().items() if name not in twice)
         assert settings.target_compression is not None
         asked = int(floats / settings.target_compression)
     run.ships = ShippedSize(asked, 0, distributed.from_main(rows))

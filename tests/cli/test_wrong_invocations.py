@@ -49,7 +49,6 @@ ROWS = [
     "search --recipe digits -o new --quiet --target-compression 0.5",
     "search --recipe digits -o new --quiet --target-bops 1000",
     "search --recipe digits -o new --quiet --target-bops 5X",
-    "search --recipe digits -o new --quiet --epochs 0 --target-size 12kB",
     "search --recipe digits -o new --quiet --target-size 2MB --method lsq",
     "search --recipe digits -o new --quiet --target-size 2MB --finetune-epochs 1",
     "search --recipe digits -o new --quiet --target-bops 5G --finetune-epochs 1",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from csqcli.errors import UserError
 from csqcli.file import codes, io
 from csqcli.quant.budget import Budget, PlaneLimits, allocate, make_budget, uniform_target
 from csqcli.quant.layers import find_layers
+from csqcli.quant.layerwise import LayerwiseRounding
 from csqcli.quant.methods.base import Plan, Schedule
 from csqcli.quant.methods.staged import Staged
 from csqcli.recipe.resolve import resolve
@@ -207,3 +211,62 @@ def test_a_goal_below_what_the_fewest_planes_take_is_refused_with_the_size_that_
     goal = int(0.7 * coded(method))
     with pytest.raises(UserError, match=f"a target of {goal:,} bytes cannot be met with the planes that were trained"):
         trim(method, goal)
+
+
+BYTES = ("search", "--recipe", "digits", "--epochs", 0, "--set", "images=128", "--set", "threads=1", "--target-size")
+
+
+def test_a_file_rounded_without_training_is_within_its_size_and_uses_it(csq, tmp_path: Path) -> None:
+    for asked in (10_000, 13_000):
+        assert csq(*BYTES, asked, "-o", tmp_path / str(asked))[0] == 0
+        size = (tmp_path / str(asked) / "model-bit-packed-small.safetensors").stat().st_size
+        assert 0.97 * asked <= size <= asked
+    report = json.loads((tmp_path / "13000" / "report.json").read_text())
+    assert report["budgets"] == [
+        {"budget": "size", "asked": 13000, "reached": size, "file": "model-bit-packed-small.safetensors"}
+    ]
+    assert report["accuracy"]["hard_top1"] >= 95  # 98.2 in float
+
+
+def test_a_file_that_comes_out_too_large_is_rounded_again_and_a_resumed_run_ends_in_the_same_bytes(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, round_group = iter([700, 0, 700, 0]), LayerwiseRounding.round_group
+
+    def heavier(*given: Any, **options: Any) -> int:
+        return ship(*given, **options) + next(first)
+
+    ship = pipeline._ship
+    monkeypatch.setattr(pipeline, "_ship", heavier)
+    monkeypatch.setattr(pipeline, "_shipped_bytes", functools.partial(_plainly_shipped, ship))
+    code, _, err = csq(*BYTES, 13_000, "-o", tmp_path / "whole")
+    assert code == 0, err
+    assert "bytes over 13,000: rounding again" in err
+    calls = iter(range(99))
+
+    def stopped(self: LayerwiseRounding, group: list[int]) -> None:
+        round_group(self, group)
+        if next(calls) == len(self.groups) + 1:  # the second group of the second round
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(LayerwiseRounding, "round_group", stopped)
+    assert csq(*BYTES, 13_000, "-o", tmp_path / "broken")[0] == 130
+    monkeypatch.setattr(LayerwiseRounding, "round_group", round_group)
+    code, _, err = csq(*BYTES, 13_000, "-o", tmp_path / "broken", "--resume")
+    assert code == 0, err
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")}) == 1
+    assert (tmp_path / "whole" / "model-bit-packed-small.safetensors").stat().st_size <= 12_300
+
+
+def _plainly_shipped(ship: Any, file: Path, form: str) -> int:
+    output = file.with_name(f".{file.stem}-shipped.safetensors")
+    try:
+        return int(ship(file, output, form, display=Display(quiet=True)))
+    finally:
+        output.unlink(missing_ok=True)
+
+
+def test_a_size_below_what_the_fewest_planes_take_is_refused_before_anything_is_rounded(csq, tmp_path: Path) -> None:
+    code, _, err = csq(*BYTES, 3_000, "-o", tmp_path / "run")
+    assert code == 2
+    assert "a target of 3,000 bytes cannot be met" in err
