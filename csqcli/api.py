@@ -359,7 +359,7 @@ def bench(
     trust_code: bool = False,
     progress: bool | Display = False,
 ) -> Report:
-    """Latency in an engine on this machine: of the network, and of each of its layers alone, all forms in turns.
+    """Latency in an engine on this machine: of the network, and of each of its layers alone, all forms interleaved.
 
     Args:
         what: a run's folder, a safetensors, ONNX or LiteRT file that csq wrote, or a model as for :func:`search`, whose

@@ -624,7 +624,7 @@ def evaluate_checkpoint(
 
 
 def _model_asked_for(recipe: Recipe, *, resume: bool = False) -> ModelSpec:
-    """The model's spec. UserError where none is named, where it is no classifier, where a target lacks, and for whatever else the
+    """The model's spec. UserError where none is named, where it is no classifier, where no target is given, and for whatever else the
     recipe names that is not there."""
     check_complete(recipe)
     _check_named(recipe, resume=resume)

@@ -40,7 +40,7 @@ def bench(
 ) -> None:
     """Measure latency on this machine, whole and by layer.
 
-    In an inference engine, in fp32 and in the forms that csq exports, all in turns.
+    In an inference engine, in fp32 and in the forms that csq exports, all interleaved.
 
     Example: csq bench resnet18 --engine ort
     """

@@ -173,7 +173,7 @@ def given(settings: dict[str, Any]) -> dict[str, Any]:
 
 def settings_beside(named: Mapping[str, Any], assignments: list[str] | None, context: typer.Context) -> dict[str, Any]:
     """What ``--set`` says, for a function of the API that takes ``named`` from the command's other options. UserError for a key
-    of such a name: what it would mean is that option's to say."""
+    of such a name: use the option instead."""
     from csqcli.recipe.keys import parse_assignments
 
     found = parse_assignments(assignments or [])

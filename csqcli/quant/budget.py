@@ -39,7 +39,7 @@ class PlaneLimits:
 
     min_planes: tuple[int, ...]
     max_planes: tuple[int, ...]
-    needed: tuple[str, ...] = ()  # layers that keep a plane because the network ends without them (`quant.needed`)
+    needed: tuple[str, ...] = ()  # layers that keep a plane: the output is constant without them (`quant.needed`)
     together: tuple[tuple[int, ...], ...] = ()  # layers that have a plane each or none at all
 
     def alike(self, planes: int) -> list[int]:

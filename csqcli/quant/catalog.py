@@ -90,12 +90,12 @@ class GateSettings(MethodSettings):
     one scale per layer (the paper)."""
     gate_limit: Annotated[float, Field(gt=0, le=LARGE)] | None = 4.0
     """Most |βm| of a bit once planes are fixed: bits that far out are decided, and a gradient still reaches them. `refit_scale`
-    takes up that they shrink, and without it there is no limit. Unset: none (the paper)."""
+    compensates for the shrinkage, and without it there is no limit. Unset: none (the paper)."""
     restart_beta: Annotated[float, Field(gt=0, le=LARGE)] | None = 2.0
     """β that bits restart from when planes are fixed, with logits within ±1; unset leaves bits and β as they are."""
     straight_through_at: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of training from which, with planes fixed, every gate is a unit step in the forward pass, and gradients pass through its slope
-    at the temperature of then: what is trained is what is delivered. Unset: gates stay soft until they harden (the paper)."""
+    at the current temperature: what is trained is what is delivered. Unset: gates stay soft until they harden (the paper)."""
     straight_through_rate: float = Field(1.0, gt=0, le=LARGE)
     """From then on, the gates' rate over that of the schedule."""
     rounding: Literal["threshold", "nearest"] = "nearest"

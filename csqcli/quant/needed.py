@@ -1,6 +1,6 @@
 """Which layers may lose their last plane, and which only together: found by measurement, before any layer is rounded.
 
-Importance is a second-order estimate of one weight at a time, and sees neither. A network has ended where its scores are the
+Importance is a second-order estimate of one weight at a time, and sees neither. A network is disconnected where its scores are the
 same for every image: a layer whose weights cost little one by one may still be the only way to the scores. And of two layers
 in a row on a residual branch none does anything without the other, so planes of one are wasted where the other is gone.
 """
@@ -28,9 +28,9 @@ def needed_layers(model: nn.Module, layers: Sequence[Layer], limits: PlaneLimits
     """Names of layers that may go by ``limits`` but must not: without them the scores are the same for every image.
 
     ``images`` [B, C, H, W], B ≥ 2, on the model's device. Layer after layer is set to zero, the largest first, and stays so
-    unless the network ends; so all the others may go together, in any selection, and where one of two ways to the scores has to
-    stay it is the smaller one. Layers that ``limits`` give no plane are at zero from the start. One forward pass per
-    layer; the model is put back. All that may go are needed where the scores do not depend on the images to begin with.
+    unless that disconnects the network; so all the others may go together, in any selection, and where one of two ways to the
+    scores has to stay it is the smaller one. Layers that ``limits`` give no plane are at zero from the start. One forward pass
+    per layer; the model is put back. All that may go are needed where the scores do not depend on the images to begin with.
     """
     bounds = list(zip(layers, limits.min_planes, limits.max_planes, strict=True))
     open_to_go = [layer for layer, few, most in bounds if few == 0 < most]
@@ -43,7 +43,7 @@ def needed_layers(model: nn.Module, layers: Sequence[Layer], limits: PlaneLimits
         for layer in sorted(open_to_go, key=lambda layer: -layer.weights):
             weight = layer.parameter.detach().clone()
             layer.parameter.data.zero_()
-            if not _spread(model, images) > least:  # NaN ends a network too
+            if not _spread(model, images) > least:  # NaN counts as disconnected too
                 layer.parameter.data.copy_(weight)
                 needed.append(layer.name)
     return [layer.name for layer in layers if layer.name in needed]

@@ -40,7 +40,7 @@ _OF_A_SEARCH = (
     "latency_table",
     "latency_engine",
     *USERS_TARGETS,
-)  # what a finetune of its file knows no more
+)  # ignored when finetuning from its file
 _BEFORE_A_FINETUNE = ("quantization.", "layers.", "adaptation.")
 _OF_A_FINETUNE = ("quantization.method", "quantization.act_method", "quantization.state_dtype", "layers.floor")
 _TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *USERS_TARGETS))
@@ -90,8 +90,8 @@ def resolve_stored(raw: dict[str, Any], overrides: dict[str, Any], *, where: str
 
     Whatever would make csq read something (model, data.source) or start processes (data.workers, compile) is
     left out of it, and threads are at most as many as this machine has: only users say more. Nor is anything imported that it
-    names, without ``trust_code``; the planes are fixed by then, so who decided them, and at what cost, does not matter any
-    more. Integers of a method that cannot go on from them are trained by `staged`, which takes any.
+    names, without ``trust_code``; the planes are fixed by then, so how they were decided, and at what cost, no longer
+    matters. Integers of a method that cannot go on from them are trained by `staged`, which takes any.
     """
     kept = legacy.modernised(without(_as_mapping(raw, where), Recipe.keys_marked(USERS_ONLY)))
     section = kept.get("quantization")

@@ -22,7 +22,7 @@ class Ways(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    needed: list[str]  # layers that the network ends without
+    needed: list[str]  # layers whose removal makes the output constant
     together: list[list[str]]  # of the others, those that do nothing without each other
 
 
