@@ -700,7 +700,8 @@ def explain(
     Returns:
         ``loss`` (nats) and ``top1`` (percent) as delivered; ``layers``: name, planes, share of the budget, importance of each
         plane, ``take`` (its cheapest plane away: rise of the loss) and ``give`` (a plane more: gain), both measured, null
-        where the layer's rules do not allow it; ``swaps``: the three best within the budget, expected and measured.
+        where the layer's rules or the method do not allow it; ``budgets``: those that were asked for, and whether swaps are held to
+        them (to mean planes and bit operations they are); ``swaps``: the three best within these, expected and measured.
 
     Raises:
         UserError: for a damaged file, and for data that is not what the model was trained on.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,29 @@ from csqcli.analysis.opening import OpenedFile, open_quantized, shares_of
 from csqcli.data.specs import ValSplit
 from csqcli.errors import UserError
 from csqcli.file.manifest import Manifest
-from csqcli.quant.budget import Budget, make_budget, plane_limits
+from csqcli.file.sizes import FLOAT_BITS
+from csqcli.quant.budget import Budget, PlaneLimits, make_budget, plane_limits
+from csqcli.quant.catalog import CARDS
 from csqcli.quant.costs import WEIGHTS, costs
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Score, score, squared_errors, weights_as
 from csqcli.quant.names import MOST_PLANES, owner_of
-from csqcli.recipe.schema import LayerRules
+from csqcli.recipe.schema import USERS_TARGETS, LayerRules
 from csqcli.system.progress import Display
+from csqcli.training.budgets import within_operations
 
 SWAPS = 3  # that are reported
 _SHARES = tuple(4.0**-power for power in range(6, -1, -1))  # of a layer's weights, tried until one is too many
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What swaps are held to."""
+
+    budget: Budget
+    cost: str  # that the budget's table counts
+    targets: list[dict[str, Any]]  # `budget`, `asked`, and whether it is `kept`
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,9 @@ def explain(
     with the lowest loss are given.
 
     Returns ``file``, ``images`` (that measure), ``loss`` (nats) and ``top1`` (percent) as delivered, ``mean_bits``, ``target_bits``,
-    ``cost``; per layer ``name``, ``weights``, ``planes``, ``share`` (of the budget spent), ``importance`` (a list: the loss that each
+    ``cost``, ``budgets`` (each ``budget``, ``asked``, and ``kept``: whether swaps are held to it, which they are not to bytes and
+    milliseconds, since the file does not say what a plane takes of these); per layer
+    ``name``, ``weights``, ``planes``, ``share`` (of the budget spent), ``importance`` (a list: the loss that each
     plane saves by its second-order expansion), ``take`` (``plane``, 0 the lowest in use; ``rise`` of the loss, ``per_bit`` that
     by the cost that it frees, ``top1``; or null) and ``give`` (``gain`` in loss, ``per_bit``, ``top1``; or null); ``swaps`` (``give``
     and ``take``, names of layers, take null where the budget has room; ``expected`` and ``measured`` change of the loss,
@@ -83,7 +98,8 @@ def explain(
         what = "its levels are sums of a learned basis, of which no plane can be taken away alone"
         raise UserError(what, where=str(path), hint="csq sensitivity measures its layers before training")
     fitting, measuring = _halves(opened.batches, where=data)
-    budget, cost = _budget(file.manifest, layers)
+    held = _held_to(file.manifest, layers)
+    budget = held.budget
     planes = [layer.planes for layer in file.layers]
     with display.step("gradients and curvature"):
         found = slopes(opened.model, layers, fitting)
@@ -113,7 +129,8 @@ def explain(
         "top1": before.top1,
         "mean_bits": file.manifest.budget.mean_bits,
         "target_bits": file.manifest.budget.target_mean_bits,
-        "cost": cost,
+        "cost": held.cost,
+        "budgets": held.targets,
         "layers": [
             {
                 "name": layer.name,
@@ -143,16 +160,61 @@ def _halves(batches: Sequence[tuple[Tensor, Tensor]], *, where: str) -> tuple[li
     )
 
 
-def _budget(manifest: Manifest, layers: Sequence[Layer]) -> tuple[Budget, str]:
-    """The budget that the file was made under, as far as the file says: target, rules of layers and cost.
+def _held_to(manifest: Manifest, layers: Sequence[Layer]) -> _Held:
+    """The budgets that the file was made under, as far as the file says: targets, rules of layers, cost, what the method takes.
 
-    A cost function from outside the package is not imported from what a file says: planes then count by weights. A file
-    without a target is held to the planes that it has.
+    What is not a part of csq is not imported from what a file says: with a cost from outside planes count by weights, and a method from
+    outside takes any. A file without a target, or over it, is held to the planes that it has.
     """
-    quantization, rules = manifest.recipe.get("quantization"), manifest.recipe.get("layers")
-    named = quantization.get("cost") if isinstance(quantization, dict) else None
+    section = manifest.recipe.get("quantization")
+    settings: dict[str, Any] = section if isinstance(section, dict) else {}
+    asked = {key: settings[key] for key in USERS_TARGETS if _is_amount(settings.get(key))}
+    counted = manifest.compute if manifest.compute is not None and manifest.compute.macs else None
+    limits = _limits(manifest, settings, layers)
+    inputs = {entry.module: entry.bits for entry in manifest.activations}
+    planes = [layer.bits for layer in manifest.layers]
+
+    def at_target(cost: str) -> Budget:
+        return make_budget(
+            layers,
+            manifest.budget.target_mean_bits or manifest.budget.mean_bits,
+            bits=MOST_PLANES,
+            limits=limits,
+            cost=costs.find(cost),
+            macs={layer.name: layer.macs for layer in manifest.layers},
+            input_bits={layer.name: inputs.get(owner_of(layer.name), FLOAT_BITS) for layer in layers},
+        )
+
+    kept: dict[str, Budget] = {}
+    if counted is not None and "target_bops" in asked:
+        others = max(counted.macs - counted.quantized_macs, 0)
+        kept["bops"] = within_operations(at_target("bops"), int(asked["target_bops"]), other_macs=others)
+    named = settings.get("cost")
     cost = named if named in costs.names() else WEIGHTS
-    most = quantization.get("max_bits") if isinstance(quantization, dict) else None
+    if manifest.budget.target_mean_bits is not None or set(asked) != {"target_bops"} or not kept:
+        kept = {"bits": at_target(cost), **kept}
+    first, *others_kept = (_reached(budget, planes) for budget in kept.values())
+    budget = replace(first, also=tuple(ceiling for other in others_kept for ceiling in other.ceilings))
+    targets = [{"budget": "bits", "asked": manifest.budget.target_mean_bits, "kept": True}] if "bits" in kept else []
+    targets += [
+        {"budget": (name := key.removeprefix("target_")), "asked": value, "kept": name in kept}
+        for key, value in asked.items()
+    ]
+    return _Held(budget, cost if "bits" in kept else "bops", targets)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _reached(budget: Budget, planes: Sequence[int]) -> Budget:
+    """The budget, of at least what is spent."""
+    return budget if budget.fits(planes) else replace(budget, allowance=budget.spent(planes))
+
+
+def _limits(manifest: Manifest, settings: Mapping[str, Any], layers: Sequence[Layer]) -> PlaneLimits:
+    """Fewest and most planes by the file's rules and its method, as far as they can be read."""
+    most, method, rules = settings.get("max_bits"), settings.get("method"), manifest.recipe.get("layers")
     bits = most if isinstance(most, int) and 1 <= most <= MOST_PLANES else MOST_PLANES
     try:
         own = LayerRules.model_validate(rules if isinstance(rules, dict) else {})
@@ -161,18 +223,8 @@ def _budget(manifest: Manifest, layers: Sequence[Layer]) -> tuple[Budget, str]:
         )
     except (ValidationError, UserError):
         limits = plane_limits(layers, bits=bits)
-    inputs = {entry.module: entry.bits for entry in manifest.activations}
-    target = manifest.budget.target_mean_bits or manifest.budget.mean_bits
-    budget = make_budget(
-        layers,
-        min(max(target, manifest.budget.mean_bits), float(MOST_PLANES)),
-        bits=MOST_PLANES,
-        limits=limits,
-        cost=costs.find(cost),
-        macs={layer.name: layer.macs for layer in manifest.layers},
-        input_bits={layer.name: inputs.get(owner_of(layer.name), 32) for layer in layers},
-    )
-    return budget, cost
+    takes = CARDS[method].most_planes if isinstance(method, str) and method in CARDS else MOST_PLANES
+    return replace(limits, max_planes=tuple(min(planes, takes) for planes in limits.max_planes))
 
 
 def _importance(
@@ -230,19 +282,20 @@ def _swaps(
     display: Display,
 ) -> list[dict[str, Any]]:
     """The swaps of one plane within the budget that leave the lowest loss, of the ``most`` that promise most."""
-    spent, table = budget.spent(planes), budget.table
+
+    def fits(give: int, take: int | None) -> bool:
+        return budget.fits([k + (at == give) - (at == take) for at, k in enumerate(planes)])
+
     expected: list[tuple[float, int, int | None]] = []
     for give, receiver in enumerate(options):
         if receiver.with_it is None:
             continue
-        dearer = spent + table[give][planes[give] + 1] - table[give][planes[give]]
         change = receiver.with_it.loss - before.loss
-        if dearer <= budget.allowed:
+        if fits(give, None):
             expected.append((change, give, None))
             continue  # nothing need be taken for it
         for take, giver in enumerate(options):
-            freed = table[take][planes[take]] - table[take][max(planes[take] - 1, 0)]
-            if take != give and giver.without is not None and dearer - freed <= budget.allowed:
+            if take != give and giver.without is not None and fits(give, take):
                 expected.append((change + giver.without.loss - before.loss, give, take))
     expected.sort(key=lambda swap: (swap[0], swap[1], -1 if swap[2] is None else swap[2]))
     found: list[dict[str, Any]] = []

@@ -210,6 +210,13 @@ def print_explanation(found: Mapping[str, Any], console: Console) -> None:
         f"swap         {words}"
         for words in _swap_words(found, dict(zip([row["name"] for row in rows], names, strict=True)))
     ]
+    if passed_over := [each["budget"] for each in found["budgets"] if not each["kept"]]:
+        units = {"bits": "mean planes", "bops": "bit operations"}
+        held = " and ".join(units[each["budget"]] for each in found["budgets"] if each["kept"])
+        lines.append(
+            f"budgets      swaps are within {held} only: the file does not say what a plane takes of the target of "
+            f"{' and '.join(passed_over)}"
+        )
     print_lines(lines, console)
 
 

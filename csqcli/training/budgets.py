@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from csqcli.file.sizes import FLOAT_BITS
@@ -70,9 +71,9 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
     if settings.target_bops is not None:
         assert run.operations is not None
         of_layers = sum(run.operations.macs[layer.name] or 0 for layer in layers)
-        others = max(run.operations.total - of_layers, 0) * FLOAT_BITS**2  # as `file.sizes.compute` counts them
         operations = counted_by(costs.find("bops", where="quantization.cost"))
-        found.append(within(operations.table, int(settings.target_bops) - others, BIT_OPERATIONS, others))
+        others = max(run.operations.total - of_layers, 0)
+        found.append(within_operations(operations, int(settings.target_bops), other_macs=others))
     if settings.target_latency is not None:
         assert run.latencies is not None
         table = latency_rows(counted_by(latency_cost(run.latencies.by_layer)).table, limits)
@@ -81,6 +82,14 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
     if settings.target_bits is not None or not found:
         found.append(counted_by(costs.find(settings.cost, where="quantization.cost")))
     return all_of(found)
+
+
+def within_operations(counted: Budget, asked: int, *, other_macs: int) -> Budget:
+    """The budget of ``asked`` bit operations for one image, from that of a target whose cost is `bops`; ``other_macs`` are the
+    multiply-accumulates of which no layer is a part."""
+    beside = other_macs * FLOAT_BITS**2  # as `file.sizes.compute` counts them
+    target = uniform_target(counted.table, asked - beside)
+    return replace(counted, target=target, allowance=asked - beside, unit=BIT_OPERATIONS, beside=beside)
 
 
 def check_targets(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import csqcli
-from csqcli.analysis import moves
+from csqcli.analysis import explaining, moves
 from csqcli.data.specs import open_data
 from csqcli.file import io
 from csqcli.quant.equations import mask_from_string
@@ -192,6 +192,90 @@ def test_explain_agrees_with_brute_force_over_all_swaps(digits_run: Path) -> Non
         assert swap["measured"] == pytest.approx(change, abs=1e-5)
         assert (swap["give"], swap["take"]) == (give, take)
     assert sum(row["share"] for row in found["layers"]) == pytest.approx(1)
+
+
+def test_swaps_keep_the_bit_operations_that_were_asked_for(
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All swaps that fit into both budgets, by the report's counts; of those within mean bits alone some are left out."""
+    monkeypatch.setattr(explaining, "SWAPS", 10_000)
+    report = csqcli.report(digits_run)
+    asked = report["compute"]["bops"]  # what it takes as it is
+    file = with_recipe(digits_run, tmp_path, target_bops=float(asked))
+    found = csqcli.explain(file, "digits", val_limit=16, swaps=10_000)
+    planes, weights, macs = ({row["name"]: row[key] for row in report["layers"]} for key in ("bits", "weights", "macs"))
+    others = report["compute"]["macs"] - sum(macs.values())
+
+    def is_within(*, bits: bool, bops: bool, give: str, take: str | None) -> bool:
+        now = {name: k + (name == give) - (name == take) for name, k in planes.items()}
+        operations = sum(32 * macs[name] * k for name, k in now.items()) + others * 32 * 32
+        mean = sum(weights[name] * k for name, k in now.items()) / sum(weights.values())
+        return (not bits or mean <= 2) and (not bops or operations <= asked)
+
+    def pairs(**kept: bool) -> set[tuple[str, str | None]]:
+        alone = {(give, None) for give in planes if is_within(**kept, give=give, take=None)}
+        for give, take in itertools.permutations(planes, 2):
+            if (give, None) not in alone and planes[take] > 1 and is_within(**kept, give=give, take=take):
+                alone.add((give, take))
+        return alone
+
+    swaps = {(swap["give"], swap["take"]) for swap in found["swaps"]}
+    assert swaps == pairs(bits=True, bops=True) != set()
+    assert not pairs(bits=True, bops=False) <= swaps
+    assert found["budgets"] == [
+        {"budget": "bits", "asked": 2, "kept": True},
+        {"budget": "bops", "asked": asked, "kept": True},
+    ]
+
+
+def with_recipe(run: Path, folder: Path, *, target_bits: float | None = 2, **quantization: object) -> Path:
+    """A file of ``run`` that says to be from a search with other settings."""
+    file = io.read(run / "model.safetensors")
+    file.manifest.budget.target_mean_bits = target_bits
+    file.manifest.recipe["quantization"] |= {"target_bits": target_bits, **quantization}
+    io.write(folder / "model.safetensors", file)
+    return folder / "model.safetensors"
+
+
+def test_what_the_file_cannot_count_is_said(digits_run: Path, tmp_path: Path, csq) -> None:
+    file = with_recipe(digits_run, tmp_path, target_bits=None, target_size=30_000, target_latency=0.5)
+    look = ("explain", file, "--data", "digits", "--val-limit", 16, "--swaps", 0, "--quiet")
+    code, out, _ = csq(*look)
+    words = " ".join(out.split())
+    assert code == 0
+    assert "swaps are within mean planes only: the file does not say what a plane takes of" in words
+    assert "the target of size and latency" in words
+    assert csqcli.explain(file, "digits", val_limit=16, swaps=0)["budgets"] == [
+        {"budget": "bits", "asked": None, "kept": True},
+        {"budget": "size", "asked": 30_000, "kept": False},
+        {"budget": "latency", "asked": 0.5, "kept": False},
+    ]
+
+
+def test_of_bit_operations_alone_shares_are_those_of_operations(digits_run: Path, tmp_path: Path) -> None:
+    file = with_recipe(digits_run, tmp_path, target_bits=None, target_bops=1.0)  # less than the file takes
+    found = csqcli.explain(file, "digits", val_limit=16, swaps=5)
+    manifest = io.read(file).manifest
+    operations = [layer.bits * (layer.macs or 0) for layer in manifest.layers]
+    shares = [one / sum(operations) for one in operations]
+    assert [row["share"] for row in found["layers"]] == pytest.approx(shares)
+    assert found["cost"] == "bops"
+    assert all(swap["take"] is not None for swap in found["swaps"])  # the file is held to what it takes
+
+
+@pytest.mark.parametrize(
+    ("settings", "rules", "most"),
+    [({"method": "twn"}, {}, 1), ({}, {"max_bits": {"*": 2}}, 2), ({"max_bits": 3}, {}, 3)],
+)
+def test_no_layer_is_given_more_planes_than_its_method_and_its_rules_take(
+    digits_run: Path, tmp_path: Path, settings: dict[str, object], rules: dict[str, object], most: int
+) -> None:
+    file = io.read(digits_run / "model.safetensors")
+    file.manifest.recipe["quantization"] |= settings
+    file.manifest.recipe["layers"] = rules
+    io.write(tmp_path / "model.safetensors", file)
+    found = csqcli.explain(tmp_path / "model.safetensors", "digits", val_limit=16, swaps=0)
+    assert [row["give"] is None for row in found["layers"]] == [row["planes"] >= most for row in found["layers"]]
 
 
 def test_levels_of_a_learned_basis_are_refused(csq, tmp_path: Path) -> None:
