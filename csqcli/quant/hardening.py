@@ -134,10 +134,10 @@ def fewer_planes(
     *,
     errors: Callable[[int], Tensor],  # of a layer at 0 … n planes, squared, [n + 1]; not asked where all may stay
 ) -> dict[int, int]:
-    """The layers that give up planes so that all are within the budget and the limits, each with the planes that it keeps:
+    """The layers that give up planes so that all are within every budget and the limits, each with the planes that it keeps:
     what loses least, by a knapsack. Empty where they are within them as they are."""
     limits = budget.limits
-    if budget.spent(planes) <= budget.allowed and not any(map(gt, planes, limits.max_planes)):
+    if budget.fits(planes) and not any(map(gt, planes, limits.max_planes)):
         return {}
     rows = zip(limits.min_planes, planes, limits.max_planes, strict=True)
     most = tuple(max(few, min(k, many)) for few, k, many in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import reference
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from csqcli.quant import equations
-from csqcli.quant.budget import Budget, PlaneLimits, make_budget
-from csqcli.quant.catalog import PAPER, CSQSettings, UniformGateSettings
+from csqcli.quant.budget import Budget, Ceiling, PlaneLimits, make_budget
+from csqcli.quant.catalog import PAPER, CSQSettings, MSQSettings, UniformGateSettings
 from csqcli.quant.hardening import UNSEEN, choose_planes, fewer_planes, fit_levels, known_curvature, plane_order
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
+from csqcli.quant.methods.msq import MSQ
 from csqcli.quant.passes.bitplanes import BitPlanes
 from csqcli.quant.passes.rounding import mse_step
 
@@ -222,6 +224,26 @@ def test_a_layer_beyond_its_own_limit_gives_up_what_is_beyond_it_where_the_budge
     ruled = Budget(2.0, (10, 10), PlaneLimits((0, 0), (1, 2)), ((0, 10, 20), (0, 10, 20)))
     errors = torch.tensor([[50.0, 1.0, 0.0], [50.0, 4.0, 0.0]], dtype=torch.float64)
     assert fewer_planes([2, 2], torch.ones(2), ruled, errors=errors.__getitem__) == {0: 1}
+
+
+def test_planes_within_the_first_of_two_budgets_are_given_up_for_the_second() -> None:
+    second = Ceiling(((0, 1, 2), (0, 10, 20)), 12)  # [2, 1] or [1, 1], where the first one allows [2, 2]
+    both = Budget(2.0, (10, 10), PlaneLimits((1, 1), (2, 2)), ((0, 10, 20), (0, 10, 20)), also=(second,))
+    errors = torch.tensor([[50.0, 1.0, 0.0], [50.0, 4.0, 0.0]], dtype=torch.float64)
+    assert fewer_planes([2, 2], torch.ones(2), both, errors=errors.__getitem__) == {1: 1}
+
+
+def test_msq_drops_planes_until_every_budget_is_kept() -> None:
+    """Three planes in both layers are within the mean planes, and over the ceiling beside it by one plane of the first."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers, _ = find_layers(model)
+    plan = plan_for(layers, 3, Schedule(4, 4), bits=3)
+    ceiling = Ceiling(((0, 1, 2, 3), (0, 0, 0, 0)), 2)
+    method = MSQ(layers, replace(plan, budget=replace(plan.budget, also=(ceiling,))), MSQSettings())
+    assert method.searching
+    method.harden(3)
+    assert method.budget.fits(method.planes)
+    assert method.planes == [2, 3]
 
 
 def test_planes_are_given_up_by_energy_and_ties_keep_the_higher() -> None:

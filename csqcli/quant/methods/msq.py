@@ -57,7 +57,7 @@ class MSQ(DoReFa):
     @property
     def searching(self) -> bool:
         """Whether planes are still to be dropped."""
-        return not self.fixed and self.budget.spent(self.planes) > self.budget.allowed
+        return not self.fixed and not self.budget.fits(self.planes)
 
     def levels(self, index: int) -> Tensor:
         unit = self.unit(self.latents[index].detach())
