@@ -80,9 +80,18 @@ class Budget:
         """All budgets alike, this one first."""
         return (Ceiling(self.table, self.allowed, self.unit, self.beside, self.target), *self.also)
 
+    def left(self, planes: Sequence[int]) -> list[int]:
+        """What an allocation leaves of every budget; below 0 where it exceeds one."""
+        return [ceiling.allowed - ceiling.spent(planes) for ceiling in self.ceilings]
+
     def fits(self, planes: Sequence[int]) -> bool:
         """Whether an allocation is within every budget."""
-        return all(ceiling.spent(planes) <= ceiling.allowed for ceiling in self.ceilings)
+        return min(self.left(planes)) >= 0
+
+    def has_room(self, layer: int, planes: Sequence[int], left: Sequence[int]) -> bool:
+        """Whether one plane more in a layer is within what an allocation has ``left``."""
+        rows, k = (ceiling.table[layer] for ceiling in self.ceilings), planes[layer]
+        return all(row[k + 1] - row[k] <= free for row, free in zip(rows, left, strict=True))
 
     @functools.cached_property
     def counts_weights(self) -> bool:
@@ -117,8 +126,8 @@ class Budget:
         return table[:, 1:] - table[:, :-1]
 
     def spent(self, planes: Sequence[int]) -> int:
-        """Cost of an allocation."""
-        return sum(row[k] for row, k in zip(self.table, planes, strict=True))
+        """Cost of an allocation, in the first of the budgets."""
+        return self.ceilings[0].spent(planes)
 
     def mean_planes(self, planes: Sequence[float]) -> float:
         """Mean of so many planes per layer over weight elements, whatever the cost."""
@@ -127,11 +136,10 @@ class Budget:
     def has_choice(self) -> bool:
         """Whether the budget and the rules leave anything to search: room for one plane beyond the fewest allowed."""
         few, most = self.limits.min_planes, self.limits.max_planes
-        if not self.also:
-            steps = [row[a + 1] - row[a] for row, a, b in zip(self.table, few, most, strict=True) if a < b]
-            return bool(steps) and self.spent(few) + min(steps) <= self.allowed
-        growable = [layer for layer, (a, b) in enumerate(zip(few, most, strict=True)) if a < b]
-        return any(self.fits([k + (at == layer) for at, k in enumerate(few)]) for layer in growable)
+        left = self.left(few)
+        return any(
+            a < b and self.has_room(layer, few, left) for layer, (a, b) in enumerate(zip(few, most, strict=True))
+        )
 
     def check_feasible(self) -> None:
         """UserError when even the fewest planes allowed cost more than a budget."""
@@ -309,9 +317,6 @@ def project(
         chosen[cell] = on
         count[cell[0]] += 1 if on else -1
 
-    def fits_with_one_more(layer: int) -> bool:
-        return budget.fits([planes + (at == layer) for at, planes in enumerate(count)])
-
     for cell in cheapest_first:  # ceilings of single layers
         if chosen[cell] and count[cell[0]] > most[cell[0]]:
             switch(cell, False)
@@ -332,7 +337,7 @@ def project(
         if (spendable is not None and not spendable[cell]) or cell[0] in alone:
             continue
         free = not chosen[cell] and count[cell[0]] < most[cell[0]]
-        if free and fits_with_one_more(cell[0]):
+        if free and budget.has_room(cell[0], count, budget.left(count)):
             switch(cell, True)
     return chosen.to(masks.device)
 
@@ -430,14 +435,10 @@ def _spend(planes: list[int], importance: Tensor, budget: Budget) -> list[int]:
     def cost_of_next(layer: int) -> int:
         return budget.table[layer][planes[layer] + 1] - budget.table[layer][planes[layer]]
 
-    def fits_with_one_more(layer: int, left: Sequence[int]) -> bool:
-        rows = (ceiling.table[layer] for ceiling in budget.ceilings)
-        return all(row[planes[layer] + 1] - row[planes[layer]] <= free for row, free in zip(rows, left, strict=True))
-
     while True:
-        left = [ceiling.allowed - ceiling.spent(planes) for ceiling in budget.ceilings]
+        left = budget.left(planes)
         growable = [layer for layer, most in enumerate(budget.limits.max_planes) if planes[layer] < most]
-        fitting = [layer for layer in growable if fits_with_one_more(layer, left)]
+        fitting = [layer for layer in growable if budget.has_room(layer, planes, left)]
         if not fitting:
             return planes
         gain = {layer: float(importance[layer, planes[layer]]) / max(cost_of_next(layer), 1) for layer in fitting}
