@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
 from annotated_types import Ge, Gt, Le
 
 from csqcli.errors import UserError
+from csqcli.recipe import DEFAULT_RECIPE
 from csqcli.system.arguments import checked
 from csqcli.system.callers import undisturbed
 
@@ -74,7 +75,7 @@ def search(
     target_bits: float | None = None,
     data: str | None = None,
     output: str | Path | None = None,
-    recipe: str = "short",
+    recipe: str = DEFAULT_RECIPE,
     resume: bool = False,
     force: bool = False,
     progress: bool = False,
@@ -498,7 +499,7 @@ def allocate(
     target_bits: float | None = None,
     data: str | None = None,
     allocator: str | None = None,
-    recipe: str = "short",
+    recipe: str = DEFAULT_RECIPE,
     output: str | Path | None = None,
     force: bool = False,
     progress: bool | Display = False,
@@ -566,7 +567,7 @@ def sensitivity(
     data: str | None = None,
     widths: Sequence[int] = (1, 2, 3, 4),
     val_limit: Positive = 256,
-    recipe: str = "short",
+    recipe: str = DEFAULT_RECIPE,
     progress: bool | Display = False,
     **settings: Any,
 ) -> Report:
@@ -616,7 +617,7 @@ def sweep(
     targets: Sequence[float] | str | None = None,
     data: str | None = None,
     output: str | Path | None = None,
-    recipe: str = "short",
+    recipe: str = DEFAULT_RECIPE,
     baselines: Sequence[str] = (),
     warm: bool = False,
     warm_epochs: Positive | None = None,

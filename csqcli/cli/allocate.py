@@ -33,6 +33,7 @@ from csqcli.cli.options import (
     val_split,
     with_settings,
 )
+from csqcli.recipe import DEFAULT_RECIPE
 
 
 def allocate(
@@ -55,7 +56,7 @@ def allocate(
     weights: WeightsOption = None,
     head: HeadOption = None,
     pretrained: PretrainedOption = None,
-    recipe: RecipeOption = "short",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     cost: Annotated[
         str | None,
         typer.Option(help="What the budget counts: weights, bops (bit operations) or package.module:function."),

@@ -10,13 +10,16 @@ import typer
 from csqcli.cli import output as out
 from csqcli.cli.options import DataOption, SetOption, with_settings
 from csqcli.errors import UserError
+from csqcli.recipe import DEFAULT_RECIPE
 
 
 def init(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A timm or torchvision name, or package.module:factory.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="The recipe to start from: a shipped name, or a YAML file.")] = "short",
+    recipe: Annotated[
+        str, typer.Option(help="The recipe to start from: a shipped name, or a YAML file.")
+    ] = DEFAULT_RECIPE,
     target_bits: Annotated[float | None, typer.Option(help="Mean bits (planes) per weight not to exceed.")] = None,
     data: DataOption = None,
     method: Annotated[str | None, typer.Option(help="As for search; its settings are written too.")] = None,

@@ -39,6 +39,7 @@ from csqcli.cli.options import (
     with_settings,
 )
 from csqcli.cli.output import print_plan, result_of_run
+from csqcli.recipe import DEFAULT_RECIPE
 from csqcli.system.launcher import is_main_process
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def search(
         int | None, typer.Option(help="Side of the images in pixels; the model's own if unset.")
     ] = None,
     head: HeadOption = None,
-    recipe: RecipeOption = "short",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for the model and its report; runs/MODEL-TARGETbit if unset."),

@@ -29,6 +29,7 @@ from csqcli.cli.options import (
     with_settings,
 )
 from csqcli.errors import UserError
+from csqcli.recipe import DEFAULT_RECIPE
 
 
 def sensitivity(
@@ -44,7 +45,7 @@ def sensitivity(
     weights: WeightsOption = None,
     head: HeadOption = None,
     pretrained: PretrainedOption = None,
-    recipe: RecipeOption = "short",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     device: DeviceOption = None,
     settings: SetOption = None,
     svg: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figure, OUT.svg.")] = None,

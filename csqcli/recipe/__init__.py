@@ -1,0 +1,1 @@
+DEFAULT_RECIPE = "short"  # where none is named

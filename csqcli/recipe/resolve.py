@@ -26,7 +26,7 @@ from csqcli.quant.catalog import (
 )
 from csqcli.quant.costs import costs
 from csqcli.quant.names import INT8_PLANES, MOST_PLANES
-from csqcli.recipe import legacy
+from csqcli.recipe import DEFAULT_RECIPE, legacy
 from csqcli.recipe.keys import beside, common_key, elsewhere, foreign, full_key, owner_of, put, suggest
 from csqcli.recipe.schema import USERS_TARGETS, ZEROQ, Recipe
 from csqcli.recipe.yaml_files import read
@@ -306,7 +306,7 @@ def preprocessing(overrides: dict[str, Any]) -> Recipe:
         if full not in _PREPROCESSING:
             what = f"`{full or key}` does not say how a float model's images are prepared"
             raise UserError(what, where="--set", hint=f"one of {', '.join(_PREPROCESSING)}")
-    return resolve("short", overrides)
+    return resolve(DEFAULT_RECIPE, overrides)
 
 
 def json_schema() -> dict[str, Any]:

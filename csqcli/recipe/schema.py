@@ -17,7 +17,6 @@ from csqcli.quant.names import MOST_PLANES
 from csqcli.system.limits import check_arguments
 from csqcli.system.settings import HASHED_ELSEWHERE, LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
-DEFAULT_RECIPE = "short"
 _MAX_BATCH = 2**20
 ZEROQ = "zeroq"  # what data.calib takes in place of a folder
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

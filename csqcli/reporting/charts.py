@@ -280,12 +280,11 @@ def bars(
     y_high: float | None = None,
     target: float | None = None,
     target_label: str = "",
-    shade: Sequence[str] | None = None,
     small: bool = False,
 ) -> Figure:
     """A bar per label, in the order given, of one part or of several stacked ones.
 
-    ``ordered``: the parts are from few to many and told by lightness; ``shade``: a class per label, for bars of one part.
+    ``ordered``: the parts are from few to many and told by lightness.
     """
     totals = [sum(values) for values in zip(*stacks.values(), strict=True)]
     high = y_high if y_high is not None else _range([*totals, target or 0.0], from_zero=True)[1]
@@ -298,15 +297,15 @@ def bars(
         gap = min(0.2 * step, 6.0) if step > 3 else 0.0
         bases = [0.0] * len(labels)
         for kind, values in zip(kinds, stacks.values(), strict=True):
-            paths: dict[str, str] = {}
+            path = ""
             for index, value in enumerate(values):
                 top, base = frame.y(bases[index] + value), frame.y(bases[index])
                 bases[index] += value
                 x = frame.left + index * step + gap / 2
                 if value > 0:
-                    own = shade[index] if shade is not None else kind
-                    paths[own] = paths.get(own, "") + f"M{x:.2f} {base:.2f}V{top:.2f}h{step - gap:.2f}V{base:.2f}z"
-            frame.parts += [element("path", d=path, class_=own, fill=svg.paint(own)) for own, path in paths.items()]
+                    path += f"M{x:.2f} {base:.2f}V{top:.2f}h{step - gap:.2f}V{base:.2f}z"
+            if path:
+                frame.parts.append(element("path", d=path, class_=kind, fill=svg.paint(kind)))
         for index, label in enumerate(labels):
             words = "; ".join(
                 f"{part} {values[index]:.4g}" if part else f"{values[index]:.4g}" for part, values in stacks.items()

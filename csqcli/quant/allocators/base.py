@@ -11,7 +11,7 @@ themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,6 @@ from csqcli.quant.catalog import MANUAL, TRIALS, UNIFORM, find_allocator
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Batches, Watch, unwatched
 from csqcli.system.plugins import import_attribute, import_function
-
-Allocator = Callable[[nn.Module, Sequence[Layer], Batches, int], Tensor]
 
 
 @dataclass(frozen=True)
