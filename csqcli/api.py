@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
 
 from annotated_types import Ge, Gt, Le
 
+from csqcli.data.specs import WORKERS
 from csqcli.errors import UserError
 from csqcli.recipe import DEFAULT_RECIPE
 from csqcli.system.arguments import checked
@@ -52,6 +53,7 @@ __all__ = [
 Report = dict[str, Any]
 Positive: TypeAlias = Annotated[int, Ge(1)]
 Pixels: TypeAlias = Annotated[int, Ge(1), Le(4096)]  # a side of an image
+Processes: TypeAlias = Annotated[int, Ge(0), Le(1024)]
 # a share of the training images, or the test split
 HeldOut: TypeAlias = Annotated[float, Gt(0), Le(1)] | Literal["test"]
 _RUNS = Path("runs")  # whose folders are the runs that were told no output
@@ -196,6 +198,7 @@ def evaluate(
     input_size: Pixels | None = None,
     device: str = "auto",
     batch_size: Positive = 256,
+    workers: Processes = WORKERS,
     val_split: HeldOut | None = None,
     val_limit: Positive | None = None,
     trust_code: bool = False,
@@ -214,6 +217,7 @@ def evaluate(
         input_size: with ``model``, the side of the images in pixels; None takes the model's own.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``auto`` takes a CUDA GPU when there is one.
         batch_size: images per step; does not change the result.
+        workers: processes that load the images; does not change the result. Small sets are held in memory and use none.
         val_split: for data without a validation split, as the recipe's ``data.val_split``; None takes the file's own.
         val_limit: use only this many images, spread evenly over the set.
         trust_code: let the file import the ``package.module:factory`` that it names.
@@ -239,6 +243,7 @@ def evaluate(
     measured: dict[str, Any] = {
         "device": device,
         "batch_size": batch_size,
+        "workers": workers,
         "val_split": val_split,
         "val_limit": val_limit,
         "display": _display(progress),
@@ -280,6 +285,7 @@ def export(
     data: str | None = None,
     val_split: HeldOut | None = None,
     val_limit: Positive | None = None,
+    workers: Processes = WORKERS,
     trust_code: bool = False,
     force: bool = False,
     progress: bool | Display = False,
@@ -301,6 +307,7 @@ def export(
         data: images to compare logits on, and to record the written file's top-1 with.
         val_split: as for :func:`evaluate`.
         val_limit: use only this many of them, spread evenly.
+        workers: as for :func:`evaluate`; with ``target="openvino"`` none.
         trust_code: let the file import the ``package.module:factory`` that it names.
         force: replace ``output``.
         progress: show what is going on, on stderr.
@@ -340,6 +347,7 @@ def export(
             data_source=data,
             val_split=val_split,
             val_limit=val_limit,
+            workers=workers,
             trust_code=trust_code,
             force=force,
             display=_display(progress),
@@ -685,6 +693,7 @@ def explain(
     swaps: Annotated[int, Ge(0), Le(10_000)] = 12,
     device: str = "auto",
     batch_size: Positive = 256,
+    workers: Processes = WORKERS,
     val_split: HeldOut | None = None,
     trust_code: bool = False,
     progress: bool | Display = False,
@@ -696,7 +705,7 @@ def explain(
         data: as for :func:`evaluate`.
         val_limit: use only this many images; every other one is for gradients, the rest measure.
         swaps: how many swaps of one plane, of those that promise most, are measured.
-        device, batch_size, val_split, trust_code, progress: as for :func:`evaluate`.
+        device, batch_size, workers, val_split, trust_code, progress: as for :func:`evaluate`.
 
     Returns:
         ``loss`` (nats) and ``top1`` (percent) as delivered; ``layers``: name, planes, share of the budget, importance of each
@@ -723,6 +732,7 @@ def explain(
             measured_swaps=swaps,
             device=device,
             batch_size=batch_size,
+            workers=workers,
             val_split=val_split,
             trust_code=trust_code,
             display=_display(progress),
@@ -763,6 +773,7 @@ def diff(
     val_limit: Positive = 64,
     device: str = "auto",
     batch_size: Positive = 16,
+    workers: Processes = WORKERS,
     val_split: HeldOut | None = None,
     trust_code: bool = False,
     progress: bool | Display = False,
@@ -775,7 +786,7 @@ def diff(
         data: as for :func:`evaluate`.
         export: an ONNX or LiteRT export of ``quantized``, to be run in its engine beside; of LiteRT logits alone.
         val_limit: use only this many validation images.
-        device, batch_size, val_split, trust_code, progress: as for :func:`evaluate`.
+        device, batch_size, workers, val_split, trust_code, progress: as for :func:`evaluate`.
 
     Returns:
         ``layers``, worst first: name, weights, planes, and in dB ``own`` (the layer alone, given the float model's input), ``hard``
@@ -801,6 +812,7 @@ def diff(
             images=val_limit,
             device=device,
             batch_size=batch_size,
+            workers=workers,
             val_split=val_split,
             trust_code=trust_code,
             display=_display(progress),

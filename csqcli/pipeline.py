@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from csqcli.data.loaders import LoaderSettings, make_loader
-from csqcli.data.specs import ValSplit, open_data
+from csqcli.data.specs import WORKERS, ValSplit, open_data
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.file import header, io
@@ -537,6 +537,7 @@ def evaluate_file(
     *,
     device: str = "auto",
     batch_size: int = 256,
+    workers: int = WORKERS,
     val_split: ValSplit = None,
     val_limit: int | None = None,
     display: Display | None = None,
@@ -570,7 +571,7 @@ def evaluate_file(
     images = open_held_out(manifest, data_source, val_split=val_split, val_limit=val_limit)
     images = with_labels_of(manifest, images, where=str(path), by_position=classes_by_position)
     check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
-    settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
+    settings = LoaderSettings(training=False, batch_size=batch_size, workers=workers, device=target)
     loader = make_loader(images.val, manifest.data_config, settings)
     with (display or Display(quiet=True)).evaluation("evaluating", loader.batches) as tell:
         return evaluate(model, loader, present=images.present, on_batch=tell), manifest
@@ -585,6 +586,7 @@ def evaluate_checkpoint(
     recipe: Recipe | None = None,
     device: str = "auto",
     batch_size: int = 256,
+    workers: int = WORKERS,
     val_split: ValSplit = None,
     val_limit: int | None = None,
     display: Display | None = None,
@@ -617,7 +619,7 @@ def evaluate_checkpoint(
     config = data_config(fitted.loaded.data_config, recipe)
     network = fitted.loaded.model.to(target)
     check_scores(network, config["input_size"], images.num_classes, where=model)
-    settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=target)
+    settings = LoaderSettings(training=False, batch_size=batch_size, workers=workers, device=target)
     loader = make_loader(images.val, config, settings)
     with display.evaluation("evaluating", loader.batches) as tell:
         return evaluate(network, loader, present=images.present, on_batch=tell)

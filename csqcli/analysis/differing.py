@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.analysis.opening import images_for
-from csqcli.data.specs import ValSplit
+from csqcli.data.specs import WORKERS, ValSplit
 from csqcli.errors import UserError, no_such_file
 from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
@@ -63,6 +63,7 @@ def diff(
     images: int | None,
     device: str = "auto",
     batch_size: int = 16,
+    workers: int = WORKERS,
     val_split: ValSplit = None,
     trust_code: bool = False,
     display: Display,
@@ -117,6 +118,7 @@ def diff(
         images=images,
         device=device,
         batch_size=batch_size,
+        workers=workers,
         val_split=val_split,
         display=display,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csqcli.analysis.moves import Slopes, Taken, give_plane, slopes, take_plane
 from csqcli.analysis.opening import OpenedFile, open_quantized, shares_of
-from csqcli.data.specs import ValSplit
+from csqcli.data.specs import WORKERS, ValSplit
 from csqcli.errors import UserError
 from csqcli.file.manifest import Manifest
 from csqcli.file.sizes import FLOAT_BITS
@@ -61,6 +61,7 @@ def explain(
     measured_swaps: int = 12,
     device: str = "auto",
     batch_size: int = 256,
+    workers: int = WORKERS,
     val_split: ValSplit = None,
     trust_code: bool = False,
     display: Display,
@@ -87,6 +88,7 @@ def explain(
         images=images,
         device=device,
         batch_size=batch_size,
+        workers=workers,
         val_split=val_split,
         trust_code=trust_code,
         display=display,

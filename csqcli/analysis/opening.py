@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.data.loaders import LoaderSettings, make_loader
-from csqcli.data.specs import ValSplit
+from csqcli.data.specs import WORKERS, ValSplit
 from csqcli.data.splits import DataSet, Images
 from csqcli.data.transforms import choose_augment
 from csqcli.errors import UserError
@@ -150,6 +150,7 @@ def open_quantized(
     images: int | None,
     device: str = "auto",
     batch_size: int = 256,
+    workers: int = WORKERS,
     val_split: ValSplit = None,
     trust_code: bool = False,
     display: Display,
@@ -165,6 +166,7 @@ def open_quantized(
         images=images,
         device=device,
         batch_size=batch_size,
+        workers=workers,
         val_split=val_split,
         display=display,
     )
@@ -180,6 +182,7 @@ def images_for(
     images: int | None,
     device: str,
     batch_size: int,
+    workers: int,
     val_split: ValSplit,
     display: Display,
 ) -> tuple[list[tuple[Tensor, Tensor]], DataSet]:
@@ -188,7 +191,7 @@ def images_for(
     with display.step(f"listing the images of {data}"):
         found = open_held_out(manifest, data, val_split=val_split, val_limit=images)
         found = with_labels_of(manifest, found, where=str(path))
-    settings = LoaderSettings(training=False, batch_size=batch_size, workers=2, device=pick_device(device))
+    settings = LoaderSettings(training=False, batch_size=batch_size, workers=workers, device=pick_device(device))
     return _batches(found.val, manifest.data_config, settings, display), found
 
 

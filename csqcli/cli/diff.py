@@ -18,8 +18,10 @@ from csqcli.cli.options import (
     QuietOption,
     TrustOption,
     ValSplitOption,
+    WorkersOption,
     val_split,
 )
+from csqcli.data.specs import WORKERS
 from csqcli.errors import no_data_given
 
 
@@ -45,6 +47,7 @@ def diff(
     val_limit: LookLimitOption = 64,
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 16,
+    workers: WorkersOption = WORKERS,
     trust_code: TrustOption = False,
     log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
@@ -72,6 +75,7 @@ def diff(
         val_limit=val_limit,
         device=device or "auto",
         batch_size=batch_size,
+        workers=workers,
         val_split=val_split(val_split_),
         trust_code=trust_code,
         progress=Display(quiet=quiet, log_every=log_every),

@@ -18,11 +18,12 @@ from csqcli.cli.options import (
     ValLimitOption,
     ValSplitOption,
     WeightsOption,
+    WorkersOption,
     settings_beside,
     val_split,
     with_settings,
 )
-from csqcli.data.specs import help_text
+from csqcli.data.specs import WORKERS, help_text
 from csqcli.errors import UserError, no_data_given
 
 
@@ -55,6 +56,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
     val_split_: ValSplitOption = None,
     val_limit: ValLimitOption = None,
+    workers: WorkersOption = WORKERS,
     trust_code: TrustOption = False,
     classes_by_position: Annotated[
         bool, typer.Option("--classes-by-position", help="Match classes by their numbers, whatever their names.")
@@ -90,6 +92,7 @@ def evaluate(
         "input_size": input_size,
         "device": device or "auto",
         "batch_size": batch_size,
+        "workers": workers,
         "val_split": val_split(val_split_),
         "val_limit": val_limit,
         "trust_code": trust_code,

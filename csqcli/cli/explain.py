@@ -18,8 +18,10 @@ from csqcli.cli.options import (
     RunArgument,
     TrustOption,
     ValSplitOption,
+    WorkersOption,
     val_split,
 )
+from csqcli.data.specs import WORKERS
 from csqcli.errors import UserError, no_data_given
 
 
@@ -31,6 +33,7 @@ def explain(
     swaps: Annotated[int, typer.Option(min=0, max=10_000, help="Swaps of a plane between two layers to try out.")] = 12,
     device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step; does not change the result.")] = 256,
+    workers: WorkersOption = WORKERS,
     trust_code: TrustOption = False,
     log_every: LogOption = LOG_EVERY,
     quiet: QuietOption = False,
@@ -60,6 +63,7 @@ def explain(
         swaps=swaps,
         device=device or "auto",
         batch_size=batch_size,
+        workers=workers,
         val_split=val_split(val_split_),
         trust_code=trust_code,
         progress=Display(quiet=quiet, log_every=log_every),

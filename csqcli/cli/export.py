@@ -18,8 +18,10 @@ from csqcli.cli.options import (
     TrustOption,
     ValLimitOption,
     ValSplitOption,
+    WorkersOption,
     val_split,
 )
+from csqcli.data.specs import WORKERS
 from csqcli.errors import UserError
 
 
@@ -106,6 +108,7 @@ def export(
     ] = None,
     val_split_: ValSplitOption = None,
     val_limit: ValLimitOption = None,
+    workers: WorkersOption = WORKERS,
     trust_code: TrustOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     log_every: LogOption = LOG_EVERY,
@@ -149,15 +152,17 @@ def export(
     file = model_of(file)
     read_manifest(file)  # what is wrong with the file is said before torch is imported
 
+    from csqcli import api
+    from csqcli.file.manifest import from_json_object
     from csqcli.reporting.terminal import export_lines
     from csqcli.system.progress import Display
 
     display = Display(quiet=quiet, log_every=log_every, names_steps=False)
     with display.step("loading PyTorch"):
-        from csqcli.exporting.run import export_file, output_path
+        from csqcli.exporting.run import output_path
 
     target_file = output_file or output_path(file, chosen[0])
-    manifest = export_file(
+    report = api.export(
         file,
         target_file,
         form=chosen[0],
@@ -166,17 +171,16 @@ def export(
         weights=weights.value,
         calib=calib,
         prefer=prefer.value,
-        data_source=data,
+        data=data,
         val_split=val_split(val_split_),
         val_limit=val_limit,
+        workers=workers,
         trust_code=trust_code,
         force=force,
-        display=display,
+        progress=display,
     )
     if as_json:
-        from csqcli.reporting.build import build, describe
-
-        output.as_json(describe(target_file) if chosen[0] in registry.CARDS else build(manifest))
+        output.as_json(report)
         return
-    output.lines(export_lines(manifest), indent=13)
+    output.lines(export_lines(from_json_object(report)), indent=13)
     output.line(f"wrote {target_file}")

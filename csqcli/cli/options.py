@@ -147,6 +147,10 @@ LookLimitOption = Annotated[
     int, typer.Option("--val-limit", min=1, help="Use only this many validation images, spread evenly.")
 ]
 ValLimitOption = Annotated[int | None, typer.Option(min=1, help="Use only this many images, spread evenly.")]
+WorkersOption = Annotated[
+    int,
+    typer.Option("--workers", min=0, max=1024, help="Processes that load images; does not change the result."),
+]
 TrustOption = Annotated[
     bool,
     typer.Option("--trust-code", help="Let the file import the package.module:factory that it names, which runs code."),

@@ -26,6 +26,7 @@ from csqcli.system.plugins import import_function
 if TYPE_CHECKING:
     from csqcli.data.splits import DataSet
 
+WORKERS = 2  # processes that load images for a measurement, where nobody says how many
 ValSplit = float | Literal["test"] | None  # what stands in for a validation split that the data do not have
 log = logging.getLogger(__name__)
 _OUTSIDE = re.compile(r"(?P<name>[A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(?P<text>.*))?", re.DOTALL)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from csqcli.data.specs import ValSplit
+from csqcli.data.specs import WORKERS, ValSplit
 from csqcli.errors import UserError
 from csqcli.exporting import images, registry, verify
 from csqcli.exporting.form import Form, Options, Subject
@@ -36,6 +36,7 @@ def export_file(
     data_source: str | None = None,
     val_split: ValSplit = None,
     val_limit: int | None = None,
+    workers: int = WORKERS,
     trust_code: bool = False,
     force: bool = False,
     display: Display | None = None,
@@ -52,6 +53,7 @@ def export_file(
         data_source: images to compare logits on, and to measure the written file's top-1 with.
         val_split: what takes the place of a validation split that they do not have; None takes the file's own.
         val_limit: use only so many of them, spread evenly.
+        workers: processes that load them; none where the file is for OpenVINO.
         trust_code: let the file import the factory that it names.
         force: replace ``output``.
         display: where progress is shown; None for nowhere.
@@ -72,10 +74,10 @@ def export_file(
             model = loading.hard_model(file, trust_code=trust_code, where=str(source))
             check_scores(model, file.manifest.data_config["input_size"], None, where=str(source))
 
-        workers = 0 if target == "openvino" else 2  # processes forked once OpenVINO is loaded may crash
         loader = None
         if data_source is not None:
-            loader = images.loader(file, data_source, val_limit, workers=workers, val_split=val_split)
+            processes = 0 if target == "openvino" else workers  # forked once OpenVINO is loaded, they may crash
+            loader = images.loader(file, data_source, val_limit, workers=processes, val_split=val_split)
         scenes = next(iter(loader.epoch(0)))[0][: verify.PROBE_IMAGES] if loader is not None else None
         size = file.manifest.data_config["input_size"]
         probe = verify.make_probe(model, size, scenes, source=data_source or "")

@@ -150,7 +150,8 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     "finetune json": (f"{FINETUNE} --json", lambda r: json.loads(r.out)["finetune"]["kept"] in ("input", "finetuned")),
     # evaluate
     "evaluate": (
-        "evaluate RUN --quiet --data digits --device cpu --batch-size 7 --val-limit 20 --trust-code --classes-by-position --json",
+        "evaluate RUN --quiet --data digits --device cpu --batch-size 7 --workers 0 --val-limit 20 --trust-code "
+        "--classes-by-position --json",
         lambda r: json.loads(r.out)["samples"] == 20,
     ),
     "evaluate a float model": (
@@ -185,7 +186,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         lambda r: [len(layer["loss"]) for layer in json.loads(r.out)["layers"]] == [1, 1, 1, 1],
     ),
     "explain": (
-        "explain RUN --data digits --val-limit 60 --swaps 2 --device cpu --batch-size 16 --trust-code --quiet --log-every 5",
+        "explain RUN --data digits --val-limit 60 --swaps 2 --device cpu --batch-size 16 --workers 0 --trust-code --quiet --log-every 5",
         lambda r: "one less" in r.out and "conv3" in r.out,
     ),
     "explain json": (
@@ -193,7 +194,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
         lambda r: json.loads(r.out)["swaps"] == [] and len(json.loads(r.out)["layers"]) == 4,
     ),
     "diff": (
-        "diff CHECKPOINT RUN --data digits --val-split test --val-limit 20 --device cpu --batch-size 8 --trust-code --quiet "
+        "diff CHECKPOINT RUN --data digits --val-split test --val-limit 20 --device cpu --batch-size 8 --workers 0 --trust-code --quiet "
         "--log-every 5",
         lambda r: "hard dB" in r.out and "conv3" in r.out,
     ),
@@ -253,7 +254,7 @@ INVOCATIONS: dict[str, tuple[str, Callable[[Result], bool]]] = {
     ),
     "state-dict": ("export RUN --state-dict -o OUT/a.safetensors --force", lambda r: "state-dict: " in r.out),
     "form": (
-        "export RUN --form bit-packed -o OUT/a.safetensors --quiet --log-every 5 --data digits --val-split 0.5 --val-limit 20",
+        "export RUN --form bit-packed -o OUT/a.safetensors --quiet --log-every 5 --data digits --val-split 0.5 --val-limit 20 --workers 0",
         lambda r: "of 20 images" in r.out,
     ),
     "onnx": (
