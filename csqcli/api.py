@@ -1,6 +1,8 @@
 """csq from Python: what the commands do, as functions of plain values, and an optimizer for your own training loop.
 
-Everything here is re-exported by the package: ``import csqcli; csqcli.search(…)``. The command line is a skin over it.
+Everything here is re-exported by the package: ``import csqcli; csqcli.search(…)``. Commands that measure, look or write a file
+call these functions. Those of runs (``search``, ``plan``, ``finetune``, ``sweep``) say first what they are about to do and where,
+and call what these functions call.
 It is long because it is the reference: every function says its arguments, units, errors and an example here.
 Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is what the command line prints.
 """
@@ -42,6 +44,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load",
+    "plan",
     "quantize",
     "report",
     "save",
@@ -111,20 +114,51 @@ def search(
         report = csqcli.search("resnet18", target_bits=3, data="/imagenet", output="runs/resnet18", epochs=5)
         print(report["budget"]["mean_bits"], report["accuracy"]["hard_top1"])
     """
-    from csqcli.recipe.complete import without_effect
-    from csqcli.recipe.resolve import resolve
-
-    named = {"model.source": model, "quantization.target_bits": target_bits, "data.source": data}
-    typed = _together(named, settings)
-    resolved, display = resolve(recipe, typed), _display(progress)
-    for note in without_effect(resolved, typed):
-        display.say(f"without effect: {note}")
+    resolved, display = _search_recipe(model, target_bits, data, recipe, settings, progress)
 
     from csqcli import pipeline
 
     folder = Path(output) if output is not None else search_folder(resolved)
     with undisturbed():
         return pipeline.search(resolved, folder, display=display, force=force, resume=resume)
+
+
+@checked
+def plan(
+    model: str | None = None,
+    *,
+    target_bits: float | None = None,
+    data: str | None = None,
+    recipe: str = DEFAULT_RECIPE,
+    progress: bool | Display = False,
+    **settings: Any,
+) -> Report:
+    """What :func:`search` would come to, from a few of its own steps, as ``csq plan`` says it; nothing is written.
+
+    Args:
+        model, target_bits, data, recipe, settings: as for :func:`search`.
+        progress: show what is going on, on stderr.
+
+    Returns:
+        ``bytes`` of the ``model`` file and of its ``bit_packed_small`` form, predicted; ``memory`` (``bytes`` of a step on ``images`` at
+        once, ``free_bytes``); ``time`` (``step_seconds``, ``steps``, ``evaluation_seconds``, ``evaluations``, ``seconds`` in all);
+        ``mean_bits`` (planes per weight element), ``target_mean_bits``; ``layers`` (name, shape, weights, macs, planes as far as a few
+        steps tell), ``left_float``; ``recipe`` as resolved, ``method_why``.
+
+    Raises:
+        UserError: for whatever would stop the search, and for 0 epochs, which have no steps to be timed.
+
+    Example::
+
+        found = csqcli.plan("resnet18", target_bits=3, data="/imagenet", epochs=5)
+        print(found["time"]["seconds"] / 3600, found["memory"]["bytes"], found["bytes"]["model"])
+    """
+    resolved, display = _search_recipe(model, target_bits, data, recipe, settings, progress)
+
+    from csqcli import pipeline
+
+    with undisturbed():
+        return pipeline.plan(resolved, display=display)
 
 
 @checked
@@ -972,6 +1006,26 @@ def save(
             accuracy=accuracy,
         )
     return describe(target)
+
+
+def _search_recipe(
+    model: str | None,
+    target_bits: float | None,
+    data: str | None,
+    recipe: str,
+    settings: Mapping[str, Any],
+    progress: bool | Display,
+) -> tuple[Recipe, Display]:
+    """The recipe of a search and where its progress is shown; there, what was given and changes nothing is said."""
+    from csqcli.recipe.complete import without_effect
+    from csqcli.recipe.resolve import resolve
+
+    named = {"model.source": model, "quantization.target_bits": target_bits, "data.source": data}
+    typed = _together(named, settings)
+    resolved, display = resolve(recipe, typed), _display(progress)
+    for note in without_effect(resolved, typed):
+        display.say(f"without effect: {note}")
+    return resolved, display
 
 
 def search_folder(recipe: Recipe) -> Path:

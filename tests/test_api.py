@@ -53,6 +53,32 @@ def test_search_delivers_what_the_command_delivers(run: tuple[Path, dict[str, An
     assert ours.recipe == theirs.recipe
 
 
+def test_plan_says_what_the_command_says_and_writes_nothing(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = csqcli.plan(**QUICK)
+    command = [
+        "plan",
+        "--recipe",
+        "digits",
+        "--target-bits",
+        2,
+        "--epochs",
+        2,
+        "--set",
+        "threads=1",
+        "--quiet",
+        "--json",
+    ]
+    theirs = json.loads(csq(*command)[1])
+    for measured in ("time", "memory"):  # which no two runs have the same
+        assert found.pop(measured).keys() == theirs.pop(measured).keys()
+    assert json.loads(json.dumps(found)) == theirs
+    assert found["mean_bits"] <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_settings_may_be_short_dotted_or_left_out(tmp_path: Path) -> None:
     dotted = {"optimizer.momentum": 0.8, "layers.exclude": ["conv1"]}
     report = csqcli.search(
@@ -246,6 +272,8 @@ _WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("inspect", ("digits_cnn",), {"exclude": "fc"}, "exclude: "),
     ("finetune", ("run",), {"epochs": 0}, "epochs: should be greater than or equal to 1"),
     ("search", (), {**QUICK, "quantization.target_bits": 3}, "`target_bits=2` and `quantization.target_bits=3` say different"),
+    ("plan", (), {**QUICK, "epochs": 0}, "epochs: 0 epochs have no steps to be timed"),
+    ("plan", ("digits_cnn",), {"target_bits": 2}, "no data given"),
     ("sensitivity", ("digits_cnn",), {"data": "digits", "val_limit": 0}, "val_limit: should be greater"),
 ]  # fmt: skip
 
