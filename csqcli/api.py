@@ -10,7 +10,6 @@ Whatever is wrong with the input is a :class:`UserError`, whose ``line()`` is wh
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
@@ -59,7 +58,6 @@ Pixels: TypeAlias = Annotated[int, Ge(1), Le(4096)]  # a side of an image
 Processes: TypeAlias = Annotated[int, Ge(0), Le(1024)]
 # a share of the training images, or the test split
 HeldOut: TypeAlias = Annotated[float, Gt(0), Le(1)] | Literal["test"]
-_RUNS = Path("runs")  # whose folders are the runs that were told no output
 FINETUNE_EPOCHS = 5  # where neither the caller nor the file's recipe says
 
 
@@ -197,7 +195,7 @@ def finetune(
         report = csqcli.finetune("runs/resnet18", data="/imagenet", epochs=3, output="runs/tuned")
     """
     from csqcli.recipe.resolve import check_of_finetune
-    from csqcli.system.run_files import model_of
+    from csqcli.system.run_files import finetune_folder, model_of
 
     check_of_finetune(settings)
     path = model_of(file)
@@ -1030,6 +1028,8 @@ def _search_recipe(
 
 def search_folder(recipe: Recipe) -> Path:
     """Where ``search`` writes when it is told nothing: ``runs/resnet18-3bit`` in the current folder."""
+    from csqcli.system.run_files import default_folder
+
     settings = recipe.quantization
     model = (recipe.model.source or "model").rpartition(":")[2]
     parts = {
@@ -1040,7 +1040,7 @@ def search_folder(recipe: Recipe) -> Path:
         "{:g}ms": settings.target_latency,
     }
     asked = "-".join(text.format(value) for text, value in parts.items() if value is not None) or "float"
-    return _RUNS / f"{_as_file_name(model)}-{asked}"
+    return default_folder(model, asked)
 
 
 def finetune_recipe(file: Path, overrides: Mapping[str, Any], *, trust_code: bool) -> Recipe:
@@ -1054,17 +1054,6 @@ def finetune_recipe(file: Path, overrides: Mapping[str, Any], *, trust_code: boo
     found = resolve_stored(manifest.recipe, given, where=f"recipe in {file}", trust_code=trust_code)
     found.finetune.epochs = found.finetune.epochs or FINETUNE_EPOCHS
     return found
-
-
-def finetune_folder(file: Path) -> Path:
-    """Where ``finetune`` writes when it is told nothing: ``runs/NAME-finetuned`` in the current folder."""
-    folder = file.absolute().parent
-    name = file.stem if folder == Path.cwd() else folder.name
-    return _RUNS / f"{_as_file_name(name)}-finetuned"
-
-
-def _as_file_name(text: str) -> str:
-    return re.sub(r"[^\w.+-]", "-", text).lstrip(".-") or "model"
 
 
 def _evaluation(accuracy: Any, mean_bits: float) -> Evaluation:

@@ -80,8 +80,7 @@ def search(
     """
     spec = _model_asked_for(recipe, resume=resume)
     if images is None:
-        with display.step(f"listing the images of {recipe.data.source}"):
-            images = open_images(recipe)
+        images = _listed(recipe, display)
     warm = None if recipe.model.warm_start is None else read_warm_start(recipe.model.warm_start)
     source = "" if warm is None else warm.sha256
     with RunFolder(output, recipe, images, force=force, resume=resume, source=source) as folder:
@@ -148,8 +147,7 @@ def prepare(
     for each in (recipe, *searches):
         _check_named(each)
     if images is None:
-        with display.step(f"listing the images of {recipe.data.source}"):
-            images = open_images(recipe)
+        images = _listed(recipe, display)
     with RunFolder(folder_path, recipe, images, force=False, resume=resume) as folder:
         with _opened(recipe, spec, images, folder, display) as run:
             layers, left_float = run.find_layers()
@@ -169,6 +167,11 @@ def prepare(
                     importance, by = measure_importance(run, layers)
             shared_start.write(run, importance, by=by)
         folder.finish()
+
+
+def _listed(recipe: Recipe, display: Display) -> DataSet:
+    with display.step(f"listing the images of {recipe.data.source}"):
+        return open_images(recipe)
 
 
 def _opened(
@@ -208,23 +211,27 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latent
     run.quantize_activations()
     if run.activations is not None:
         rehearse(run, layers, left)
-    settings = run.recipe.quantization
+    file, gap = _delivered(run, layers, left, latents=latents)
+    return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
+
+
+def _delivered(
+    run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latents: bool
+) -> tuple[QuantizedFile, float]:
+    """What the search ends with, written and read back, and the largest gap between its logits and the model's."""
     if not run.recipe.card.trains:
-        in_bytes = layers and settings.in_bytes
-        file, gap = (_round_in_bytes if in_bytes else _round)(run, layers, left)
-        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
-    if layers and settings.in_bytes:
+        return (_round_in_bytes if layers and run.recipe.quantization.in_bytes else _round)(run, layers, left)
+    if layers and run.recipe.quantization.in_bytes:
         with run.display.step("measuring what each plane takes on disk"):
             sizing.measure(run, layers, left, _shipped_bytes)
     trainer = phase.train(run, "search", run.recipe, layers)
     if run.ships is not None:
-        file, gap = _deliver_in_bytes(run, trainer, left)
-        return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
-    file, gap = deliver(run, trainer, left)
+        return _deliver_in_bytes(run, trainer, left)
+    delivered = deliver(run, trainer, left)
     run.searched = trainer.optimizer.method
     if latents:
         keep_latents(run, trainer.optimizer.method)
-    return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
+    return delivered
 
 
 def _round(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
@@ -345,8 +352,7 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
             "0 epochs have no steps to be timed", where="epochs", hint="run the search itself: it takes minutes"
         )
     if images is None:
-        with display.step(f"listing the images of {recipe.data.source}"):
-            images = open_images(recipe)
+        images = _listed(recipe, display)
     untracked = recipe.model_copy(update={"log": []})
     with tempfile.TemporaryDirectory(prefix="csq-plan-") as scratch:
         with (

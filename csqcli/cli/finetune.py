@@ -65,13 +65,13 @@ def finetune(
 
     Example: csq finetune runs/resnet18 --data /imagenet --epochs 5
     """
-    from csqcli.api import finetune_folder, finetune_recipe
+    from csqcli.api import finetune_recipe
     from csqcli.file.header import read_manifest
     from csqcli.recipe.complete import check_data_given
     from csqcli.recipe.keys import parse_assignments
     from csqcli.recipe.resolve import check_of_finetune
     from csqcli.system.progress import Display
-    from csqcli.system.run_files import MODEL_FILE, model_of
+    from csqcli.system.run_files import MODEL_FILE, finetune_folder, model_of
 
     file = model_of(file)
     manifest = read_manifest(file)

@@ -5,9 +5,10 @@ Plain arithmetic: no torch, no NumPy, no files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from csqcli.file.manifest import ActivationEntry, ComputeRecord, LayerRecord, SizesRecord
+from csqcli.quant.costs import operations_of
 from csqcli.quant.names import owner_of
 
 FLOAT_BITS = 32
@@ -39,6 +40,11 @@ def sizes(layers: Sequence[LayerRecord], *, float_bytes: int) -> SizesRecord:
     )
 
 
+def bit_operations(layer: LayerRecord, input_bits: Mapping[str, int]) -> int:
+    """Those of a layer, of one image; ``input_bits`` by the module whose input is rounded."""
+    return operations_of(layer.macs or 0, layer.bits, input_bits.get(owner_of(layer.name), FLOAT_BITS))
+
+
 def compute(
     layers: Sequence[LayerRecord],
     activations: Sequence[ActivationEntry],
@@ -48,15 +54,11 @@ def compute(
 ) -> ComputeRecord:
     """Bit operations of one image, from multiply-accumulates, planes and the widths of activations."""
     input_bits = {entry.module: entry.bits for entry in activations}
-    quantized = bit_operations = 0
-    for layer in layers:
-        of_layer = layer.macs or 0
-        quantized += of_layer
-        bit_operations += of_layer * layer.bits * input_bits.get(owner_of(layer.name), FLOAT_BITS)
+    quantized = sum(layer.macs or 0 for layer in layers)
     rest = max(macs - quantized, 0)
     return ComputeRecord(
         input_size=list(input_size),
         macs=macs,
         quantized_macs=quantized,
-        bops=bit_operations + rest * FLOAT_BITS * FLOAT_BITS,
+        bops=sum(bit_operations(layer, input_bits) for layer in layers) + operations_of(rest, FLOAT_BITS, FLOAT_BITS),
     )

@@ -40,7 +40,12 @@ def weight_planes(layer: LayerFacts, planes: int) -> int:
 @costs.register("bops", "bit operations: multiply-accumulates × planes × bits of the layer's input")
 def bit_operations(layer: LayerFacts, planes: int) -> int:
     """Planes × multiply-accumulates × input bits."""
-    return planes * layer.macs * layer.input_bits
+    return operations_of(layer.macs, planes, layer.input_bits)
+
+
+def operations_of(macs: int, planes: int, input_bits: int) -> int:
+    """Bit operations of so many multiply-accumulates."""
+    return macs * planes * input_bits
 
 
 def latency_cost(latencies: Mapping[str, Mapping[str, int]]) -> Cost:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def tracking_norms(model: nn.Module) -> list[nn.Module]:
+def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
     """BatchNorms that have statistics of their own."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 

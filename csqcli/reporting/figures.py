@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from csqcli.file.manifest import LayerRecord, Manifest
-from csqcli.file.sizes import FLOAT_BITS
-from csqcli.quant.names import owner_of
+from csqcli.file.manifest import Manifest
+from csqcli.file.sizes import bit_operations
 from csqcli.reporting import charts, history
 from csqcli.reporting.charts import Figure, Series
 from csqcli.reporting.histogram import Histogram, magnitude_name
@@ -186,11 +185,6 @@ def _cost(manifest: Manifest) -> list[Figure]:
             )
         )
     return found
-
-
-def bit_operations(layer: LayerRecord, input_bits: Mapping[str, int]) -> int:
-    """MACs · planes in use · bits of the layer's input, of one image."""
-    return (layer.macs or 0) * layer.bits * input_bits.get(owner_of(layer.name), FLOAT_BITS)
 
 
 def _names(manifest: Manifest) -> list[str]:

@@ -11,9 +11,10 @@ import yaml
 
 from csqcli.errors import UserError
 from csqcli.file.manifest import LayerRecord, Manifest
+from csqcli.file.sizes import bit_operations
 from csqcli.reporting import charts, history
 from csqcli.reporting.build import history_beside
-from csqcli.reporting.figures import Figures, bit_operations, figures
+from csqcli.reporting.figures import Figures, figures
 from csqcli.reporting.histogram import Histogram
 from csqcli.reporting.page import Column, Section, cards, page, table
 from csqcli.reporting.png import png

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -17,7 +16,7 @@ from csqcli.recipe.keys import of_every_method
 from csqcli.recipe.resolve import resolve
 from csqcli.recipe.schema import Recipe
 from csqcli.system.progress import counted
-from csqcli.system.run_files import LATENT_FILE
+from csqcli.system.run_files import LATENT_FILE, as_file_name, default_folder
 
 MAX_SEEDS = 1000
 WARM_SHARE = 0.4  # of the epochs, for a run that begins with another's weights: five targets cost 2.6 runs
@@ -215,7 +214,7 @@ def _no_target(given: str) -> UserError:
 
 def sweep_folder(recipe: Recipe) -> Path:
     """Where a sweep writes when it is told nothing: ``runs/MODEL-sweep``."""
-    return Path("runs") / f"{_as_name((recipe.model.source or 'model').rpartition(':')[2])}-sweep"
+    return default_folder((recipe.model.source or "model").rpartition(":")[2], "sweep")
 
 
 def _checked(member: Member) -> Member:
@@ -224,8 +223,4 @@ def _checked(member: Member) -> Member:
 
 
 def _key(method: str, target: float) -> str:
-    return f"{_as_name(method)}-{target:g}bit"
-
-
-def _as_name(text: str) -> str:
-    return re.sub(r"[^\w.+-]", "-", text).lstrip(".-") or "run"
+    return f"{as_file_name(method)}-{target:g}bit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -18,7 +19,24 @@ RECIPE_FILE = "recipe.yaml"
 RESUME_FILE = "resume.pt"
 PREVIOUS_FILE = "resume.previous.pt"
 
+_RUNS = Path("runs")
 _OF_A_RUN = (METRICS_FILE, RESUME_FILE, PREVIOUS_FILE, LOCK_FILE)  # what there is of a run before it has a model
+
+
+def as_file_name(text: str) -> str:
+    """Text as the name of a file or folder, which begins with no dot or dash."""
+    return re.sub(r"[^\w.+-]", "-", text).lstrip(".-") or "model"
+
+
+def default_folder(name: str, what: str) -> Path:
+    """Where a run goes that is told no output: ``runs/NAME-WHAT`` in the current folder."""
+    return _RUNS / f"{as_file_name(name)}-{what}"
+
+
+def finetune_folder(file: Path) -> Path:
+    """Where ``finetune`` writes when it is told nothing: ``runs/NAME-finetuned``, NAME that of the file's folder."""
+    folder = file.absolute().parent
+    return default_folder(file.stem if folder == Path.cwd() else folder.name, "finetuned")
 
 
 def model_of(run: str | Path) -> Path:

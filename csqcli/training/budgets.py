@@ -20,7 +20,7 @@ from csqcli.quant.budget import (
     make_budget,
     uniform_target,
 )
-from csqcli.quant.costs import WEIGHTS, Cost, costs, latency_cost
+from csqcli.quant.costs import WEIGHTS, Cost, costs, latency_cost, operations_of
 from csqcli.quant.layers import Layer
 from csqcli.quant.names import owner_of
 from csqcli.recipe.schema import Recipe
@@ -87,7 +87,7 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
 def within_operations(counted: Budget, asked: int, *, other_macs: int) -> Budget:
     """The budget of ``asked`` bit operations for one image, from that of a target whose cost is `bops`; ``other_macs`` are the
     multiply-accumulates of which no layer is a part."""
-    beside = other_macs * FLOAT_BITS**2  # as `file.sizes.compute` counts them
+    beside = operations_of(other_macs, FLOAT_BITS, FLOAT_BITS)  # as `file.sizes.compute` counts them
     target = uniform_target(counted.table, asked - beside)
     return replace(counted, target=target, allowance=asked - beside, unit=BIT_OPERATIONS, beside=beside)
 

@@ -12,6 +12,7 @@ from torch import nn
 from csqcli.data.loaders import Loader
 from csqcli.errors import MISFITS, UserError, cannot_run
 from csqcli.quant.measuring import evaluating, logits_of
+from csqcli.quant.norms import tracking_norms
 from csqcli.system import distributed
 
 
@@ -119,7 +120,7 @@ def recalibrate_batchnorm(
     on_batch: Callable[[int], None] | None = None,
 ) -> None:
     """Re-estimate BatchNorm means and variances as plain averages over ``batches`` training batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = tracking_norms(model)
     if not norms or batches == 0:
         return
     momenta = [norm.momentum for norm in norms]
