@@ -21,6 +21,7 @@ from csqcli.errors import UserError
 from csqcli.recipe import DEFAULT_RECIPE
 from csqcli.system.arguments import checked
 from csqcli.system.callers import undisturbed
+from csqcli.system.choices import Activations, EngineName, Prefer, Target, Weights, WeightType
 
 if TYPE_CHECKING:
     from torch import nn
@@ -226,7 +227,7 @@ def evaluate(
     data: str,
     *,
     model: str | None = None,
-    weights: Literal["auto", "ema", "raw"] = "auto",
+    weights: Weights = "auto",
     input_size: Pixels | None = None,
     device: str = "auto",
     batch_size: Positive = 256,
@@ -309,11 +310,11 @@ def export(
     output: str | Path | None = None,
     *,
     form: str,
-    activations: Literal["float", "int8"] = "float",
-    target: Literal["ort", "openvino", "tensorrt"] = "ort",
-    weights: Literal["int8", "int4"] = "int8",
+    activations: Activations = "float",
+    target: Target = "ort",
+    weights: WeightType = "int8",
     calib: str | None = None,
-    prefer: Literal["speed", "size"] = "speed",
+    prefer: Prefer = "speed",
     data: str | None = None,
     val_split: HeldOut | None = None,
     val_limit: Positive | None = None,
@@ -391,7 +392,7 @@ def export(
 def bench(
     what: str | Path,
     *,
-    engine: Literal["ort", "openvino", "litert", "torch"] | str | None = None,
+    engine: EngineName | str | None = None,
     threads: Annotated[int, Ge(1), Le(1024)] = 1,
     batch: Annotated[int, Ge(1), Le(4096)] = 1,
     repeats: Annotated[int, Ge(1), Le(10_000)] = 15,

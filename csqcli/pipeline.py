@@ -24,7 +24,6 @@ from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import activation_records, hard_model, plain_model
 from csqcli.file.manifest import Manifest, ModelRecord
-from csqcli.models.checkpoints import Weights
 from csqcli.models.fitting import load_for
 from csqcli.models.libraries import without_weights
 from csqcli.models.spec import ModelSpec, parse
@@ -32,6 +31,7 @@ from csqcli.quant.layers import Layer, layers_named
 from csqcli.recipe.complete import check_complete
 from csqcli.recipe.schema import Recipe
 from csqcli.system import distributed
+from csqcli.system.choices import Weights
 from csqcli.system.device import pick_device
 from csqcli.system.files import write_text
 from csqcli.system.progress import Display, counted

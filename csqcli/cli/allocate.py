@@ -89,7 +89,7 @@ def allocate(
         "quantization.target_bops": target_bops,
         "quantization.target_latency": target_latency,
         "quantization.latency_table": latency_table,
-        "quantization.latency_engine": latency_engine.value if latency_engine else None,
+        "quantization.latency_engine": latency_engine,
         "quantization.allocator": allocator,
         "quantization.cost": cost,
         "quantization.trials": trials,

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import LOG_EVERY, EngineName, JsonOption, LogOption, QuietOption, TrustOption
+from csqcli.cli.options import LOG_EVERY, JsonOption, LogOption, QuietOption, TrustOption
+from csqcli.system.choices import EngineName
 
 
 def bench(
@@ -49,7 +50,7 @@ def bench(
 
     found = api.bench(
         what,
-        engine=engine.value if engine else None,
+        engine=engine,
         threads=threads,
         batch=batch,
         repeats=repeats,

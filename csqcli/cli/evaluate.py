@@ -88,7 +88,7 @@ def evaluate(
         "file": file,
         "data": data,
         "model": model,
-        "weights": weights.value if weights else "auto",
+        "weights": weights or "auto",
         "input_size": input_size,
         "device": device or "auto",
         "batch_size": batch_size,

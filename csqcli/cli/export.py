@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,35 +22,7 @@ from csqcli.cli.options import (
 )
 from csqcli.data.specs import WORKERS
 from csqcli.errors import UserError
-
-
-class Activations(str, Enum):
-    """Type of the activations in an exported graph."""
-
-    float = "float"
-    int8 = "int8"
-
-
-class Target(str, Enum):
-    """Engine that an exported graph is made for and verified with."""
-
-    ort = "ort"
-    openvino = "openvino"
-    tensorrt = "tensorrt"
-
-
-class Weights(str, Enum):
-    """Type of the weights in a graph for TensorRT, of those layers that it can hold."""
-
-    int8 = "int8"
-    int4 = "int4"
-
-
-class Prefer(str, Enum):
-    """What a LiteRT file is made for where speed and size want different kernels."""
-
-    speed = "speed"
-    size = "size"
+from csqcli.system.choices import Activations, Prefer, Target, WeightType
 
 
 def export(
@@ -86,14 +57,14 @@ def export(
     ] = None,
     activations: Annotated[
         Activations, typer.Option(help="ONNX and LiteRT only; int8 needs a model that was searched with --act-bits.")
-    ] = Activations.float,
+    ] = "float",
     target: Annotated[
         Target, typer.Option(help="ONNX only: the engine that the file is for; tensorrt writes explicit Q/DQ pairs.")
-    ] = Target.ort,
+    ] = "ort",
     weights: Annotated[
-        Weights,
+        WeightType,
         typer.Option(help="With --target tensorrt: int4 for linear layers whose integers fit, float activations."),
-    ] = Weights.int8,
+    ] = "int8",
     calib: Annotated[
         str | None,
         typer.Option(
@@ -102,7 +73,7 @@ def export(
     ] = None,
     prefer: Annotated[
         Prefer, typer.Option(help="LiteRT only: the faster kernels or the smaller file, where these differ.")
-    ] = Prefer.speed,
+    ] = "speed",
     data: Annotated[
         str | None, typer.Option("--data", help="Verify on real images and record top-1 (as in csq evaluate).")
     ] = None,
@@ -142,11 +113,11 @@ def export(
         )
     registry.check_name(chosen[0], where="--form")
     options = {
-        "activations": activations.value,
-        "target": target.value,
-        "weights": weights.value,
+        "activations": activations,
+        "target": target,
+        "weights": weights,
         "calib": calib,
-        "prefer": prefer.value,
+        "prefer": prefer,
     }
     registry.check_options(chosen[0], options, where=f"csq export --{chosen[0]}")
     file = model_of(file)
@@ -166,11 +137,11 @@ def export(
         file,
         target_file,
         form=chosen[0],
-        activations=activations.value,
-        target=target.value,
-        weights=weights.value,
+        activations=activations,
+        target=target,
+        weights=weights,
         calib=calib,
-        prefer=prefer.value,
+        prefer=prefer,
         data=data,
         val_split=val_split(val_split_),
         val_limit=val_limit,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Callable, Collection, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -13,41 +12,7 @@ import typer
 
 from csqcli.data.specs import help_text
 from csqcli.errors import UserError
-
-
-class Amp(str, Enum):
-    """Precision of training."""
-
-    auto = "auto"
-    off = "off"
-    bf16 = "bf16"
-
-
-class Head(str, Enum):
-    """What becomes of a checkpoint's classifier."""
-
-    auto = "auto"
-    keep = "keep"
-    subset = "subset"
-    new = "new"
-
-
-class Weights(str, Enum):
-    """Which of a checkpoint's weights."""
-
-    auto = "auto"
-    ema = "ema"
-    raw = "raw"
-
-
-class EngineName(str, Enum):
-    """An engine to measure latencies in."""
-
-    ort = "ort"
-    openvino = "openvino"
-    litert = "litert"
-    torch = "torch"
-
+from csqcli.system.choices import EngineName, Head, Weights
 
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, or a safetensors file that csq wrote.")
@@ -259,8 +224,8 @@ def model_settings(
         "model.source": model,
         "data.source": data,
         "model.checkpoint": checkpoint,
-        "model.weights": weights.value if weights else None,
-        "model.head": head.value if head else None,
+        "model.weights": weights,
+        "model.head": head,
         "model.pretrained": pretrained,
         "device": device,
         "data.val_split": held_out,

@@ -10,7 +10,6 @@ import typer
 
 from csqcli.cli.options import (
     LOG_EVERY,
-    Amp,
     BatchOption,
     CheckpointOption,
     DataOption,
@@ -40,6 +39,7 @@ from csqcli.cli.options import (
 )
 from csqcli.cli.output import print_plan, result_of_run
 from csqcli.recipe import DEFAULT_RECIPE
+from csqcli.system.choices import Amp
 from csqcli.system.launcher import is_main_process
 
 if TYPE_CHECKING:
@@ -215,9 +215,9 @@ def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     typed = {
         **model_settings(model, data, checkpoint, get("weights"), get("head"), get("pretrained"), device, held_out),
         **named,
-        "quantization.latency_engine": engine.value if engine else None,
+        "quantization.latency_engine": engine,
         "quantization.act_bits": _width(get("act_bits"), get("target_act_bits")),
-        "amp": amp.value if amp else None,
+        "amp": amp,
         **batch_settings(get("batch_size")),
     }
     from csqcli.recipe.planes import read_planes

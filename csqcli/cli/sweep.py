@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -23,13 +22,7 @@ _NOT_OF_A_SWEEP = (
 )
 
 
-class Where(str, Enum):
-    """Where runs are started."""
-
-    local = "local"
-    slurm = "slurm"
-
-
+Where: TypeAlias = Literal["local", "slurm"]  # where runs are started
 _OWN: dict[str, Any] = {
     "targets": (
         Annotated[
@@ -102,7 +95,7 @@ _OWN: dict[str, Any] = {
         Annotated[
             Where, typer.Option(help="Where the processes of --jobs run: here, or on a Slurm cluster through submitit.")
         ],
-        Where.local,
+        "local",
     ),
     "launcher_set": (
         Annotated[
@@ -159,7 +152,7 @@ def sweep(**options: Any) -> None:
 
     jobs = own["jobs"] or 1
     launcher: Launcher | None = None
-    if own["launcher"] is Where.slurm:
+    if own["launcher"] == "slurm":
         from csqcli.recipe.keys import parse_assignments
 
         jobs = own["jobs"] or _AT_ONCE
@@ -182,9 +175,9 @@ def sweep(**options: Any) -> None:
 
 def _check(own: dict[str, Any]) -> None:
     """UserError for options that do not go together."""
-    if own["launcher_set"] and own["launcher"] is not Where.slurm:
+    if own["launcher_set"] and own["launcher"] != "slurm":
         raise UserError("is for runs on a cluster", where="--launcher-set", hint="pass --launcher slurm too")
-    if world_size() > 1 and (own["jobs"] or own["launcher"] is Where.slurm or own["max_drop"] is not None):
+    if world_size() > 1 and (own["jobs"] or own["launcher"] == "slurm" or own["max_drop"] is not None):
         name = "--max-drop" if own["max_drop"] is not None else "--jobs"
         hint = f"leave {name} out, or torchrun"
         raise UserError("does not go with torchrun, which shares each run among its processes", where=name, hint=hint)

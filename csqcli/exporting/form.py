@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,17 +18,18 @@ from csqcli.exporting.timing import interleaved_medians
 from csqcli.exporting.verify import FLOAT_TOLERANCE, Probe
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
+from csqcli.system.choices import Activations, Prefer, Target, WeightType
 
 
 @dataclass(frozen=True)
 class Options:
     """What `csq export` was told beyond the form."""
 
-    activations: Literal["float", "int8"] = "float"
-    target: Literal["ort", "openvino", "tensorrt"] = "ort"
-    weights: Literal["int8", "int4"] = "int8"
+    activations: Activations = "float"
+    target: Target = "ort"
+    weights: WeightType = "int8"
     calib: str | Tensor | None = None  # images, as --data takes them, or themselves: [N, C, H, W]
-    prefer: Literal["speed", "size"] = "speed"
+    prefer: Prefer = "speed"
     trust_code: bool = False
 
     def as_mapping(self) -> dict[str, Any]:

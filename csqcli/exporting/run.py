@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,6 +17,7 @@ from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
 from csqcli.quant.measuring import logits_of
 from csqcli.system.environment import processor
+from csqcli.system.choices import Activations, Prefer, Target, WeightType
 from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.version import __version__
@@ -28,11 +28,11 @@ def export_file(
     output: Path,
     *,
     form: str | type[Form],
-    activations: Literal["float", "int8"] = "float",
-    target: Literal["ort", "openvino", "tensorrt"] = "ort",
-    weights: Literal["int8", "int4"] = "int8",
+    activations: Activations = "float",
+    target: Target = "ort",
+    weights: WeightType = "int8",
     calib: str | None = None,
-    prefer: Literal["speed", "size"] = "speed",
+    prefer: Prefer = "speed",
     data_source: str | None = None,
     val_split: ValSplit = None,
     val_limit: int | None = None,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError
 from csqcli.models.pickles import StandIn, load_pickled
+from csqcli.system.choices import Weights
 from csqcli.system.files import sha256
 from csqcli.system.limits import read_json
-
-Weights = Literal["auto", "ema", "raw"]  # which of a file's weights are wanted; auto prefers averaged ones
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")  # in order of preference
 _WRAPPED_MODULES = re.compile(

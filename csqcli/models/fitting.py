@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from csqcli.errors import UserError
 from csqcli.models import heads
-from csqcli.models.checkpoints import Checkpoint, Weights
+from csqcli.models.checkpoints import Checkpoint
 from csqcli.models.libraries import LoadedModel, build, load
 from csqcli.models.spec import ModelSpec, parse
-
-HeadChoice = Literal["auto", "keep", "subset", "new"]
+from csqcli.system.choices import Head, Weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def load_for(
     source: str,
     classes: Sequence[str],
     *,
-    head: HeadChoice = "auto",
+    head: Head = "auto",
     pretrained: bool = True,
     checkpoint: Checkpoint | None = None,
     weights: Weights = "auto",
@@ -126,7 +125,7 @@ def _so_many(outputs: int | None) -> str:
     return "no head" if outputs is None else f"{outputs} outputs"
 
 
-def _advice(outputs: int | None, count: int, head: HeadChoice) -> str:
+def _advice(outputs: int | None, count: int, head: Head) -> str:
     if outputs == count:
         return "leave --head out: there are as many outputs as classes"
     ways = ["--head new starts with a fresh head"] if head != "keep" else []

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from csqcli.errors import UserError, machine_fault, strangers_fault
 from csqcli.models import networks
-from csqcli.models.checkpoints import Checkpoint, Weights, choose_weights, fit_state_dict
+from csqcli.models.checkpoints import Checkpoint, choose_weights, fit_state_dict
 from csqcli.models.data_config import IMAGENET_CONFIG, DataConfig, usable_config
 from csqcli.models.spec import ModelSpec, known_names, parse
+from csqcli.system.choices import Weights
 from csqcli.system.limits import check_arguments
 from csqcli.system.plugins import import_attribute
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, mod
 from csqcli.quant.catalog import AUTO, MANUAL, TRIALS, MethodCard, MethodSettings, find_card
 from csqcli.quant.costs import WEIGHTS
 from csqcli.quant.names import MOST_PLANES
+from csqcli.system.choices import Amp, EngineName, Head, Weights
 from csqcli.system.limits import check_arguments
 from csqcli.system.settings import HASHED_ELSEWHERE, LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
 
@@ -37,12 +38,12 @@ class ModelSettings(Section):
     """Weights file: .safetensors, .pth, .pt, .th or .tar. `builtin:digits` is the embedded digits checkpoint."""
     arguments: Annotated[dict[str, Any], AfterValidator(check_arguments)] = Field(default_factory=dict)
     """Keyword arguments for the model's constructor, e.g. `{drop_path_rate: 0.1}`."""
-    weights: Literal["auto", "ema", "raw"] = "auto"
+    weights: Weights = "auto"
     """Which weights to take where a checkpoint holds both averaged (EMA) and raw ones; `auto` takes the averaged."""
     warm_start: Annotated[str | None, HASHED_ELSEWHERE] = None
     """Weights that the search begins with in place of the float model's, which stays what is compared with and distilled from:
     the latents.safetensors that `csq sweep` leaves beside the model of the highest target, or another checkpoint of the network."""
-    head: Literal["auto", "keep", "subset", "new"] = "auto"
+    head: Head = "auto"
     """What becomes of the weights' classifier: `keep` maps labels into its outputs, `subset` keeps those of the data's classes,
     `new` makes a fresh one; `auto` leaves it where it has as many outputs as the data has classes, else `subset`."""
 
@@ -121,7 +122,7 @@ class QuantizationSettings(Section):
     """Milliseconds for one image that the layers' latencies must not exceed together, from a table that `csq bench` measured."""
     latency_table: Annotated[str | None, USERS_ONLY] = None
     """File of `csq bench MODEL --json`; unset, the run measures its own when it starts."""
-    latency_engine: Literal["ort", "openvino", "litert", "torch"] | None = None
+    latency_engine: EngineName | None = None
     """Engine that the run measures in; unset the first that is installed."""
     ship_as: ShippedForm = "bit-packed-small"
     """The form of the file that ships, which `target_size` and `target_compression` are about; it lies beside the model."""
@@ -356,7 +357,7 @@ class Recipe(Section):
     """Seeds data order, augmentation and fresh weights."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads; unset leaves torch's choice. Runs repeat bit for bit at equal threads; tiny models are fastest with 1."""
-    amp: Literal["auto", "off", "bf16"] = "auto"
+    amp: Amp = "auto"
     """Training in bfloat16 autocast: `auto` on a GPU, off on the CPU. Gates, latents and evaluation stay float32."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory format of weights and images: `auto` is channels_last on a GPU and for networks with depthwise convolutions,
