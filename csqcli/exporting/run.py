@@ -16,8 +16,8 @@ from csqcli.file import io, layout, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest, ParityRecord
 from csqcli.quant.measuring import logits_of
-from csqcli.system.environment import processor
 from csqcli.system.choices import Activations, Prefer, Target, WeightType
+from csqcli.system.environment import processor
 from csqcli.system.progress import Display
 from csqcli.training.evaluate import check_scores, evaluate
 from csqcli.version import __version__
