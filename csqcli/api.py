@@ -270,7 +270,7 @@ def evaluate(
 
         print(csqcli.evaluate("runs/digits", "digits")["top1"])
     """
-    from csqcli import pipeline
+    from csqcli import evaluating
     from csqcli.system.run_files import model_of
 
     measured: dict[str, Any] = {
@@ -287,7 +287,7 @@ def evaluate(
         prepared = preprocessing(_together({"data.input_size": input_size}, settings))
         checkpoint = None if file is None else str(file)
         with undisturbed():
-            of_model = pipeline.evaluate_checkpoint(
+            of_model = evaluating.evaluate_checkpoint(
                 checkpoint, model, data, weights=weights, recipe=prepared, **measured
             )
         return _evaluation(of_model, 32.0)
@@ -298,7 +298,7 @@ def evaluate(
         what = f"`{given}` is about a float model, and none is named"
         raise UserError(what, hint="name one by --model (model=), or leave it out: a csq file knows its own")
     with undisturbed():
-        accuracy, manifest = pipeline.evaluate_file(
+        accuracy, manifest = evaluating.evaluate_file(
             model_of(file), data, trust_code=trust_code, classes_by_position=classes_by_position, **measured
         )
     return _evaluation(accuracy, manifest.budget.mean_bits)

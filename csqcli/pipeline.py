@@ -1,8 +1,8 @@
-"""search(), finetune() and evaluate_file(), top to bottom: the page to start reading at.
+"""search() and finetune(), top to bottom: the page to start reading at.
 
 Each line is a step that has its own module: `training.run` (what the phases of a run share), `training.phase` (one phase
 trained to its end, whatever interrupts it), `training.post_training` (where nothing is trained), `training.deliver` (the file,
-written and read back).
+written and read back), `shipping` (where its size was asked for).
 """
 
 from __future__ import annotations
@@ -13,48 +13,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from csqcli.data.loaders import LoaderSettings, make_loader
-from csqcli.data.specs import WORKERS, ValSplit, open_data
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
 from csqcli.file import header, io
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.io import QuantizedFile
-from csqcli.file.loading import activation_records, hard_model, plain_model
-from csqcli.file.manifest import Manifest, ModelRecord
+from csqcli.file.loading import activation_records, plain_model
+from csqcli.file.manifest import ModelRecord
 from csqcli.models.fitting import load_for
-from csqcli.models.libraries import without_weights
 from csqcli.models.spec import ModelSpec, parse
 from csqcli.quant.layers import Layer, layers_named
 from csqcli.recipe.complete import check_complete
 from csqcli.recipe.schema import Recipe
+from csqcli.shipping import deliver_in_bytes, round_in_bytes, round_layers, shipped_bytes
 from csqcli.system import distributed
-from csqcli.system.choices import Weights
-from csqcli.system.device import pick_device
 from csqcli.system.files import write_text
-from csqcli.system.progress import Display, counted
+from csqcli.system.progress import Display
 from csqcli.system.run_files import model_of
 from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
 from csqcli.training.budgets import check_targets, check_written_planes, latency_reached
-from csqcli.training.deliver import deliver, publish, rehearse, write_report
-from csqcli.training.evaluate import Accuracy, check_scores, evaluate
-from csqcli.training.labels import open_held_out, with_labels_of
+from csqcli.training.deliver import deliver, rehearse, write_report
+from csqcli.training.evaluate import evaluate
+from csqcli.training.labels import with_labels_of
 from csqcli.training.limits import measure_ways
-from csqcli.training.loop import Trainer
 from csqcli.training.named import check_named, check_optimizer
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.planning import try_out
-from csqcli.training.post_training import measure_importance, quantize_after_training
+from csqcli.training.post_training import measure_importance
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.setup import shared_importance, shortened
 from csqcli.training.shared_start import SharedStart
 from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
 
-_FITTINGS = 4  # tries at a size in bytes; the second is exact but for what BatchNorm's statistics deflate to
 _FINETUNE_RATE = 0.4  # of the search's peak learning rate, where the recipe says nothing
 
 
@@ -105,7 +98,7 @@ def search(
             _know_latencies(run, layers)
             if layers and recipe.quantization.in_bytes and run.saved is None:
                 with run.display.step("measuring the smallest file"):
-                    sizing.check_reachable(run, layers, left, _shipped_bytes)
+                    sizing.check_reachable(run, layers, left, shipped_bytes)
             if begins_with is not None:
                 run.tell_float()
             else:
@@ -220,75 +213,18 @@ def _delivered(
 ) -> tuple[QuantizedFile, float]:
     """What the search ends with, written and read back, and the largest gap between its logits and the model's."""
     if not run.recipe.card.trains:
-        return (_round_in_bytes if layers and run.recipe.quantization.in_bytes else _round)(run, layers, left)
+        return (round_in_bytes if layers and run.recipe.quantization.in_bytes else round_layers)(run, layers, left)
     if layers and run.recipe.quantization.in_bytes:
         with run.display.step("measuring what each plane takes on disk"):
-            sizing.measure(run, layers, left, _shipped_bytes)
+            sizing.measure(run, layers, left, shipped_bytes)
     trainer = phase.train(run, "search", run.recipe, layers)
     if run.ships is not None:
-        return _deliver_in_bytes(run, trainer, left)
+        return deliver_in_bytes(run, trainer, left)
     delivered = deliver(run, trainer, left)
     run.searched = trainer.optimizer.method
     if latents:
         keep_latents(run, trainer.optimizer.method)
     return delivered
-
-
-def _round(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
-    return publish(run, quantize_after_training(run, layers), left)
-
-
-def _round_in_bytes(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
-    """As `_round`, within a budget of bytes, and the file that ships beside the model: rounded again, with fewer bytes for the
-    integers, while it is over. UserError where it stays over."""
-    form, record, over = run.recipe.quantization.ship_as, run.record, 0
-    shipped = run.folder.shipped_file(form)
-    with run.display.step("measuring what each plane takes on disk"):
-        sizing.measure(run, layers, left, _shipped_bytes)
-    assert run.ships is not None
-    others, before = run.ships.others, {name: value.clone() for name, value in run.model.state_dict().items()}
-    for _ in range(_FITTINGS):
-        run.ships.others = others + record.bytes_over
-        file, gap = _round(run, layers, left)
-        size = _ship(run.folder.model_file, shipped, form, display=run.display) if run.shard.is_main else None
-        over = distributed.from_main(size) - run.ships.asked
-        if over <= 0:
-            return file, gap
-        run.display.say(f"{counted(over, 'byte')} over {run.ships.asked:,}: rounding again")
-        record.bytes_over += over
-        run.model.load_state_dict(before)
-        if run.shard.is_main:
-            shipped.unlink()
-    raise _stays_over(run, over)
-
-
-def _stays_over(run: Run, over: int) -> UserError:
-    assert run.ships is not None
-    what = f"stays {over:,} bytes over the {run.ships.asked:,} that were asked for"
-    return UserError(what, where=str(run.folder.model_file), hint="ask for more, or for fewer --target-bits")
-
-
-def _deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
-    """As `deliver`, within a budget of bytes, and the file that ships beside the model. UserError where it stays over it."""
-    assert run.ships is not None
-    form = run.recipe.quantization.ship_as
-    shipped = run.folder.shipped_file(form)
-    with run.display.step("measuring the file that ships"):
-        trainer.optimizer.harden()
-        sizing.measure_others(run, trainer.optimizer.hard_layers(), left, _shipped_bytes)
-    goal, over = run.ships.allowed, 0
-    for _ in range(_FITTINGS):
-        with run.display.step("fitting the file to its size"):
-            coded = sizing.trim(run, trainer, goal)
-        file, gap = deliver(run, trainer, left)
-        size = _ship(run.folder.model_file, shipped, form, display=run.display) if run.shard.is_main else None
-        over = distributed.from_main(size) - run.ships.asked
-        if over <= 0:
-            return file, gap
-        goal = coded - over  # what is beside the integers turned out larger than it was before BatchNorm settled
-        if run.shard.is_main:
-            shipped.unlink()
-    raise _stays_over(run, over)
 
 
 def _know_ways(run: Run, layers: list[Layer]) -> None:
@@ -370,31 +306,14 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
             _know_latencies(run, layers)
             run.quantize_activations()
             if layers and recipe.quantization.in_bytes:
-                sizing.measure(run, layers, left, _shipped_bytes)
+                sizing.measure(run, layers, left, shipped_bytes)
             forecast = try_out(run, layers, left)
-            small = _shipped_bytes(folder.model_file, "bit-packed-small") if layers else None
+            small = shipped_bytes(folder.model_file, "bit-packed-small") if layers else None
             folder.finish()
     return forecast.described(recipe) | {
         "left_float": left,
         "bytes": {"model": forecast.model_bytes, "bit_packed_small": small},
     }
-
-
-def _ship(file: Path, output: Path, form: str, *, display: Display) -> int:
-    """Write ``file`` as ``output`` in a form of `csq export`, verified. The bytes that it takes at most."""
-    from csqcli.exporting.run import export_file
-
-    export_file(file, output, form=form, trust_code=True, force=True, display=display)
-    return sizing.most_bytes(output, made_from=file)
-
-
-def _shipped_bytes(file: Path, form: str) -> int:
-    """Size of a file in a form of `csq export`, of which nothing stays."""
-    output = file.with_name(f".{file.stem}-shipped.safetensors")
-    try:
-        return _ship(file, output, form, display=Display(quiet=True))
-    finally:
-        output.unlink(missing_ok=True)
 
 
 def finetune(
@@ -535,100 +454,6 @@ def _keep_input(run: Run, start: QuantizedFile, top1: float) -> QuantizedFile:
     if run.shard.is_main:
         io.write(run.folder.model_file, start)
     return start
-
-
-def evaluate_file(
-    path: Path,
-    data_source: str,
-    *,
-    device: str = "auto",
-    batch_size: int = 256,
-    workers: int = WORKERS,
-    val_split: ValSplit = None,
-    val_limit: int | None = None,
-    display: Display | None = None,
-    trust_code: bool = False,
-    classes_by_position: bool = False,
-) -> tuple[Accuracy, Manifest]:
-    """Accuracy of the hard model as the file holds it, with the preprocessing stored in it.
-
-    Classes are matched by their names, or by their numbers alone where ``classes_by_position``. Of data without a validation
-    split those images are held out that were in training, unless ``val_split`` says otherwise.
-
-    ONNX files run in ONNX Runtime on the CPU, .tflite files in LiteRT, all others in torch on ``device``.
-    """
-    target = pick_device(device)
-    model: nn.Module
-    if path.suffix == ".onnx":
-        from csqcli.exporting import runtime
-
-        target = pick_device("cpu")
-        model, manifest = runtime.open_model(path)
-    elif path.suffix == ".tflite":
-        from csqcli.exporting import runtime
-
-        target = pick_device("cpu")
-        model, manifest = runtime.open_litert(path)
-    else:
-        file = io.read(path)
-        manifest = file.manifest
-        model = hard_model(file, trust_code=trust_code, where=str(path)).to(target)
-    check_task(manifest.spec)
-    images = open_held_out(manifest, data_source, val_split=val_split, val_limit=val_limit)
-    images = with_labels_of(manifest, images, where=str(path), by_position=classes_by_position)
-    check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
-    settings = LoaderSettings(training=False, batch_size=batch_size, workers=workers, device=target)
-    loader = make_loader(images.val, manifest.data_config, settings)
-    with (display or Display(quiet=True)).evaluation("evaluating", loader.batches) as tell:
-        return evaluate(model, loader, present=images.present, on_batch=tell), manifest
-
-
-def evaluate_checkpoint(
-    checkpoint: str | None,
-    model: str,
-    data_source: str,
-    *,
-    weights: Weights = "auto",
-    recipe: Recipe | None = None,
-    device: str = "auto",
-    batch_size: int = 256,
-    workers: int = WORKERS,
-    val_split: ValSplit = None,
-    val_limit: int | None = None,
-    display: Display | None = None,
-) -> Accuracy:
-    """Accuracy of a float model: of the weights in ``checkpoint``, or of the library's own where that is None.
-
-    Images are prepared as the model's data config says, but for what ``recipe.data`` says of that; ``recipe.model.arguments`` are
-    the model's.
-    """
-    recipe = recipe or Recipe()
-    spec = parse(model, recipe.model.arguments)
-    check_task(spec)
-    target = pick_device(device)
-    images = open_data(data_source, train=False, val_split=val_split, val_limit=val_limit)
-    weights_file = open_checkpoint(checkpoint) if checkpoint is not None else None
-    with without_weights("give a checkpoint of it as the first argument"):
-        fitted = load_for(
-            model,
-            images.classes,
-            head="keep",
-            checkpoint=weights_file,
-            weights=weights,
-            arguments=recipe.model.arguments,
-            classes_from=images.source,
-        )
-    images = images.relabelled(fitted.outputs, fitted.names)
-    display = display or Display(quiet=True)
-    for line in fitted.loaded.lines:
-        display.say(line)
-    config = data_config(fitted.loaded.data_config, recipe)
-    network = fitted.loaded.model.to(target)
-    check_scores(network, config["input_size"], images.num_classes, where=model)
-    settings = LoaderSettings(training=False, batch_size=batch_size, workers=workers, device=target)
-    loader = make_loader(images.val, config, settings)
-    with display.evaluation("evaluating", loader.batches) as tell:
-        return evaluate(network, loader, present=images.present, on_batch=tell)
 
 
 def _model_asked_for(recipe: Recipe, *, resume: bool = False) -> ModelSpec:

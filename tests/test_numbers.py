@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import csqcli
-from csqcli import pipeline
+from csqcli import evaluating
 from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import open_data
 from csqcli.errors import UserError
@@ -80,7 +80,7 @@ def test_loader_workers_do_not_change_the_file_and_the_same_seed_gives_the_same_
 
 def test_correct_counts_do_not_depend_on_the_batch_size(digits_run: Path, image_folder: Path) -> None:
     path = digits_run / "model.safetensors"
-    counts = {size: pipeline.evaluate_file(path, "digits", batch_size=size)[0] for size in (1, 7, 64, 500)}
+    counts = {size: evaluating.evaluate_file(path, "digits", batch_size=size)[0] for size in (1, 7, 64, 500)}
     assert len(set(counts.values())) == 1
     assert counts[1].samples == 500
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from csqcli import pipeline
+from csqcli import evaluating
 from csqcli.data.classes import match_classes
 from csqcli.data.specs import open_data
 from csqcli.data.splits import DataSet, Images
@@ -51,8 +51,8 @@ def backwards(text: str, *, train: bool) -> DataSet:
 def test_a_file_is_evaluated_by_its_own_class_names(digits_run: Path, csq, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "somebody", sys.modules[__name__])
     path = digits_run / "model.safetensors"
-    there, _ = pipeline.evaluate_file(path, "digits", device="cpu")
-    back, _ = pipeline.evaluate_file(path, "somebody:backwards", device="cpu")
+    there, _ = evaluating.evaluate_file(path, "digits", device="cpu")
+    back, _ = evaluating.evaluate_file(path, "somebody:backwards", device="cpu")
     assert there == back
     assert there.top1 > 90
     code, _, err = csq("evaluate", path, "--data", "somebody:backwards:digit-")
@@ -65,7 +65,7 @@ def test_a_file_is_evaluated_by_its_own_class_names(digits_run: Path, csq, monke
     )
     code, out, _ = csq("evaluate", path, "--data", "somebody:backwards:digit-", "--classes-by-position")
     assert (code, "of 500 images" in out) == (0, True)
-    by_position, _ = pipeline.evaluate_file(path, "somebody:backwards:digit-", device="cpu", classes_by_position=True)
+    by_position, _ = evaluating.evaluate_file(path, "somebody:backwards:digit-", device="cpu", classes_by_position=True)
     assert by_position.top1 < 20  # 4 and 5 swap places, no digit keeps its own
 
 
@@ -76,4 +76,4 @@ def test_finetuning_maps_classes_by_name_too(digits_run: Path, tmp_path: Path, c
         *("--quiet", "-o", tmp_path / "more"),
     )
     assert (code, err) == (0, "")
-    assert pipeline.evaluate_file(tmp_path / "more" / "model.safetensors", "digits", device="cpu")[0].top1 > 90
+    assert evaluating.evaluate_file(tmp_path / "more" / "model.safetensors", "digits", device="cpu")[0].top1 > 90

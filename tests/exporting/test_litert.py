@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
+from csqcli.evaluating import evaluate_file
 from csqcli.exporting import litert_graph, runtime, tflite
 from csqcli.exporting.int8_graph import Int8Graph
 from csqcli.exporting.run import export_file
@@ -26,7 +27,6 @@ from csqcli.file import flatbuffer, header, io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import ActivationEntry, ModelRecord, ParityRecord
 from csqcli.models import libraries
-from csqcli.pipeline import evaluate_file
 from csqcli.quant import activations
 from csqcli.quant.layers import find_layers
 

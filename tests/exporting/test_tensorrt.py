@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError
+from csqcli.evaluating import evaluate_file
 from csqcli.file import io, loading
 from csqcli.file.io import QuantizedFile
 from csqcli.file.manifest import Manifest
-from csqcli.pipeline import evaluate_file
 from csqcli.quant import activations
 
 if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
