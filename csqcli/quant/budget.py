@@ -295,12 +295,12 @@ def project(
     importance: Tensor,  # [layers, bits] ≥ 0: expected loss increase if that plane vanished
     budget: Budget,
     *,
-    spendable: Tensor | None = None,  # bool [layers, bits]: planes that what is left may switch on; None: any
+    spendable: Tensor,  # bool [layers, bits]: planes that what is left may switch on
 ) -> Tensor:
     """Masks within the budget and the limits, changed as little and as cheaply as possible; bool [layers, bits].
 
     Greedy by importance per cost. Ties go to the lower plane, then the later layer, so the result is a function of
-    its inputs alone. What is left is spent on the best planes that still fit.
+    its inputs alone. What is left is spent on the best of the ``spendable`` planes that still fit.
     """
     budget.check_feasible()
     few, most = budget.limits.min_planes, budget.limits.max_planes
@@ -334,7 +334,7 @@ def project(
                 switch((layer, plane), False)
     alone = {layer for group in budget.limits.together for layer in group if not count[layer]}
     for cell in dearest_first:
-        if (spendable is not None and not spendable[cell]) or cell[0] in alone:
+        if not spendable[cell] or cell[0] in alone:
             continue
         free = not chosen[cell] and count[cell[0]] < most[cell[0]]
         if free and budget.has_room(cell[0], count, budget.left(count)):

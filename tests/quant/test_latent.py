@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from csqcli.quant import budget
 from csqcli.quant.catalog import CARDS, PAPER, CSQSettings, StagedSettings, StepSettings
-from csqcli.quant.layers import Layer, find_layers
+from csqcli.quant.layers import find_layers
 from csqcli.quant.methods.base import Plan, Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
 from csqcli.quant.methods.staged import Staged
@@ -26,6 +26,7 @@ from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import mse_step, plane_shares, quantize, soft_planes
 from csqcli.recipe.schema import Recipe
 from csqcli.training.setup import moment_bytes
+from tests.quant.making import held_bytes, layers_of
 
 SCHEDULE = Schedule(total_steps=40, steps_per_epoch=10)
 PUBLISHED = ("parq", "dorefa", "pact", "lq-nets", "bsq", "msq", "scaled-uniform")
@@ -193,10 +194,6 @@ def test_soft_planes_are_the_sum_of_refinements_under_their_masks() -> None:
         expected += mask * (refined - before)
         before = refined
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def layers_of(weights: list[int]) -> list[Layer]:
-    return [Layer(f"{index}.weight", nn.Parameter(torch.empty(count))) for index, count in enumerate(weights)]
 
 
 @settings(max_examples=60)
@@ -373,14 +370,7 @@ def test_a_method_holds_the_bytes_per_weight_that_the_docs_state(
         model(torch.randn(2, 256)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-
-    def size(state: object) -> int:
-        if isinstance(state, Tensor):
-            return state.numel() * state.element_size()
-        parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-        return sum(map(size, parts))
-
-    held = size(method.state_dict()) / (2 * 256 * 256)
+    held = held_bytes(method.state_dict()) / (2 * 256 * 256)
     assert bytes_per_weight <= held < bytes_per_weight * 1.01
     counted = METHODS[kind].state_bytes(None, max_bits=8, state_dtype=state_dtype)  # by the estimate before training
     assert counted == bytes_per_weight
@@ -400,14 +390,9 @@ def test_no_method_and_its_base_optimizer_keep_more_than_the_estimate_counts(kin
     steps = QuantizedOptimizer(trained, base)
     model(torch.randn(2, 192)).square().mean().backward()
     steps.step()
-
-    def size(state: object) -> int:
-        if isinstance(state, Tensor):
-            return state.numel() * state.element_size()
-        parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-        return sum(map(size, parts))
-
-    held = (size(trained.state_dict()) + size(list(base.state.values()))) / sum(layer.weights for layer in layers)
+    held = (held_bytes(trained.state_dict()) + held_bytes(list(base.state.values()))) / sum(
+        layer.weights for layer in layers
+    )
     most = max(planes) if planes else 8
     counted = method.state_bytes(card.settings(), max_bits=most, state_dtype=torch.float32)
     counted += method.trained_values(max_bits=most) * moment_bytes(settings, torch.device("cpu"))

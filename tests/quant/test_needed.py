@@ -177,9 +177,11 @@ def test_projection_leaves_no_part_of_a_group() -> None:
     limits = plane_limits(layers, bits=2, floor=0, together=[["0.weight", "1.weight"]])
     masks = torch.tensor([[True, False]] * 3)
     importance = torch.tensor([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1]])
-    found = project(masks, importance, make_budget(layers, 2 / 3, bits=2, limits=limits))
+    every = torch.ones_like(masks)
+    found = project(masks, importance, make_budget(layers, 2 / 3, bits=2, limits=limits), spendable=every)
     assert found.sum(dim=1).tolist() == [0, 0, 2]
-    assert project(masks, importance, make_budget(layers, 1, bits=2, limits=limits)).tolist() == masks.tolist()
+    whole = make_budget(layers, 1, bits=2, limits=limits)
+    assert project(masks, importance, whole, spendable=every).tolist() == masks.tolist()
 
 
 def test_a_group_of_which_a_rule_keeps_a_layer_is_none() -> None:
