@@ -112,7 +112,7 @@ class Norms(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        self.plain, self.plain_norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.plain, self.plain_norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-2)  # ε that shows
         self.read_twice, self.read_twice_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.used_twice, self.used_twice_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.standard, self.standard_norm = ScaledStdConv2d(8, 8, 1), nn.BatchNorm2d(8)
