@@ -502,6 +502,31 @@ def test_the_step_factor_is_the_distance_of_the_levels_that_are_trained() -> Non
     assert zeros[1] > zeros[0]
 
 
+@pytest.mark.parametrize(("power", "share"), [(0.0, 1.0), (2.0, 0.25), (3.0, 0.125)])
+def test_a_latent_s_first_step_is_its_rate_at_half_the_peak_in_units_of_the_one_plane_scale(
+    power: float, share: float
+) -> None:
+    """Adam's first step is its rate whatever the gradient: 0.01 · 0.3 (after a rollback) · 0.5^power one-plane steps."""
+    layers, _ = find_layers(small_model())
+    plan = plan_for(layers, 2.0, SCHEDULE, planes=[2] * len(layers), rate_share=0.3)
+    units = [mse_step(layer.parameter.detach(), 1, channel_dim=None).view(()) for layer in layers]
+    method = Staged(layers, plan, StagedSettings(latent_lr=0.01, latent_lr_power=power, per_channel=False))
+    before = [weight.clone() for weight in method.unrounded()]
+    inside = [latent.abs() < stairs.edge - 0.01 for latent, stairs in zip(method.latents, method.stairs, strict=True)]
+    signs = []
+    for layer in layers:
+        layer.parameter.grad = torch.randn(layer.parameter.shape, generator=torch.Generator().manual_seed(0))
+        signs.append(layer.parameter.grad.sign())
+    method.collect(0, lr=0.05, lr_share=0.5)
+    rate = 0.01 * 0.3 * share
+    for latent, unit, start, sign, free in zip(method.latents, units, before, signs, inside, strict=True):
+        free = free.view_as(start)
+        expected = start - rate * unit * sign
+        moved = latent.view_as(start) * unit
+        torch.testing.assert_close(moved[free], expected[free], atol=1e-6 * float(unit), rtol=1e-5)
+        assert free.float().mean() > 0.5
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_scales_learn_by_adam_on_their_logarithms_and_move_no_weight_to_another_level(per_channel: bool) -> None:
     layers, _ = find_layers(small_model())
