@@ -88,3 +88,10 @@ def test_layers_of_nearly_nothing_but_zeros_take_nearly_no_bytes() -> None:
     data, encoding = codes.encode(integers)
     assert len(data) * 8 / 200_000 < 0.05
     assert np.array_equal(codes.decode(data, encoding, (200_000,)), integers)
+
+
+def test_integers_are_counted_block_by_block_and_none_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "_BLOCK", 4)
+    integers = np.array([-1, 2, 0, -1, 0, 0, 2, -1, 0, 0, 2])
+    assert codes.count(integers).tolist() == [3, 5, 0, 3]  # of −1, 0, 1, 2
+    assert codes.count(integers, low=-2, high=2).tolist() == [0, 3, 5, 0, 3]
