@@ -78,6 +78,31 @@ def test_with_uncorrelated_inputs_of_one_size_rounding_is_to_the_nearest() -> No
     assert second_order.descend(weight, moment, scale, torch.zeros(1, 1, 4), top=3, sweeps=3).tolist() == expected
 
 
+@pytest.mark.parametrize("columns", [5, 140])  # within one block, and over two
+def test_errors_go_to_the_columns_still_free_from_the_largest_moment_to_the_smallest(columns: int) -> None:
+    """Against the definition: after each column the ones still free are solved for anew, by least squares."""
+    rng = np.random.default_rng(columns)
+    inputs = rng.normal(size=(columns, 4 * columns)) * rng.uniform(0.5, 2.0, size=(columns, 1))
+    inputs += 0.5 * rng.normal(size=(1, 4 * columns))
+    moment, scale, top = inputs @ inputs.T / inputs.shape[1], 0.4, 3
+    weight = rng.normal(size=(3, columns))
+    wanted = np.zeros_like(weight)
+    for row, integers in zip(weight, wanted, strict=True):
+        current, free = row.copy(), list(np.argsort(-np.diag(moment)))
+        while free:
+            column = free.pop(0)
+            integers[column] = np.clip(np.round(current[column] / scale), -top, top)
+            error = current[column] - integers[column] * scale
+            if free:
+                current[free] += (
+                    error * np.linalg.solve(moment[np.ix_(free, free)], moment[np.ix_(free, [column])])[:, 0]
+                )
+    found = second_order.spread_errors(
+        torch.tensor(weight)[None], torch.tensor(moment)[None], torch.full((1, 3, 1), scale).double(), top
+    )
+    assert np.mean(found[0].numpy() == wanted) > 0.99  # a value on the edge between two may fall to either side
+
+
 def test_a_moved_input_is_followed_as_least_squares_do() -> None:
     rng = np.random.default_rng(0)
     before = rng.normal(size=(1, 8, 200))
