@@ -74,8 +74,22 @@ def test_labels_of_one_number_are_classes_in_the_order_of_their_names(image_fold
         ),
         (
             "Path,score\ntrain/dark/0.png,1\n",
-            "no column for the label among path, score; call it one of label, class, target, category, class_name$",
+            "no column for the label among path, score; call it one of label, class, target, category, class_name, or write "
+            r"csv:.*all.csv#PATH,LABEL with the names that they have$",
         ),
+        (
+            "path,apple,ball,cat,split\ntrain/dark/0.png,1,0,1,train\n",
+            "apple, ball, cat: one column per class, as it looks; csq takes one label per image: write the name of its class "
+            "into one column, `label`",
+        ),
+        ("path,male,age\ntrain/dark/0.png,1,44\n", "no column for the label among path, male, age"),
+        (
+            "train/dark/0.png,dark,train\nval/dark/0.png,dark,val\n",
+            "line 1: `train` in the third column is called like a split, and no heading says what the columns are; "
+            "add the heading path,label,split",
+        ),
+        ("train/dark/0.png;dark;train\n", "add the heading path;label;split"),
+        ("name,kind,fold\ntrain/dark/0.png,dark,train\n", "no column for the path among name, kind, fold"),
         ("label,jpg\ndark,train/dark/0.png\n", "no column for the path among label, jpg; call it one of path, file, "),
         (
             "jpg,kind\ntrain/dark/0.png,dark\n",
@@ -90,6 +104,60 @@ def test_what_a_csv_lacks_is_said_by_line(image_folder: Path, text: str, complai
     (image_folder / "all.csv").write_text(text)
     with pytest.raises(UserError, match=complaint):
         open_data(str(image_folder / "all.csv"))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("heading", [True, False])
+def test_columns_stand_between_commas_semicolons_or_tabs(image_folder: Path, separator: str, heading: bool) -> None:
+    rows = [row.split(",") for row in lines(image_folder)]
+    if heading:
+        rows = [["label", "path"], *(row[::-1] for row in rows)]
+    file = image_folder / "all.TSV"
+    file.write_text("\n".join(map(separator.join, rows)))
+    opened = open_data(str(file), val_split=0.5)
+    assert (opened.classes, len(opened.train)) == (["bright", "dark"], 10)
+
+
+def test_columns_with_other_names_are_named_after_a_number_sign(image_folder: Path) -> None:
+    file = image_folder / "all.csv"
+    rows = [f"{row},{row.split('/')[0]}" for row in lines(image_folder)]
+    file.write_text("\n".join(["Jpg,Kind of it,part", *rows]))
+    assert len(open_data(f"csv:{file}#jpg,kind of it", val_split=0.5).train) == 10
+    assert len(open_data(f"csv:{file}#Jpg,Kind of it,part").train) == 12
+    with pytest.raises(UserError, match="no column `kind` among Jpg, Kind of it, part"):
+        open_data(f"csv:{file}#jpg,kind")
+    with pytest.raises(UserError, match=r"`jpg` does not name the columns; write .*all.csv#PATH,LABEL"):
+        open_data(f"csv:{file}#jpg")
+
+
+@pytest.mark.parametrize(
+    ("dark", "bright", "complaint"),
+    [
+        (
+            "night|big",
+            "day|big",
+            r"label `day\|big` is several labels, as it looks: `big` is in `night\|big` too; csq takes one",
+        ),
+        (
+            "night",
+            "day; night",
+            "label `day; night` is several labels, as it looks: `night` is in `night` too; csq takes one",
+        ),
+        ('"night,day"', '"day,night"', "`day,night` is several labels"),
+        ('"projectile, missile"', "missile", None),  # ImageNet's: a synonym of its own
+        ("rock|dark", "sand|bright", None),  # nothing recurs
+    ],
+)
+def test_several_labels_in_one_field_are_refused(
+    image_folder: Path, dark: str, bright: str, complaint: str | None
+) -> None:
+    rows = [row.replace(",dark", f",{dark}").replace(",bright", f",{bright}") for row in lines(image_folder)]
+    (image_folder / "all.csv").write_text("\n".join(["path,label", *rows]))
+    if complaint is None:
+        assert len(open_data(str(image_folder / "all.csv"), val_split=0.5).classes) == 2
+        return
+    with pytest.raises(UserError, match=complaint):
+        open_data(str(image_folder / "all.csv"), val_split=0.5)
 
 
 @pytest.fixture
