@@ -30,6 +30,11 @@ def says_nothing(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 
+def seven(num_classes: int = 10) -> nn.Module:
+    """A factory that does not mind how many classes it is asked for."""
+    return says_nothing(7)
+
+
 def dropout_cnn(num_classes: int = 10) -> nn.Module:
     """Draws numbers while it trains."""
     model = nn.Sequential(group_norm_cnn(32), nn.Dropout(0.3), nn.Linear(32, num_classes))

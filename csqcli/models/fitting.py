@@ -74,6 +74,9 @@ def load_for(
         if found == count:
             what = f"the classes of {classes_from} have no names of ImageNet's"
         where = checkpoint.label if checkpoint is not None else spec.source
+        if loaded.weights_from == "factory" and found not in (None, count):
+            what = f"the factory built {found} outputs for {count} classes"  # which it was asked for
+            raise UserError(what, where=where, hint="let it take num_classes and pass it on to the last layer")
         raise UserError(what, where=where, hint=_advice(found, count, head))
     if head == "keep" or found == count:
         note = f"labels mapped into its {found} outputs"

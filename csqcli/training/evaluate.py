@@ -48,7 +48,8 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        shape = list(logits_of(model(torch.zeros(1, *input_size, device=device))).shape)
+        output = model(torch.zeros(1, *input_size, device=device))
+        shape = list(logits_of(output).shape)
     except MISFITS as error:
         what = cannot_run(error, input_size)
         hint = "check data.input_size"
@@ -59,6 +60,17 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
             hint = f"leave data.input_size out, or have the model built for it: {own}"
         raise UserError(what, where=where, hint=hint) from error
     if num_classes is not None and shape != [1, num_classes]:
+        if len(shape) == 2 and shape[0] == 1:
+            several = isinstance(output, (tuple, list, dict)) and len(output) > 1
+            if several:
+                what, hint = (
+                    f"the first of {len(output)} outputs has {shape[1]} scores, not {num_classes}",
+                    "let it come first",
+                )
+            else:
+                what = f"has {shape[1]} outputs for {num_classes} classes"
+                hint = "its factory must pass num_classes on to the last layer"
+            raise UserError(what, where=where, hint=hint)
         hint = "csq trains image classifiers; others with csqcli.CSQ in your own loop"
         raise UserError(
             f"gives outputs of shape {shape} for one image, not {num_classes} scores", where=where, hint=hint

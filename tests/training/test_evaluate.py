@@ -44,6 +44,32 @@ def test_a_network_of_one_image_size_is_told_how_it_is_built_for_another() -> No
     )
 
 
+class _Returns(nn.Module):
+    def __init__(self, *sizes: int, named: bool = False) -> None:
+        super().__init__()
+        self.sizes, self.named = sizes, named
+
+    def forward(self, images: torch.Tensor) -> Any:
+        scores = tuple(torch.zeros(len(images), size) for size in self.sizes)
+        if self.named:
+            return {f"head{number}": value for number, value in enumerate(scores)}
+        return scores if len(scores) > 1 else scores[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        (_Returns(7), "m: has 7 outputs for 3 classes; its factory must pass num_classes on to the last layer"),
+        (_Returns(4, 3), "m: the first of 2 outputs has 4 scores, not 3; let it come first"),
+        (_Returns(4, 3, named=True), "m: the first of 2 outputs has 4 scores, not 3; let it come first"),
+    ],
+)
+def test_outputs_that_are_not_one_score_per_class_are_counted(model: nn.Module, complaint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_scores(model, (3, 8, 8), 3, where="m")
+    assert refused.value.line() == complaint
+
+
 class _Broken(_Loader):
     def epoch(self, epoch: int, start: int = 0):
         yield torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
