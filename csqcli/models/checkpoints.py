@@ -162,10 +162,23 @@ def fit_state_dict(
                     hint="use data and checkpoint that agree",
                 )
             shapes = f"{list(value.shape)} in the checkpoint, {list(wanted[name].shape)} in the model"
-            raise UserError(f"tensor {name} is {shapes}", where=where, hint="is it this architecture?")
+            hint = _channels_hint(value, wanted[name]) if hasattr(model, "pretrained_cfg") else ""
+            raise UserError(f"tensor {name} is {shapes}", where=where, hint=hint or "is it this architecture?")
     complete = OrderedDict(wanted | dict(state))
     complete._metadata = getattr(wanted, "_metadata", {})  # type: ignore[attr-defined]  # versions: mnasnet asks for its own
     model.load_state_dict(complete)
+
+
+def _channels_hint(value: Tensor, wanted: Tensor) -> str:
+    """What has timm build the network for a checkpoint's channels, where nothing but these differs between two first convolutions."""
+    ours, theirs = wanted.shape, value.shape
+    if wanted.dim() != 4 or value.dim() != 4 or (ours[0], *ours[2:]) != (theirs[0], *theirs[2:]):
+        return ""
+    if theirs[1] == 3 and ours[1] in (1, 2, 4):
+        return "it takes images of 3 channels: leave in_chans out of model.arguments"
+    if ours[1] == 3:
+        return f"it takes images of {theirs[1]} channel{'s' if theirs[1] > 1 else ''}: --set 'model.arguments={{in_chans: {theirs[1]}}}'"
+    return ""
 
 
 def is_damaged(value: Tensor) -> bool:

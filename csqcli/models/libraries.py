@@ -158,10 +158,22 @@ def _data_config(model: nn.Module, spec: ModelSpec) -> DataConfig:
         from timm.data import resolve_model_data_config
 
         resolved = resolve_model_data_config(model)
-        return {key: resolved[key] for key in IMAGENET_CONFIG if key in resolved}
+        own = {key: resolved[key] for key in IMAGENET_CONFIG if key in resolved}
+        return _for_channels(own, spec.arguments.get("in_chans"))
     if spec.library == "torchvision":
         return _torchvision_config(spec)
     return IMAGENET_CONFIG | dict(getattr(model, "data_config", {}))
+
+
+def _for_channels(config: DataConfig, channels: Any) -> DataConfig:
+    """The config of a timm model that was built for so many channels, which its own goes on giving as three.
+
+    Where they are not its own, the mean of the means and of the deviations stands for all.
+    """
+    if not isinstance(channels, int) or channels == config["input_size"][0]:
+        return config
+    averaged = {key: (math.fsum(config[key]) / len(config[key]),) for key in ("mean", "std")}
+    return config | {"input_size": (channels, *config["input_size"][1:])} | averaged
 
 
 def _assumed(model: nn.Module, spec: ModelSpec) -> tuple[str, ...]:

@@ -113,6 +113,11 @@ def load_pickled(file: Path, *, where: str) -> Any:
     Raises UserError for a file that is damaged, names code, or is no such file at all.
     """
     try:
+        if _is_torchscript(file):
+            hint = "where you trust it: torch.save(torch.jit.load(FILE).state_dict(), 'model.pth')"
+            raise UserError(
+                "a TorchScript archive, which holds code; save model.state_dict() instead", where=where, hint=hint
+            )
         check_archive(file)
         names = _names_in(file)
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: an encrypted zip
@@ -137,6 +142,14 @@ def load_pickled(file: Path, *, where: str) -> Any:
         if machine_fault(error) is not None:
             raise
         raise UserError(f"not a readable checkpoint ({type(error).__name__})", where=where) from error
+
+
+def _is_torchscript(file: Path) -> bool:
+    """Whether an archive was written by ``torch.jit.save``: beside its tensors lies the code of the model."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def check_state(file: Path) -> None:

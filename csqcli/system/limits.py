@@ -91,6 +91,10 @@ def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's keyword arguments describe an architecture: no way to weights, nothing that only costs memory."""
     check_tree(arguments, nodes=1000)
     for name in arguments:
+        if not name.isidentifier():
+            key, colon, value = name.partition(":")
+            hint = f"; put a blank after the colon: {key}: {value}" if colon and key.isidentifier() else ""
+            raise ValueError(f"`{name}` is no name of an argument{hint}")
         if name.startswith(_LOADS_WEIGHTS):
             raise ValueError(f"`{name}` would load weights; the architecture's arguments cannot")
     pending: list[Any] = [arguments]

@@ -8,12 +8,14 @@ import pickle
 import shutil
 import sys
 import types
+import warnings
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -97,6 +99,25 @@ def test_checkpoint_problems_are_named(tmp_path: Path) -> None:
     (tmp_path / "noise.pth").write_bytes(b"noise")
     with pytest.raises(UserError, match="not a readable checkpoint"):
         checkpoints.read_checkpoint(str(tmp_path / "noise.pth"))
+
+
+def test_a_checkpoint_of_grey_images_names_the_argument_that_builds_its_network(tmp_path: Path) -> None:
+    for channels in (1, 3):
+        model = timm.create_model("resnet18", in_chans=channels, num_classes=3)
+        save_file(model.state_dict(), tmp_path / f"{channels}.safetensors")
+    with pytest.raises(UserError, match=r"it takes images of 1 channel: --set 'model.arguments=\{in_chans: 1\}'$"):
+        _load("resnet18", num_classes=3, checkpoint=tmp_path / "1.safetensors")
+    with pytest.raises(UserError, match=r"it takes images of 3 channels: leave in_chans out of model.arguments$"):
+        _load("resnet18", num_classes=3, checkpoint=tmp_path / "3.safetensors", arguments={"in_chans": 1})
+    _load("resnet18", num_classes=3, checkpoint=tmp_path / "1.safetensors", arguments={"in_chans": 1})
+
+
+def test_a_torchscript_archive_is_called_so(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit's own of its end
+        torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "scripted.pt"))
+    with pytest.raises(UserError, match=r"scripted.pt: a TorchScript archive, .*; save model.state_dict\(\) instead"):
+        checkpoints.read_checkpoint(str(tmp_path / "scripted.pt"))
 
 
 @pytest.mark.parametrize(

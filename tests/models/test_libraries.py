@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from csqcli.errors import UserError
+from csqcli.file import io
 from csqcli.models import libraries
 from csqcli.models.checkpoints import Checkpoint
+from csqcli.models.fitting import load_for
 from csqcli.models.networks import digits_cnn
 
 
@@ -62,6 +64,43 @@ def test_a_factory_gets_the_number_of_classes_when_it_takes_one() -> None:
     loaded = libraries.load("csqcli.models.networks:digits_cnn", num_classes=7, pretrained=False)
     assert loaded.model.fc.out_features == 7
     assert loaded.spec.library == "factory"
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "tresnet_m"]
+)  # the second folds space into the channels of its first convolution
+def test_a_timm_model_of_grey_images_takes_grey_images(name: str) -> None:
+    loaded = libraries.load(name, num_classes=3, pretrained=False, arguments={"in_chans": 1})
+    own = libraries.load(name, num_classes=3, pretrained=False).data_config
+    config = loaded.data_config
+    assert config["input_size"] == (1, *own["input_size"][1:])
+    assert config["mean"] == pytest.approx([sum(own["mean"]) / 3])
+    assert config["std"] == pytest.approx([sum(own["std"]) / 3])
+    assert config["interpolation"] == own["interpolation"]
+    with torch.no_grad():
+        assert loaded.model.eval()(torch.zeros(1, *config["input_size"])).shape == (1, 3)
+
+
+def test_a_timm_model_of_grey_images_goes_through_all_commands(csq, tmp_path: Path, image_folder: Path) -> None:
+    grey = ("timm:test_resnet", "--no-pretrained", "--data", image_folder, "--set", "model.arguments={in_chans: 1}")
+    short = ("--target-bits", 3, "--epochs", 1, "--set", "workers=0", "--set", "batch_size=4")
+    for side in (32, 72):  # held in memory, and image by image
+        code, _, error = csq("plan", *grey, *short, "--set", f"input_size={side}")
+        assert code == 0, error
+    run, exported = tmp_path / "run", tmp_path / "model.onnx"
+    code, _, error = csq("search", *grey, *short, "--set", "input_size=72", "-o", run)
+    assert code == 0, error
+    code, _, error = csq("evaluate", run, "--data", image_folder)
+    assert code == 0, error
+    assert io.read(run / "model.safetensors").manifest.data_config["input_size"] == [1, 72, 72]
+    code, _, error = csq("export", run, "--onnx", "-o", exported, "--data", image_folder)
+    assert code == 0, error
+
+
+def test_a_factory_that_ignores_the_number_of_classes_is_said_to() -> None:
+    what = "tests.plain_models:seven: the factory built 7 outputs for 3 classes; let it take num_classes and pass it on"
+    with pytest.raises(UserError, match=what):
+        load_for("tests.plain_models:seven", ["a", "b", "c"])
 
 
 NO_CONFIG = "its factory sets no data_config (docs/data.md): images are taken as 3×224×224 with ImageNet's mean and std"

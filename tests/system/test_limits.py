@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csqcli.system.limits import check_tree, is_safe_text
+from csqcli.system.limits import check_arguments, check_tree, is_safe_text
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,13 @@ def test_control_bidi_surrogate_and_line_characters_are_not(text: str) -> None:
 def test_texts_may_have_lines_and_tabs_where_names_may_not() -> None:
     assert not is_safe_text("a\nb")
     check_tree({"description": "two\n\tlines"}, nodes=10)
+
+
+def test_arguments_of_a_constructor_have_names_and_a_blank_after_the_colon() -> None:
+    assert check_arguments({"in_chans": 1}) == {"in_chans": 1}
+    with pytest.raises(
+        ValueError, match=r"^`in_chans:1` is no name of an argument; put a blank after the colon: in_chans: 1$"
+    ):
+        check_arguments({"in_chans:1": None})
+    with pytest.raises(ValueError, match=r"^`a b` is no name of an argument$"):
+        check_arguments({"a b": 1})
