@@ -490,7 +490,7 @@ def inspect(
     model: str | nn.Module,
     *,
     input_size: Pixels | Sequence[Positive] | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     num_classes: Positive | None = None,
     pretrained: bool = False,
 ) -> Report:
@@ -500,7 +500,7 @@ def inspect(
         model: as for :func:`search`, or a module.
         input_size: channels, height and width of an image, or for a model by name its side in pixels; None takes the model's
             own. All three are needed with a module.
-        exclude: globs over weight names (``fc``, ``layer4.*``) that stay float.
+        exclude: a glob over weight names (``fc``, ``layer4.*``), or several, that stay float.
         num_classes: classes of the head; None takes the library's own.
         pretrained: load the library's weights.
 
@@ -891,7 +891,7 @@ def quantize(
     images: Iterable[Any],
     target_bits: float,
     *,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     act_bits: int = 32,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -908,7 +908,7 @@ def quantize(
         images: batches of training images, or of tuples that begin with them, normalised and cropped as for validation;
             labels are not used. The first ``settings["images"]`` (512) are looked at; below three planes 2,048 vary less.
         target_bits: mean planes per weight element, above 0 and at most 8; fractions are fine.
-        exclude: globs of weights that stay float and uncounted, as the recipe's ``layers.exclude``.
+        exclude: a glob of weights that stay float and uncounted, or several, as the recipe's ``layers.exclude``.
         act_bits: of the inputs of layers, 2 to 8, at static scales measured on the first four batches; 32 leaves them float. Hooks
             on the model round them, and the file has their scales. Layers have 7 planes at most then, unless the target is higher.
         settings: of the method ``ptq``, as `csq methods` lists them: ``images``, ``passes``, ``damping``, ….

@@ -22,7 +22,7 @@ def quantize_in_memory(
     images: Iterable[Any],
     target_bits: float,
     *,
-    exclude: Sequence[str],
+    exclude: str | Sequence[str],
     act_bits: int,
     settings: Mapping[str, Any] | None,
     seed: int,

@@ -45,7 +45,7 @@ class Operations:
 
 
 def coverage(
-    model: nn.Module, input_size: Sequence[int], *, exclude: Sequence[str] = (), task: str = "classification"
+    model: nn.Module, input_size: Sequence[int], *, exclude: str | Sequence[str] = (), task: str = "classification"
 ) -> dict[str, Any]:
     """Coverage of a model at one image of ``input_size`` (C, H, W); ``task`` as in :func:`example_inputs`.
 

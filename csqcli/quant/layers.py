@@ -108,10 +108,11 @@ class FloatTensor:
 def find_layers(model: nn.Module, *, exclude: Iterable[str] = ()) -> tuple[list[Layer], list[FloatTensor]]:
     """Weights to quantize, in the model's own order, and the tensors of two or more dimensions left float.
 
-    ``exclude`` holds globs over tensor names (``fc.weight``, ``layer4.*``) that stay float and uncounted.
+    ``exclude`` holds globs over tensor names (``fc.weight``, ``layer4.*``) that stay float and uncounted; a text is one.
     Raises UserError for a glob that matches no weight, for weights with NaN or infinite values, and for parameters that
     cannot be trained in place: lazy ones, and expanded ones.
     """
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     found: dict[int, tuple[str, nn.Parameter, int, list[str]]] = {}
     left: dict[int, FloatTensor] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -143,7 +144,10 @@ def find_layers(model: nn.Module, *, exclude: Iterable[str] = ()) -> tuple[list[
             raise UserError("holds NaN or infinite values", where=name, hint="the checkpoint is damaged; use another")
         layers.append(Layer(name, parameter, channel_dim, tuple(aliases)))
     if not layers:
-        raise UserError("the model has no weight to quantize", hint="check layers.exclude in the recipe")
+        hint = "it has no linear or convolution layer"
+        if found:
+            hint = f"all {len(found)} are excluded: see layers.exclude in the recipe, or the argument `exclude`"
+        raise UserError("the model has no weight to quantize", hint=hint)
     return layers, list(left.values())
 
 

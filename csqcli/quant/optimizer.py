@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -126,8 +127,8 @@ class CSQ(QuantizedOptimizer):
     and averages of weights find them where they find those of any optimizer. The last group's ``lr`` is the rate of the
     gates of `csq`; for `staged` it says how far into its schedule a run is: ``settings.latent_lr`` is taken times
     (lr / peak)², where the peak is OneCycleLR's ``max_lr``, else the ``lr`` given here; beyond the peak it does not grow.
-    After ``total_steps`` steps the weights in the model are hard. Weights are loaded before CSQ is built: it takes them as
-    they are then, and the first step refuses what was loaded since.
+    After ``total_steps`` steps the weights in the model are hard, and stay so in steps beyond. Weights are loaded before CSQ
+    is built: it takes them as they are then, and the first step refuses what was loaded since.
 
     Args:
         model: any module with weights of linear- or convolution-like operations, already on its device, in any wrapper
@@ -136,7 +137,7 @@ class CSQ(QuantizedOptimizer):
         total_steps: calls of :meth:`step` in the whole run. The schedule of masks and rounding is a function of it.
             Steps that a GradScaler skips do not count.
         lr, momentum, weight_decay: of SGD, for everything that is not a quantized weight.
-        exclude: globs over weight names (``fc``, ``layer4.*``) that stay float.
+        exclude: a glob over weight names (``fc``, ``layer4.*``), or several, that stay float.
         method: as ``csq methods`` lists them: ``staged``, for the few epochs that people train from a checkpoint; ``csq``,
             the paper's bit-level algorithm, for long schedules; or ``package.module:Class``.
         settings: the method's own, as its section in a recipe has them.
@@ -155,6 +156,8 @@ class CSQ(QuantizedOptimizer):
         csqcli.save(model, optimizer, "model.safetensors", source="timm:resnet18", num_classes=1000)
     """
 
+    _went_beyond = False  # whether a step after the last was warned of
+
     def __init__(
         self,
         model: nn.Module,
@@ -164,7 +167,7 @@ class CSQ(QuantizedOptimizer):
         lr: float = 0.05,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        exclude: Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
         method: str = "staged",
         settings: MethodSettings | Mapping[str, Any] | None = None,
         steps_per_epoch: int | None = None,
@@ -246,13 +249,34 @@ class CSQ(QuantizedOptimizer):
             What ``closure`` returned; None without one.
 
         Raises:
-            UserError: after ``total_steps`` steps; at the first, when weights were loaded after CSQ was built.
+            UserError: at the first step, when weights were loaded after CSQ was built.
+
+        Beyond ``total_steps`` the quantized weights stay as they are delivered, and what is not quantized trains on, at its
+        groups' rates. The first such step of a process warns.
         """
         if self.step_count >= self.total_steps:
-            hint = "build it with the number of steps of the whole run"
-            raise UserError(f"all {self.total_steps} steps of total_steps are done", where="CSQ.step", hint=hint)
+            return self._step_beyond(closure)
         self._check_untouched()
         return self._update(closure)
+
+    def _step_beyond(self, closure: Callable[[], Any] | None) -> Any:
+        """A step of all but the quantized weights, which are hard: neither they nor what stands behind them moves."""
+        if not self._went_beyond:
+            self._went_beyond = True
+            what = (
+                f"CSQ.step: all {self.total_steps} steps of total_steps are done; quantized weights stay as they are, and the "
+                "rest trains on. Build CSQ with the number of steps of the whole run"
+            )
+            warnings.warn(what, stacklevel=5)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.method.parameter_groups():
+            for latent in group["params"]:
+                latent.grad = None  # that of the last step, where nobody has taken it away
+        self.base.step()
+        return loss
 
     @torch.no_grad()
     def harden(self) -> None:

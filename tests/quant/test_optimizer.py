@@ -135,15 +135,28 @@ def test_a_learning_rate_that_is_no_positive_number_is_refused(lr: float) -> Non
         start(lr=lr)
 
 
-def test_a_step_past_the_end_is_refused_and_changes_nothing() -> None:
-    model, optimizer = start(total_steps=2)
-    train(model, optimizer, range(2))
+@pytest.mark.parametrize("method", ["staged", "csq", "csq-uniform", "lsq"])
+def test_steps_past_the_end_keep_the_delivered_weights_and_train_the_rest(method: str) -> None:
+    model, optimizer = start(total_steps=2, method=method, target_bits=2)
+    train(model, optimizer, range(1))
+    backward(model, 1)
+    optimizer.step()  # and its gradients stay
     before = values(model)
-    backward(model, 2)
-    weights = {name: before[name] for name in WEIGHTS}
-    with pytest.raises(UserError, match=r"CSQ\.step: all 2 steps of total_steps are done"):
+    with optimizer.hard() as layers:
+        integers = [layer.integers.clone() for layer in layers]
+    with pytest.warns(UserWarning, match=r"CSQ\.step: all 2 steps of total_steps are done; quantized weights stay"):
         optimizer.step()
-    assert_equal(weights, {name: values(model)[name] for name in WEIGHTS})
+    train(model, optimizer, range(2, 5))  # warned of once: another warning would be an error
+    after = values(model)
+    assert_equal({name: before[name] for name in WEIGHTS}, {name: after[name] for name in WEIGHTS})
+    assert not torch.equal(before["fc.bias"], after["fc.bias"])
+    with optimizer.hard() as layers:
+        assert all(torch.equal(one, layer.integers) for one, layer in zip(integers, layers, strict=True))
+    assert optimizer.step(lambda: backward(model, 5).item()) > 0
+    again, resumed = start(total_steps=2, method=method, target_bits=2)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert_equal({name: before[name] for name in WEIGHTS}, {name: values(again)[name] for name in WEIGHTS})
 
 
 def test_hooks_around_a_step_run_once_each() -> None:
@@ -153,6 +166,19 @@ def test_hooks_around_a_step_run_once_each() -> None:
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     train(model, optimizer, range(2))
     assert calls == ["before", "after"] * 2
+
+
+def test_one_glob_to_exclude_may_stand_without_a_list() -> None:
+    kept = [layer.name for layer in start(exclude="fc")[1].method.layers]
+    assert kept == [layer.name for layer in start(exclude=["fc"])[1].method.layers] == WEIGHTS[:-1]
+    found = csqcli.quantize(digits_cnn(), [batch(0)[0]], 3, exclude="conv*")
+    assert list(found.planes) == ["fc.weight"]
+    with pytest.raises(
+        UserError, match=r"no weight to quantize; all 4 are excluded: see layers.exclude in the recipe, or the "
+    ):
+        start(exclude="*")
+    with pytest.raises(UserError, match="no weight to quantize; it has no linear or convolution layer"):
+        CSQ(nn.BatchNorm2d(3), 2, total_steps=2)
 
 
 # methods
