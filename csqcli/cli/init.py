@@ -31,7 +31,9 @@ def init(
 
     Example: csq init resnet18 --target-bits 3 --data /imagenet -o mine.yaml
     """
+    from csqcli.models.spec import parse
     from csqcli.recipe.commented import commented
+    from csqcli.recipe.complete import still_missing
     from csqcli.recipe.resolve import resolve
     from csqcli.system.files import write_text
 
@@ -42,8 +44,13 @@ def init(
         "quantization.method": method,
     }
     overrides = with_settings(typed, settings)
-    text = commented(resolve(recipe, overrides), keep=set(overrides))
+    resolved = resolve(recipe, overrides)
+    if resolved.model.source is not None:
+        parse(resolved.model.source)  # a name that no library has is not written down
+    text = commented(resolved, keep=set(overrides))
     if output.exists() and not force:
         raise UserError("exists already", where=str(output), hint="pass --force to replace it, or -o another")
     write_text(output, text)
-    out.line(f"wrote {output}; csq search --recipe {output}")
+    missing = still_missing(resolved)
+    without = f" without {' and '.join(missing)}" if missing else ""
+    out.line(f"wrote {output}{without}; {' '.join(['csq search', *missing.values(), f'--recipe {output}'])}")

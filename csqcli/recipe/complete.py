@@ -67,6 +67,18 @@ def check_data_given(recipe: Recipe) -> None:
         raise no_data_given()
 
 
+def still_missing(recipe: Recipe) -> dict[str, str]:
+    """What a search by this recipe has to be told besides, and how: ``{"model": "MODEL", "data": "--data FOLDER"}``."""
+    quantization = recipe.quantization
+    aimless = quantization.target_bits is None and not quantization.in_users_unit and not quantization.planes
+    found = {
+        "model": ("MODEL", recipe.model.source is None),
+        "data": ("--data FOLDER", recipe.data.source is None),
+        "target": ("--target-bits 3", aimless and recipe.card.name != "float"),
+    }
+    return {name: typed for name, (typed, missing) in found.items() if missing}
+
+
 def without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> list[str]:
     """What was typed ({dotted or short key: value}) and changes nothing in a search by this recipe: ``KEY: why`` of each."""
     found = ((key, _why_idle(recipe, key)) for key in dict.fromkeys(_full_keys(typed, recipe)))

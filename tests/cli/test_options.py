@@ -507,6 +507,29 @@ def test_init_replaces_nothing_by_itself(csq, tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "epochs: 3\n"
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            (),
+            "wrote FILE without model and data and target; csq search MODEL --data FOLDER --target-bits 3 --recipe FILE",
+        ),
+        (("resnet18", "--target-bits", 2), "wrote FILE without data; csq search --data FOLDER --recipe FILE"),
+        (("resnet18", "--target-bits", 2, "--data", "/images"), "wrote FILE; csq search --recipe FILE"),
+        (("--recipe", "digits", "--set", "target_size=2kB"), "wrote FILE; csq search --recipe FILE"),
+    ],
+)
+def test_init_says_what_a_search_by_its_recipe_lacks(csq, tmp_path: Path, typed: tuple, said: str) -> None:
+    code, out, err = csq("init", *typed, "-o", tmp_path / "mine.yaml")
+    assert (code, out.strip()) == (0, said.replace("FILE", str(tmp_path / "mine.yaml"))), err
+
+
+def test_init_writes_no_name_that_no_library_has(csq, tmp_path: Path) -> None:
+    code, _, err = csq("init", "resnetxx", "-o", tmp_path / "mine.yaml")
+    assert (code, not list(tmp_path.iterdir())) == (2, True)
+    assert err.startswith("csq: error: resnetxx: unknown model")
+
+
 @pytest.mark.parametrize("group", [(), ("recipes",)])
 def test_no_summary_of_a_command_is_cut_at_80_columns(csq, monkeypatch: pytest.MonkeyPatch, group) -> None:
     monkeypatch.setenv("COLUMNS", "80")
