@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import csqcli
 from csqcli.data.loaders import stream_seed
 from csqcli.file import io
 from csqcli.models.networks import digits_cnn
-from csqcli.quant.layerwise import LayerwiseRounding
+from csqcli.quant.layerwise import LayerwiseRounding, quantize_model
 from csqcli.quant.optimizer import QuantizedOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +133,20 @@ def test_bad_arguments_are_one_line_and_change_nothing(given: dict[str, Any], me
     with pytest.raises(csqcli.UserError, match=message):
         csqcli.quantize(**arguments)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_group_of_layers_that_takes_long_is_heard_of_before_it_is_done(searched: tuple[Path, list[Tensor]]) -> None:
+    told: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def watch(name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        yield told.setdefault(name, []).append
+
+    quantize_model(digits_float(), searched[1], 2, watch=watch)
+    done = told["rounding layer by layer"]
+    assert done.count(0) >= len(searched[1])  # after every batch of the first group
+    assert done == sorted(done)
+    assert done[-1] == 4
 
 
 def test_what_fails_halfway_leaves_the_weights_as_they_were(

@@ -57,6 +57,7 @@ class LayerwiseRounding:
         self.order, self.norms = self._execution_order()
         self.groups = _groups(self.order, self.settings.passes)
         self.done = 0  # groups
+        self.tick: Callable[[], None] = lambda: None  # called many times within a group, which may take minutes
         self._settled_before = -1  # the place in the order before which every BatchNorm is settled
 
     @property
@@ -106,6 +107,7 @@ class LayerwiseRounding:
         halves = self._collect(group)
         for index in group:
             self._round(index, halves.pop(index))
+            self.tick()
 
     def _collect(self, group: Sequence[int]) -> dict[int, list[InputMoments]]:
         """One pass: moments of the group's inputs, over each half of the images; BatchNorms before it settle on the way."""
@@ -123,6 +125,7 @@ class LayerwiseRounding:
                     parts = (columns.tensor_split(2, dim=-1) for columns in (inputs[place], float_inputs[place]))
                     for half, part, float_part in zip(halves[index], *parts, strict=True):
                         half.add(part, float_part)
+                self.tick()
         return halves
 
     def _inputs(self, model: nn.Module, layers: Sequence[Layer], batch: Tensor, offset: int) -> dict[int, Tensor]:
@@ -217,7 +220,7 @@ def quantize_model(
     batches: Sequence[Tensor],
     target_bits: float,
     *,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     act_bits: int = FLOAT_BITS,
     settings: PTQSettings | None = None,
     seed: int = 0,
@@ -248,6 +251,7 @@ def quantize_model(
             method = PostTraining(layers, replace(plan, planes=planes), settings)
             rounding = LayerwiseRounding(model, method, batches)
             with watch("rounding layer by layer", len(rounding.groups)) as tell:
+                rounding.tick = lambda: tell(rounding.done)
                 rounding.run(tell)
     except BaseException:
         if act_bits < FLOAT_BITS:

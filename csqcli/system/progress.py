@@ -245,8 +245,7 @@ def summary(line: dict[str, Any], target_bits: float | None) -> list[tuple[str, 
     """The numbers of one metrics line, short, each with its rank: how early it is left out where columns are few, 0 never."""
     parts = [(f"loss {line['train_loss']:.4f}", 1), (f"top-1 {line['val_top1']:.2f} %", 0)]
     if "mean_bits" in line:
-        aim = f" of {target_bits:g}" if target_bits is not None else ""
-        parts.append((f"bits {line['mean_bits']:.2f}{aim}", 0))
+        parts.append((_bits(line["mean_bits"], target_bits), 0))
     return [*parts, (f"lr {line['lr']:.3g}", 3), (f"{line['images_per_second']:.0f} img/s", 2)]
 
 
@@ -270,5 +269,11 @@ def _broken(text: str, columns: int) -> list[str]:
 def planes_fixed(planes: Sequence[int], mean_bits: float, target_bits: float | None) -> str:
     """``planes fixed: 12 layers at 3, 1 layer at 5; bits 2.00 of 2``."""
     kinds = [f"{counted(list(planes).count(k), 'layer')} at {k}" for k in sorted(set(planes))]
-    aim = f" of {target_bits:g}" if target_bits is not None else ""
-    return f"planes fixed: {', '.join(kinds)}; bits {mean_bits:.2f}{aim}"
+    return f"planes fixed: {', '.join(kinds)}; {_bits(mean_bits, target_bits)}"
+
+
+def _bits(mean: float, target: float | None) -> str:
+    """``bits 1.99 of 2``; above the target, to which a search comes down in its course, ``bits 8.00, target 2``."""
+    if target is None:
+        return f"bits {mean:.2f}"
+    return f"bits {mean:.2f} of {target:g}" if round(mean, 2) <= target else f"bits {mean:.2f}, target {target:g}"

@@ -103,6 +103,7 @@ class _Work:
                 tell(done)
                 self._after_group(request)
 
+            self.rounding.tick = lambda: tell(self.rounding.done)
             self.rounding.run(after_group)
         run.model.eval()
 

@@ -129,6 +129,12 @@ def test_a_terminal_shows_bars_with_the_time_left(clock: Clock) -> None:
         assert part in text
 
 
+def test_planes_above_the_target_are_not_given_as_a_part_of_it() -> None:
+    assert ("bits 8.00, target 2", 0) in summary(LINE | {"mean_bits": 8.0}, 2)
+    assert ("bits 2.00 of 2", 0) in summary(LINE | {"mean_bits": 2.0000001}, 2)
+    assert ("bits 8.00", 0) in summary(LINE | {"mean_bits": 8.0}, None)
+
+
 def test_a_step_that_is_not_counted_shows_no_count(clock: Clock) -> None:
     shown, out = display(clock, terminal=True)
     with shown.step("loading PyTorch"):
@@ -152,6 +158,7 @@ def test_planes_are_told_by_how_many_layers_have_how_many() -> None:
         planes_fixed([2, 2, 3, 0], 1.987, 2)
         == "planes fixed: 1 layer at 0, 2 layers at 2, 1 layer at 3; bits 1.99 of 2"
     )
+    assert planes_fixed([2], 2.001, 2).endswith("bits 2.00 of 2")
     assert "β" not in fitted(summary(LINE, 2), None)
 
 
