@@ -73,6 +73,7 @@ app.add_typer(recipes.app, name="recipes")
 
 _BAD_INPUT, _INTERRUPTED = 2, 130  # 130 is what a shell reports for SIGINT
 _GO_ON_BY_THEMSELVES = ("reproduce", "sweep", "sweep-run")
+_SAVE_STATES = ("search", "finetune")
 
 
 @app.callback(invoke_without_command=True)
@@ -136,7 +137,11 @@ def _way_on(signals: Signals) -> str:
     """How to go on with what an interrupted command left behind; most leave nothing."""
     if _command() in _GO_ON_BY_THEMSELVES:
         return "; the same command goes on"
-    return "; the same command with --resume goes on from the last saved state" if signals.left_state else ""
+    if signals.left_state:
+        return "; the same command with --resume goes on from the last saved state"
+    if _command() in _SAVE_STATES and "--resume" not in sys.argv:  # there may be one that was not looked for yet
+        return "; nothing was saved yet, and the same command starts over"
+    return ""
 
 
 def _command() -> str:

@@ -126,7 +126,7 @@ class RunFolder:
             hint = "choose another --output or pass --force"
             raise UserError(f"holds {what}", where=str(self.path), hint=hint)
         if unfinished and not (self.force or self.resume):
-            hint = "pass --resume to go on, or --force to start over"
+            hint = "pass --resume to go on, or --force to give its saved state up and start over"
             raise UserError("holds an unfinished run", where=str(self.path), hint=hint)
         if unfinished and self.resume:
             self._read_state()  # before anything is written: it may be another run's

@@ -360,7 +360,9 @@ def test_resume_after_an_interruption_writes_the_same_bytes(
     literal = [word.replace("broken", "copy") for word in literal]
     code, _, err = csq(*arguments, "-o", tmp_path / "broken")
     assert code == 2
-    assert "holds an unfinished run; pass --resume" in err
+    assert (
+        "holds an unfinished run; pass --resume to go on, or --force to give its saved state up and start over" in err
+    )
     code, _, err = csq(*arguments, "--seed", 5, "-o", tmp_path / "broken", "--resume")
     assert code == 2
     assert "was started with other settings" in err
@@ -556,5 +558,5 @@ def test_an_interruption_before_anything_is_saved_promises_nothing(
     monkeypatch.setattr(Run, "count_operations", interrupted)
     output = tmp_path / "run"
     code, _, err = csq("search", "--recipe", "digits", "--target-bits", "2", "--quiet", "-o", output, *more)
-    assert (code, err) == (130, "csq: interrupted\n")
+    assert (code, err) == (130, "csq: interrupted; nothing was saved yet, and the same command starts over\n")
     assert not output.exists()
