@@ -217,6 +217,10 @@ def candidate(output: Path, *, force: bool = True) -> Iterator[Path]:
                 os.replace(path, rejected)
                 error.hint = f"{error.hint}; {rejected} is kept for inspection".removeprefix("; ")
             raise
+        except UserError as error:  # the candidate's is a name that nobody has seen
+            error.where = error.where.replace(str(path), str(output))
+            error.args = (error.line(),)
+            raise
         except OSError as error:
             raise UserError(f"cannot be written ({error.strerror or error})", where=str(output)) from None
         finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -166,6 +168,21 @@ def test_two_exports_to_one_name_do_not_break_each_other(model: Path, tmp_path: 
         export_file(model, output, form="bit-packed")
     export_file(model, output, form="bit-packed", force=True)
     assert json.loads(io.read(output).manifest.model_dump_json())["form"] == "bit-packed"
+
+
+@pytest.mark.parametrize("form", ["bit-packed", "state-dict"])
+def test_a_full_disk_is_said_of_the_name_that_was_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    output = tmp_path / "out.safetensors"
+    with pytest.raises(UserError) as refused:
+        export_file(model, output, form=form)
+    assert str(refused.value) == refused.value.line() == f"{output}: cannot be written (No space left on device)"
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("name", [".out.safetensors.lock", "out.safetensors"])
