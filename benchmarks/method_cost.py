@@ -54,7 +54,7 @@ def training(method: str, model_name: str, total_steps: int, arguments: Any) -> 
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     else:
         card = find_card(method)
-        planes = max(min(PLANES, card.most_planes), card.least_planes)
+        planes = max(min(PLANES, card.max_planes), card.min_planes)
         optimizer = csqcli.CSQ(model, planes, total_steps=total_steps, lr=1e-4, method=method)
     teacher = Teacher(model, distill=0.9, features=0.0) if method == DISTILLED else None
 

@@ -20,7 +20,7 @@ from csqcli.data.specs import WORKERS
 from csqcli.errors import UserError
 from csqcli.recipe import DEFAULT_RECIPE
 from csqcli.system.arguments import checked
-from csqcli.system.callers import undisturbed
+from csqcli.system.callers import preserve_global_state
 from csqcli.system.choices import Activations, EngineName, Prefer, Target, Weights, WeightType
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def search(
     from csqcli import pipeline
 
     folder = Path(output) if output is not None else search_folder(resolved)
-    with undisturbed():
+    with preserve_global_state():
         return pipeline.search(resolved, folder, display=display, force=force, resume=resume)
 
 
@@ -156,7 +156,7 @@ def plan(
 
     from csqcli import pipeline
 
-    with undisturbed():
+    with preserve_global_state():
         return pipeline.plan(resolved, display=display)
 
 
@@ -209,7 +209,7 @@ def finetune(
 
     from csqcli import pipeline
 
-    with undisturbed():
+    with preserve_global_state():
         return pipeline.finetune(
             path,
             resolved,
@@ -286,7 +286,7 @@ def evaluate(
 
         prepared = preprocessing(_together({"data.input_size": input_size}, settings))
         checkpoint = None if file is None else str(file)
-        with undisturbed():
+        with preserve_global_state():
             of_model = evaluating.evaluate_checkpoint(
                 checkpoint, model, data, weights=weights, recipe=prepared, **measured
             )
@@ -297,7 +297,7 @@ def evaluate(
         given = "weights" if weights != "auto" else "input_size" if input_size is not None else next(iter(settings))
         what = f"`{given}` is about a float model, and none is named"
         raise UserError(what, hint="name one by --model (model=), or leave it out: a csq file knows its own")
-    with undisturbed():
+    with preserve_global_state():
         accuracy, manifest = evaluating.evaluate_file(
             model_of(file), data, trust_code=trust_code, classes_by_position=classes_by_position, **measured
         )
@@ -367,7 +367,7 @@ def export(
     from csqcli.exporting.run import export_file, output_path
 
     target_path = Path(output) if output is not None else output_path(path, form)
-    with undisturbed():
+    with preserve_global_state():
         manifest = export_file(
             path,
             target_path,
@@ -453,7 +453,7 @@ def bench(
     from csqcli.exporting.bench import Setting, bench_file, bench_model
     from csqcli.models.spec import parse
 
-    with undisturbed():
+    with preserve_global_state():
         setting = Setting(chosen, threads, batch, repeats)
         if is_file:
             return bench_file(path, setting, trust_code=trust_code, display=display)
@@ -519,7 +519,7 @@ def inspect(
     from csqcli.models import libraries as sources
 
     if isinstance(model, str):
-        with undisturbed():
+        with preserve_global_state():
             with sources.without_weights("leave --pretrained (pretrained=True) out"):
                 loaded = sources.load(model, num_classes=num_classes, pretrained=pretrained)
             own = loaded.data_config["input_size"]
@@ -529,7 +529,7 @@ def inspect(
         raise UserError("no input_size given", where="csqcli.inspect", hint="a module needs one, e.g. (3, 224, 224)")
     from csqcli.quant.wrappers import unwrap
 
-    with undisturbed():
+    with preserve_global_state():
         return coverage.coverage(unwrap(model), input_size, exclude=exclude)
 
 
@@ -590,7 +590,7 @@ def allocate(
 
     from csqcli.analysis.allocating import allocate as allocated
 
-    with undisturbed():
+    with preserve_global_state():
         found = allocated(resolved, display=_display(progress))
     if target is not None:
         from csqcli.system.files import write_text
@@ -647,7 +647,7 @@ def sensitivity(
 
     from csqcli.analysis.sensitivity import sensitivity as measured
 
-    with undisturbed():
+    with preserve_global_state():
         return measured(resolved, widths=wanted, images=val_limit, display=_display(progress))
 
 
@@ -713,7 +713,7 @@ def sweep(
     from csqcli.sweeping.sweep import run_sweep
 
     launcher = None if jobs is None else LocalProcesses(jobs)
-    with undisturbed():
+    with preserve_global_state():
         return run_sweep(planned, display=_display(progress), launcher=launcher, jobs=jobs or 1)
 
 
@@ -757,7 +757,7 @@ def explain(
     from csqcli.analysis.explaining import explain as explained
     from csqcli.system.run_files import model_of
 
-    with undisturbed():
+    with preserve_global_state():
         return explained(
             model_of(run),
             data,
@@ -836,7 +836,7 @@ def diff(
     """
     from csqcli.analysis.differing import diff as differing
 
-    with undisturbed():
+    with preserve_global_state():
         return differing(
             str(float_model),
             Path(quantized),
@@ -879,7 +879,7 @@ def load(path: str | Path, *, into: nn.Module | None = None, trust_code: bool = 
     from csqcli.system.run_files import model_of
 
     file = model_of(path)
-    with undisturbed():
+    with preserve_global_state():
         if into is None:
             return loading.load_file(file, trust_code=trust_code)
         loading.load_into(into, io.read(file), where=str(file))
@@ -928,7 +928,7 @@ def quantize(
     """
     from csqcli.rounding import quantize_in_memory
 
-    with undisturbed():
+    with preserve_global_state():
         return quantize_in_memory(
             model,
             images,
@@ -991,7 +991,7 @@ def save(
     target = Path(path)
     if target.suffix != ".safetensors":
         raise UserError("the name must end in .safetensors", where=str(target))
-    with undisturbed():
+    with preserve_global_state():
         save_model(
             model,
             optimizer,

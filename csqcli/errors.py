@@ -27,7 +27,7 @@ _LIBRARIES = {  # whose frames say nothing about where a mistake is
     *("yaml", "typer", "click", "rich", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino"),
 }
 # what a network raises over an image that it was not made for
-MISFITS = (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError)
+FORWARD_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError)
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # torch's allocators, CUDA and CPU
 
 
@@ -89,7 +89,7 @@ def machine_fault(error: BaseException) -> UserError | None:
     return None
 
 
-def strangers_place(error: BaseException) -> str:
+def user_code_location(error: BaseException) -> str:
     """Where code that the user brought (a factory, a forward pass, a plug-in) was when it raised: ``nets.py, line 7 in build``.
 
     Its last line before the libraries that it called; empty where csq itself called them.
@@ -105,27 +105,27 @@ def strangers_place(error: BaseException) -> str:
     return ""
 
 
-def strangers_fault(error: BaseException) -> UserError | None:
+def user_code_error(error: BaseException) -> UserError | None:
     """An exception out of code that the user brought, as one line that says where; None for any other."""
-    place, kind = strangers_place(error), type(error).__name__
+    place, kind = user_code_location(error), type(error).__name__
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return UserError(f"{kind}: {text}", where=place, hint="CSQ_DEBUG=1 shows the traceback") if place else None
 
 
 def cannot_run(error: BaseException, input_size: Sequence[int]) -> str:
-    """One of :data:`MISFITS` that a network raised over an image of ``input_size``, in words; raised anew where the machine is
+    """One of :data:`FORWARD_ERRORS` that a network raised over an image of ``input_size``, in words; raised anew where the machine is
     what failed."""
     if machine_fault(error) is not None:
         raise error
-    place, size = strangers_place(error), "×".join(map(str, input_size))
+    place, size = user_code_location(error), "×".join(map(str, input_size))
     return f"cannot run on an image of {size} ({f'{place}: ' if place else ''}{error})"
 
 
 def as_line(error: BaseException) -> UserError | None:
     """What the machine or somebody else's code did, as one line; None for a mistake of csq's own."""
     if isinstance(error, OSError):  # a stranger's own says where it was raised
-        return strangers_fault(error) or machine_fault(error)
-    return machine_fault(error) or strangers_fault(error)
+        return user_code_error(error) or machine_fault(error)
+    return machine_fault(error) or user_code_error(error)
 
 
 def no_such_file(path: Path) -> UserError:

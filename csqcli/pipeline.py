@@ -38,10 +38,10 @@ from csqcli.training.deliver import deliver, rehearse, write_report
 from csqcli.training.evaluate import evaluate
 from csqcli.training.labels import with_labels_of
 from csqcli.training.limits import measure_ways
-from csqcli.training.named import check_named, check_optimizer
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.planning import try_out
 from csqcli.training.post_training import measure_importance
+from csqcli.training.preflight import check_named, check_optimizer
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
 from csqcli.training.setup import shared_importance, shortened

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csqcli.errors import MISFITS, UserError, cannot_run
+from csqcli.errors import FORWARD_ERRORS, UserError, cannot_run
 from csqcli.quant.catalog import PTQSettings, find_card
 from csqcli.quant.layerwise import FLOAT_BITS, Quantized, quantize_model
 from csqcli.quant.optimizer import check_target, settings_of
@@ -52,7 +52,7 @@ def quantize_in_memory(
         )
     except UserError:
         raise
-    except MISFITS as error:
+    except FORWARD_ERRORS as error:
         raise UserError(cannot_run(error, batches[0].shape[1:]), where="csqcli.quantize") from error
 
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from csqcli.errors import MISFITS, UserError, cannot_run, did_you_mean, first_problem
+from csqcli.errors import FORWARD_ERRORS, UserError, cannot_run, did_you_mean, first_problem
 from csqcli.exporting import verify
 from csqcli.exporting.verify import ParityError
 from csqcli.file import header, io, loading
@@ -338,7 +338,7 @@ def _outputs(network: nn.Module, task: str, input_size: Sequence[int], *, where:
     like = next(network.parameters())
     try:
         output = network(*example_inputs(task, input_size, batch=_PROBE_IMAGES, device=like.device, dtype=like.dtype))
-    except MISFITS as error:
+    except FORWARD_ERRORS as error:
         hint = "pass data_config with the input_size (channels, height, width) of your images"
         raise UserError(cannot_run(error, input_size), where=where, hint=hint) from error
     return [tensor.float().cpu() for tensor in _tensors(output) if tensor.is_floating_point()]

@@ -73,7 +73,7 @@ class ThreePlanes(StraightThrough):
     """A method of planes that goes no further than three."""
 
     name = "three"
-    most_planes = 3
+    max_planes = 3
 
 
 class Unfinished(WeightMethod):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from csqcli.errors import MISFITS, cannot_run, did_you_mean, first_problem, machine_fault
+from csqcli.errors import FORWARD_ERRORS, cannot_run, did_you_mean, first_problem, machine_fault
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_pydantics_first_problem_is_told_in_the_words_of_who_found_it(given: dic
 def test_a_network_that_cannot_run_is_told_by_the_size_and_a_full_memory_is_not_blamed_on_it() -> None:
     assert cannot_run(ValueError("no"), (3, 8, 9)) == "cannot run on an image of 3×8×9 (no)"
     full = RuntimeError("CUDA out of memory")
-    assert isinstance(full, MISFITS)
+    assert isinstance(full, FORWARD_ERRORS)
     with pytest.raises(RuntimeError) as caught:
         cannot_run(full, (3, 8, 8))
     assert caught.value is full

@@ -11,7 +11,7 @@ from csqcli.recipe.schema import Recipe
 from csqcli.system.progress import Display
 from csqcli.training.budgets import budget_of
 from csqcli.training.latencies import NANOSECONDS_PER_MS
-from csqcli.training.named import check_named
+from csqcli.training.preflight import check_named
 from csqcli.training.setup import allocation
 
 

@@ -26,7 +26,7 @@ from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Score, score, squared_errors, weights_as
 from csqcli.quant.names import MOST_PLANES, owner_of
-from csqcli.recipe.schema import USERS_TARGETS, LayerRules
+from csqcli.recipe.schema import RESOURCE_TARGETS, LayerRules
 from csqcli.system.progress import Display
 from csqcli.training.budgets import within_operations
 
@@ -170,7 +170,7 @@ def _held_to(manifest: Manifest, layers: Sequence[Layer]) -> _Held:
     """
     section = manifest.recipe.get("quantization")
     settings: dict[str, Any] = section if isinstance(section, dict) else {}
-    asked = {key: settings[key] for key in USERS_TARGETS if _is_amount(settings.get(key))}
+    asked = {key: settings[key] for key in RESOURCE_TARGETS if _is_amount(settings.get(key))}
     counted = manifest.compute if manifest.compute is not None and manifest.compute.macs else None
     limits = _limits(manifest, settings, layers)
     inputs = {entry.module: entry.bits for entry in manifest.activations}
@@ -225,7 +225,7 @@ def _limits(manifest: Manifest, settings: Mapping[str, Any], layers: Sequence[La
         )
     except (ValidationError, UserError):
         limits = plane_limits(layers, bits=bits)
-    takes = CARDS[method].most_planes if isinstance(method, str) and method in CARDS else MOST_PLANES
+    takes = CARDS[method].max_planes if isinstance(method, str) and method in CARDS else MOST_PLANES
     return replace(limits, max_planes=tuple(min(planes, takes) for planes in limits.max_planes))
 
 

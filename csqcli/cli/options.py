@@ -244,7 +244,7 @@ def batch_settings(batch_size: str | None) -> dict[str, Any]:
         raise UserError(f"`{batch_size}` is neither a number of images nor auto", where="--batch-size") from None
 
 
-def take_options(
+def copy_options(
     command: Callable[..., None],
     source: Callable[..., None],
     *,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from csqcli.cli.options import take_options
+from csqcli.cli.options import copy_options
 from csqcli.cli.search import print_plan_of, search
 
 _OF_A_RUN = ("output", "force", "resume", "log", "dry_run", "calib")  # a plan has no folder, and steps to be timed
@@ -27,4 +27,4 @@ def plan(*, verbose: bool, **options: Any) -> None:
     print_plan_of(options, verbose=verbose)
 
 
-take_options(plan, search, without=_OF_A_RUN, own={"verbose": (_VerboseOption, False)})
+copy_options(plan, search, without=_OF_A_RUN, own={"verbose": (_VerboseOption, False)})

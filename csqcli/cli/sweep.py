@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from csqcli.cli import output
-from csqcli.cli.options import LOG_EVERY, JsonOption, LogOption, QuietOption, take_options
+from csqcli.cli.options import LOG_EVERY, JsonOption, LogOption, QuietOption, copy_options
 from csqcli.cli.search import search, search_settings
 from csqcli.errors import UserError
 from csqcli.system.launcher import is_main_process, world_size
@@ -183,7 +183,7 @@ def _check(own: dict[str, Any]) -> None:
         raise UserError("does not go with torchrun, which shares each run among its processes", where=name, hint=hint)
 
 
-take_options(sweep, search, without=_NOT_OF_A_SWEEP, own=_OWN)
+copy_options(sweep, search, without=_NOT_OF_A_SWEEP, own=_OWN)
 
 
 def sweep_run(

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from csqcli.errors import MISFITS, UserError, cannot_run
+from csqcli.errors import FORWARD_ERRORS, UserError, cannot_run
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.names import owner_of
 
@@ -54,7 +54,7 @@ def coverage(
     layers, left = find_layers(model, exclude=exclude)
     try:
         operations = count_macs(model, layers, input_size, task=task)
-    except MISFITS as error:
+    except FORWARD_ERRORS as error:
         raise UserError(
             f"the model {cannot_run(error, input_size)}", hint="give the input size that it takes"
         ) from error

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from csqcli.errors import UserError, machine_fault, strangers_fault
+from csqcli.errors import UserError, machine_fault, user_code_error
 from csqcli.models import networks
 from csqcli.models.checkpoints import Checkpoint, choose_weights, fit_state_dict
 from csqcli.models.data_config import IMAGENET_CONFIG, DataConfig, usable_config
@@ -96,7 +96,7 @@ def build(spec: ModelSpec, *, num_classes: int | None, pretrained: bool = False)
         if machine_fault(error) is not None:
             raise
         refused = UserError(f"the constructor refused its arguments: {error}", where=spec.source)
-        raise (strangers_fault(error) or refused) from error
+        raise (user_code_error(error) or refused) from error
 
 
 def load(

@@ -21,8 +21,8 @@ from csqcli.errors import UserError
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import evaluating, evaluating_untrained
 from csqcli.quant.names import owner_of
-from csqcli.quant.one_image import OfOneImage, given_by_one_image
-from csqcli.quant.passes.sampling import spread_out
+from csqcli.quant.one_image import ModuleInput, inputs_from_one_image
+from csqcli.quant.passes.sampling import sample_indices
 
 INPUT_BITS = 8  # of the network's own input
 _LEAST = 1e-20  # of a scale; fresh networks have activations of 1e-12
@@ -271,16 +271,16 @@ def samples_of(
                 negative.add(name)
             if x.shape[:1] != images.shape[:1]:
                 batched.discard(name)
-            samples.setdefault(name, []).append(flat[spread_out(flat.numel(), _SAMPLE, device=flat.device)])
+            samples.setdefault(name, []).append(flat[sample_indices(flat.numel(), _SAMPLE, device=flat.device)])
 
         return hook
 
-    of_one: dict[str, OfOneImage] = {}
+    of_one: dict[str, ModuleInput] = {}
     with evaluating_untrained(model) if untrained else evaluating(model):
         for images in batches:
             if not len(images):  # none of it could be decoded
                 continue
-            of_one = of_one or given_by_one_image(model, names, images[:1])
+            of_one = of_one or inputs_from_one_image(model, names, images[:1])
             hooks = [modules[name].register_forward_pre_hook(watch(name, images)) for name in names]
             try:
                 model(images)
@@ -289,7 +289,7 @@ def samples_of(
                     handle.remove()
     found = {}
     for name, values in samples.items():
-        one = of_one.get(name, OfOneImage())
+        one = of_one.get(name, ModuleInput())
         found[name] = InputSample(
             torch.cat(values),
             name in negative,

@@ -308,8 +308,8 @@ class MethodCard:
     has_zero: bool = True  # among its levels: 2^(k+1) − 1 at k planes, else 2^k
     activations: str = "lsq"  # the activation quantizer that its paper pairs it with, where the recipe names none
     trains: bool = True  # whether it has epochs; one that has none is what 0 epochs mean
-    least_planes: int = 0  # of a layer; at 1 it has no layer without planes
-    most_planes: int = MOST_PLANES
+    min_planes: int = 0  # of a layer; at 1 it has no layer without planes
+    max_planes: int = MOST_PLANES
     takes_state_dtype: bool = False  # keeps what it has per weight in quantization.state_dtype
     keeps_unrounded: bool = True  # weights from before they were rounded, which another run may begin with
 
@@ -368,7 +368,7 @@ CARDS = {
             "planes",
             StepSettings,
             citation="Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013",
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "lsq",
@@ -377,7 +377,7 @@ CARDS = {
             "planes",
             StepSettings,
             citation="Esser et al., Learned Step Size Quantization, ICLR 2020",
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "parq",
@@ -386,7 +386,7 @@ CARDS = {
             "planes",
             PARQSettings,
             "Jin et al., PARQ: Piecewise-Affine Regularized Quantization, ICML 2025",
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "dorefa",
@@ -397,7 +397,7 @@ CARDS = {
             "Zhou et al., DoReFa-Net: Training Low Bitwidth CNNs with Low Bitwidth Gradients, 2016",
             activations="dorefa",
             has_zero=False,
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "pact",
@@ -408,7 +408,7 @@ CARDS = {
             "Choi et al., PACT, 2018; Choi et al., Accurate and Efficient 2-bit Quantized Neural Networks, MLSys 2019",
             activations="pact",
             has_zero=False,
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "bsq",
@@ -425,7 +425,7 @@ CARDS = {
             "target",
             MSQSettings,
             "Han et al., MSQ: Memory-Efficient Bit Sparsification Quantization, ICCV 2025",
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "lq-nets",
@@ -437,7 +437,7 @@ CARDS = {
             finetunes=True,
             learns_basis=True,
             has_zero=False,
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "twn",
@@ -446,8 +446,8 @@ CARDS = {
             "planes",
             TWNSettings,
             "Li et al., Ternary Weight Networks, 2016",
-            least_planes=1,
-            most_planes=1,
+            min_planes=1,
+            max_planes=1,
         ),
         MethodCard(
             "xnor",
@@ -457,8 +457,8 @@ CARDS = {
             XNORSettings,
             "Rastegari et al., XNOR-Net, ECCV 2016",
             has_zero=False,
-            least_planes=1,
-            most_planes=1,
+            min_planes=1,
+            max_planes=1,
         ),
         MethodCard(
             "scaled-uniform",
@@ -468,7 +468,7 @@ CARDS = {
             ScaledSettings,
             "Polino et al., Model Compression via Distillation and Quantization, ICLR 2018",
             has_zero=False,
-            least_planes=1,
+            min_planes=1,
         ),
         MethodCard(
             "ptq",
@@ -597,8 +597,8 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
         found.Settings,
         found.citation,
         finetunes=found.finetunes,
-        least_planes=found.least_planes,
-        most_planes=found.most_planes,
+        min_planes=found.min_planes,
+        max_planes=found.max_planes,
         takes_state_dtype=True,  # for all that is known
         keeps_unrounded=sum("unrounded" in vars(each) for each in found.__mro__) > 1,  # WeightMethod's own keeps none
     )

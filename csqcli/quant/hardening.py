@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csqcli.quant.budget import Budget, allocate
 from csqcli.quant.passes.rounding import levels_of, nearest_level
-from csqcli.quant.passes.sampling import spread_out
+from csqcli.quant.passes.sampling import sample_indices
 
 UNSEEN = 0.05  # a plane whose f(m_B) is below this adds nothing to the soft weight, and is not switched on
 _SAMPLE, _LARGE_SAMPLE = 2**12, 2**16  # weights that starting points, and numbers of planes, are compared on
@@ -45,7 +45,7 @@ def fit_levels(weight: Tensor, mask: Tensor, *, starts: Sequence[float] = ()) ->
     if len(levels) == 1 or largest == 0:
         return Fit(torch.zeros_like(weight), weight.new_ones(()), weight.double().square().sum())
     scaled = weight / largest  # squares of tiny and of huge weights would vanish or overflow
-    sample = scaled[spread_out(len(scaled), _SAMPLE, device=scaled.device)]
+    sample = scaled[sample_indices(len(scaled), _SAMPLE, device=scaled.device)]
     steps = [start / largest for start in starts if 0 < start / largest < float("inf")]
     steps += [part / float(levels[-1]) for part in torch.linspace(*_FRACTIONS).tolist()]
     tried = torch.tensor(steps, dtype=torch.float64, device=weight.device)
@@ -111,15 +111,15 @@ def choose_planes(
     )
     errors = torch.zeros(layers, bits + 1, dtype=torch.float64)
     for index, weight in enumerate(soft_weights):
-        sample = weight[spread_out(len(weight), _LARGE_SAMPLE, device=weight.device)]
+        sample = weight[sample_indices(len(weight), _LARGE_SAMPLE, device=weight.device)]
         for count in range(most[index] + 1):
             error = fit_levels(sample, first_planes(orders[index], count)).error.cpu()
             errors[index, count:] = error * (len(weight) / len(sample))
-    counts = fewest_losses(errors, curvature, replace(budget, limits=replace(limits, max_planes=most)))
+    counts = allocate_by_error(errors, curvature, replace(budget, limits=replace(limits, max_planes=most)))
     return torch.stack([first_planes(order, count) for order, count in zip(orders, counts, strict=True)]).to(device)
 
 
-def fewest_losses(errors: Tensor, curvature: Tensor, budget: Budget) -> list[int]:
+def allocate_by_error(errors: Tensor, curvature: Tensor, budget: Budget) -> list[int]:
     """Planes of every layer within the budget that lose least, from the squared error at 0 … n planes [layers, n + 1] and
     what an error in a layer costs [layers]."""
     errors = torch.cummin(errors, dim=1).values
@@ -127,7 +127,7 @@ def fewest_losses(errors: Tensor, curvature: Tensor, budget: Budget) -> list[int
     return allocate(saved, budget)
 
 
-def fewer_planes(
+def reduce_to_budget(
     planes: Sequence[int],  # of every layer
     fisher: Tensor,  # [layers]: running mean of the squared gradient of a weight
     budget: Budget,
@@ -143,7 +143,7 @@ def fewer_planes(
     most = tuple(max(few, min(k, many)) for few, k, many in rows)
     within = replace(budget, limits=replace(limits, max_planes=most))
     table = torch.stack([errors(index) for index in range(len(planes))])
-    kept = fewest_losses(table, known_curvature(fisher), within)
+    kept = allocate_by_error(table, known_curvature(fisher), within)
     return {index: k for index, (k, before) in enumerate(zip(kept, planes, strict=True)) if k < before}
 
 

@@ -29,18 +29,18 @@ _ATTENTION = FunctionType(
 )
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """Every layer asked for has been seen: the rest of the forward pass is of no use."""
 
 
-class LayerOrder(TorchFunctionMode):
+class ExecutionOrder(TorchFunctionMode):
     """Inside, a forward pass leaves the indices of ``layers`` in :attr:`order`, as they ran, and in :attr:`biases` the bias that
     each was given."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.of = {id(layer.parameter): index for index, layer in enumerate(layers)}
-        self.wanted: set[int] = set()  # layers after which the pass may end; none: it runs to its end
+        self.stop_after: set[int] = set()  # layers after which the pass may end; none: it runs to its end
         self.order: list[int] = []
         self.biases: dict[int, nn.Parameter] = {}
         self._attending: int | None = None  # images of the attention that runs: its rows are token after token
@@ -59,8 +59,8 @@ class LayerOrder(TorchFunctionMode):
             return result
         with torch._C.DisableTorchFunction():
             self._see(index, dims, given)
-        if self.wanted and self.wanted <= set(self.order):
-            raise _Reached
+        if self.stop_after and self.stop_after <= set(self.order):
+            raise _StopForward
         return result
 
     def _attend(self, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -78,7 +78,7 @@ class LayerOrder(TorchFunctionMode):
             self.biases[index] = given["bias"]
 
 
-class LayerInputs(LayerOrder):
+class LayerInputs(ExecutionOrder):
     """Inside, a forward pass leaves the inputs of ``layers`` in :attr:`columns` too, as [groups, columns, samples].
 
     At most about ``positions`` output positions of an image are taken (one number, or one per layer), on a regular grid whose
@@ -103,9 +103,9 @@ class LayerInputs(LayerOrder):
 
 
 @contextlib.contextmanager
-def passing() -> Iterator[None]:
+def allow_early_stop() -> Iterator[None]:
     """Around a forward pass that may end early."""
-    with contextlib.suppress(_Reached):
+    with contextlib.suppress(_StopForward):
         yield
 
 

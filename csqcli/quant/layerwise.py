@@ -23,9 +23,9 @@ from csqcli.quant.allocators.importance import fisher_importance
 from csqcli.quant.budget import allocate
 from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.hard_layer import HardLayer
-from csqcli.quant.layer_inputs import LayerInputs, LayerOrder, passing
+from csqcli.quant.layer_inputs import ExecutionOrder, LayerInputs, allow_early_stop
 from csqcli.quant.layers import Layer, find_layers
-from csqcli.quant.measuring import Watch, evaluating, logits_of, unwatched
+from csqcli.quant.measuring import Watch, evaluating, logits_of, no_progress
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.ptq import PostTraining, start_scale
 from csqcli.quant.names import INT8_PLANES, MOST_PLANES
@@ -85,7 +85,7 @@ class LayerwiseRounding:
     @torch.no_grad()
     def _execution_order(self) -> tuple[list[int], dict[nn.Module, int]]:
         """Layers to fit, in the order in which they run, and how many of them ran before each BatchNorm."""
-        recorder, norms = LayerOrder(self.layers), dict[nn.Module, int]()
+        recorder, norms = ExecutionOrder(self.layers), dict[nn.Module, int]()
 
         def note(module: nn.Module, inputs: object) -> None:
             norms.setdefault(module, len(recorder.order))
@@ -131,8 +131,8 @@ class LayerwiseRounding:
     def _inputs(self, model: nn.Module, layers: Sequence[Layer], batch: Tensor, offset: int) -> dict[int, Tensor]:
         images = sum(map(len, self.batches))
         recorder = LayerInputs(layers, positions=[_positions(layer, images) for layer in layers], offset=offset)
-        recorder.wanted = set(range(len(layers)))
-        with recorder, passing():
+        recorder.stop_after = set(range(len(layers)))
+        with recorder, allow_early_stop():
             model(batch)
         return recorder.columns
 
@@ -224,7 +224,7 @@ def quantize_model(
     act_bits: int = FLOAT_BITS,
     settings: PTQSettings | None = None,
     seed: int = 0,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
 ) -> Quantized:
     """Round a model in place, planes by Fisher importance; :func:`csqcli.quantize` has the arguments. Modes come back as they were.
 

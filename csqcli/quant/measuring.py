@@ -34,7 +34,7 @@ class Watch(Protocol):
 
 
 @contextlib.contextmanager
-def unwatched(name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def no_progress(name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Nobody looks on."""
     yield lambda done: None
 

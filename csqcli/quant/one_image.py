@@ -16,7 +16,7 @@ from csqcli.quant.measuring import evaluating
 
 
 @dataclass
-class OfOneImage:
+class ModuleInput:
     """What a module receives when one image goes through the model."""
 
     values: int = 1  # of its largest input
@@ -24,19 +24,19 @@ class OfOneImage:
 
 
 @torch.no_grad()
-def given_by_one_image(model: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, OfOneImage]:
+def inputs_from_one_image(model: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, ModuleInput]:
     """What each module that is called receives, positionally, from ``image`` [1, …].
 
     The image is also what views, copies, types, norms, padding and other operations make of it, until a convolution or a matrix product:
     its values are still those of the pixels. The model runs once, in eval mode; it and the random stream come back as they were.
     """
-    found: dict[str, OfOneImage] = {}
+    found: dict[str, ModuleInput] = {}
     modules = dict(model.named_modules())
     following = _ImageOperations(image)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            given = found.setdefault(name, OfOneImage())
+            given = found.setdefault(name, ModuleInput())
             for value in inputs:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     given.values = max(given.values, value.numel())

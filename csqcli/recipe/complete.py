@@ -21,14 +21,14 @@ def check_complete(recipe: Recipe, *, writes: bool = True) -> None:
     check_model_given(recipe)
     target, card = recipe.quantization.target_bits, recipe.card
     quantization = recipe.quantization
-    if target is None and not quantization.in_users_unit and card.name != "float":
+    if target is None and not quantization.has_resource_target and card.name != "float":
         inside = ", or write target_bits into the file of planes" if quantization.planes else ""
         other = "--target-size 2MB" if writes else "--target-bops 5e9"
         raise UserError("no target given", hint=f"pass --target-bits, e.g. --target-bits 3, or {other}{inside}")
     if quantization.in_bytes and not writes:
         hint = "pass --target-bits, --target-bops or --target-latency"
         raise UserError("a budget of bytes is about a file, and none is written here", hint=hint)
-    if quantization.in_users_unit:
+    if quantization.has_resource_target:
         if card.name == "float":
             raise UserError("float quantizes nothing, so there is no budget to meet", hint="leave the target out")
         if card.name not in ("staged", POST_TRAINING):
@@ -70,7 +70,7 @@ def check_data_given(recipe: Recipe) -> None:
 def still_missing(recipe: Recipe) -> dict[str, str]:
     """What a search by this recipe has to be told besides, and how: ``{"model": "MODEL", "data": "--data FOLDER"}``."""
     quantization = recipe.quantization
-    aimless = quantization.target_bits is None and not quantization.in_users_unit and not quantization.planes
+    aimless = quantization.target_bits is None and not quantization.has_resource_target and not quantization.planes
     found = {
         "model": ("MODEL", recipe.model.source is None),
         "data": ("--data FOLDER", recipe.data.source is None),

@@ -28,7 +28,7 @@ from csqcli.quant.costs import costs
 from csqcli.quant.names import INT8_PLANES, MOST_PLANES
 from csqcli.recipe import DEFAULT_RECIPE, legacy
 from csqcli.recipe.keys import beside, common_key, elsewhere, foreign, full_key, owner_of, put, suggest
-from csqcli.recipe.schema import USERS_TARGETS, ZEROQ, Recipe
+from csqcli.recipe.schema import RESOURCE_TARGETS, ZEROQ, Recipe
 from csqcli.recipe.yaml_files import read
 from csqcli.system.settings import USERS_ONLY, without
 
@@ -39,11 +39,11 @@ _OF_A_SEARCH = (
     "ship_as",
     "latency_table",
     "latency_engine",
-    *USERS_TARGETS,
+    *RESOURCE_TARGETS,
 )  # ignored when finetuning from its file
 _BEFORE_A_FINETUNE = ("quantization.", "layers.", "adaptation.")
 _OF_A_FINETUNE = ("quantization.method", "quantization.act_method", "quantization.state_dtype", "layers.floor")
-_TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *USERS_TARGETS))
+_TARGETS = tuple(f"quantization.{key}" for key in ("target_bits", *RESOURCE_TARGETS))
 _PREPROCESSING = (
     *(f"data.{key}" for key in ("input_size", "mean", "std", "interpolation", "crop_pct")),
     "model.arguments",
@@ -192,7 +192,7 @@ def _chosen(raw: Mapping[str, Any], where: str) -> tuple[MethodCard, str]:
     if method != AUTO:
         return find_card(method, where=f"{where}: quantization.method" if where else "quantization.method"), ""
     section, epochs = raw.get("quantization"), raw.get("epochs", Recipe.model_fields["epochs"].default)
-    if epochs != 0 and isinstance(section, dict) and any(section.get(key) is not None for key in USERS_TARGETS):
+    if epochs != 0 and isinstance(section, dict) and any(section.get(key) is not None for key in RESOURCE_TARGETS):
         return CARDS["staged"], "a budget of bytes, operations or time"
     name, why = choose(epochs if isinstance(epochs, int) else 0, from_scratch=is_from_scratch(raw))
     return CARDS[name], why
@@ -256,7 +256,7 @@ def _check_epochs(epochs: int, card: MethodCard, where: str) -> None:
 
 def _check_planes(recipe: Recipe, card: MethodCard, where: str) -> None:
     """UserError for a target and rules that ask for layers of fewer or more planes than the method has."""
-    rules, target, most = recipe.layers, recipe.quantization.target_bits, card.most_planes
+    rules, target, most = recipe.layers, recipe.quantization.target_bits, card.max_planes
     wide: dict[str, float] = {f"layers.min_bits: {name}": planes for name, planes in rules.min_bits.items()}
     wide |= {} if target is None else {"target_bits": target}
     wide |= {"layers.keep": recipe.quantization.max_bits} if rules.keep else {}
@@ -279,7 +279,7 @@ def _check_planes(recipe: Recipe, card: MethodCard, where: str) -> None:
                 raise UserError(what, where=where, hint=f"--set quantization.max_bits={planes} lifts it")
     asked = {"layers.floor": rules.floor} | {f"layers.max_bits: {name}": most for name, most in rules.max_bits.items()}
     for key, planes in asked.items():
-        if planes < card.least_planes:
+        if planes < card.min_planes:
             hint = "take staged, csq or ptq, or layers.exclude for what is to stay float"
             raise UserError(f"{key}: `{card.name}` has no layer of {planes} planes", where=where, hint=hint)
 

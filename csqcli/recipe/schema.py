@@ -21,7 +21,7 @@ from csqcli.system.settings import HASHED_ELSEWHERE, LARGE, RESULT_NEUTRAL, USER
 _MAX_BATCH = 2**20
 ZEROQ = "zeroq"  # what data.calib takes in place of a folder
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-USERS_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")
+RESOURCE_TARGETS = ("target_size", "target_compression", "target_bops", "target_latency")
 BYTE_TARGETS = ("target_size", "target_compression")
 ShippedForm = Literal["bit-packed-small", "bit-packed"]
 SHIPPED_FORMS: tuple[str, ...] = get_args(ShippedForm)  # those of `csq export` that a budget of bytes may be about
@@ -193,7 +193,7 @@ class QuantizationSettings(Section):
         fields = type(self).model_fields
         if self.ship_as != fields["ship_as"].default and not self.in_bytes:
             raise ValueError("ship_as goes with target_size or target_compression")
-        if self.cost != fields["cost"].default and self.target_bits is None and self.in_users_unit:
+        if self.cost != fields["cost"].default and self.target_bits is None and self.has_resource_target:
             raise ValueError("cost is what target_bits counts; the other targets count in their own unit")
         if self.act_per != fields["act_per"].default and self.act_bits != "auto":
             raise ValueError("act_per goes with target_act_bits")
@@ -202,9 +202,9 @@ class QuantizationSettings(Section):
         return self
 
     @property
-    def in_users_unit(self) -> bool:
+    def has_resource_target(self) -> bool:
         """Whether a budget is one of bytes, operations or time, not of mean planes."""
-        return any(getattr(self, key) is not None for key in USERS_TARGETS)
+        return any(getattr(self, key) is not None for key in RESOURCE_TARGETS)
 
     @property
     def in_bytes(self) -> bool:

@@ -64,7 +64,7 @@ class Sweep:
         object.__setattr__(self, "folder", self.output or sweep_folder(base))
         if self.targets is None and self.max_drop is None:
             raise UserError("no targets given", hint="pass --targets, e.g. --targets 1,1.5,2,3,4, or --max-drop 1")
-        asked = [min(_DROP_TARGET, base.card.most_planes)] if self.targets is None else _checked_targets(self.targets)
+        asked = [min(_DROP_TARGET, base.card.max_planes)] if self.targets is None else _checked_targets(self.targets)
         object.__setattr__(self, "planes", sorted(asked, reverse=True))
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UserError(f"{self.max_drop:g} is no number of points from 0 to 100", where="--max-drop")
@@ -164,10 +164,10 @@ class Sweep:
         """What keeps a method from a target under the sweep's rules, in words; empty where nothing does."""
         card, rules = find_card(name, where="--with"), self.base.layers
         widest = max(target, *rules.min_bits.values(), self.base.quantization.max_bits if rules.keep else 0)
-        if widest > card.most_planes:
-            return f"it has layers of {counted(card.most_planes, 'plane')} at most"
-        if min(target, rules.floor, *rules.max_bits.values()) < card.least_planes:
-            return f"it has layers of {counted(card.least_planes, 'plane')} at least"
+        if widest > card.max_planes:
+            return f"it has layers of {counted(card.max_planes, 'plane')} at most"
+        if min(target, rules.floor, *rules.max_bits.values()) < card.min_planes:
+            return f"it has layers of {counted(card.min_planes, 'plane')} at least"
         if not self._mixes(card) and not (target.is_integer() and target >= 1):
             return "it gives every layer the same planes"
         return ""

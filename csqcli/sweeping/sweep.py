@@ -98,7 +98,7 @@ def least_target(sweep: Sweep, report: Mapping[str, Any]) -> float:
     limits = limits_of(sweep.base, layers, ways)
     if sweep.mixes:
         fewest = mean_planes(limits.min_planes, weights)
-        return max(math.ceil(100 * fewest) / 100, sweep.base.card.least_planes, RESOLUTION)
+        return max(math.ceil(100 * fewest) / 100, sweep.base.card.min_planes, RESOLUTION)
     most = sweep.base.quantization.max_bits
     return next((k for k in range(1, most) if mean_planes(limits.alike(k), weights) <= k), most)
 

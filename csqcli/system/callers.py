@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_global_state() -> Iterator[None]:
     """PyTorch's number of threads, and the states of all random streams (Python's, NumPy's, PyTorch's on the CPU and on CUDA
     where it is in use), are afterwards what they were before, whatever happened in between."""
     import numpy

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from csqcli.errors import UserError, did_you_mean, machine_fault, strangers_place
+from csqcli.errors import UserError, did_you_mean, machine_fault, user_code_location
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def import_function(name: str, *, where: str = "") -> Any:
         try:
             return function(*arguments, **named)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            if machine_fault(error) is not None or strangers_place(error):
+            if machine_fault(error) is not None or user_code_location(error):
                 raise
             raise UserError(f"`{name}` cannot be called as csq calls it ({error})", where=where) from error
 

@@ -99,7 +99,7 @@ def check_targets(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
         return
     limits_of(recipe, layers)
     settings = recipe.quantization
-    asked_in_bits = settings.target_bits is not None and settings.cost == WEIGHTS and not settings.in_users_unit
+    asked_in_bits = settings.target_bits is not None and settings.cost == WEIGHTS and not settings.has_resource_target
     only_bops = settings.target_bops is not None and not settings.in_bytes and settings.target_latency is None
     if asked_in_bits or (only_bops and settings.act_bits == 32):
         budget_of(run, recipe, layers).check_feasible()
@@ -107,7 +107,7 @@ def check_targets(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
 
 def check_written_planes(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
     """UserError for planes that do not fit the model or the budget: before a float phase spends time on it."""
-    if recipe.quantization.planes and not recipe.quantization.in_users_unit:  # whose costs are not known yet
+    if recipe.quantization.planes and not recipe.quantization.has_resource_target:  # whose costs are not known yet
         written_planes(layers, budget_of(run, recipe, layers), recipe.quantization.planes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from csqcli.data.loaders import Loader
-from csqcli.errors import MISFITS, UserError, cannot_run
+from csqcli.errors import FORWARD_ERRORS, UserError, cannot_run
 from csqcli.quant.measuring import evaluating, logits_of
 from csqcli.quant.norms import tracking_norms
 from csqcli.system import distributed
@@ -50,7 +50,7 @@ def check_scores(model: nn.Module, input_size: Sequence[int], num_classes: int |
     try:
         output = model(torch.zeros(1, *input_size, device=device))
         shape = list(logits_of(output).shape)
-    except MISFITS as error:
+    except FORWARD_ERRORS as error:
         what = cannot_run(error, input_size)
         hint = "check data.input_size"
         if "channels" in str(error):

@@ -28,7 +28,7 @@ class Ways(BaseModel):
 
 def limits_of(recipe: Recipe, layers: Sequence[Named], ways: Ways | None = None) -> PlaneLimits:
     """The recipe's limits, and what the ways through the network allow of them; never more planes than the method takes."""
-    rules, most = recipe.layers, recipe.card.most_planes
+    rules, most = recipe.layers, recipe.card.max_planes
     found = plane_limits(
         layers,
         bits=recipe.quantization.max_bits,

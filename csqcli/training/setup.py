@@ -22,7 +22,7 @@ from csqcli.quant.measuring import Batches, Watch
 from csqcli.quant.methods.base import FloatTraining, Plan, Schedule, WeightMethod
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 from csqcli.recipe.resolve import is_from_scratch
-from csqcli.recipe.schema import USERS_TARGETS, OptimizerSettings, Recipe
+from csqcli.recipe.schema import RESOURCE_TARGETS, OptimizerSettings, Recipe
 from csqcli.system import distributed, memory
 from csqcli.system.progress import counted
 from csqcli.training.budgets import budget_of
@@ -161,7 +161,7 @@ def shared_importance(run: Run, layers: Sequence[Layer], batches: Batches) -> to
     if name is None or name in (UNIFORM, MANUAL) or find_allocator(name).gives != "importance":
         return None
     # any budget that can be met will do: what it allocates is not looked at
-    target = {"target_bits": float(run.recipe.quantization.max_bits)} | dict.fromkeys(USERS_TARGETS)
+    target = {"target_bits": float(run.recipe.quantization.max_bits)} | dict.fromkeys(RESOURCE_TARGETS)
     settings = run.recipe.quantization.model_copy(update=target)
     recipe = run.recipe.model_copy(update={"quantization": settings})
     with run.display.step("measuring which layers matter"):
@@ -315,7 +315,7 @@ def step_memory(
 def _most_planes(run: Run, recipe: Recipe, card: MethodCard, start: Sequence[HardLayer] | None) -> int:
     """Planes of the layer that has most, which every layer may hold state for; where they are not known yet, the most allowed."""
     settings, rules = recipe.quantization, recipe.layers
-    most = min(settings.max_bits, card.most_planes)
+    most = min(settings.max_bits, card.max_planes)
     if start:
         return len(start[0].mask)
     if card.takes != "planes":

@@ -17,7 +17,7 @@ from csqcli.file.manifest import ActivationEntry
 from csqcli.quant import activations
 from csqcli.quant.activations import ActivationQuantizer, InputSample, attach, calibrate, owners, quantizer_of
 from csqcli.quant.layers import find_layers
-from csqcli.quant.one_image import given_by_one_image
+from csqcli.quant.one_image import inputs_from_one_image
 
 
 class _Round(torch.autograd.Function):
@@ -556,7 +556,7 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize("how", ["sum", "mask", "in place", "sparse", ""])
 def test_features_that_meet_the_image_again_are_no_image(how: str) -> None:
-    given = given_by_one_image(Mixed(how), ["first", "second"], torch.randn(1, 3, 8, 8))
+    given = inputs_from_one_image(Mixed(how), ["first", "second"], torch.randn(1, 3, 8, 8))
     assert (given["first"].is_image, given["second"].is_image) == (True, False)
 
 

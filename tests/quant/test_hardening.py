@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from csqcli.quant import equations, hardening
 from csqcli.quant.budget import Budget, Ceiling, PlaneLimits, make_budget
 from csqcli.quant.catalog import PAPER, CSQSettings, MSQSettings, UniformGateSettings
-from csqcli.quant.hardening import UNSEEN, choose_planes, fewer_planes, fit_levels, known_curvature, plane_order
+from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, known_curvature, plane_order, reduce_to_budget
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.methods.base import Plan, Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
 from csqcli.quant.methods.msq import MSQ
 from csqcli.quant.passes.bitplanes import BitPlanes
 from csqcli.quant.passes.rounding import mse_step
-from csqcli.quant.passes.sampling import spread_out
+from csqcli.quant.passes.sampling import sample_indices
 
 CPU = torch.device("cpu")
 
@@ -208,7 +208,7 @@ def test_planes_are_chosen_by_what_whole_layers_lose_where_samples_of_one_size_a
     monkeypatch.setattr(hardening, "_LARGE_SAMPLE", 16)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.rand(count, generator=generator) * 2 - 1 for count in (300, 100)]
-    samples = [weight[spread_out(len(weight), 16)].double().numpy() for weight in weights]
+    samples = [weight[sample_indices(len(weight), 16)].double().numpy() for weight in weights]
     lost = [[float(np.square(part).sum()), *(least_error(part, k) for k in (1, 2, 3, 4))] for part in samples]
     within = [planes for planes in itertools.product(range(1, 5), repeat=2) if planes @ np.array([300, 100]) <= 700]
 
@@ -245,7 +245,7 @@ def test_layers_count_alike_until_any_has_had_a_gradient() -> None:
 def test_planes_too_many_are_given_up_where_they_lose_least(fisher: list[float], kept: dict[int, int]) -> None:
     errors = [torch.tensor(row, dtype=torch.float64) for row in ([50.0, 1.0, 0.0], [50.0, 4.0, 0.0])]
     alike = Budget(1.5, (10, 10), PlaneLimits((1, 1), (2, 2)), ((0, 10, 20), (0, 10, 20)))
-    assert fewer_planes([2, 2], torch.tensor(fisher), alike, errors=errors.__getitem__) == kept
+    assert reduce_to_budget([2, 2], torch.tensor(fisher), alike, errors=errors.__getitem__) == kept
 
 
 def test_planes_within_the_budget_and_the_limits_stay_and_nothing_is_measured() -> None:
@@ -253,20 +253,20 @@ def test_planes_within_the_budget_and_the_limits_stay_and_nothing_is_measured() 
         raise AssertionError("nothing to choose")
 
     within = Budget(1.5, (10, 10), PlaneLimits((0, 0), (2, 2)), ((0, 10, 20), (0, 10, 20)))
-    assert fewer_planes([2, 1], torch.zeros(2), within, errors=errors) == {}
+    assert reduce_to_budget([2, 1], torch.zeros(2), within, errors=errors) == {}
 
 
 def test_a_layer_beyond_its_own_limit_gives_up_what_is_beyond_it_where_the_budget_is_met() -> None:
     ruled = Budget(2.0, (10, 10), PlaneLimits((0, 0), (1, 2)), ((0, 10, 20), (0, 10, 20)))
     errors = torch.tensor([[50.0, 1.0, 0.0], [50.0, 4.0, 0.0]], dtype=torch.float64)
-    assert fewer_planes([2, 2], torch.ones(2), ruled, errors=errors.__getitem__) == {0: 1}
+    assert reduce_to_budget([2, 2], torch.ones(2), ruled, errors=errors.__getitem__) == {0: 1}
 
 
 def test_planes_within_the_first_of_two_budgets_are_given_up_for_the_second() -> None:
     second = Ceiling(((0, 1, 2), (0, 10, 20)), 12)  # [2, 1] or [1, 1], where the first one allows [2, 2]
     both = Budget(2.0, (10, 10), PlaneLimits((1, 1), (2, 2)), ((0, 10, 20), (0, 10, 20)), also=(second,))
     errors = torch.tensor([[50.0, 1.0, 0.0], [50.0, 4.0, 0.0]], dtype=torch.float64)
-    assert fewer_planes([2, 2], torch.ones(2), both, errors=errors.__getitem__) == {1: 1}
+    assert reduce_to_budget([2, 2], torch.ones(2), both, errors=errors.__getitem__) == {1: 1}
 
 
 def test_msq_drops_planes_until_every_budget_is_kept() -> None:

@@ -383,7 +383,7 @@ def test_no_method_and_its_base_optimizer_keep_more_than_the_estimate_counts(kin
     model = nn.Sequential(nn.Linear(192, 192, bias=False), nn.Linear(192, 192, bias=False))
     layers, _ = find_layers(model)
     card, method = CARDS[kind], CARDS[kind].load()
-    planes = [1, card.most_planes] if card.takes == "planes" else None
+    planes = [1, card.max_planes] if card.takes == "planes" else None
     trained = method(layers, plan_for(layers, 1.0, SCHEDULE, planes=planes), card.settings())
     settings = Recipe(optimizer={"name": optimizer, "lr": 0.01, "weight_decay": 0.0}).optimizer
     base = create_optimizer_v2(base_groups(model, trained), opt=optimizer, lr=0.01, weight_decay=0.0, momentum=0.9)

@@ -309,7 +309,7 @@ def test_msq_drops_bits_that_few_weights_use_and_two_at_a_time_where_the_layer_i
 
 @pytest.mark.parametrize("name", [name for name, card in CARDS.items() if card.trains and name != "float"])
 def test_a_card_says_whether_zero_is_a_level(name: str) -> None:
-    k = min(2, CARDS[name].most_planes)
+    k = min(2, CARDS[name].max_planes)
     levels = delivered(build(name, k)).integers.unique()
     assert len(levels) == (2 ** (k + 1) - 1 if CARDS[name].has_zero else 2**k)
     assert (0 in levels) == CARDS[name].has_zero

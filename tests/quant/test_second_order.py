@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csqcli.quant import second_order
-from csqcli.quant.layer_inputs import LayerInputs, LayerOrder, passing
+from csqcli.quant.layer_inputs import ExecutionOrder, LayerInputs, allow_early_stop
 from csqcli.quant.layers import find_layers
 from csqcli.quant.passes.rounding import mse_step, quantize
 
@@ -203,7 +203,7 @@ def test_the_weight_times_its_recorded_columns_is_the_layer_s_output(layer: nn.M
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     layers, _ = find_layers(layer)
     recorder = LayerInputs(layers, positions=10**6)
-    with torch.no_grad(), recorder, passing():
+    with torch.no_grad(), recorder, allow_early_stop():
         output = layer(x)
     columns = recorder.columns[0]
     groups, size, samples = columns.shape
@@ -214,7 +214,7 @@ def test_the_weight_times_its_recorded_columns_is_the_layer_s_output(layer: nn.M
         made = made + layer.bias.detach().unsqueeze(1)
     output = output.movedim(1, 0) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else output.flatten(0, -2).t()
     torch.testing.assert_close(made, output.flatten(1), atol=1e-5, rtol=1e-4)
-    alone = LayerOrder(layers)
+    alone = ExecutionOrder(layers)
     with torch.no_grad(), alone:
         layer(x)
     assert (alone.order, alone.biases) == (recorder.order, recorder.biases)
@@ -233,7 +233,7 @@ def test_over_the_batches_every_position_of_a_feature_map_is_looked_at(positions
     image, seen = torch.arange(16 * 16.0).reshape(1, 1, 16, 16), set()
     for offset in range(256 // positions):
         recorder = LayerInputs(layers, positions=positions, offset=offset)
-        with torch.no_grad(), recorder, passing():
+        with torch.no_grad(), recorder, allow_early_stop():
             layer(image)
         seen.update(recorder.columns[0].flatten().tolist())
     assert seen == set(range(256))
@@ -246,7 +246,7 @@ def test_a_weight_computed_from_a_parameter_is_not_taken_for_it() -> None:
 
     layer = Doubled(4, 2)
     recorder = LayerInputs(find_layers(layer)[0], positions=10)
-    with recorder, passing():
+    with recorder, allow_early_stop():
         layer(torch.randn(3, 4))
     assert recorder.order == []
 

@@ -32,7 +32,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 def build(name: str, settings: dict[str, Any]) -> tuple[nn.Module, QuantizedOptimizer]:
     model, card = small_model(), CARDS[name]
     layers, _ = find_layers(model)
-    target = min(4, card.most_planes)
+    target = min(4, card.max_planes)
     given = [target] * len(layers) if card.takes == "planes" else None
     plan = plan_for(layers, target, Schedule(STEPS, 10), planes=given)
     method = card.load()(layers, plan, card.settings(**settings))

@@ -216,7 +216,7 @@ def test_every_setting_has_help_text() -> None:
 def test_a_card_says_what_its_method_says(name: str) -> None:
     card = CARDS[name]
     method = card.load()
-    for said in ("name", "takes", "finetunes", "least_planes", "most_planes"):
+    for said in ("name", "takes", "finetunes", "min_planes", "max_planes"):
         assert getattr(method, said) == getattr(card, said)
     assert method.Settings is card.settings
 
@@ -419,7 +419,7 @@ def test_straight_through_is_refused_where_it_would_be_ignored(settings: dict[st
     [{"target_bits": 2}, {"target_bits": 1, "layers.keep": ["fc"]}, {"target_bits": 1, "layers.min_bits": {"fc": 2}}],
 )
 def test_methods_of_one_plane_are_refused_more_before_anything_is_loaded(asked: dict[str, object]) -> None:
-    assert resolve("short", {"quantization.method": "twn", "target_bits": 1}).card.most_planes == 1
+    assert resolve("short", {"quantization.method": "twn", "target_bits": 1}).card.max_planes == 1
     with pytest.raises(UserError, match="`twn` has layers of 1 plane at most"):
         resolve("short", {"quantization.method": "twn"} | asked)
 

@@ -22,7 +22,7 @@ from csqcli.quant.allocators.manual import written_planes
 from csqcli.quant.budget import Budget, allocate
 from csqcli.quant.catalog import MANUAL, TRIALS, UNIFORM, find_allocator
 from csqcli.quant.layers import Layer
-from csqcli.quant.measuring import Batches, Watch, unwatched
+from csqcli.quant.measuring import Batches, Watch, no_progress
 from csqcli.system.plugins import import_attribute, import_function
 
 
@@ -44,7 +44,7 @@ def allocation_by(
     planes: Mapping[str, int] | None = None,
     trials: int = TRIALS,
     seed: int = 0,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
 ) -> Allocation:
     """Planes of every layer by the allocator ``name``, within the budget and the rules.
 

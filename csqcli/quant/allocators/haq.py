@@ -18,7 +18,7 @@ from torch import nn
 from csqcli.quant.budget import Budget, allocate
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import savings
-from csqcli.quant.measuring import Batches, Score, Watch, rounded, score, squared_errors, unwatched, weights_as
+from csqcli.quant.measuring import Batches, Score, Watch, no_progress, rounded, score, squared_errors, weights_as
 
 _SPREAD = 2.0  # of the first proposals, in powers of e: a plane more quarters a layer's squared error
 _CACHED_BYTES = 2**30  # of rounded weights that are kept
@@ -32,7 +32,7 @@ def searched_planes(
     *,
     trials: int,
     seed: int = 0,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
 ) -> list[int]:
     """Planes of the best of ``trials`` networks that were measured: highest top-1 on ``batches``, ties by the lower loss.
 

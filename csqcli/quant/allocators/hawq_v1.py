@@ -15,7 +15,7 @@ from csqcli.errors import UserError
 from csqcli.quant.allocators.hessian import PART, top_eigenvalues
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import savings
-from csqcli.quant.measuring import Batches, Watch, chunks, squared_errors, unwatched
+from csqcli.quant.measuring import Batches, Watch, chunks, no_progress, squared_errors
 
 _ROUNDS, _TOLERANCE = 20, 1e-2
 
@@ -27,7 +27,7 @@ def eigenvalue_importance(
     bits: int,
     *,
     seed: int = 0,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
 ) -> Tensor:
     """[layers, bits] float64: ½ λ_l (‖W − Q_b‖² − ‖W − Q_{b+1}‖²), λ_l on the first images of ``batches``; below 0 it is 0."""
     first = next(iter(chunks(batches, PART)), None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from csqcli.quant.allocators.hessian import hessian_traces
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import savings
-from csqcli.quant.measuring import Batches, Watch, squared_errors, unwatched
+from csqcli.quant.measuring import Batches, Watch, no_progress, squared_errors
 
 _PROBES = 50  # the authors' number of Hutchinson vectors
 
@@ -26,7 +26,7 @@ def trace_importance(
     bits: int,
     *,
     seed: int = 0,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
 ) -> Tensor:
     """[layers, bits] float64: ½ Tr(H_l)/n_l (‖W − Q_b‖² − ‖W − Q_{b+1}‖²); a trace below 0 counts as 0."""
     traces = hessian_traces(model, layers, batches, probes=_PROBES, seed=seed, watch=watch)

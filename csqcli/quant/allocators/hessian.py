@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csqcli.quant.layers import Layer
-from csqcli.quant.measuring import Batches, Watch, chunks, differentiating, logits_of, unwatched
+from csqcli.quant.measuring import Batches, Watch, chunks, differentiating, logits_of, no_progress
 
 PART = 32  # images per product: a graph of gradients takes several times a step's memory
 
@@ -26,7 +26,7 @@ def hessian_traces(
     probes: int,
     seed: int = 0,
     part: int = PART,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
 ) -> Tensor:
     """[layers] float64: Tr(H_l) by Hutchinson's estimator, E[vᵀHv] over vectors v of independent ±1.
 
@@ -74,7 +74,7 @@ def top_eigenvalues(
     rounds: int,
     tolerance: float,
     seed: int = 0,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
 ) -> Tensor:
     """[layers] float64: the largest eigenvalue of each H_l, by power iteration from a random vector.
 

@@ -75,8 +75,8 @@ class WeightMethod(ABC):
     citation: ClassVar[str] = ""
     takes: ClassVar[Literal["target", "planes", "either"]] = "target"  # searches planes itself, is given them, or both
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
-    least_planes: ClassVar[int] = 0  # of a layer, as most_planes: a recipe that asks for fewer or more is refused
-    most_planes: ClassVar[int] = MOST_PLANES
+    min_planes: ClassVar[int] = 0  # of a layer, as max_planes: a recipe that asks for fewer or more is refused
+    max_planes: ClassVar[int] = MOST_PLANES
     finetunes: ClassVar[bool] = (
         False  # whether it accepts Plan.start; delivered integers are else trained on by `staged`
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from csqcli.quant.catalog import BSQSettings
 from csqcli.quant.hard_layer import HardLayer, hard_layer
-from csqcli.quant.hardening import fewer_planes
+from csqcli.quant.hardening import reduce_to_budget
 from csqcli.quant.layers import Layer
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.methods.latents import SMALLEST
@@ -168,7 +168,7 @@ class BSQ(WeightMethod):
         def errors(index: int) -> Tensor:
             return self._errors(weights[index], counts[index])
 
-        for index, k in fewer_planes(counts, self.fisher, self.budget, errors=errors).items():
+        for index, k in reduce_to_budget(counts, self.fisher, self.budget, errors=errors).items():
             self._refit(index, weights[index], k)
         self.fixed = True
 

@@ -26,7 +26,7 @@ class LatentMethod(WeightMethod):
     """A latent per weight, as the base optimizer leaves it; ``plan.planes`` gives k of every layer, at least 1."""
 
     takes: ClassVar[Takes] = "planes"
-    least_planes: ClassVar[int] = 1
+    min_planes: ClassVar[int] = 1
 
     def __init__(self, layers: Sequence[Layer], plan: Plan, settings: Any = None) -> None:
         super().__init__(layers, plan, settings)
@@ -102,7 +102,7 @@ class LatentMethod(WeightMethod):
         return (self.rounded(index) for index in range(len(self.layers)))
 
     def _check_planes(self) -> None:
-        least, most = self.least_planes, self.most_planes
+        least, most = self.min_planes, self.max_planes
         for layer, k in zip(self.layers, self.planes, strict=True):
             if not least <= k <= most:
                 known = "1 plane" if most == 1 else f"{least} to {most} planes"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from csqcli.quant.catalog import MSQSettings
-from csqcli.quant.hardening import fewer_planes
+from csqcli.quant.hardening import reduce_to_budget
 from csqcli.quant.methods.dorefa import DoReFa
 
 _FISHER_DECAY = 0.99
@@ -166,7 +166,7 @@ class MSQ(DoReFa):
     def _fix(self) -> None:
         """Planes for good, within the budget."""
         if not self.fixed:
-            for index, planes in fewer_planes(self.planes, self.fisher, self.budget, errors=self._errors).items():
+            for index, planes in reduce_to_budget(self.planes, self.fisher, self.budget, errors=self._errors).items():
                 self._set_planes(index, planes)
         self.fixed = True
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from csqcli.quant.catalog import PARQSettings
 from csqcli.quant.hard_layer import spread
 from csqcli.quant.methods.latents import LatentMethod
-from csqcli.quant.passes.rounding import mse_step, quantize, top_integer, towards_integers
+from csqcli.quant.passes.rounding import mse_step, proximal_map, quantize, top_integer
 
 
 class PARQ(LatentMethod):
@@ -64,7 +64,7 @@ class PARQ(LatentMethod):
             return
         for layer, latent, scale, k in zip(self.layers, self.latents, self.scales, self.planes, strict=True):
             wide = spread(scale, latent, layer.channel_dim)
-            mapped = towards_integers(latent.detach() / wide, top_integer(k), inverse_slope)
+            mapped = proximal_map(latent.detach() / wide, top_integer(k), inverse_slope)
             layer.parameter.data.copy_(mapped.mul_(wide))
 
     def harden(self, step: int) -> None:

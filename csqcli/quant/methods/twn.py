@@ -22,7 +22,7 @@ class TernaryWeights(LatentMethod):
     name = "twn"
     Settings = TWNSettings
     settings: TWNSettings
-    most_planes = 1
+    max_planes = 1
 
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
         latent = self.latents[index].detach()

@@ -21,7 +21,7 @@ class BinaryWeights(LatentMethod):
     name = "xnor"
     Settings = XNORSettings
     settings: XNORSettings
-    most_planes = 1
+    max_planes = 1
 
     def rounded(self, index: int) -> tuple[Tensor, Tensor]:
         latent = self.latents[index].detach()

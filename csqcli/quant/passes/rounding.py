@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csqcli.quant.passes.sampling import spread_out
+from csqcli.quant.passes.sampling import sample_indices
 from csqcli.quant.passes.state import kernels_for, of_channels, parts_of
 
 _SAMPLE = 2048  # weights of a row that the grid of steps is tried on
@@ -75,7 +75,7 @@ def _best_of_grid(rows: Tensor, largest: Tensor, planes: int) -> Tensor:
         fractions += torch.logspace(-2, -0.4, 17).tolist()
     elif planes <= _FEW_PLANES:
         fractions += torch.logspace(-2, -1.1, 8).tolist()
-    sample = rows[:, spread_out(length, _SAMPLE, device=rows.device)]
+    sample = rows[:, sample_indices(length, _SAMPLE, device=rows.device)]
     tail, each = None, torch.ones_like(largest)
     if length > _SAMPLE:
         tail = rows.abs().topk(_TAIL, dim=1).values
@@ -118,7 +118,7 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     return levels[torch.bucketize(values, middles)]
 
 
-def towards_integers(ratio: Tensor, top: int, flank: float) -> Tensor:
+def proximal_map(ratio: Tensor, top: int, flank: float) -> Tensor:
     """``ratio``, in place, on a staircase between the integers up to ±top whose flanks, half way between two, are of slope 1/flank.
 
     The proximal map of PARQ's regulariser (Jin et al., ICML 2025): the identity within ±top at a flank of 1, rounding towards 0.
@@ -179,7 +179,7 @@ class Staircase:
         if len(self.levels) == 1:
             return ratio.zero_()
         if self.without_holes:
-            return towards_integers(ratio, self.top, flank)
+            return proximal_map(ratio, self.top, flank)
         levels = self.levels.to(ratio)
         upper = torch.bucketize(ratio, levels, right=True).clamp_(1, len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]

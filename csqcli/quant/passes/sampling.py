@@ -10,7 +10,7 @@ from torch import Tensor
 _GOLDEN = (math.sqrt(5) - 1) / 2  # the share of the way round that leaves no gaps, whenever one stops
 
 
-def spread_out(count: int, most: int, *, device: torch.device | str = "cpu") -> Tensor:
+def sample_indices(count: int, most: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Positions of at most ``most`` of ``count`` values, int64, each once: all of them in order where that many are allowed.
 
     Steps of one size round the tensor, about the golden section of it (an additive recurrence), and without a divisor in common with
