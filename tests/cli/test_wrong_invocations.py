@@ -39,6 +39,7 @@ ROWS = [
     "serach resnet18",
     "search resnet18 --target-bit 3",
     "search resnet18 extra --data digits",
+    "search resnet18 --data digits --target-bits 3 --set model.arguments={in_chans:1}",
     "search --recipe digits --target-bits",
     "search --recipe digits --epochs three",
     "search --recipe digits -o new --quiet --target-size 2XB",

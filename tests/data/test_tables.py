@@ -93,7 +93,8 @@ def test_labels_of_one_number_are_classes_in_the_order_of_their_names(image_fold
         ("label,jpg\ndark,train/dark/0.png\n", "no column for the path among label, jpg; call it one of path, file, "),
         (
             "jpg,kind\ntrain/dark/0.png,dark\n",
-            r"1 of its images are not there .*/jpg\); call the columns path and label if line 1 is a heading",
+            r"1 of its images are not there .*/jpg\); if line 1 is a heading, call the columns path and label, "
+            r"or write csv:.*#PATH,LABEL with its names",
         ),
         ("path,label\ntrain/dark/0.png\n", "line 2: 1 fields; path,label is expected"),
         ("path,label,split\ntrain/dark/0.png,dark,holdout\n", "line 2: `holdout` is no split"),

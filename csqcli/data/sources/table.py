@@ -92,7 +92,9 @@ def table(text: str, *, train: bool) -> DataSet:
                 missing.append((line, where))
     if missing:
         line, first = missing[0]
-        hint = f"call the columns {_PATH[0]} and {_LABEL[0]} if line 1 is a heading" if line == 1 else ""
+        hint = ""
+        if line == 1:
+            hint = f"if line 1 is a heading, call the columns {_PATH[0]} and {_LABEL[0]}, or write csv:{name}#PATH,LABEL with its names"
         raise UserError(f"{len(missing)} of its images are not there (first: {first})", where=name, hint=hint)
     classes = _classes(
         {label for role in ("train", "val") for _, label in rows[role]} or {label for _, label in rows["test"]}
