@@ -18,7 +18,10 @@ import csqcli
 from csqcli.data.loaders import stream_seed
 from csqcli.file import io
 from csqcli.models.networks import digits_cnn
+from csqcli.quant.layers import find_layers
 from csqcli.quant.layerwise import LayerwiseRounding, quantize_model
+from csqcli.quant.methods.base import Schedule, plan_for
+from csqcli.quant.methods.ptq import PostTraining
 from csqcli.quant.optimizer import QuantizedOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -178,3 +181,18 @@ def test_a_rounded_model_that_was_changed_since_is_not_saved(
     with pytest.raises(csqcli.UserError, match="not those trained"):
         csqcli.save(other, found, tmp_path / "m.safetensors", source="csq:digits_cnn", num_classes=10)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batchnorm_has_settled_before_the_layers_behind_it_are_looked_at() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 10)).eval()
+    layers, _ = find_layers(model)
+    method = PostTraining(layers, plan_for(layers, 1, Schedule(0, 1), planes=[1, 1]))
+    rounding = LayerwiseRounding(model, method, [torch.randn(16, 1, 8, 8)])
+    assert rounding.groups == [[0], [1]]
+    before = model[1].running_mean.clone()
+    with torch.no_grad():
+        rounding.round_group([0])
+        assert torch.equal(model[1].running_mean, before)
+        rounding.round_group([1])
+    assert not torch.equal(model[1].running_mean, before)
