@@ -196,3 +196,11 @@ def test_a_batchnorm_has_settled_before_the_layers_behind_it_are_looked_at() -> 
         assert torch.equal(model[1].running_mean, before)
         rounding.round_group([1])
     assert not torch.equal(model[1].running_mean, before)
+
+
+def test_a_batchnorm_behind_the_last_layer_settles_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10)).eval()
+    before = model[2].running_mean.clone()
+    csqcli.quantize(model, [torch.randn(64, 1, 8, 8)], 1)
+    assert not torch.equal(model[2].running_mean, before)
