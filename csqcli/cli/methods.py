@@ -16,7 +16,7 @@ def methods(as_json: JsonOption = False) -> None:
 
     Example: csq methods --json
     """
-    from csqcli.quant.catalog import ALLOCATORS, AUTO, CARDS, LONG_SCHEDULE
+    from csqcli.quant.catalog import ALLOCATORS, AUTO, CARDS
     from csqcli.quant.costs import costs
 
     if as_json:
@@ -39,9 +39,7 @@ def methods(as_json: JsonOption = False) -> None:
         output.as_json(found)
         return
     rows = ["Methods (--method NAME, or package.module:Class)"]
-    rows.append(
-        f"  {AUTO:<14} ptq at 0 epochs, staged below {LONG_SCHEDULE} from a checkpoint, csq beyond and from scratch"
-    )
+    rows.append(f"  {AUTO:<14} ptq at 0 epochs, staged from a checkpoint, csq from scratch")
     for card in CARDS.values():
         rows.append(f"  {card.name:<14} {card.summary}")
         if card.name != "float":

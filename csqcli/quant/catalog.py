@@ -24,7 +24,6 @@ Takes = Literal["target", "planes", "either"]
 AUTO = "auto"
 POST_TRAINING = "ptq"  # what 0 epochs mean
 _PARTS = ("summary", "citation", "takes", "Settings", "finetunes", "collect", "materialise")  # of every weight method
-LONG_SCHEDULE = 40  # epochs from which `auto` takes the bit-level method
 
 
 class MethodSettings(Section):
@@ -605,12 +604,9 @@ def find_card(method: str, *, where: str = "") -> MethodCard:
 
 
 def choose(epochs: int, *, from_scratch: bool) -> tuple[str, str]:
-    """What `auto` takes for a schedule, and the reason in one clause."""
+    """What `auto` takes for a schedule, and the reason in one clause (docs/results.md, bit by bit)."""
     if epochs == 0:
         return POST_TRAINING, "0 epochs"
     if from_scratch:
         return "csq", "from scratch"
-    length = f"{epochs} epoch{'s' if epochs != 1 else ''} from trained weights"
-    if epochs >= LONG_SCHEDULE:
-        return "csq", f"{length}, {LONG_SCHEDULE} or more"
-    return "staged", f"{length}, fewer than {LONG_SCHEDULE}"
+    return "staged", "from trained weights"

@@ -379,8 +379,12 @@ def _check_steps(name: str, value: Any) -> None:
 def _trainable(method: str, target_bits: float) -> MethodCard:
     """The card of a method that can train towards the target. UserError for any other."""
     if method == AUTO:
-        hint = "name one: staged for a few epochs from a checkpoint, csq for long schedules"
-        raise UserError("`auto` chooses by epochs, of which an optimizer does not know", where="method", hint=hint)
+        hint = "name one: staged from a checkpoint, csq from scratch"
+        raise UserError(
+            "`auto` chooses by where the weights come from, of which an optimizer does not know",
+            where="method",
+            hint=hint,
+        )
     card = find_card(method, where="method")
     if card.name == "float":
         raise UserError("`float` quantizes nothing", where="method", hint="use a torch optimizer")

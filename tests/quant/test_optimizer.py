@@ -219,7 +219,7 @@ def test_settings_reach_the_method_as_a_mapping_or_as_its_own_class() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "auto"}, "method: `auto` chooses by epochs"),
+        ({"method": "auto"}, "method: `auto` chooses by where the weights come from"),
         ({"method": "float"}, "`float` quantizes nothing"),
         ({"method": "stagd"}, "method: no method `stagd`; did you mean `staged`"),
         ({"method": "ste", "target_bits": 2.5}, "`ste` gives every layer the same planes, not 2.5"),

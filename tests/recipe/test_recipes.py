@@ -142,7 +142,7 @@ def test_the_default_recipe_is_ten_epochs_from_pretrained_weights() -> None:
     assert recipe.epochs == 10
     assert recipe.model.pretrained
     assert recipe.quantization.method == "staged"
-    assert recipe.method_why == "10 epochs from trained weights, fewer than 40"
+    assert recipe.method_why == "from trained weights"
 
 
 def test_command_line_beats_recipe_beats_default() -> None:
@@ -224,13 +224,13 @@ def test_a_card_says_what_its_method_says(name: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "method", "why"),
     [
-        ({"epochs": 39}, "staged", "39 epochs from trained weights, fewer than 40"),
-        ({"epochs": 40}, "csq", "40 epochs from trained weights, 40 or more"),
+        ({"epochs": 2}, "staged", "from trained weights"),
+        ({"epochs": 200}, "staged", "from trained weights"),
         ({"epochs": 2, "pretrained": False, "checkpoint": None}, "csq", "from scratch"),
         (  # float epochs leave weights that are to be kept
             {"epochs": 2, "pretrained": False, "checkpoint": None, "adaptation.epochs": 1},
             "staged",
-            "2 epochs from trained weights, fewer than 40",
+            "from trained weights",
         ),
         ({"epochs": 90, "method": "staged"}, "staged", ""),
         ({"epochs": 0}, "ptq", ""),
