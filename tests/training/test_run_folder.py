@@ -57,7 +57,7 @@ def test_a_rerun_with_force_leaves_no_file_of_the_run_before(
     again = (*digits, "--force", "--target-bits", 2, "--epochs", 0, "--set", "images=64")
     if interrupted:  # what was complete stays until there is something to take its place
         with monkeypatch.context() as patched:
-            patched.setattr("csqcli.pipeline.publish", _interrupt)
+            patched.setattr("csqcli.shipping.publish", _interrupt)
             assert csq(*again)[0] == 130
         assert kept <= {path.name for path in tmp_path.iterdir()}
     assert csq(*again)[0] == 0
