@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 
 from csqcli.models import libraries as sources
-from csqcli.quant.catalog import StagedSettings
 from csqcli.quant.layers import find_layers
+from csqcli.quant.method_settings import StagedSettings
 from csqcli.quant.methods.base import FloatTraining, Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
 from csqcli.quant.methods.staged import Staged

@@ -44,9 +44,9 @@ import csqcli
 from csqcli.file import io
 from csqcli.models import libraries as sources
 from csqcli.models.coverage import coverage, example_inputs
-from csqcli.quant.catalog import PAPER, CSQSettings
 from csqcli.quant.hard_layer import spread
 from csqcli.quant.layers import Layer, find_layers
+from csqcli.quant.method_settings import PAPER, CSQSettings
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, max_abs_scale
 from csqcli.quant.methods.staged import Staged

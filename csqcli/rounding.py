@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import FORWARD_ERRORS, UserError, cannot_run
-from csqcli.quant.catalog import PTQSettings, find_card
+from csqcli.quant.catalog import find_card
 from csqcli.quant.layerwise import FLOAT_BITS, Quantized, quantize_model
+from csqcli.quant.method_settings import PTQSettings
 from csqcli.quant.optimizer import check_target, settings_of
 from csqcli.quant.wrappers import unwrap
 from csqcli.saving import images_of

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from csqcli.quant.catalog import MethodSettings
 from csqcli.quant.costs import LayerFacts
 from csqcli.quant.hard_layer import HardLayer
+from csqcli.quant.method_settings import MethodSettings
 from csqcli.quant.methods.base import WeightMethod
 from csqcli.quant.methods.uniform import StraightThrough
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from csqcli.errors import UserError, install
-from csqcli.quant.catalog import MethodSettings, PARQSettings
 from csqcli.quant.layers import Layer
+from csqcli.quant.method_settings import MethodSettings, PARQSettings
 from csqcli.quant.methods.latents import LatentMethod, ScaledLatentMethod
 from csqcli.quant.passes.rounding import top_integer
 

@@ -21,11 +21,11 @@ from csqcli.errors import UserError
 from csqcli.quant import activations
 from csqcli.quant.allocators.importance import fisher_importance
 from csqcli.quant.budget import allocate
-from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layer_inputs import ExecutionOrder, LayerInputs, allow_early_stop
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.measuring import Watch, evaluating, logits_of, no_progress
+from csqcli.quant.method_settings import PTQSettings
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.ptq import PostTraining, start_scale
 from csqcli.quant.names import INT8_PLANES, MOST_PLANES

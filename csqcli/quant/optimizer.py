@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from csqcli.errors import UserError, did_you_mean, first_problem
-from csqcli.quant.catalog import AUTO, MethodCard, MethodSettings, find_card
+from csqcli.quant.catalog import AUTO, MethodCard, find_card
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
+from csqcli.quant.method_settings import MethodSettings
 from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
 from csqcli.quant.names import MOST_PLANES
 from csqcli.quant.passes.state import kernels_for

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from csqcli.quant.catalog import CARDS, PAPER
+from csqcli.quant.catalog import CARDS
+from csqcli.quant.method_settings import PAPER
 
 _STAGED = {
     "search_share": "search_share",

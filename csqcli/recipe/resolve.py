@@ -11,20 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from csqcli.errors import UserError, did_you_mean, first_problem
-from csqcli.quant.catalog import (
-    AUTO,
-    CARDS,
-    FROM_SCRATCH,
-    MANUAL,
-    PAPER,
-    POST_TRAINING,
-    MethodCard,
-    MethodSettings,
-    choose,
-    find_allocator,
-    find_card,
-)
+from csqcli.quant.catalog import AUTO, CARDS, MANUAL, POST_TRAINING, MethodCard, choose, find_allocator, find_card
 from csqcli.quant.costs import costs
+from csqcli.quant.method_settings import FROM_SCRATCH, PAPER, MethodSettings
 from csqcli.quant.names import INT8_PLANES, MOST_PLANES
 from csqcli.recipe import DEFAULT_RECIPE, legacy
 from csqcli.recipe.keys import beside, common_key, elsewhere, foreign, full_key, owner_of, put, suggest

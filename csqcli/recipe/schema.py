@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from csqcli.quant.catalog import AUTO, MANUAL, TRIALS, MethodCard, MethodSettings, find_card
+from csqcli.quant.catalog import AUTO, MANUAL, TRIALS, MethodCard, find_card
 from csqcli.quant.costs import WEIGHTS
+from csqcli.quant.method_settings import MethodSettings
 from csqcli.quant.names import MOST_PLANES
 from csqcli.system.choices import Amp, EngineName, Head, Weights
 from csqcli.system.limits import check_arguments

@@ -12,7 +12,8 @@ from typing import Any
 
 from csqcli.data.specs import same_place
 from csqcli.errors import UserError
-from csqcli.quant.catalog import CARDS, PAPER
+from csqcli.quant.catalog import CARDS
+from csqcli.quant.method_settings import PAPER
 from csqcli.recipe.complete import check_complete
 from csqcli.recipe.resolve import resolve, to_yaml
 from csqcli.recipe.schema import Recipe

@@ -27,8 +27,8 @@ from csqcli.models.data_config import usable_config
 from csqcli.quant import activations
 from csqcli.quant.activation_widths import find_widths
 from csqcli.quant.activations import ActivationQuantizers, ActivationRecord
-from csqcli.quant.catalog import GateSettings, PTQSettings
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
+from csqcli.quant.method_settings import GateSettings, PTQSettings
 from csqcli.quant.methods.base import WeightMethod
 from csqcli.recipe.schema import ZEROQ, Recipe
 from csqcli.reporting.words import near_chance

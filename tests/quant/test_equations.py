@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from csqcli.quant import equations
-from csqcli.quant.catalog import PAPER, CSQSettings
 from csqcli.quant.layers import Layer, find_layers
+from csqcli.quant.method_settings import PAPER, CSQSettings
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, max_abs_scale
 from csqcli.quant.passes.bitplanes import BitPlanes

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from csqcli.quant import equations, hardening
 from csqcli.quant.budget import Budget, Ceiling, PlaneLimits, make_budget
-from csqcli.quant.catalog import PAPER, CSQSettings, MSQSettings, UniformGateSettings
 from csqcli.quant.hardening import UNSEEN, choose_planes, fit_levels, known_curvature, plane_order, reduce_to_budget
 from csqcli.quant.layers import Layer, find_layers
+from csqcli.quant.method_settings import PAPER, CSQSettings, MSQSettings, UniformGateSettings
 from csqcli.quant.methods.base import Plan, Schedule, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, UniformCSQ
 from csqcli.quant.methods.msq import MSQ

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from csqcli.quant.catalog import StagedSettings
 from csqcli.quant.layers import find_layers
+from csqcli.quant.method_settings import StagedSettings
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.csq import max_abs_scale
 from csqcli.quant.methods.staged import Staged

@@ -14,8 +14,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from csqcli.quant import budget
-from csqcli.quant.catalog import CARDS, PAPER, CSQSettings, StagedSettings, StepSettings
+from csqcli.quant.catalog import CARDS
 from csqcli.quant.layers import find_layers
+from csqcli.quant.method_settings import PAPER, CSQSettings, StagedSettings, StepSettings
 from csqcli.quant.methods.base import Plan, Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ
 from csqcli.quant.methods.staged import Staged

@@ -207,7 +207,7 @@ def test_every_method_trains_resumes_and_is_saved_alike(method: str, tmp_path: P
 
 
 def test_settings_reach_the_method_as_a_mapping_or_as_its_own_class() -> None:
-    from csqcli.quant.catalog import CSQSettings
+    from csqcli.quant.method_settings import CSQSettings
 
     assert start(settings={"search_share": 0.5})[1].method.search_steps == STEPS // 2
     assert start(method="csq", settings=CSQSettings(beta_final=50.0))[1].method.beta(STEPS) == pytest.approx(50.0)
@@ -234,7 +234,7 @@ def test_methods_and_settings_that_do_not_exist_or_fit_are_refused(options: dict
 
 
 def test_settings_of_another_method_are_refused() -> None:
-    from csqcli.quant.catalog import CSQSettings
+    from csqcli.quant.method_settings import CSQSettings
 
     with pytest.raises(UserError, match="CSQSettings are not those of the method `staged`"):
         start(settings=CSQSettings())

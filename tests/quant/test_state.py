@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from csqcli.quant.catalog import CSQSettings, StagedSettings
 from csqcli.quant.layers import Layer, find_layers
 from csqcli.quant.masks import SoftMasks
+from csqcli.quant.method_settings import CSQSettings, StagedSettings
 from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
 from csqcli.quant.methods.csq import BitLevelCSQ, max_abs_scale
 from csqcli.quant.methods.staged import Staged

@@ -10,9 +10,10 @@ import torch
 from quant.test_latent import small_model, train
 from torch import Tensor, nn
 
-from csqcli.quant.catalog import CARDS, PAPER
+from csqcli.quant.catalog import CARDS
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import find_layers
+from csqcli.quant.method_settings import PAPER
 from csqcli.quant.methods.base import Schedule, WeightMethod, plan_for
 from csqcli.quant.optimizer import QuantizedOptimizer, base_groups
 

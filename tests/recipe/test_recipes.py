@@ -10,7 +10,8 @@ import yaml
 
 from csqcli.cli.search import search_settings
 from csqcli.errors import UserError
-from csqcli.quant.catalog import CARDS, PAPER
+from csqcli.quant.catalog import CARDS
+from csqcli.quant.method_settings import PAPER
 from csqcli.recipe.complete import without_effect
 from csqcli.recipe.keys import full_key, merged, parse_assignments
 from csqcli.recipe.planes import replaced_target

@@ -13,7 +13,7 @@ import yaml
 
 from csqcli import pipeline
 from csqcli.cli import search as search_command
-from csqcli.quant.catalog import PAPER
+from csqcli.quant.method_settings import PAPER
 from csqcli.recipe.resolve import resolve, to_yaml
 from csqcli.recipe.schema import Recipe
 from csqcli.reporting.words import near_chance

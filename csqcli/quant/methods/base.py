@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from csqcli.quant.budget import Budget, make_budget
-from csqcli.quant.catalog import MethodSettings
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
+from csqcli.quant.method_settings import MethodSettings
 from csqcli.quant.names import MOST_PLANES
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csqcli.quant.catalog import BSQSettings
 from csqcli.quant.hard_layer import HardLayer, hard_layer
 from csqcli.quant.hardening import reduce_to_budget
 from csqcli.quant.layers import Layer
+from csqcli.quant.method_settings import BSQSettings
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.methods.latents import SMALLEST
 from csqcli.quant.passes.rounding import mse_step, quantize

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from csqcli.quant import equations
 from csqcli.quant.budget import project
-from csqcli.quant.catalog import CSQSettings, GateSettings, UniformGateSettings
 from csqcli.quant.hard_layer import HardLayer, hard_layer, top_planes
 from csqcli.quant.hardening import choose_planes, fit_levels, known_curvature
 from csqcli.quant.layers import Layer
+from csqcli.quant.method_settings import CSQSettings, GateSettings, UniformGateSettings
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.bitplanes import BitPlanes
 from csqcli.quant.passes.rounding import mse_step

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csqcli.quant.catalog import DoReFaSettings
+from csqcli.quant.method_settings import DoReFaSettings
 from csqcli.quant.methods.latents import SMALLEST, LatentMethod, odd_integers, signs
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from csqcli.errors import UserError
 from csqcli.quant import basis as bases
-from csqcli.quant.catalog import LQNetsSettings
 from csqcli.quant.hard_layer import HardLayer
+from csqcli.quant.method_settings import LQNetsSettings
 from csqcli.quant.methods.latents import LatentMethod
 
 _MEDIAN = 0.6745  # of the magnitude of a standard normal number: where the authors place the outer basis value

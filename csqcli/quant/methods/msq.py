@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csqcli.quant.catalog import MSQSettings
 from csqcli.quant.hardening import reduce_to_budget
+from csqcli.quant.method_settings import MSQSettings
 from csqcli.quant.methods.dorefa import DoReFa
 
 _FISHER_DECAY = 0.99

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from csqcli.errors import UserError
-from csqcli.quant.catalog import PACTSettings
+from csqcli.quant.method_settings import PACTSettings
 from csqcli.quant.methods.dorefa import DoReFa
 from csqcli.quant.methods.latents import SMALLEST, odd_integers
 

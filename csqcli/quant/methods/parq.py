@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csqcli.quant.catalog import PARQSettings
 from csqcli.quant.hard_layer import spread
+from csqcli.quant.method_settings import PARQSettings
 from csqcli.quant.methods.latents import LatentMethod
 from csqcli.quant.passes.rounding import mse_step, proximal_map, quantize, top_integer
 

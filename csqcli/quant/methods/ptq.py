@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csqcli.quant.catalog import PTQSettings
 from csqcli.quant.hard_layer import HardLayer, spread, top_planes
 from csqcli.quant.layers import Layer
+from csqcli.quant.method_settings import PTQSettings
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.rounding import mse_step, quantize
 

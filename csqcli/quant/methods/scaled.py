@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from csqcli.quant.catalog import ScaledSettings
 from csqcli.quant.hard_layer import spread
+from csqcli.quant.method_settings import ScaledSettings
 from csqcli.quant.methods.latents import SMALLEST, LatentMethod, odd_integers
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from csqcli.quant import equations
-from csqcli.quant.catalog import StagedSettings
 from csqcli.quant.hard_layer import HardLayer, top_planes
 from csqcli.quant.layers import Layer
 from csqcli.quant.masks import SoftMasks
+from csqcli.quant.method_settings import StagedSettings
 from csqcli.quant.methods.base import Plan, WeightMethod
 from csqcli.quant.passes.adam import LatentAdam
 from csqcli.quant.passes.rounding import Staircase, levels_of, mse_step, quantize

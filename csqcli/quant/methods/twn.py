@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csqcli.quant.catalog import TWNSettings
+from csqcli.quant.method_settings import TWNSettings
 from csqcli.quant.methods.latents import SMALLEST, LatentMethod
 
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from csqcli.quant.catalog import StepSettings
 from csqcli.quant.hard_layer import spread
 from csqcli.quant.layers import Layer
+from csqcli.quant.method_settings import StepSettings
 from csqcli.quant.methods.latents import ScaledLatentMethod, channel_means
 from csqcli.quant.passes.rounding import quantize, top_integer
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from csqcli.quant.catalog import XNORSettings
 from csqcli.quant.hard_layer import spread
 from csqcli.quant.layers import Layer
+from csqcli.quant.method_settings import XNORSettings
 from csqcli.quant.methods.latents import SMALLEST, LatentMethod, channel_means, signs
 
 
