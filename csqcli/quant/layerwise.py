@@ -233,7 +233,7 @@ def quantize_model(
     """
     layers, _ = find_layers(model, exclude=exclude)
     settings = settings or PTQSettings()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     generator = torch.Generator().manual_seed(seed)
     try:
         with evaluating(model):
@@ -256,7 +256,9 @@ def quantize_model(
     except BaseException:
         if act_bits < FLOAT_BITS:
             activations.detach(model)
-        model.load_state_dict(before)
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
         raise
     return Quantized(method)
 
