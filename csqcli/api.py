@@ -921,6 +921,8 @@ def quantize(
     Raises:
         UserError: for a target that cannot be met, images that the model does not take, and activations that overflow.
 
+    Each process quantizes its own copy: in distributed training call it on one, and broadcast the weights.
+
     Example::
 
         quantized = csqcli.quantize(model, loader, 3)

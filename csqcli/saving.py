@@ -170,7 +170,10 @@ def _recipe(optimizer: QuantizedOptimizer | Quantized) -> dict[str, Any]:
     if not isinstance(optimizer, (CSQ, Quantized)):
         return {}
     asked = {"quantization": {"method": optimizer.method_name, "target_bits": optimizer.method.plan.budget.target}}
-    return asked if isinstance(optimizer, CSQ) else asked | {"epochs": 0, "finetune": {"epochs": 0}}
+    if isinstance(optimizer, CSQ):
+        return asked
+    asked["quantization"]["act_bits"] = optimizer.act_bits
+    return asked | {"epochs": 0, "finetune": {"epochs": 0}}
 
 
 def _importable(source: str, arguments: Mapping[str, Any] | None) -> ModelSpec:
@@ -316,7 +319,12 @@ class _Batches:
 def images_of(loader: Iterable[Any], network: nn.Module, *, where: str) -> Iterator[Tensor]:
     """The images of anybody's loader, with the device and dtype of the network. A batch is images, or a tuple, list or dict that
     begins with them. UserError where it is something else, and where there is none."""
-    like, empty = next(network.parameters()), True
+    like, empty = next(network.parameters(), None), True
+    if like is None:
+        raise UserError("the model has no weight", where=where)
+    if not isinstance(loader, Iterable):
+        hint = "give batches of images, or of (images, labels)"
+        raise UserError(f"the loader must be iterable, not a {type(loader).__name__}", where=where, hint=hint)
     for batch in loader:
         while not isinstance(batch, Tensor):
             if not isinstance(batch, (Sequence, Mapping)) or not batch or isinstance(batch, str):

@@ -71,9 +71,12 @@ def deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) -> 
 
 
 def _stays_over(run: Run, over: int) -> UserError:
+    """What to raise; no model over its size is left in the folder."""
     assert run.ships is not None
+    if run.shard.is_main:
+        run.folder.model_file.unlink(missing_ok=True)
     what = f"stays {over:,} bytes over the {run.ships.asked:,} that were asked for"
-    return UserError(what, where=str(run.folder.model_file), hint="ask for more, or for fewer --target-bits")
+    return UserError(what, where=str(run.folder.model_file), hint="ask for more bytes")
 
 
 def ship(file: Path, output: Path, form: str, *, display: Display) -> int:

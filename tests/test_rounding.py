@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import csqcli
-from csqcli.data.loaders import stream_seed
 from csqcli.file import io
 from csqcli.models.networks import digits_cnn
 from csqcli.quant.layers import find_layers
 from csqcli.quant.layerwise import LayerwiseRounding, quantize_model
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.ptq import PostTraining
-from csqcli.quant.optimizer import QuantizedOptimizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +51,7 @@ def digits_float() -> nn.Module:
 def test_it_gives_the_bits_that_the_command_gives(searched: tuple[Path, list[Tensor]], tmp_path: Path) -> None:
     folder, batches = searched
     model = digits_float()
-    found = csqcli.quantize(model, [(batch, None) for batch in batches], 2.5, seed=stream_seed(0, 1))
+    found = csqcli.quantize(model, [(batch, None) for batch in batches], 2.5)
     theirs = io.read(folder / "model.safetensors")
     report = csqcli.save(model, found, tmp_path / "m.safetensors", source="csq:digits_cnn", num_classes=10)
     ours = io.read(tmp_path / "m.safetensors")
@@ -124,6 +122,11 @@ def test_rounded_activations_are_in_the_file_and_in_its_exports(
         ({"images": ["text"]}, "a batch of the loader holds str where images should be"),
         ({"images": [torch.full((4, 1, 8, 8), math.nan)]}, "the images hold NaN or infinite values"),
         ({"images": [torch.zeros(4, 3, 8, 8)]}, "csqcli.quantize: cannot run on an image of 3×8×8"),
+        ({"images": None}, "the loader must be iterable, not a NoneType"),
+        ({"images": [torch.zeros(0, 1, 8, 8)]}, "the loader gives no image"),
+        ({"target_bits": True}, "target_bits must be above 0"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"act_bits": 8.0}, "act_bits must be 2 to 8"),
         ({"act_bits": 1}, "act_bits must be 2 to 8, or 32"),
         ({"settings": {"image": 3}}, "settings of `ptq`: .*; did you mean `images`"),
         ({"exclude": ["fx"]}, "fx"),
@@ -171,16 +174,65 @@ def test_what_fails_halfway_leaves_the_weights_as_they_were(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_rounded_model_that_was_changed_since_is_not_saved(
-    searched: tuple[Path, list[Tensor]], tmp_path: Path
-) -> None:
+def test_a_model_that_was_changed_since_is_not_saved(searched: tuple[Path, list[Tensor]], tmp_path: Path) -> None:
     _, batches = searched
     model, other = digits_float(), digits_cnn()
-    found = csqcli.quantize(model, batches, 2)
-    assert not isinstance(found, QuantizedOptimizer)
-    with pytest.raises(csqcli.UserError, match="not those trained"):
-        csqcli.save(other, found, tmp_path / "m.safetensors", source="csq:digits_cnn", num_classes=10)
+    first = csqcli.quantize(model, batches, 4)
+    again = csqcli.quantize(model, batches, 2)
+    details: dict[str, Any] = {"source": "csq:digits_cnn", "num_classes": 10}
+    for network, found in ((model, first), (other, again)):
+        with pytest.raises(csqcli.UserError, match=r"was changed after|not those trained"):
+            csqcli.save(network, found, tmp_path / "m.safetensors", **details)
+    with torch.no_grad():
+        model.conv1.weight.add_(0.01)  # type: ignore[union-attr, operator]
+    with pytest.raises(csqcli.UserError, match=r"conv1\.weight: was changed after the model was quantized"):
+        csqcli.save(model, again, tmp_path / "m.safetensors", **details)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype_is_quantized_in_it(
+    dtype: torch.dtype, searched: tuple[Path, list[Tensor]], tmp_path: Path
+) -> None:
+    _, batches = searched
+    model = digits_float().to(dtype)
+    found = csqcli.quantize(model, batches, 3)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    csqcli.save(model, found, tmp_path / "m.safetensors", source="csq:digits_cnn", num_classes=10)
+    assert csqcli.evaluate(tmp_path / "m.safetensors", "digits", val_limit=100)["top1"] >= 95
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_the_caller_does_without_gradients_is_quantized_alike(
+    mode: Callable[[], Any], searched: tuple[Path, list[Tensor]]
+) -> None:
+    _, batches = searched
+    plain, without = digits_float(), digits_float()
+    csqcli.quantize(plain, batches, 3)
+    with mode():
+        csqcli.quantize(without, (batch * 1 for batch in batches), 3)
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), without.parameters(), strict=True))
+
+
+def test_a_call_that_fails_leaves_the_rounding_of_an_earlier_one(searched: tuple[Path, list[Tensor]]) -> None:
+    _, batches = searched
+    model = digits_float().eval()
+    csqcli.quantize(model, batches, 3, act_bits=4)
+    with torch.no_grad():
+        before = model(batches[0])
+        with pytest.raises(csqcli.UserError, match="cannot be met"):
+            csqcli.quantize(model, batches, 0.5, act_bits=8)
+        assert torch.equal(model(batches[0]), before)
+
+
+def test_a_model_that_was_compiled_before_rounds_its_activations(searched: tuple[Path, list[Tensor]]) -> None:
+    _, batches = searched
+    model = digits_float().eval()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(batches[0])
+        csqcli.quantize(compiled, batches, 3, act_bits=2)
+        torch.testing.assert_close(compiled(batches[0]), model(batches[0]))
 
 
 def test_a_batchnorm_has_settled_before_the_layers_behind_it_are_looked_at() -> None:

@@ -52,7 +52,7 @@ class LayerwiseRounding:
     ) -> None:
         self.model, self.method, self.batches, self.settle_norms = model, method, batches, settle_norms
         self.layers, self.settings = method.layers, method.settings
-        self.teacher = copy.deepcopy(model)
+        self.teacher = _copied(model)
         activations.detach(self.teacher)  # its hooks would be those of the model itself
         self.order, self.norms = self._execution_order()
         self.groups = _groups(self.order, self.settings.passes)
@@ -134,7 +134,7 @@ class LayerwiseRounding:
         recorder.stop_after = set(range(len(layers)))
         with recorder, allow_early_stop():
             model(batch)
-        return recorder.columns
+        return {index: columns.float() for index, columns in recorder.columns.items()}
 
     def _round(self, index: int, halves: Sequence[InputMoments]) -> None:
         layer, k = self.layers[index], self.method.planes[index]
@@ -196,8 +196,8 @@ class Quantized:
 
     method_name = "ptq"
 
-    def __init__(self, method: PostTraining) -> None:
-        self.method = method
+    def __init__(self, method: PostTraining, act_bits: int) -> None:
+        self.method, self.act_bits = method, act_bits
 
     @property
     def planes(self) -> dict[str, int]:
@@ -211,7 +211,12 @@ class Quantized:
 
     @contextlib.contextmanager
     def hard(self) -> Iterator[list[HardLayer]]:
-        """The layers to deliver, which stand in the model already; as :meth:`csqcli.CSQ.hard`."""
+        """The layers to deliver, as :meth:`csqcli.CSQ.hard`. UserError where the model's weights are not theirs any more."""
+        for layer, hard in zip(self.method.layers, self.method.hard_layers(), strict=True):
+            stands = layer.parameter.detach()
+            if not torch.equal(stands, hard.weight().to(stands)):
+                hint = "save what the last csqcli.quantize of this model returned, before training it on"
+                raise UserError("was changed after the model was quantized", where=layer.name, hint=hint)
         yield self.method.hard_layers()
 
 
@@ -234,6 +239,7 @@ def quantize_model(
     layers, _ = find_layers(model, exclude=exclude)
     settings = settings or PTQSettings()
     before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    hooks = activations.records_of(activations.attached(model))  # of a model that was quantized before
     generator = torch.Generator().manual_seed(seed)
     try:
         with evaluating(model):
@@ -241,7 +247,7 @@ def quantize_model(
             plan = plan_for(layers, target_bits, Schedule(0, 1), bits=bits)
             plan.budget.check_feasible()
             if act_bits < FLOAT_BITS:
-                activations.detach(model)  # those of a model that was quantized before
+                activations.detach(model)
                 with watch("calibrating activations"):
                     activations.calibrate(model, layers, batches[:_CALIBRATION_BATCHES], bits=act_bits)
             with watch("measuring which layers matter"):
@@ -254,13 +260,21 @@ def quantize_model(
                 rounding.tick = lambda: tell(rounding.done)
                 rounding.run(tell)
     except BaseException:
-        if act_bits < FLOAT_BITS:
-            activations.detach(model)
+        activations.detach(model)
+        activations.attach(model, hooks)
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
         raise
-    return Quantized(method)
+    return Quantized(method, act_bits)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # of a weight that a hook computes, as the old nn.utils.weight_norm has it
+        hint = "take nn.utils.parametrizations.weight_norm, or remove the normalisation"
+        raise UserError(f"the model cannot be copied ({error})", hint=hint) from error
 
 
 def with_own_labels(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -139,8 +140,8 @@ class CSQ(QuantizedOptimizer):
             Steps that a GradScaler skips do not count.
         lr, momentum, weight_decay: of SGD, for everything that is not a quantized weight.
         exclude: a glob over weight names (``fc``, ``layer4.*``), or several, that stay float.
-        method: as ``csq methods`` lists them: ``staged``, for the few epochs that people train from a checkpoint; ``csq``,
-            the paper's bit-level algorithm, for long schedules; or ``package.module:Class``.
+        method: as ``csq methods`` lists them: ``staged``, for training from a checkpoint; ``csq``, the paper's
+            bit-level algorithm; or ``package.module:Class``.
         settings: the method's own, as its section in a recipe has them.
         steps_per_epoch: for settings that change once per epoch (``beta_schedule: epoch``); None makes the run one epoch.
 
@@ -253,7 +254,7 @@ class CSQ(QuantizedOptimizer):
             UserError: at the first step, when weights were loaded after CSQ was built.
 
         Beyond ``total_steps`` the quantized weights stay as they are delivered, and what is not quantized trains on, at its
-        groups' rates. The first such step of a process warns.
+        groups' rates. The first such step warns.
         """
         if self.step_count >= self.total_steps:
             return self._step_beyond(closure)
@@ -367,7 +368,8 @@ class CSQ(QuantizedOptimizer):
 
 def check_target(target_bits: float) -> None:
     """UserError for what is no mean of planes."""
-    if not isinstance(target_bits, (int, float)) or not 0 < target_bits <= MOST_PLANES:  # NaN is refused too
+    is_number = isinstance(target_bits, numbers.Real) and not isinstance(target_bits, bool)
+    if not is_number or not 0 < target_bits <= MOST_PLANES:  # NaN is refused too
         raise UserError(f"target_bits must be above 0 and at most {MOST_PLANES}, not {target_bits!r}")
 
 

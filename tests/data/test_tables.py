@@ -159,6 +159,14 @@ def test_several_labels_in_one_field_are_refused(
         return
     with pytest.raises(UserError, match=complaint):
         open_data(str(image_folder / "all.csv"), val_split=0.5)
+    named = open_data(f"csv:{image_folder / 'all.csv'}#path,label", val_split=0.5)  # by who knows what is in it
+    assert len(named.classes) == 2
+
+
+def test_tables_beside_folders_of_classes_are_no_data(image_folder: Path) -> None:
+    for name in ("train.csv", "train.tsv", "val.csv"):
+        (image_folder / name).write_text("path,label\n")
+    assert open_data(str(image_folder)).classes == ["bright", "dark"]
 
 
 @pytest.fixture

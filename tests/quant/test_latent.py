@@ -110,6 +110,20 @@ def test_mse_step_finds_the_best_step_of_long_rows_and_of_rows_with_outliers(
         assert error(row, step) <= 1.15 * best
 
 
+def test_mse_step_of_long_rows_of_few_values_and_of_zeros() -> None:
+    rows = (
+        torch.randn(4, 4608, generator=torch.Generator().manual_seed(0)).mul(2).round().clamp(-3, 3)
+    )  # ties at the top
+    found = mse_step(rows, 1, channel_dim=0).view(-1, 1)
+
+    def error(step: Tensor) -> Tensor:
+        return (quantize(rows, step, 1) * step - rows).square().sum(dim=1)
+
+    best = torch.stack([error(torch.full((4, 1), step)) for step in np.linspace(0.1, 3, 300)]).amin(dim=0)
+    assert (error(found) <= 1.02 * best).all()
+    assert mse_step(torch.zeros(3, 5000), 4, channel_dim=0).tolist() == pytest.approx([0.1] * 3)
+
+
 @pytest.mark.parametrize("channel_dim", [0, 1, None])
 def test_mse_step_is_the_same_in_one_piece_and_in_many(
     monkeypatch: pytest.MonkeyPatch, channel_dim: int | None

@@ -271,3 +271,16 @@ def test_a_size_below_what_the_fewest_planes_take_is_refused_before_anything_is_
     code, _, err = csq(*BYTES, 3_000, "-o", tmp_path / "run")
     assert code == 2
     assert "a target of 3,000 bytes cannot be met" in err
+
+
+def test_a_file_that_stays_over_its_size_is_not_left_behind(
+    csq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship = shipping.ship
+    monkeypatch.setattr(shipping, "ship", lambda *given, **options: ship(*given, **options) + 10_000)
+    for module in (shipping, pipeline):
+        monkeypatch.setattr(module, "shipped_bytes", functools.partial(_plainly_shipped, ship))
+    code, _, err = csq(*BYTES, 19_000, "-o", tmp_path / "run")
+    assert code == 2
+    assert "cannot be met" in err or "bytes over the 19,000" in err
+    assert not list((tmp_path / "run").glob("*.safetensors"))

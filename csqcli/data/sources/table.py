@@ -30,16 +30,18 @@ _LOOKED_AT = 20  # lines, to tell such columns
 def _recognises(path: Path) -> bool:
     if not path.is_dir():
         return path.is_file() and path.suffix.lower() in _SUFFIXES
-    if not _tables(path):
+    tables = _tables(path)
+    if not tables:
         return False
     from csqcli.data.class_folders import role_of
 
     folders = [entry.name for entry in path.iterdir() if entry.is_dir()]
-    return {"train", "val"} <= set(_by_role(path)) and not any(map(role_of, folders))
+    return {"train", "val"} <= {role_of(file.stem) for file in tables} and not any(map(role_of, folders))
 
 
 def _tables(folder: Path) -> list[Path]:
-    return sorted(file for suffix in _SUFFIXES for file in folder.glob(f"*{suffix}"))
+    """The tables of a folder, those of its most usual suffix alone."""
+    return next((found for suffix in _SUFFIXES if (found := sorted(folder.glob(f"*{suffix}")))), [])
 
 
 def _by_role(folder: Path) -> dict[str, Path]:
@@ -99,7 +101,8 @@ def table(text: str, *, train: bool) -> DataSet:
     classes = _classes(
         {label for role in ("train", "val") for _, label in rows[role]} or {label for _, label in rows["test"]}
     )
-    _check_one_label_each(classes, where=name)
+    if not columns:  # who names them knows what is in them
+        _check_one_label_each(classes, where=name)
     lacking = {label for _, label in rows["val"]} - {label for _, label in rows["train"]}
     if train and rows["train"] and lacking:
         raise UserError(f"class `{min(lacking)}` has no training images", where=name)
@@ -247,7 +250,9 @@ def _check_one_label_each(classes: Sequence[str], *, where: str) -> None:
             part = shared[label][0]
             other = next(name for name in classes if name != label and part in parts[name])
             what = f"label `{label}` is several labels, as it looks: `{part}` is in `{other}` too"
-            hint = f"csq takes one label per image; where the whole is one class, write it without `{separator}`"
+            hint = (
+                f"csq takes one label per image; where the whole is one class, name the columns: csv:{where}#PATH,LABEL"
+            )
             raise UserError(what, where=where, hint=hint)
 
 

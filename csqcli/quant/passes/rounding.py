@@ -51,7 +51,8 @@ def _row_steps(rows: Tensor, planes: int) -> Tensor:
     """`mse_step` of few enough rows ([channels, weights]) that the many passes over them stay in cache."""
     top = top_integer(planes)
     largest = rows.abs().amax(dim=1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest) * top)
+    is_zero = largest == 0
+    largest = torch.where(is_zero, torch.ones_like(largest) * top, largest)
     unit = power_of_two(largest)  # exact, and squares of the weights neither vanish nor overflow
     rows, largest = rows / unit, largest / unit
     best = _best_of_grid(rows, largest, planes)
@@ -60,7 +61,7 @@ def _row_steps(rows: Tensor, planes: int) -> Tensor:
         square = integers.square().sum(dim=1, keepdim=True)
         fitted = (rows * integers).sum(dim=1, keepdim=True) / square.clamp_min(1e-12)
         best = torch.where(square > 0, fitted, best)
-    return (best * unit).clamp_min(torch.finfo(best.dtype).tiny).flatten()
+    return torch.where(is_zero, 0.1, (best * unit).clamp_min(torch.finfo(best.dtype).tiny)).flatten()
 
 
 def _best_of_grid(rows: Tensor, largest: Tensor, planes: int) -> Tensor:
@@ -75,11 +76,13 @@ def _best_of_grid(rows: Tensor, largest: Tensor, planes: int) -> Tensor:
         fractions += torch.logspace(-2, -0.4, 17).tolist()
     elif planes <= _FEW_PLANES:
         fractions += torch.logspace(-2, -1.1, 8).tolist()
-    sample = rows[:, sample_indices(length, _SAMPLE, device=rows.device)]
+    spread = sample_indices(length, _SAMPLE, device=rows.device)
+    sample = rows[:, spread]
     tail, each = None, torch.ones_like(largest)
     if length > _SAMPLE:
-        tail = rows.abs().topk(_TAIL, dim=1).values
-        others = sample.abs() < tail[:, -1:]
+        places = rows.abs().topk(_TAIL, dim=1).indices
+        tail, others = rows.gather(1, places), torch.ones_like(rows, dtype=torch.bool).scatter_(1, places, False)
+        others = others[:, spread]
         sample, each = sample * others, (length - _TAIL) / others.sum(dim=1, keepdim=True).clamp_min(1)
     steps = torch.cat([largest * (fraction / top) for fraction in fractions], dim=1)  # [channels, fractions]
     errors = []
