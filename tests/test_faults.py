@@ -1,4 +1,4 @@
-"""Each fault of tests/faults once, and five kill cycles, in a process of their own that forks every run."""
+"""Each fault of tests/faults once, and three kill cycles, in a process of their own that forks every run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{fault: the traceback of a broken promise, or nothing}."""
     outcome = tmp_path_factory.mktemp("faults") / "outcome.json"
-    command = [sys.executable, "-m", "tests.faults", "--cycles", "5", "--seed", "0", "--json", str(outcome)]
+    command = [sys.executable, "-m", "tests.faults", "--cycles", "3", "--seed", "0", "--json", str(outcome)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert outcome.exists(), done.stderr
