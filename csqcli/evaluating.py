@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import WORKERS, ValSplit, open_data
+from csqcli.data.splits import DataSet
 from csqcli.file import io
 from csqcli.file.checkpoint import open_checkpoint
 from csqcli.file.loading import hard_model
@@ -64,11 +66,8 @@ def evaluate_file(
     check_task(manifest.spec)
     images = open_held_out(manifest, data_source, val_split=val_split, val_limit=val_limit)
     images = with_labels_of(manifest, images, where=str(path), by_position=classes_by_position)
-    check_scores(model, manifest.data_config["input_size"], images.num_classes, where=str(path))
     settings = LoaderSettings(training=False, batch_size=batch_size, workers=workers, device=target)
-    loader = make_loader(images.val, manifest.data_config, settings)
-    with (display or Display(quiet=True)).evaluation("evaluating", loader.batches) as tell:
-        return evaluate(model, loader, present=images.present, on_batch=tell), manifest
+    return _measured(model, images, manifest.data_config, settings, display=display, where=str(path)), manifest
 
 
 def evaluate_checkpoint(
@@ -111,9 +110,21 @@ def evaluate_checkpoint(
     for line in fitted.loaded.lines:
         display.say(line)
     config = data_config(fitted.loaded.data_config, recipe)
-    network = fitted.loaded.model.to(target)
-    check_scores(network, config["input_size"], images.num_classes, where=model)
     settings = LoaderSettings(training=False, batch_size=batch_size, workers=workers, device=target)
+    return _measured(fitted.loaded.model.to(target), images, config, settings, display=display, where=model)
+
+
+def _measured(
+    model: nn.Module,
+    images: DataSet,
+    config: dict[str, Any],
+    settings: LoaderSettings,
+    *,
+    display: Display | None,
+    where: str,
+) -> Accuracy:
+    """Accuracy on the validation images. UserError where the model does not give a score per class."""
+    check_scores(model, config["input_size"], images.num_classes, where=where)
     loader = make_loader(images.val, config, settings)
-    with display.evaluation("evaluating", loader.batches) as tell:
-        return evaluate(network, loader, present=images.present, on_batch=tell)
+    with (display or Display(quiet=True)).evaluation("evaluating", loader.batches) as tell:
+        return evaluate(model, loader, present=images.present, on_batch=tell)

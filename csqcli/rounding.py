@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from csqcli.data.loaders import stream_seed
 from csqcli.errors import FORWARD_ERRORS, UserError, cannot_run
 from csqcli.quant.catalog import find_card
-from csqcli.quant.layerwise import FLOAT_BITS, Quantized, quantize_model
+from csqcli.quant.layerwise import Quantized, quantize_model
 from csqcli.quant.measuring import evaluating, logits_of
 from csqcli.quant.method_settings import PTQSettings
+from csqcli.quant.names import FLOAT_BITS
 from csqcli.quant.optimizer import check_target, settings_of
 from csqcli.quant.wrappers import unwrap
 from csqcli.saving import images_of

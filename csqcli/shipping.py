@@ -20,14 +20,14 @@ _FITTINGS = 4  # tries at a size in bytes; the second is exact but for what Batc
 
 
 def round_layers(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
+    """Post-training quantization of the run's model: its file, written and read back, and the largest gap between their logits."""
     return publish(run, quantize_after_training(run, layers), left)
 
 
 def round_in_bytes(run: Run, layers: list[Layer], left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
     """As `round_layers`, within a budget of bytes, and the file that ships beside the model: rounded again, with fewer bytes for the
     integers, while it is over. UserError where it stays over."""
-    form, record, over = run.recipe.quantization.ship_as, run.record, 0
-    shipped = run.folder.shipped_file(form)
+    record, over = run.record, 0
     with run.display.step("measuring what each plane takes on disk"):
         sizing.measure(run, layers, left, shipped_bytes)
     assert run.ships is not None
@@ -35,23 +35,18 @@ def round_in_bytes(run: Run, layers: list[Layer], left: list[dict[str, Any]]) ->
     for _ in range(_FITTINGS):
         run.ships.others = others + record.bytes_over
         file, gap = round_layers(run, layers, left)
-        size = ship(run.folder.model_file, shipped, form, display=run.display) if run.shard.is_main else None
-        over = distributed.from_main(size) - run.ships.asked
+        over = _ship_within(run, run.ships.asked)
         if over <= 0:
             return file, gap
         run.display.say(f"{counted(over, 'byte')} over {run.ships.asked:,}: rounding again")
         record.bytes_over += over
         run.model.load_state_dict(before)
-        if run.shard.is_main:
-            shipped.unlink()
     raise _stays_over(run, over)
 
 
 def deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) -> tuple[QuantizedFile, float]:
     """As `deliver`, within a budget of bytes, and the file that ships beside the model. UserError where it stays over it."""
     assert run.ships is not None
-    form = run.recipe.quantization.ship_as
-    shipped = run.folder.shipped_file(form)
     with run.display.step("measuring the file that ships"):
         trainer.optimizer.harden()
         sizing.measure_others(run, trainer.optimizer.hard_layers(), left, shipped_bytes)
@@ -60,14 +55,22 @@ def deliver_in_bytes(run: Run, trainer: Trainer, left: list[dict[str, Any]]) -> 
         with run.display.step("fitting the file to its size"):
             coded = sizing.trim(run, trainer, goal)
         file, gap = deliver(run, trainer, left)
-        size = ship(run.folder.model_file, shipped, form, display=run.display) if run.shard.is_main else None
-        over = distributed.from_main(size) - run.ships.asked
+        over = _ship_within(run, run.ships.asked)
         if over <= 0:
             return file, gap
         goal = coded - over  # what is beside the integers turned out larger than it was before BatchNorm settled
-        if run.shard.is_main:
-            shipped.unlink()
     raise _stays_over(run, over)
+
+
+def _ship_within(run: Run, asked: int) -> int:
+    """Write the file that ships, beside the model. By how many bytes it is over what was asked for; then it does not stay."""
+    form, size = run.recipe.quantization.ship_as, None
+    shipped = run.folder.shipped_file(form)
+    if run.shard.is_main:
+        size = ship(run.folder.model_file, shipped, form, display=run.display)
+        if size > asked:
+            shipped.unlink()
+    return int(distributed.from_main(size)) - asked
 
 
 def _stays_over(run: Run, over: int) -> UserError:

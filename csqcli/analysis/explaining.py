@@ -18,14 +18,13 @@ from csqcli.analysis.opening import OpenedFile, open_quantized, shares_of
 from csqcli.data.specs import WORKERS, ValSplit
 from csqcli.errors import UserError
 from csqcli.file.manifest import Manifest
-from csqcli.file.sizes import FLOAT_BITS
 from csqcli.quant.budget import Budget, PlaneLimits, make_budget, plane_limits
 from csqcli.quant.catalog import CARDS
 from csqcli.quant.costs import WEIGHTS, costs
 from csqcli.quant.hard_layer import HardLayer
 from csqcli.quant.layers import Layer
 from csqcli.quant.measuring import Score, score, squared_errors, weights_as
-from csqcli.quant.names import MOST_PLANES, owner_of
+from csqcli.quant.names import FLOAT_BITS, MOST_PLANES, owner_of
 from csqcli.recipe.schema import RESOURCE_TARGETS, LayerRules
 from csqcli.system.progress import Display
 from csqcli.training.budgets import within_operations

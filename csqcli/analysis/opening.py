@@ -23,7 +23,7 @@ from csqcli.file.manifest import Manifest
 from csqcli.models.coverage import Operations, count_macs
 from csqcli.models.spec import parse
 from csqcli.quant import activations
-from csqcli.quant.activations import ActivationQuantizers
+from csqcli.quant.activations import CALIBRATION_BATCHES, ActivationQuantizers
 from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
 from csqcli.recipe.schema import Recipe
 from csqcli.system.device import pick_device
@@ -33,7 +33,7 @@ from csqcli.training.labels import open_held_out, with_labels_of
 from csqcli.training.latencies import Latencies
 from csqcli.training.limits import Ways, measure_ways
 from csqcli.training.opening import check_task, open_images, open_model
-from csqcli.training.run import CALIBRATION_BATCHES, ShippedSize, data_config
+from csqcli.training.run import ShippedSize, data_config
 
 
 @dataclass

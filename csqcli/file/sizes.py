@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from csqcli.file.manifest import ActivationEntry, ComputeRecord, LayerRecord, SizesRecord
 from csqcli.quant.costs import operations_of
-from csqcli.quant.names import owner_of
-
-FLOAT_BITS = 32
+from csqcli.quant.names import FLOAT_BITS, owner_of
 
 
 def stored_bits(mask: str, *, basis: bool = False) -> int:

@@ -24,6 +24,7 @@ from csqcli.quant.names import owner_of
 from csqcli.quant.one_image import ModuleInput, inputs_from_one_image
 from csqcli.quant.passes.sampling import sample_indices
 
+CALIBRATION_BATCHES = 4  # of training images, that ranges are those of
 INPUT_BITS = 8  # of the network's own input
 _LEAST = 1e-20  # of a scale; fresh networks have activations of 1e-12
 _SAMPLE = 2**16  # values per layer and batch that the calibration looks at

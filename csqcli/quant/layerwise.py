@@ -28,12 +28,10 @@ from csqcli.quant.measuring import Watch, evaluating, logits_of, no_progress
 from csqcli.quant.method_settings import PTQSettings
 from csqcli.quant.methods.base import Schedule, plan_for
 from csqcli.quant.methods.ptq import PostTraining, start_scale
-from csqcli.quant.names import INT8_PLANES, MOST_PLANES
+from csqcli.quant.names import FLOAT_BITS, INT8_PLANES, MOST_PLANES
 from csqcli.quant.norms import following, tracking_norms
 from csqcli.quant.second_order import InputMoments, damped, fit, for_moved_inputs, held_out_damping, held_out_rounding
 
-FLOAT_BITS = 32  # of activations that are not rounded
-_CALIBRATION_BATCHES = 4  # that activation ranges are those of
 _FISHER_BATCH = 16  # images whose mean gradient is squared
 _SAMPLES = (2**13, 2**15)  # input columns that a layer's moments are taken over: the fewest and the most
 _SAMPLES_PER_WEIGHT = 64  # of a filter, between the two
@@ -249,7 +247,7 @@ def quantize_model(
             if act_bits < FLOAT_BITS:
                 activations.detach(model)
                 with watch("calibrating activations"):
-                    activations.calibrate(model, layers, batches[:_CALIBRATION_BATCHES], bits=act_bits)
+                    activations.calibrate(model, layers, batches[: activations.CALIBRATION_BATCHES], bits=act_bits)
             with watch("measuring which layers matter"):
                 labelled = with_own_labels(model, batches, generator)
                 importance = fisher_importance(model, layers, labelled, bits, recovery=settings.recovery)

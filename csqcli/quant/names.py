@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MOST_PLANES = 8  # of a layer, and what it starts with where nothing else is said
+FLOAT_BITS = 32  # of weights and activations that are not rounded
 INT8_PLANES = 7  # integers up to ±127
 
 

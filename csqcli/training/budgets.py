@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from csqcli.file.sizes import FLOAT_BITS
 from csqcli.models.coverage import Operations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.allocators.manual import written_planes
@@ -22,7 +21,7 @@ from csqcli.quant.budget import (
 )
 from csqcli.quant.costs import WEIGHTS, Cost, costs, latency_cost, operations_of
 from csqcli.quant.layers import Layer
-from csqcli.quant.names import owner_of
+from csqcli.quant.names import FLOAT_BITS, owner_of
 from csqcli.recipe.schema import Recipe
 from csqcli.training.latencies import NANOSECONDS_PER_MS, Latencies
 from csqcli.training.limits import Ways, limits_of

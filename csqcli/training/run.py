@@ -45,8 +45,6 @@ from csqcli.training.run_state import RunRecord, RunState
 from csqcli.training.teacher import Teacher
 from csqcli.version import __version__
 
-CALIBRATION_BATCHES = 4
-
 
 @dataclass
 class ShippedSize:
@@ -336,7 +334,7 @@ class Run:
 
     def calibration_batches(self) -> Any:
         """The first training batches: as the first epoch sees them, or without augmentation where nothing is trained."""
-        return itertools.islice(self.calibration_loader.epoch(0), CALIBRATION_BATCHES)
+        return itertools.islice(self.calibration_loader.epoch(0), activations.CALIBRATION_BATCHES)
 
     def untracked(self) -> dict[str, torch.Tensor]:
         """Buffers that a file may lack (old checkpoints have no num_batches_tracked)."""
