@@ -57,6 +57,13 @@ def search(csq, photographs: Path, tmp_path: Path) -> Callable[..., tuple[Path, 
     return run
 
 
+def test_photographs_are_rounded_without_training_after_an_epoch_in_float(search) -> None:
+    file, _ = search("--recipe", "photographs", "--epochs", 0, "--set", "ptq.images=12", "--head", "subset")
+    manifest = header.read_manifest(file)
+    assert manifest.recipe["quantization"]["method"] == "ptq"
+    assert manifest.recipe["adaptation"]["epochs"] == 1
+
+
 def measured(csq, *words: object) -> dict[str, Any]:
     code, out, err = csq("evaluate", *words, "--json")
     assert code == 0, err

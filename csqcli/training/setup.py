@@ -66,6 +66,8 @@ def make_trainer(
             label_smoothing=settings.label_smoothing,
             num_classes=run.images.num_classes,
         )
+    if run.teacher is not None:
+        run.teacher.watch(run.model)
     trainer = Trainer(
         model=run.model,
         optimizer=optimizer,

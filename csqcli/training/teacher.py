@@ -31,12 +31,19 @@ class Teacher:
             self.model.load_state_dict(weights)
         self.model.eval().requires_grad_(False)
         self._taps: list[_Tap] = []
+        self._head = ""
         if features:
             try:
-                self._taps = [_Tap(net.get_submodule(head_of(net))) for net in (model, self.model)]
+                self._head = head_of(model)
             except UserError as error:
                 hint = "leave optimizer.distill_features at 0, or distill the predictions: optimizer.distill"
                 raise UserError(error.what, where="optimizer.distill_features", hint=hint) from None
+
+    def watch(self, model: nn.Module) -> None:
+        """Listen to what the classifier of ``model`` reads, which :meth:`loss` compares. Once, before training: until then the model
+        carries no hook, and may be copied."""
+        if self.features and not self._taps:
+            self._taps = [_Tap(net.get_submodule(self._head)) for net in (model, self.model)]
 
     def loss(self, images: Tensor, scores: Tensor, loss: Tensor, *, amp: bool) -> Tensor:
         """The whole loss of a batch, from the model's ``scores`` and the ``loss`` of its labels."""

@@ -36,6 +36,7 @@ def test_the_distance_of_features_is_that_of_its_formula_in_float64() -> None:
 def test_the_whole_loss_is_labels_predictions_and_features_at_their_weights() -> None:
     model, float_model = network(0), network(0).eval()
     teacher = Teacher(model, distill=0.25, features=3.0)
+    teacher.watch(model)
     model.load_state_dict(network(1).state_dict())  # as training moves it away
     images, labels = torch.randn(8, 3, 6, 6), torch.randint(0, 5, (8,))
     scores = model(images)
@@ -57,6 +58,7 @@ def test_the_whole_loss_is_labels_predictions_and_features_at_their_weights() ->
 def test_a_model_equal_to_the_float_one_is_at_distance_zero() -> None:
     model = network()
     teacher = Teacher(model, distill=0.0, features=1.0)
+    teacher.watch(model)
     images = torch.randn(4, 3, 6, 6)
     scores = model(images)
     assert float(teacher.loss(images, scores, torch.zeros(()), amp=False).detach()) == 0
@@ -72,6 +74,7 @@ def test_a_model_without_one_classifier_is_told_what_to_leave_out() -> None:
 def test_an_input_that_is_rounded_for_the_classifier_is_compared_as_it_is_read() -> None:
     model = network()
     teacher = Teacher(model, distill=0.0, features=1.0)
+    teacher.watch(model)
     model[-1].register_forward_pre_hook(
         lambda layer, inputs: (torch.zeros_like(inputs[0]),)
     )  # as --act-bits, afterwards
@@ -90,6 +93,16 @@ def test_a_search_that_stays_near_the_features_ends_elsewhere(csq, tmp_path) -> 
             torch.cat([p.flatten() for p in csqcli.load(tmp_path / name / "model.safetensors").parameters()])
         )
     assert not torch.equal(*weights)
+
+
+def test_rounding_without_training_and_a_finetune_after_it_take_a_recipe_that_follows_features(csq, tmp_path) -> None:
+    common = ("search", "--recipe", "digits", "--epochs", 0, "--target-bits", 2, "-q", "--set", "ptq.images=64")
+    for name, words in (("rounded", ()), ("trained", ("--finetune-epochs", 1, "--set", "max_steps=6"))):
+        code, _, error = csq(*common, *words, "--set", "distill_features=16", "--distill", 0.9, "-o", tmp_path / name)
+        assert code == 0, error
+    rounded, trained = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("rounded", "trained"))
+    assert "finetune" not in rounded
+    assert "finetune" in trained
 
 
 def test_search_and_finetune_of_one_run_follow_the_same_features(csq, tmp_path) -> None:
