@@ -207,10 +207,10 @@ def finetune(
     }
     resolved = finetune_recipe(path, _together(named, settings), trust_code=trust_code)
 
-    from csqcli import pipeline
+    from csqcli import finetuning
 
     with preserve_global_state():
-        return pipeline.finetune(
+        return finetuning.finetune(
             path,
             resolved,
             Path(output) if output is not None else finetune_folder(path),

@@ -1,8 +1,8 @@
-"""search() and finetune(), top to bottom: the page to start reading at.
+"""search(), top to bottom: the page to start reading at. Behind it are prepare() and plan(), which take some of its steps.
 
 Each line is a step that has its own module: `training.run` (what the phases of a run share), `training.phase` (one phase
 trained to its end, whatever interrupts it), `training.post_training` (where nothing is trained), `training.deliver` (the file,
-written and read back), `shipping` (where its size was asked for).
+written and read back), `shipping` (where its size was asked for), `finetuning` (the phase after the search).
 """
 
 from __future__ import annotations
@@ -16,39 +16,32 @@ import torch
 
 from csqcli.data.splits import DataSet
 from csqcli.errors import UserError
-from csqcli.file import header, io
-from csqcli.file.checkpoint import open_checkpoint
+from csqcli.file import io
 from csqcli.file.io import QuantizedFile
-from csqcli.file.loading import activation_records, plain_model
 from csqcli.file.manifest import ModelRecord
-from csqcli.models.fitting import load_for
+from csqcli.finetuning import finetune_integers
 from csqcli.models.spec import ModelSpec, parse
-from csqcli.quant.layers import Layer, layers_named
+from csqcli.quant.layers import Layer
+from csqcli.quant.names import FLOAT_BITS
 from csqcli.recipe.complete import check_complete
 from csqcli.recipe.schema import Recipe
 from csqcli.shipping import deliver_in_bytes, round_in_bytes, round_layers, shipped_bytes
 from csqcli.system import distributed
-from csqcli.system.files import write_text
 from csqcli.system.progress import Display
-from csqcli.system.run_files import model_of
 from csqcli.training import phase, shared_start, sizing
 from csqcli.training.adapt import adapt
-from csqcli.training.budgets import check_targets, check_written_planes, latency_reached
+from csqcli.training.budgets import budgets_reached, check_targets, check_written_planes
 from csqcli.training.deliver import deliver, rehearse, write_report
-from csqcli.training.evaluate import evaluate
-from csqcli.training.labels import with_labels_of
 from csqcli.training.limits import measure_ways
 from csqcli.training.opening import check_task, open_images, open_model
 from csqcli.training.planning import try_out
 from csqcli.training.post_training import measure_importance
-from csqcli.training.preflight import check_named, check_optimizer
+from csqcli.training.preflight import check_named
 from csqcli.training.run import Run, data_config
 from csqcli.training.run_folder import RunFolder
-from csqcli.training.setup import shared_importance, shortened
+from csqcli.training.setup import shared_importance
 from csqcli.training.shared_start import SharedStart
 from csqcli.training.warm_start import begin_with, check_fits, keep_latents, read_warm_start
-
-_FINETUNE_RATE = 0.4  # of the search's peak learning rate, where the recipe says nothing
 
 
 def search(
@@ -82,10 +75,8 @@ def search(
             return folder.finished
         with _opened(recipe, spec, images, folder, display, weights_seed=shared.seed if shared else None) as run:
             display.say(f"method {recipe.card.name}: {recipe.card.summary}{_why(recipe)}")
-            if recipe.card.name == "pact" and recipe.quantization.act_bits == 32:
-                display.say(
-                    "without --act-bits nothing is left of PACT but its weights: the learned clip is of activations"
-                )
+            if recipe.card.lost_without_act_bits and recipe.quantization.act_bits == FLOAT_BITS:
+                display.say(f"without --act-bits {recipe.card.lost_without_act_bits}")
             layers, left_float = run.find_layers()
             left = [vars(tensor) for tensor in left_float]
             run.count_operations(layers)
@@ -114,7 +105,7 @@ def search(
             report = {} if run.past_search else _search(run, layers, left, latents=latents)
             if recipe.finetune.epochs and recipe.card.name != "float":
                 searched = io.read(folder.model_file) if folder.shard.is_main else None
-                report = _finetune(run, distributed.from_main(searched))
+                report = finetune_integers(run, distributed.from_main(searched))
         folder.finish()
     return report
 
@@ -205,7 +196,9 @@ def _search(run: Run, layers: list[Layer], left: list[dict[str, Any]], *, latent
     if run.activations is not None:
         rehearse(run, layers, left)
     file, gap = _delivered(run, layers, left, latents=latents)
-    return write_report(run, file, parity={"max_logit_gap": gap}, **_asked(run, file, layers), **_adaptation(run))
+    if run.latencies is not None:
+        run.folder.write_latencies(run.latencies)
+    return write_report(run, file, parity={"max_logit_gap": gap}, budgets=budgets_reached(run, file, layers))
 
 
 def _delivered(
@@ -248,34 +241,6 @@ def _know_latencies(run: Run, layers: list[Layer]) -> None:
     run.record.latencies = distributed.from_main(found)
 
 
-def _asked(run: Run, file: QuantizedFile, layers: list[Layer]) -> dict[str, Any]:
-    """What was asked for in each unit and what was reached, as a field of the report."""
-    settings, manifest = run.recipe.quantization, file.manifest
-    found: list[dict[str, Any]] = []
-    if settings.target_bits is not None and manifest.layers:
-        found.append({"budget": "bits", "asked": settings.target_bits, "reached": manifest.budget.mean_bits})
-    shipped = run.folder.shipped_file(settings.ship_as)
-    if run.ships is not None and shipped.exists():
-        size = shipped.stat().st_size
-        if settings.target_size is not None:
-            found.append({"budget": "size", "asked": settings.target_size, "reached": size})
-        else:
-            reached = manifest.sizes.float_bytes / size
-            found.append({"budget": "compression", "asked": settings.target_compression, "reached": reached})
-        found[-1]["file"] = shipped.name
-    if settings.target_bops is not None and manifest.compute is not None:
-        found.append({"budget": "bops", "asked": settings.target_bops, "reached": manifest.compute.bops})
-    if run.latencies is not None and settings.target_latency is not None:
-        reached = latency_reached(run, run.recipe, layers, [layer.planes for layer in file.layers])
-        found.append({"budget": "latency", "asked": settings.target_latency, "reached": reached})
-        found[-1]["engine"] = run.latencies.engine_version
-        if run.shard.is_main:
-            write_text(run.folder.latency_file, run.latencies.model_dump_json(indent=1) + "\n")
-    if run.mean_act_bits is not None:
-        found.append({"budget": "act_bits", "asked": settings.target_act_bits, "reached": run.mean_act_bits})
-    return {"budgets": found}
-
-
 def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> dict[str, Any]:
     """What :func:`search` would do and come to, from a few of its own steps; the plan, of which nothing stays on disk.
 
@@ -314,146 +279,6 @@ def plan(recipe: Recipe, *, display: Display, images: DataSet | None = None) -> 
         "left_float": left,
         "bytes": {"model": forecast.model_bytes, "bit_packed_small": small},
     }
-
-
-def finetune(
-    path: Path,
-    recipe: Recipe,
-    output: Path,
-    *,
-    display: Display,
-    force: bool = False,
-    resume: bool = False,
-    trust_code: bool = False,
-) -> dict[str, Any]:
-    """Train the integers of a quantized file on, masks fixed (Algorithm 1's second half); the report.
-
-    Never delivers a worse model than it was given: the better of the two on the validation images is written, and
-    ``report["finetune"]["kept"]`` says which.
-    """
-    file = io.read(path)
-    if not file.layers:
-        raise UserError("holds no quantized layer", where=str(path), hint="`csq search` writes one that does")
-    if file.manifest.folded:
-        hint = "finetune the file that it was exported from"
-        raise UserError(
-            "its BatchNorms are folded for inference; they cannot be trained on", where=str(path), hint=hint
-        )
-    check_task(file.manifest.spec)
-    check_optimizer(recipe)
-    _check_teacher(recipe, where=str(path))
-    images = open_images(recipe)
-    followed = _float_weights(recipe, images, file, trust_code=trust_code, where=str(path))
-    images = with_labels_of(file.manifest, images, where=str(path), whole=True)
-    source, teacher = file.manifest.payload_sha256, "" if followed is None else distributed.fingerprint(followed)
-    with RunFolder(output, recipe, images, force=force, resume=resume, source=source, teacher=teacher) as folder:
-        if folder.finished is not None:
-            folder.finish()
-            return folder.finished
-        torch.manual_seed(recipe.seed)
-        model = plain_model(file, trust_code=trust_code, where=str(path))
-        config = data_config(file.manifest.data_config, recipe)
-        with Run(recipe, folder, display, model, images, config, file.manifest.model) as run:
-            run.keep_teacher(followed)
-            report = _finetune(run, file)
-        folder.finish()
-    return report
-
-
-def _check_teacher(recipe: Recipe, *, where: str) -> None:
-    """UserError where a finetune is to follow a float model that nothing names, and where nothing follows the one that is named."""
-    asked = [name for name in ("distill", "distill_features") if getattr(recipe.optimizer, name)]
-    if asked and recipe.finetune.teacher is None:
-        without = " ".join(f"--set optimizer.{name}=0" for name in asked)
-        hint = f"name it: --teacher FILE (teacher=), a checkpoint or the folder of a float run; or leave it: {without}"
-        raise UserError("the float model to distill from is not in the file", where=where, hint=hint)
-    if recipe.finetune.teacher is not None and not asked:
-        hint = "say how much: --set optimizer.distill=0.9 (predictions), --set optimizer.distill_features=1 (what the classifier reads)"
-        raise UserError("the loss has no share that follows the teacher", where="--teacher (teacher=)", hint=hint)
-
-
-def _float_weights(
-    recipe: Recipe, images: DataSet, file: QuantizedFile, *, trust_code: bool, where: str
-) -> dict[str, torch.Tensor] | None:
-    """Weights of the float model that a finetune follows, by the names of the file's model; None where it follows none. UserError for
-    those of another network."""
-    teacher = recipe.finetune.teacher
-    if teacher is None:
-        return None
-    weights_of, model = str(model_of(teacher)), file.manifest.model
-    # before anything else builds what a file names
-    wanted = plain_model(file, trust_code=trust_code, where=where).state_dict()
-    if header.is_quantized(model_of(teacher)) and io.read(model_of(teacher)).layers:
-        hint = "give a float checkpoint, or the folder of a run of --method float"
-        raise UserError("is quantized: a teacher is a float model", where=weights_of, hint=hint)
-    found = load_for(
-        model.source,
-        images.classes,
-        head="auto" if model.num_classes == len(images.classes) else "keep",
-        checkpoint=open_checkpoint(weights_of),
-        weights=recipe.model.weights,
-        arguments=model.arguments,
-        classes_from=images.source,
-    ).loaded.model.state_dict()
-    odd = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
-    if odd:
-        what = f"its {odd[0]} is not that of the file's model"
-        raise UserError(what, where=weights_of, hint="give float weights of the same network, with the same classes")
-    return found
-
-
-def _finetune(run: Run, start: QuantizedFile) -> dict[str, Any]:
-    """Train ``start``'s integers on and deliver the better of the two."""
-    recipe = run.recipe.model_copy(deep=True)
-    recipe.epochs = run.recipe.finetune.epochs
-    recipe.optimizer = shortened(recipe.optimizer, recipe.epochs)
-    recipe.optimizer.lr = run.recipe.finetune.lr or _FINETUNE_RATE * run.recipe.optimizer.peak_lr
-    run.model.load_state_dict(start.state_dict() | run.untracked())
-    if run.activations is None and start.manifest.activations:
-        method = recipe.quantization.act_method
-        run.attach_activations(activation_records(start.manifest), method=method)
-    run.check_scores()
-    if not run.past_search:
-        with run.display.evaluation("evaluating the file's model", run.val_loader.batches) as tell:
-            before = evaluate(run.model, run.val_loader, present=run.images.present, on_batch=tell)
-        run.record.input_top1, run.record.input_top1_present = before.top1, before.top1_present
-        found = {"samples": before.samples, "soft_top1": None, "unit_steps_top1": None}
-        run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
-        run.saved = None
-    input_top1 = run.record.input_top1 or 0.0
-    run.display.say(f"finetune from top-1 {input_top1:.2f} % at {start.manifest.budget.mean_bits:.4f} bits")
-    layers = layers_named(run.model, [layer.name for layer in start.layers])
-    run.count_operations(layers)
-    rehearse(run, layers, start.manifest.left_float)
-    trainer = phase.train(run, "finetune", recipe, layers, start=start.layers)
-    run.searched = None
-    file, gap = deliver(run, trainer, start.manifest.left_float, at_least=input_top1)
-    finetuned_top1 = run.record.accuracy.hard_top1 or 0.0
-    kept = "finetuned" if finetuned_top1 >= input_top1 else "input"
-    if kept == "input":
-        file, gap = _keep_input(run, start, input_top1), 0.0
-    run.display.say(f"finetuned top-1 {finetuned_top1:.2f} %, input {input_top1:.2f} %: kept the {kept} model")
-    outcome = {"input_top1": input_top1, "finetuned_top1": finetuned_top1, "kept": kept}
-    return write_report(run, file, parity={"max_logit_gap": gap}, finetune=outcome, **_adaptation(run))
-
-
-def _adaptation(run: Run) -> dict[str, Any]:
-    done = run.record.adaptation
-    return {} if done is None else {"adaptation": done.model_dump(exclude={"sha256"})}
-
-
-def _keep_input(run: Run, start: QuantizedFile, top1: float) -> QuantizedFile:
-    """Write the model that the finetune started from, with the accuracy that was measured here."""
-    found = {
-        "hard_top1": top1,
-        "hard_top1_present": run.record.input_top1_present,
-        "samples": run.record.accuracy.samples,
-    }
-    run.record.accuracy = start.manifest.accuracy.model_copy(update=found)
-    start.manifest.accuracy, start.manifest.sizes.file_bytes = run.record.accuracy, None
-    if run.shard.is_main:
-        io.write(run.folder.model_file, start)
-    return start
 
 
 def _model_asked_for(recipe: Recipe, *, resume: bool = False) -> ModelSpec:

@@ -95,9 +95,9 @@ def finetune(
     display.say(f"finetune {file}: {manifest.model.source} on {resolved.data.source}, into {target}")
 
     with display.step("loading PyTorch"):
-        from csqcli import pipeline
+        from csqcli import finetuning
 
-    report = pipeline.finetune(
+    report = finetuning.finetune(
         file, resolved, target, display=display, force=force, resume=resume, trust_code=trust_code
     )
     result_of_run(target / MODEL_FILE, report, json_wanted=as_json, display=display)

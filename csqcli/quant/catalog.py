@@ -59,6 +59,7 @@ class MethodCard:
     max_planes: int = MOST_PLANES
     takes_state_dtype: bool = False  # keeps what it has per weight in quantization.state_dtype
     keeps_unrounded: bool = True  # weights from before they were rounded, which another run may begin with
+    lost_without_act_bits: str = ""  # what is said of a search that leaves activations float
 
     @property
     def section(self) -> str:
@@ -156,6 +157,7 @@ CARDS = {
             activations="pact",
             has_zero=False,
             min_planes=1,
+            lost_without_act_bits="nothing is left of PACT but its weights: the learned clip is of activations",
         ),
         MethodCard(
             "bsq",

@@ -1,11 +1,12 @@
-"""A recipe's targets as one budget of a run's layers, and what they leave no room for."""
+"""A recipe's targets as one budget of a run's layers, what they leave no room for, and what was reached of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
+from csqcli.file.io import QuantizedFile
 from csqcli.models.coverage import Operations
 from csqcli.quant.activations import ActivationQuantizers
 from csqcli.quant.allocators.manual import written_planes
@@ -110,7 +111,28 @@ def check_written_planes(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> N
         written_planes(layers, budget_of(run, recipe, layers), recipe.quantization.planes)
 
 
-def latency_reached(run: Counted, recipe: Recipe, layers: Sequence[Layer], planes: Sequence[int]) -> float:
-    """Milliseconds that so many planes per layer come to, by the latencies that a run's budget counts with."""
-    [found] = [ceiling for ceiling in budget_of(run, recipe, layers).ceilings if ceiling.unit == NANOSECONDS]
-    return (found.spent(planes) + found.beside) / NANOSECONDS_PER_MS
+def budgets_reached(run: Run, file: QuantizedFile, layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """What was asked for in each unit and what the file of a search comes to: the report's ``budgets``."""
+    settings, manifest = run.recipe.quantization, file.manifest
+    found: list[dict[str, Any]] = []
+    if settings.target_bits is not None and manifest.layers:
+        found.append({"budget": "bits", "asked": settings.target_bits, "reached": manifest.budget.mean_bits})
+    shipped = run.folder.shipped_file(settings.ship_as)
+    if run.ships is not None and shipped.exists():
+        size = shipped.stat().st_size
+        if settings.target_size is not None:
+            found.append({"budget": "size", "asked": settings.target_size, "reached": size})
+        else:
+            reached = manifest.sizes.float_bytes / size
+            found.append({"budget": "compression", "asked": settings.target_compression, "reached": reached})
+        found[-1]["file"] = shipped.name
+    if settings.target_bops is not None and manifest.compute is not None:
+        found.append({"budget": "bops", "asked": settings.target_bops, "reached": manifest.compute.bops})
+    if run.latencies is not None:
+        [counted] = [each for each in budget_of(run, run.recipe, layers).ceilings if each.unit == NANOSECONDS]
+        reached = (counted.spent([layer.planes for layer in file.layers]) + counted.beside) / NANOSECONDS_PER_MS
+        found.append({"budget": "latency", "asked": settings.target_latency, "reached": reached})
+        found[-1]["engine"] = run.latencies.engine_version
+    if run.mean_act_bits is not None:
+        found.append({"budget": "act_bits", "asked": settings.target_act_bits, "reached": run.mean_act_bits})
+    return found

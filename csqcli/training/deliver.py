@@ -145,7 +145,7 @@ def _logit_gap(run: Run, reloaded: nn.Module) -> float:
 
 
 def write_report(run: Run, file: QuantizedFile, **more: Any) -> dict[str, Any]:
-    """report.json: the manifest as written, the file's size, the history, and ``more``."""
+    """report.json: the manifest as written, the file's size, the history, ``more``, and what a float phase did."""
     if run.shard.is_main:
         file.manifest.sizes.file_bytes = run.folder.model_file.stat().st_size
     kept = {} if run.record.ways is None else run.record.ways.model_dump()
@@ -154,5 +154,7 @@ def write_report(run: Run, file: QuantizedFile, **more: Any) -> dict[str, Any]:
         for layer in file.layers
     }
     report = build_report(file.manifest, run.record.history, sparsity=sparsity) | kept | more
+    if run.record.adaptation is not None:
+        report["adaptation"] = run.record.adaptation.model_dump(exclude={"sha256"})
     run.folder.write_report(report)
     return report

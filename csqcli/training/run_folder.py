@@ -31,6 +31,7 @@ from csqcli.system.run_files import (
     RESUME_FILE,
 )
 from csqcli.training.inputs import Inputs, check_same, inputs_of
+from csqcli.training.latencies import Latencies
 from csqcli.training.run_state import HISTORY_VALUES, RunState, read_state
 from csqcli.training.trackers import Trackers
 
@@ -83,11 +84,6 @@ class RunFolder:
     def latent_file(self) -> Path:
         """What stood behind the rounded weights when a search ended, for others to begin with."""
         return self.path / LATENT_FILE
-
-    @property
-    def latency_file(self) -> Path:
-        """The latencies that a budget in milliseconds counted with, as `--latency-table` takes them."""
-        return self.path / LATENCY_FILE
 
     def __enter__(self) -> RunFolder:
         if self.shard.is_main:
@@ -144,7 +140,7 @@ class RunFolder:
                 state.unlink(missing_ok=True)
             self.float_file.unlink(missing_ok=True)
             self.latent_file.unlink(missing_ok=True)
-            self.latency_file.unlink(missing_ok=True)
+            (self.path / LATENCY_FILE).unlink(missing_ok=True)
         self._before = self._shipped_before()
         for name in (
             *(MODEL_FILE, FLOAT_FILE, LATENT_FILE, LATENCY_FILE),
@@ -215,6 +211,11 @@ class RunFolder:
             files.write_text(self.path / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in history))
             if self._trackers is not None:
                 self._trackers.send(history)
+
+    def write_latencies(self, latencies: Latencies) -> None:
+        """Those that a budget in milliseconds counted with, as `--latency-table` takes them."""
+        if self.shard.is_main:
+            files.write_text(self.path / LATENCY_FILE, latencies.model_dump_json(indent=1) + "\n")
 
     def write_report(self, report: dict[str, Any]) -> None:
         if self.shard.is_main:

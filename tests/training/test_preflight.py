@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from csqcli import pipeline
+from csqcli import finetuning, pipeline
 from csqcli.analysis import allocating, opening
 from csqcli.errors import UserError
 from csqcli.recipe.resolve import resolve
@@ -51,14 +51,14 @@ def test_what_is_not_there_is_missed_before_images_are_opened(
 
 
 def test_an_allocation_and_a_finetune_look_first_too(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "open_images", never)
-    monkeypatch.setattr(pipeline, "open_images", never)
+    for module in (opening, finetuning):
+        monkeypatch.setattr(module, "open_images", never)
     settings = {"quantization.target_bits": 2, "quantization.allocator": "nope:fn"}
     with pytest.raises(UserError, match="cannot import `nope`"):
         allocating.allocate(resolve("digits", settings), display=QUIET)
     tuned = resolve("digits", {"finetune.epochs": 1, "optimizer.name": "fooopt"})
     with pytest.raises(UserError, match="fooopt"):
-        pipeline.finetune(digits_run / "model.safetensors", tuned, digits_run / "tuned", display=QUIET)
+        finetuning.finetune(digits_run / "model.safetensors", tuned, digits_run / "tuned", display=QUIET)
 
 
 @pytest.mark.parametrize("adaptation", [0, 1])
