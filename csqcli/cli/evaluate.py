@@ -102,7 +102,7 @@ def evaluate(
     assigned = settings_beside(named, settings, context)
     with_settings({"data.input_size": input_size}, assigned)  # refuses two values, by the options' names
     with display.step("loading PyTorch"):
-        from csqcli import pipeline  # noqa: F401  # what api.evaluate imports
+        from csqcli import evaluating  # noqa: F401  # what api.evaluate imports
     result = api.evaluate(**named, **assigned)
     if as_json:
         output.as_json(result)
