@@ -132,4 +132,4 @@ def print_table(table: list[dict[str, Any]], epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    names_of_rows.command(main)

@@ -133,7 +133,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", help="names of rows; all if unset")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="laid over every row")
     given = parser.parse_args()
-    table, images = rows(given.network), dict[str, DataSet]()
+    table = rows(given.network)
+    images: DataSet | None = None
     for name in given.rows or table:
         folder = given.work / name.replace(", ", "-").replace(" ", "_")
         more = {key: json.loads(value) for key, _, value in (text.partition("=") for text in given.set)}
@@ -144,9 +145,9 @@ def main() -> None:
         }
         began = time.process_time()
         recipe = resolve("photographs" if given.network == "lite0" else "short", fixed | table[name] | more)
-        if not images:
-            images["all"] = open_images(recipe)
-        report = pipeline.search(recipe, folder, display=Display(quiet=True), resume=True, images=images["all"])
+        if images is None:
+            images = open_images(recipe)
+        report = pipeline.search(recipe, folder, display=Display(quiet=True), resume=True, images=images)
         seconds, accuracy = time.process_time() - began, report["accuracy"]
         timing = folder / "seconds.json"
         if not timing.exists():

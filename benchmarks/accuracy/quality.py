@@ -6,7 +6,8 @@ for a seed, hard top-1 of the file as reloaded. All through `csqcli.pipeline.sea
 
     python benchmarks/accuracy/quality.py --data cifar10:DIR --work runs/quality --jobs 2 --json runs/quality/table.json
 
-Restartable: finished runs are read from --work. About an hour on two cores with bfloat16 units, two to three without.
+Restartable: finished runs are read from --work, and stopped ones go on. About an hour on two cores
+with bfloat16 units, two to three without.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rows import command
 
 PROXY: dict[str, Any] = {
     "model.source": "cifar_resnet8",
@@ -97,23 +103,22 @@ def cifar_images(source: str, size: int = PROXY["data.input_size"], interpolatio
 
 
 def run(name: str, seed: int, overrides: dict[str, Any], data_source: str, work: str, amp: str) -> dict[str, Any]:
-    """One run, or its report if it is finished."""
+    """The report of one run in --work: read where it is finished, gone on with where it was stopped. UserError where the folder holds a
+    run of other settings."""
     import torch
 
     from csqcli import pipeline
     from csqcli.recipe.resolve import resolve
     from csqcli.system.heap import keep_freed_memory
     from csqcli.system.progress import Display
-    from csqcli.system.run_files import RESUME_FILE
 
     keep_freed_memory()
     torch.set_num_threads(1)
     folder = Path(work) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-    if not (folder / "report.json").exists() or (folder / RESUME_FILE).exists():
-        settings = PROXY | {"data.source": data_source, "seed": seed, "amp": amp} | overrides
-        recipe = resolve("short", {key: value for key, value in settings.items() if value is not None})
-        pipeline.search(recipe, folder, display=Display(quiet=True), force=True, images=cifar_images(data_source))
-    return json.loads((folder / "report.json").read_text())
+    settings = PROXY | {"data.source": data_source, "seed": seed, "amp": amp} | overrides
+    recipe = resolve("short", {key: value for key, value in settings.items() if value is not None})
+    images = cifar_images(data_source)
+    return pipeline.search(recipe, folder, display=Display(quiet=True), resume=True, images=images)
 
 
 def parser(doc: str | None, work: str) -> argparse.ArgumentParser:
@@ -220,4 +225,4 @@ def print_table(results: dict[str, dict[int, dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

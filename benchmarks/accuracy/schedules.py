@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import quality
+from rows import command
 
 STARTS = {
     "scratch": ((10, 20, 40, 80), {"model.checkpoint": None, "model.pretrained": False, "optimizer.lr": 0.1}),
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -6,7 +6,7 @@
 Digits, or CIFAR-10 pooled to 8×8 pixels on `cifar_resnet8`; the paper's settings at a learning rate of 0.1. The paper counts
 signs of mask logits; `soft` counts Σ f(m_B); the others fix planes at a share of training and train bits on (Eq. 4). For each:
 the largest distance of the mean precision from the target after the epochs of the last fifth, the planes delivered, and the
-accuracy of the soft model and of the file as reloaded. Restartable: finished runs are read from --work.
+accuracy of the soft model and of the file as reloaded. Restartable: finished runs are read from --work, and stopped ones go on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import quality
+from rows import command
 
 COUNTS: dict[str, dict[str, Any]] = {
     "signs (the paper)": {"csq.precision_count": "sign", "csq.fix_masks_at": 1.0},
@@ -75,10 +76,8 @@ def main() -> None:
     )
     for name in given.only or COUNTS:
         folder = given.work / f"{name.replace(' ', '_').replace('%', '')}-{given.epochs}-{given.target:g}-{given.seed}"
-        if not (folder / "report.json").exists():
-            recipe = resolve("digits" if given.data == "digits" else "short", shared | COUNTS[name])
-            pipeline.search(recipe, folder, display=Display(quiet=True), force=True, images=images)
-        report = json.loads((folder / "report.json").read_text())
+        recipe = resolve("digits" if given.data == "digits" else "short", shared | COUNTS[name])
+        report = pipeline.search(recipe, folder, display=Display(quiet=True), resume=True, images=images)
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         planes = [(line["epoch"], line["mean_bits"]) for line in history if "mean_bits" in line]
         furthest = max(abs(mean - given.target) for epoch, mean in planes if epoch > 0.8 * given.epochs)
@@ -103,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
