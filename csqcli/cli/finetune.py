@@ -65,7 +65,7 @@ def finetune(
 
     Example: csq finetune runs/resnet18 --data /imagenet --epochs 5
     """
-    from csqcli.api import finetune_recipe
+    from csqcli.api.runs import finetune_recipe
     from csqcli.file.header import read_manifest
     from csqcli.recipe.complete import check_data_given
     from csqcli.recipe.keys import parse_assignments

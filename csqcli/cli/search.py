@@ -152,7 +152,7 @@ def search(
     if dry_run:
         print_plan_of(options)
         return
-    from csqcli.api import search_folder
+    from csqcli.api.runs import search_folder
     from csqcli.recipe.complete import check_complete
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
