@@ -9,7 +9,8 @@ from rich.console import Console
 
 from csqcli.errors import printable
 from csqcli.reporting import charts
-from csqcli.reporting.charts import Figure, Series
+from csqcli.reporting.charts import Series
+from csqcli.reporting.figure import Figure
 from csqcli.reporting.layout import LEAST_NAME, Column, glyphs, print_columns, print_lines
 from csqcli.reporting.words import layer_names, short
 from csqcli.system.progress import counted

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from csqcli.reporting import charts, svg
+from csqcli.reporting import figure, svg
 from csqcli.reporting.svg import element, escaped
 
 _STYLE = """
@@ -101,7 +101,7 @@ class Column:
 
 def page(title: str, subtitle: str, sections: Sequence[Section], *, footer: str) -> str:
     """The HTML of a whole page. Text is escaped here, but for the sections' bodies."""
-    style = svg.STYLE + charts.STYLE + _STYLE
+    style = svg.STYLE + figure.STYLE + _STYLE
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(_SCRIPT)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"

@@ -14,11 +14,12 @@ from csqcli.file.manifest import LayerRecord, Manifest
 from csqcli.file.sizes import bit_operations
 from csqcli.reporting import charts, history
 from csqcli.reporting.build import history_beside
-from csqcli.reporting.figures import Figures, figures
+from csqcli.reporting.figure import Figure
 from csqcli.reporting.histogram import Histogram
 from csqcli.reporting.page import Column, Section, cards, page, table
 from csqcli.reporting.png import png
 from csqcli.reporting.recompute import recomputed
+from csqcli.reporting.run_figures import Figures, figures
 from csqcli.reporting.sparsity import LayerSparsity, sentence
 from csqcli.reporting.svg import element, escaped
 from csqcli.reporting.words import layer_names, short, signed, size
@@ -188,11 +189,11 @@ def _figure_sections(shown: _Shown) -> list[Section]:
     return found
 
 
-def _all(drawn: Sequence[charts.Figure]) -> str:
+def _all(drawn: Sequence[Figure]) -> str:
     return "".join(figure.html() for figure in drawn)
 
 
-def _pair(drawn: Sequence[charts.Figure]) -> str:
+def _pair(drawn: Sequence[Figure]) -> str:
     return element("div", _all(drawn), class_="pair") if drawn else ""
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from csqcli.errors import printable
 from csqcli.quant.catalog import CARDS
 from csqcli.recipe.yaml_files import builtin_names
-from csqcli.reporting.charts import Figure, Point, Series, lines, scatter
+from csqcli.reporting.charts import Point, Series, lines, scatter
+from csqcli.reporting.figure import Figure
 from csqcli.reporting.words import layer_names, near_chance
 from csqcli.reproducing.experiments import PAPERS_OWN, Experiment
 from csqcli.reproducing.runs import SHORT_OF_TARGET, depth_trend

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from csqcli.errors import printable
 from csqcli.reporting import charts
-from csqcli.reporting.charts import Figure, Point
+from csqcli.reporting.charts import Point
+from csqcli.reporting.figure import Figure
 from csqcli.reporting.layout import LEAST_NAME, glyphs, print_columns, print_lines
 from csqcli.reporting.layout import Column as Tabular
 from csqcli.reporting.page import Column, Section, cards, page, table

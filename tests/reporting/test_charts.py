@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from csqcli.reporting import charts, svg
-from csqcli.reporting.charts import Figure, Point, Series
+from csqcli.reporting.charts import Point, Series
+from csqcli.reporting.figure import NARROW, WIDE, Figure
 from csqcli.reporting.words import middle, short, size
 from tests.drawing import needs_png
 
@@ -69,7 +70,7 @@ def test_a_file_of_its_own_needs_no_style_sheet_and_no_network(kind: str) -> Non
             assert part.get("fill") or part.get("stroke"), part.attrib
 
 
-@pytest.mark.parametrize("width", [charts.NARROW, charts.WIDE])
+@pytest.mark.parametrize("width", [NARROW, WIDE])
 @pytest.mark.parametrize("kind", figures("blocks.6.0.a_rather_long_name_of_a_layer.weight"))
 def test_nothing_is_drawn_outside_of_the_drawing(kind: str, width: int) -> None:
     figure = figures("blocks.6.0.a_rather_long_name_of_a_layer.weight")[kind]

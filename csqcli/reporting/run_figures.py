@@ -9,7 +9,8 @@ from typing import Any
 from csqcli.file.manifest import Manifest
 from csqcli.file.sizes import bit_operations
 from csqcli.reporting import charts, history
-from csqcli.reporting.charts import Figure, Series
+from csqcli.reporting.charts import Series
+from csqcli.reporting.figure import Figure
 from csqcli.reporting.histogram import Histogram, magnitude_name
 from csqcli.reporting.words import layer_names, short
 
