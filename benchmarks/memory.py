@@ -7,7 +7,7 @@ through all of its stages. float is SGD with momentum: weight, gradient and mome
 
     python benchmarks/memory.py --estimate --json runs/memory-estimate.json
 
-sets what csq says a step will take (csqcli/memory.py) against what a process grows by in three of them.
+sets what csq says a step will take (csqcli/system/memory.py) against what a process grows by in three of them.
 """
 
 from __future__ import annotations

@@ -96,19 +96,8 @@ def _save(
     classes: Sequence[str] | None,
     accuracy: float | Mapping[str, float] | None,
 ) -> Manifest:
-    source = spec.source
-    try:
-        record = ModelRecord(
-            source=spec.source,
-            library=spec.library,
-            name=spec.name,
-            arguments=spec.arguments,
-            num_classes=num_classes,
-            weights_from="training loop",
-        )
-    except ValidationError as error:
-        what = first_problem(error).message
-        raise UserError(f"num_classes {num_classes!r}: {what}", where="csqcli.save") from None
+    """As :func:`save_model`, of a network out of its wrappers and a source that another program can import."""
+    source, record = spec.source, _record(spec, num_classes)
     if classes is not None and len(classes) != num_classes:
         raise UserError(f"{len(classes)} class names for {num_classes} classes", where="csqcli.save")
     measured = _accuracy(accuracy)
@@ -148,12 +137,7 @@ def _save(
             environment=environment(),
             recipe=_recipe(optimizer),
         )
-    budget = file.manifest.budget
-    if budget.target_mean_bits is not None and budget.mean_bits > budget.target_mean_bits + 1e-9:
-        what = (
-            f"its layers have {budget.mean_bits:.4f} planes in the mean, over the target of {budget.target_mean_bits:g}"
-        )
-        raise UserError(what, where="csqcli.save", hint="save with the optimizer that found them")
+    _check_within_target(file.manifest)
     loading.load_into(rebuilt.eval(), file, where=source)
     answers = _outputs(rebuilt, task, size, where=source)
     _check_answers(answers, expected, network, where=source)  # so that nothing is written that cannot be loaded
@@ -163,6 +147,30 @@ def _save(
         loading.load_into(rebuilt, io.read(candidate), where=str(path))
         _check_answers(_outputs(rebuilt, task, size, where=source), answers, network, where=str(path))
     return header.read_manifest(path)
+
+
+def _record(spec: ModelSpec, num_classes: int) -> ModelRecord:
+    """What the manifest says of the architecture. UserError for a number of classes that is none."""
+    try:
+        return ModelRecord(
+            source=spec.source,
+            library=spec.library,
+            name=spec.name,
+            arguments=spec.arguments,
+            num_classes=num_classes,
+            weights_from="training loop",
+        )
+    except ValidationError as error:
+        what = first_problem(error).message
+        raise UserError(f"num_classes {num_classes!r}: {what}", where="csqcli.save") from None
+
+
+def _check_within_target(manifest: Manifest) -> None:
+    """UserError where the layers have more planes in the mean than their optimizer was asked for."""
+    mean, target = manifest.budget.mean_bits, manifest.budget.target_mean_bits
+    if target is not None and mean > target + 1e-9:
+        what = f"its layers have {mean:.4f} planes in the mean, over the target of {target:g}"
+        raise UserError(what, where="csqcli.save", hint="save with the optimizer that found them")
 
 
 def _recipe(optimizer: QuantizedOptimizer | Quantized) -> dict[str, Any]:

@@ -153,17 +153,12 @@ def search(
         print_plan_of(options)
         return
     from csqcli.api.runs import search_folder
-    from csqcli.recipe.complete import check_complete
-    from csqcli.recipe.resolve import resolve
-    from csqcli.system.progress import Display
 
-    typed = search_settings(options)
-    resolved = resolve(recipe, typed)
-    check_complete(resolved)
-    display = Display(quiet=quiet or not is_main_process(), log_every=log_every)
+    resolved, display, notes = _asked_for(options)
     target = output or search_folder(resolved)
     display.say(f"recipe {recipe}: {resolved.model.source} on {resolved.data.source}, into {target}")
-    _tell_idle(display, resolved, typed, planes)
+    for note in notes:
+        display.say(note)
 
     with display.step("loading PyTorch"):
         from csqcli import pipeline
@@ -175,7 +170,23 @@ def search(
 
 def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
     """Print the plan of the search that these options of it ask for."""
-    from csqcli.recipe.complete import check_complete
+    resolved, display, notes = _asked_for(options)
+    display.say(
+        f"recipe {options['recipe']}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
+    )
+    for note in notes:
+        display.say(note)
+    with display.step("loading PyTorch"):
+        from csqcli import pipeline
+
+    print_plan(pipeline.plan(resolved, display=display), json_wanted=options["as_json"], verbose=verbose)
+
+
+def _asked_for(options: Mapping[str, Any]) -> tuple[Recipe, Display, list[str]]:
+    """The complete recipe that the options of a search ask for, the display that they ask for, and what to say of options that
+    change nothing or take the place of what a file of planes says."""
+    from csqcli.recipe.complete import check_complete, without_effect
+    from csqcli.recipe.planes import replaced_target
     from csqcli.recipe.resolve import resolve
     from csqcli.system.progress import Display
 
@@ -183,30 +194,15 @@ def print_plan_of(options: Mapping[str, Any], *, verbose: bool = False) -> None:
     resolved = resolve(options["recipe"], typed)
     check_complete(resolved)
     display = Display(quiet=options["quiet"] or not is_main_process(), log_every=options["log_every"])
-    display.say(
-        f"recipe {options['recipe']}: a plan for {resolved.model.source} on {resolved.data.source}; nothing is written"
-    )
-    _tell_idle(display, resolved, typed, options.get("planes"))
-    with display.step("loading PyTorch"):
-        from csqcli import pipeline
-
-    print_plan(pipeline.plan(resolved, display=display), json_wanted=options["as_json"], verbose=verbose)
-
-
-def _tell_idle(display: Display, resolved: Recipe, typed: Mapping[str, Any], planes_file: Path | None) -> None:
-    """Say what was typed and changes nothing, and what of a file of planes gives way to it."""
-    from csqcli.recipe.complete import without_effect
-    from csqcli.recipe.planes import replaced_target
-
-    for note in without_effect(resolved, typed):
-        display.say(f"without effect: {note}")
-    if note := replaced_target(planes_file, typed):
-        display.say(note)
+    notes = [f"without effect: {note}" for note in without_effect(resolved, typed)]
+    if note := replaced_target(options.get("planes"), typed):
+        notes.append(note)
+    return resolved, display, notes
 
 
 def search_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted recipe keys → values of the options of `csq search` by name, those that were typed; an option that is not there
-    was not."""
+    """{dotted recipe key: value} of what was typed. ``options`` are those of `csq search` by name; a command that has only some of
+    them gives those."""
     get = options.get
     amp, planes_file, engine = get("amp"), get("planes"), get("latency_engine")
     held_out = val_split(get("val_split_"))
