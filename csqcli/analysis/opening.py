@@ -25,6 +25,7 @@ from csqcli.models.spec import parse
 from csqcli.quant import activations
 from csqcli.quant.activations import CALIBRATION_BATCHES, ActivationQuantizers
 from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
+from csqcli.quant.names import FLOAT_BITS
 from csqcli.recipe.schema import Recipe
 from csqcli.system.device import pick_device
 from csqcli.system.progress import Display, counted
@@ -109,7 +110,7 @@ def _opened(recipe: Recipe, display: Display, *, calibrating: bool, limit: int |
     if bits == "auto":
         hint = "pass a number, e.g. --set act_bits=8"
         raise UserError("widths of layer inputs are searched by `csq search` only", where="act_bits auto", hint=hint)
-    if bits != 32 and calibrating:
+    if bits != FLOAT_BITS and calibrating:
         with display.step("calibrating activations"):
             opened.activations = activations.calibrate(
                 model, layers, (pixels for pixels, _ in batches), bits=bits, method=recipe.quantization.act_method

@@ -25,7 +25,7 @@ from torch import Tensor
 from csqcli.errors import UserError
 from csqcli.quant.costs import Cost, LayerFacts, weight_planes
 from csqcli.quant.layers import Layer, match
-from csqcli.quant.names import MOST_PLANES
+from csqcli.quant.names import FLOAT_BITS, MOST_PLANES
 from csqcli.quant.program import best_within
 
 _CELLS = 50_000  # the knapsack's resolution of the budget
@@ -214,7 +214,7 @@ def make_budget(
             shape=tuple(layer.parameter.shape),
             weights=layer.weights,
             macs=(macs or {}).get(name) or 0,
-            input_bits=(input_bits or {}).get(name, 32),
+            input_bits=(input_bits or {}).get(name, FLOAT_BITS),
         )
         row: list[Any] = [cost(facts, planes) for planes in range(bits + 1)]
         whole = all(isinstance(value, int) and value >= 0 for value in row)

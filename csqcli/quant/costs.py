@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from csqcli.quant.names import FLOAT_BITS
 from csqcli.system.plugins import Registry
 
 WEIGHTS = "weights"
@@ -24,7 +25,7 @@ class LayerFacts:
     shape: tuple[int, ...]
     weights: int
     macs: int = 0  # multiply-accumulates of one image; 0 where the weight is in no operation
-    input_bits: int = 32
+    input_bits: int = FLOAT_BITS
 
 
 Cost = Callable[[LayerFacts, int], int]

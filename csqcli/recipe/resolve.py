@@ -14,7 +14,7 @@ from csqcli.errors import UserError, did_you_mean, first_problem
 from csqcli.quant.catalog import AUTO, CARDS, MANUAL, POST_TRAINING, MethodCard, choose, find_allocator, find_card
 from csqcli.quant.costs import costs
 from csqcli.quant.method_settings import FROM_SCRATCH, PAPER, MethodSettings
-from csqcli.quant.names import INT8_PLANES, MOST_PLANES
+from csqcli.quant.names import FLOAT_BITS, INT8_PLANES, MOST_PLANES
 from csqcli.recipe import DEFAULT_RECIPE, legacy
 from csqcli.recipe.keys import beside, common_key, elsewhere, foreign, full_key, owner_of, put, suggest
 from csqcli.recipe.schema import RESOURCE_TARGETS, ZEROQ, Recipe
@@ -262,7 +262,7 @@ def _check_planes(recipe: Recipe, card: MethodCard, where: str) -> None:
     for key, table in (("layers.min_bits", rules.min_bits), ("layers.max_bits", rules.max_bits)):
         for name, planes in table.items():
             if start < planes <= MOST_PLANES:
-                is_int8 = start == INT8_PLANES and recipe.quantization.act_bits != 32
+                is_int8 = start == INT8_PLANES and recipe.quantization.act_bits != FLOAT_BITS
                 rounded = ", which it is beside rounded activations unless set" if is_int8 else ""
                 what = f"{key}: `{name}` at {planes} planes is more than quantization.max_bits {start}{rounded}"
                 raise UserError(what, where=where, hint=f"--set quantization.max_bits={planes} lifts it")

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, mod
 from csqcli.quant.catalog import AUTO, MANUAL, TRIALS, MethodCard, find_card
 from csqcli.quant.costs import WEIGHTS
 from csqcli.quant.method_settings import MethodSettings
-from csqcli.quant.names import MOST_PLANES
+from csqcli.quant.names import FLOAT_BITS, MOST_PLANES
 from csqcli.system.choices import Amp, EngineName, Head, Weights
 from csqcli.system.limits import check_arguments
 from csqcli.system.settings import HASHED_ELSEWHERE, LARGE, RESULT_NEUTRAL, USERS_ONLY, Section
@@ -158,11 +158,11 @@ class QuantizationSettings(Section):
         if self.act_bits == "auto" and self.target_act_bits is None:
             raise ValueError("act_bits auto needs target_act_bits; pass --target-act-bits, e.g. --target-act-bits 4")
         if self.act_bits != "auto" and self.target_act_bits is not None:
-            change = "say act_bits auto" if self.act_bits == 32 else "leave --act-bits out"
+            change = "say act_bits auto" if self.act_bits == FLOAT_BITS else "leave --act-bits out"
             raise ValueError(f"target_act_bits is a mean of searched widths, and act_bits is {self.act_bits}; {change}")
         if self.act_bits == 1 and self.act_method != "xnor":
             raise ValueError(f"act_bits 1 has act_method xnor, not {self.act_method}")
-        if self.act_bits not in (1, 32) and self.act_method == "xnor":
+        if self.act_bits not in (1, FLOAT_BITS) and self.act_method == "xnor":
             raise ValueError(f"act_method xnor has act_bits 1, not {self.act_bits}")
         return self
 

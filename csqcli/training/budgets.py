@@ -60,7 +60,7 @@ def budget_of(run: Counted, recipe: Recipe, layers: Sequence[Layer]) -> Budget:
             limits=limits,
             cost=cost,
             macs=run.operations.macs if run.operations is not None else None,
-            input_bits={layer.name: inputs.get(owner_of(layer.name), 32) for layer in layers},
+            input_bits={layer.name: inputs.get(owner_of(layer.name), FLOAT_BITS) for layer in layers},
         )
 
     def within(table: Table, allowance: int, unit: str, beside: int) -> Budget:
@@ -101,7 +101,7 @@ def check_targets(run: Run, recipe: Recipe, layers: Sequence[Layer]) -> None:
     settings = recipe.quantization
     asked_in_bits = settings.target_bits is not None and settings.cost == WEIGHTS and not settings.has_resource_target
     only_bops = settings.target_bops is not None and not settings.in_bytes and settings.target_latency is None
-    if asked_in_bits or (only_bops and settings.act_bits == 32):
+    if asked_in_bits or (only_bops and settings.act_bits == FLOAT_BITS):
         budget_of(run, recipe, layers).check_feasible()
 
 

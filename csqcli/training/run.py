@@ -30,6 +30,7 @@ from csqcli.quant.activations import ActivationQuantizers, ActivationRecord
 from csqcli.quant.layers import FloatTensor, Layer, find_layers
 from csqcli.quant.method_settings import GateSettings, PTQSettings
 from csqcli.quant.methods.base import WeightMethod
+from csqcli.quant.names import FLOAT_BITS
 from csqcli.recipe.schema import ZEROQ, Recipe
 from csqcli.reporting.words import near_chance
 from csqcli.system import distributed
@@ -83,10 +84,9 @@ class Run:
     importance: tuple[str | None, torch.Tensor] | None = None  # of planes, and whose, where a shared start has it
 
     def __post_init__(self) -> None:
-        recipe, settings = self.recipe, self.recipe.data
         self.device, self.shard = self.folder.device, self.folder.shard
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
+        if self.recipe.threads is not None:
+            torch.set_num_threads(self.recipe.threads)
         self._know_inputs()
         self.model = self.model.to(self.device)
         self._choose_optimizer()
@@ -99,8 +99,17 @@ class Run:
         self.channels_last = recipe.channels_last == "on" or auto
         if self.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if settings.calib == ZEROQ:
+        if recipe.data.calib == ZEROQ:
             self.images = replace(self.images, train=distributed.from_main(self._distilled()))
+        self._make_loaders()
+        state = self.folder.load_state()
+        if state is not None and self.shard.is_main:
+            warn_of_last_bits(state.inputs, self.folder.inputs)
+        self.take(state)
+
+    def _make_loaders(self) -> None:
+        """Those of training, of calibration and of evaluation; what images there are is said."""
+        recipe, settings = self.recipe, self.recipe.data
         train, val = self.images.train, self.images.val
         assert train is not None
         augment = choose_augment(settings.augment, self.images, self.config)
@@ -121,10 +130,6 @@ class Run:
         self.val_loader = make_loader(val, self.config, held_out)
         whole = replace(held_out, shard=Shard())  # for the main process, which alone reads the written file back
         self.whole_val_loader = make_loader(val, self.config, whole) if self.shard.world > 1 else self.val_loader
-        state = self.folder.load_state()
-        if state is not None and self.shard.is_main:
-            warn_of_last_bits(state.inputs, self.folder.inputs)
-        self.take(state)
 
     def _choose_optimizer(self) -> None:
         """What the recipe leaves open of the optimizer follows from the network's norms."""
@@ -271,7 +276,7 @@ class Run:
     def quantize_activations(self) -> None:
         """Calibrated on the first training batches, before any weight is rounded."""
         settings = self.recipe.quantization
-        if settings.act_bits == 32:
+        if settings.act_bits == FLOAT_BITS:
             return
         hooked, _ = find_layers(self.model, exclude=self.recipe.layers.exclude)
         bits = self._searched_widths(hooked) if settings.act_bits == "auto" else settings.act_bits
