@@ -156,6 +156,21 @@ def test_the_sign_s_scale_is_calibrated_to_the_mean_magnitude_and_the_networks_i
     assert records[2].scale == pytest.approx(float(seen[-1].abs().double().mean()), rel=1e-5)  # least squares for ±s
 
 
+def test_the_networks_input_has_more_than_8_bits_where_more_are_asked_for() -> None:
+    model = small_model()
+    records = calibrate(model, find_layers(model)[0], [torch.randn(8, 1, 8, 8)], bits=12).records()
+    assert [record.bits for record in records] == [12, 12, 12]
+
+
+def test_dorefa_does_not_clip_an_image_of_positive_pixels_to_1() -> None:
+    model = small_model()
+    pixels = torch.linspace(0, 255, 4 * 64).view(4, 1, 8, 8)
+    records = calibrate(model, find_layers(model)[0], [pixels], bits=2, method="dorefa").records()
+    assert not records[0].signed
+    assert records[0].scale == pytest.approx(1.0, rel=0.05)  # 255 steps over 0 … 255
+    assert records[1].scale == pytest.approx(1 / 3)  # 3 steps over 0 … 1: Eq. 5 behind a ReLU
+
+
 def small_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 3))
