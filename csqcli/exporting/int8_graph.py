@@ -7,9 +7,9 @@ as in `onnx_graph`, and the chain in front of them stays: ONNX Runtime 1.23 and 
 DequantizeLinear to int8 without a word.
 
 BatchNorm after a convolution is folded here, because an engine does not fold it into int8 weights. That changes scales
-and biases, never integers, except that a channel with negative γ has its integers negated: scales must be positive. An
-engine rounds biases to int32 at the product of input and weight scale and overflows silently; where a channel would come
-near, the channel's scale is raised, or BatchNorm stays, and a layer whose own bias would overflow keeps float weights.
+and biases, never integers, except that a channel whose factor γ × scale is negative has its integers negated: scales must be
+positive. An engine rounds biases to int32 at the product of input and weight scale and overflows silently; where a channel would
+come near, the channel's scale is raised, or BatchNorm stays, and a layer whose own bias would overflow keeps float weights.
 
 An engine that has signed 8 bits alone (TensorRT) gets int8 for every input: those of at most 7 unsigned bits as they are, those
 of 8 unsigned bits at twice the step, which halves their levels; narrower ranges are clipped in float, before QuantizeLinear.
@@ -435,7 +435,7 @@ class Editor:
         conv.output[0] = norm.output[0]
         self.graph.node.remove(norm)
         self._index()
-        return new_scale, np.where(factor < 0, -1.0, 1.0)
+        return new_scale, np.where(scale * factor < 0, -1.0, 1.0)
 
     def add_constant(self, name: str, value: np.ndarray) -> str:
         from onnx import numpy_helper

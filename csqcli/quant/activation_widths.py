@@ -103,6 +103,8 @@ def _losses(
     mode = evaluating_untrained(model) if untrained else evaluating(model)
     with mode, unfrozen(layers), _inputs_of(model, list(candidates)) as seen:
         for images in batches:
+            if not len(images):  # none of it could be decoded
+                continue
             for part in _parts(images, equal=untrained):
                 seen.clear()
                 with torch.enable_grad():
@@ -125,7 +127,7 @@ def _losses(
 
 def _parts(images: Tensor, *, equal: bool) -> Sequence[Tensor]:
     """Images that go through the network at once: ``equal`` parts leave no single image, of which BatchNorm has no variance."""
-    return images.tensor_split(-(-len(images) // _MICRO_BATCH)) if equal and len(images) else images.split(_MICRO_BATCH)
+    return images.tensor_split(-(-len(images) // _MICRO_BATCH)) if equal else images.split(_MICRO_BATCH)
 
 
 @contextmanager

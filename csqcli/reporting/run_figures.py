@@ -74,16 +74,17 @@ def _training(manifest: Manifest, lines: Sequence[Any]) -> list[Figure]:
         ("train_loss", "loss", "Loss over training", "mean training loss", None, ""),
     ):
         points = history.series(lines, key)
-        values = [value for _, value in points if value is not None]
-        if len(values) < 2:
+        known = [(epoch, value) for epoch, value in points if value is not None]
+        if len(known) < 2:
             continue
+        (first, begun), (last, ended) = known[0], known[-1]  # float epochs have no planes and no temperature
         aim = f" {words.capitalize()}: {goal:g}." if goal is not None else ""
         found.append(
             charts.lines(
                 name,
                 title,
                 [Series(y_label, points)],
-                description=f"{values[0]:.4g} after epoch 1, {values[-1]:.4g} after epoch {len(points)}.{aim}",
+                description=f"{begun:.4g} after epoch {first:g}, {ended:.4g} after epoch {last:g}.{aim}",
                 x_label="epoch",
                 y_label=y_label,
                 from_zero=key in ("mean_bits", "beta"),

@@ -145,6 +145,23 @@ def test_folding_batchnorm_negates_channels_of_negative_gamma_and_nothing_else(t
     assert np.array_equal(weights["tokens.weight"].integers, file.layers[2].integers.numpy().T)
 
 
+@pytest.mark.parametrize("runs_in_int8", [True, False])
+def test_a_folded_layer_of_negative_scale_is_the_layer_times_its_batchnorm(runs_in_int8: bool) -> None:
+    """csq writes none, and its format allows it: docs/format.md, section 6."""
+    file = _file()
+    file.layers[0] = replace(file.layers[0], scale=-file.layers[0].scale)
+    graphs = onnx_graph.trace(_model(file), file.layers, (3, 12, 12))
+    graph = int8_graph.quantize(graphs.proto, graphs.used)
+    if not runs_in_int8:
+        graph = int8_graph.Int8Graph(int8_graph.copied(graphs.proto))
+    folded = graph.weights if runs_in_int8 else int8_graph.fold_others(graph, graphs.used)
+    gamma, variance = (file.others[f"norm1.{name}"].double().numpy() for name in ("weight", "running_var"))
+    weight = file.layers[0].integers.double().numpy() * float(file.layers[0].scale)
+    wanted = weight * (gamma / np.sqrt(variance + 1e-5))[:, None, None, None]  # BatchNorm2d's ε
+    assert (folded["conv1.weight"].scale > 0).all()
+    assert np.allclose(folded["conv1.weight"].weight(), wanted, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 1e-12, -1e-9])
 def test_a_bias_that_would_overflow_int32_raises_its_channel_s_scale(tmp_path: Path, gamma: float) -> None:
     file = _file(gamma=gamma)

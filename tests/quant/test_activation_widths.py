@@ -16,7 +16,7 @@ from torch import nn
 
 from csqcli.errors import UserError
 from csqcli.file import io
-from csqcli.quant.activation_widths import _losses, find_widths
+from csqcli.quant.activation_widths import _losses, _macs_of, find_widths
 from csqcli.quant.activations import ActivationQuantizer, InputSample, quantizer_of
 from csqcli.quant.layers import find_layers
 
@@ -101,6 +101,35 @@ def test_the_choice_is_the_best_within_the_mean(target: float, per: str) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_batch_of_which_no_image_could_be_decoded_is_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Unflatten(1, (3, 3)), nn.Linear(3, 3), nn.Flatten())
+
+    class Folding(nn.Module):
+        """Does not run on no image: -1 beside a side of 0 could be anything."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x).view(len(x), -1)
+
+    folding = Folding()
+    layers, _ = find_layers(folding)
+    found = [
+        find_widths(folding, layers, lambda empty=empty: [*empty, IMAGES], target=4.0) for empty in ([], [IMAGES[:0]])
+    ]
+    assert found[0] == found[1]
+
+
+def test_the_operations_of_a_module_are_those_of_all_its_weights() -> None:
+    model = nn.LSTM(4, 5)
+    layers, _ = find_layers(model)
+    macs = {"weight_ih_l0": 80, "weight_hh_l0": 100}  # 4 gates of 5: 20×4 and 20×5
+    assert [layer.name for layer in layers] == list(macs)
+    assert _macs_of([""], layers, macs) == {"": 180}
+
+
 def test_widths_are_found_where_the_model_is() -> None:
     model = network().cuda()
     layers, _ = find_layers(model)

@@ -16,6 +16,7 @@ from csqcli.quant.allocators import hessian
 from csqcli.quant.allocators.base import allocation_by
 from csqcli.quant.allocators.hawq_v1 import eigenvalue_importance
 from csqcli.quant.allocators.hawq_v2 import trace_importance
+from csqcli.quant.allocators.importance import fisher_importance
 from csqcli.quant.allocators.quanos import noise_importance, noise_sensitivity
 from csqcli.quant.budget import PlaneLimits, make_budget
 from csqcli.quant.catalog import ALLOCATORS
@@ -260,6 +261,15 @@ def test_every_allocator_spends_the_budget_repeats_and_leaves_the_model_as_it_wa
     assert not layers[0].parameter.requires_grad
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_batch_of_which_no_image_could_be_decoded_counts_for_nothing() -> None:
+    model = network()
+    layers, _ = find_layers(model)
+    images, labels = batches(1)[0]
+    empty = (images[:0], labels[:0])
+    found = fisher_importance(model, layers, [empty, (images, labels), empty], 4)
+    assert torch.equal(found, fisher_importance(model, layers, [(images, labels)], 4))
 
 
 def test_random_planes_follow_the_seed() -> None:

@@ -214,6 +214,17 @@ def test_epochs_are_counted_over_phases_and_their_starts_marked() -> None:
     assert history.phase_starts(beside) == [(2, "search")]
 
 
+def test_a_figures_words_name_the_epochs_that_its_first_and_last_values_are_of(run: Path, tmp_path: Path) -> None:
+    beside = [{"phase": "float", "val_top1": 80}, {"phase": "float", "val_top1": 85}, *lines(4)]
+    beside.append({"phase": "finetune", "mean_bits": None, "val_top1": 93})
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(run.read_bytes())
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in beside))
+    words = {figure.name: figure.description for figure in report_figures(copy).all()}
+    assert words["mean-bits"].startswith("8 after epoch 3, 6 after epoch 5.")
+    assert words["accuracy"].startswith("80 after epoch 1, 93 after epoch 6.")
+
+
 def test_a_float_file_and_one_without_a_recipe_have_a_page(tmp_path: Path) -> None:
     file = make_file("csq:digits_cnn")
     file.manifest.recipe = {}

@@ -27,6 +27,8 @@ def fisher_importance(
     count = 0
     with evaluating(model), unfrozen(layers) as parameters:
         for images, labels in batches:
+            if not len(labels):  # none of it could be decoded
+                continue
             loss = F.cross_entropy(logits_of(model(images)), labels)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for square, gradient in zip(squares, gradients, strict=True):
