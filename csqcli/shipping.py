@@ -79,7 +79,7 @@ def _stays_over(run: Run, over: int) -> UserError:
     if run.shard.is_main:
         run.folder.model_file.unlink(missing_ok=True)
     what = f"stays {over:,} bytes over the {run.ships.asked:,} that were asked for"
-    return UserError(what, where=str(run.folder.model_file), hint="ask for more bytes")
+    return UserError(what, where=str(run.folder.model_file), hint=sizing.more_bytes(run))
 
 
 def ship(file: Path, output: Path, form: str, *, display: Display) -> int:

@@ -89,9 +89,14 @@ def check_reachable(run: Run, layers: Sequence[Layer], left_float: list[dict[str
     sure = _SURELY_LEFT if run.recipe.adaptation.epochs else 1
     if sure * coded > run.ships.allowed:
         what = f"a target of {run.ships.asked:,} bytes cannot be met: at the fewest planes it takes about"
-        hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+        hint = f"{more_bytes(run)} or relax layers.keep / layers.min_bits / layers.floor"
         raise UserError(f"{what} {run.ships.others + coded:,}", hint=hint)
     run.ships = None  # measured on the weights that the search begins with
+
+
+def more_bytes(run: Run) -> str:
+    """What to do about a target that leaves too few bytes: it may have been a compression, of which less is more bytes."""
+    return "raise the target" if run.recipe.quantization.target_size is not None else "ask for less compression"
 
 
 def _rounded(run: Run, layer: Layer, planes: int) -> HardLayer:
@@ -124,7 +129,7 @@ def _set_ships(
     measure_others(run, hard, left_float, shipped)
     if run.ships.allowed <= 0:
         what = f"a target of {asked:,} bytes cannot be met: all but the integers takes {run.ships.others:,}"
-        raise UserError(what, hint="raise the target")
+        raise UserError(what, hint=more_bytes(run))
 
 
 def measure_others(run: Run, hard: Sequence[HardLayer], left_float: list[dict[str, Any]], shipped: Shipped) -> None:
@@ -215,7 +220,7 @@ def trim(run: Run, trainer: Trainer, goal: int) -> int:
             found = sum(_coded(method, index, int(mask.sum())) for index, mask in enumerate(method.masks))
         if found > goal:
             what = f"a target of {run.ships.asked:,} bytes cannot be met with the planes that were trained"
-            raise UserError(what, hint="raise the target")
+            raise UserError(what, hint=more_bytes(run))
         return found
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -81,6 +81,15 @@ def test_what_cannot_be_reached_is_said_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("times", [7, 20])  # more than the fewest planes allow, and than all that is beside them
+def test_a_compression_that_cannot_be_reached_is_to_be_lowered(times: float, tmp_path: Path) -> None:
+    asked = resolve("digits", {"quantization.target_compression": times, "layers.min_bits": {"*": 4}})
+    with pytest.raises(UserError, match="bytes cannot be met") as raised:
+        pipeline.search(asked, tmp_path / "run", display=QUIET)
+    assert raised.value.hint is not None
+    assert raised.value.hint.startswith("ask for less compression")
+
+
 def test_an_allowance_is_what_the_knapsack_may_spend() -> None:
     # two layers; the second's planes save more per byte: 0 and 3 planes cost 0 + 60 of 65
     table = ((0, 10, 20, 30), (0, 20, 40, 60))
