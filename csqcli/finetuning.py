@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,11 @@ def finetune(
     return report
 
 
-def finetune_integers(run: Run, start: QuantizedFile) -> dict[str, Any]:
-    """The last phase of a run: train ``start``'s integers on and deliver the better of the two; the report."""
+def finetune_integers(
+    run: Run, start: QuantizedFile, *, budgets: Callable[[QuantizedFile], list[dict[str, Any]]] | None = None
+) -> dict[str, Any]:
+    """The last phase of a run: train ``start``'s integers on and deliver the better of the two; the report, with what ``budgets``
+    says of the file that is kept."""
     recipe = run.recipe.model_copy(deep=True)
     recipe.epochs = run.recipe.finetune.epochs
     recipe.optimizer = shortened(recipe.optimizer, recipe.epochs)
@@ -108,7 +112,8 @@ def finetune_integers(run: Run, start: QuantizedFile) -> dict[str, Any]:
         file, gap = _keep_input(run, start, input_top1), 0.0
     run.display.say(f"finetuned top-1 {finetuned_top1:.2f} %, input {input_top1:.2f} %: kept the {kept} model")
     outcome = {"input_top1": input_top1, "finetuned_top1": finetuned_top1, "kept": kept}
-    return write_report(run, file, parity={"max_logit_gap": gap}, finetune=outcome)
+    more = {} if budgets is None else {"budgets": budgets(file)}
+    return write_report(run, file, parity={"max_logit_gap": gap}, finetune=outcome, **more)
 
 
 def _keep_input(run: Run, start: QuantizedFile, top1: float) -> QuantizedFile:

@@ -104,8 +104,8 @@ def search(
                 begin_with(run, warm)
             report = {} if run.past_search else _search(run, layers, left, latents=latents)
             if recipe.finetune.epochs and recipe.card.name != "float":
-                searched = io.read(folder.model_file) if folder.shard.is_main else None
-                report = finetune_integers(run, distributed.from_main(searched))
+                searched = distributed.from_main(io.read(folder.model_file) if folder.shard.is_main else None)
+                report = finetune_integers(run, searched, budgets=lambda file: budgets_reached(run, file, layers))
         folder.finish()
     return report
 

@@ -75,7 +75,6 @@ class Run:
     record: RunRecord = field(default_factory=RunRecord)
     saved: RunState | None = None  # the state to go on from, until a phase took it
     activations: ActivationQuantizers | None = None
-    mean_act_bits: float | None = None  # of searched widths, over what their budget counts
     teacher: Teacher | None = None
     operations: Operations | None = None
     planes_told: bool = False
@@ -294,7 +293,8 @@ class Run:
         missed = self.activations.unreached
         note = f"; not reached by a hook: {', '.join(missed)}" if missed else ""
         widths = "/".join(map(str, sorted({quantizer.bits for quantizer in self.activations.quantizers.values()})))
-        mean = f", {self.mean_act_bits:.2f} of {settings.target_act_bits:g} in the mean" if self.mean_act_bits else ""
+        found = self.record.mean_act_bits
+        mean = f", {found:.2f} of {settings.target_act_bits:g} in the mean" if found else ""
         self.display.say(
             f"{counted(len(self.activations.quantizers), 'activation quantizer')} of {widths} bits{mean}{note}"
         )
@@ -322,7 +322,7 @@ class Run:
                 untrained=self._is_untrained,
             )
         found = distributed.from_main(found)
-        self.mean_act_bits = found.mean
+        self.record.mean_act_bits = found.mean
         return found.bits
 
     @property

@@ -54,6 +54,7 @@ class RunRecord(BaseModel):
     latencies: Latencies | None = None  # of a budget in milliseconds, once they are known
     ways: Ways | None = None  # through the network, where layers may lose their last plane
     planes: list[int] | None = None  # of every layer, once an allocator decided them
+    mean_act_bits: float | None = None  # of searched widths, over what their budget counts
     bytes_over: int = Field(0, ge=0)  # by which rounding without training came out too large so far
     step_images: int | None = Field(None, ge=1)  # per forward pass; None until it is known that they fit
 

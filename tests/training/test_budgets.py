@@ -76,6 +76,29 @@ def test_without_rounded_inputs_the_planes_make_no_difference(table: str, tmp_pa
     assert not (tmp_path / "less").exists()
 
 
+def test_a_finetune_after_the_search_leaves_what_was_asked_and_reached_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"quantization.target_bits": 3, "quantization.act_bits": "auto", "quantization.target_act_bits": 5}
+    settings = SHORT | asked | {"finetune.epochs": 1, "max_steps": 2}
+    whole = pipeline.search(resolve("digits", settings), tmp_path / "whole", display=QUIET)
+    assert reached(whole)["bits"] == (3, whole["budget"]["mean_bits"])
+    assert 2 <= reached(whole)["act_bits"][1] <= reached(whole)["act_bits"][0] == 5
+    deliver = pipeline.deliver
+
+    def stops(*given: Any, **options: Any) -> Any:
+        if "at_least" in options:  # the finetune's
+            raise KeyboardInterrupt
+        return deliver(*given, **options)
+
+    monkeypatch.setattr(pipeline, "deliver", stops)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.search(resolve("digits", settings), tmp_path / "stopped", display=QUIET)
+    monkeypatch.setattr(pipeline, "deliver", deliver)
+    stopped = pipeline.search(resolve("digits", settings), tmp_path / "stopped", display=QUIET, resume=True)
+    assert stopped["budgets"] == whole["budgets"]
+
+
 def test_a_run_measures_once_and_a_resumed_one_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = 0
 
