@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from csqcli.data.loaders import LoaderSettings, make_loader
 from csqcli.data.specs import WORKERS, ValSplit
 from csqcli.data.splits import DataSet, Images
 from csqcli.data.transforms import choose_augment
-from csqcli.errors import UserError
 from csqcli.file import io
 from csqcli.file.io import QuantizedFile
 from csqcli.file.loading import hard_model
@@ -23,6 +22,7 @@ from csqcli.file.manifest import Manifest
 from csqcli.models.coverage import Operations, count_macs
 from csqcli.models.spec import parse
 from csqcli.quant import activations
+from csqcli.quant.activation_widths import find_widths
 from csqcli.quant.activations import CALIBRATION_BATCHES, ActivationQuantizers
 from csqcli.quant.layers import FloatTensor, Layer, find_layers, layers_named
 from csqcli.quant.names import FLOAT_BITS
@@ -106,16 +106,35 @@ def _opened(recipe: Recipe, display: Display, *, calibrating: bool, limit: int |
     )
     opened = Opened(spec.source, model, layers, batches, config, data, left)
     opened.operations = count_macs(model, layers, config["input_size"])
-    bits = recipe.quantization.act_bits
-    if bits == "auto":
-        hint = "pass a number, e.g. --set act_bits=8"
-        raise UserError("widths of layer inputs are searched by `csq search` only", where="act_bits auto", hint=hint)
-    if bits != FLOAT_BITS and calibrating:
-        with display.step("calibrating activations"):
-            opened.activations = activations.calibrate(
-                model, layers, (pixels for pixels, _ in batches), bits=bits, method=recipe.quantization.act_method
-            )
+    if recipe.quantization.act_bits != FLOAT_BITS and calibrating:
+        opened.activations = _activations(opened, recipe, display)
     return opened
+
+
+def _activations(opened: Opened, recipe: Recipe, display: Display) -> ActivationQuantizers:
+    """The inputs of layers rounded as the search would round them."""
+    settings, bits, model, layers = recipe.quantization, recipe.quantization.act_bits, opened.model, opened.layers
+
+    def images() -> Iterator[Tensor]:
+        return (pixels for pixels, _ in opened.batches)
+
+    if bits == "auto":
+        assert settings.target_act_bits is not None
+        with display.step("measuring which layers' inputs matter"):
+            found = find_widths(
+                model,
+                layers,
+                images,
+                target=settings.target_act_bits,
+                per=settings.act_per,
+                macs=opened.operations.macs if opened.operations is not None else None,
+                method=settings.act_method,
+                seed=recipe.seed,
+            )
+    with display.step("calibrating activations"):
+        return activations.calibrate(
+            model, layers, images(), bits=found.bits if bits == "auto" else bits, method=settings.act_method
+        )
 
 
 def _batches(

@@ -76,11 +76,17 @@ class Sweep:
             hint = "leave --planes out, or run `csq search` with it"
             raise UserError("planes that are written down have one target", hint=hint)
         for name in self.baselines:
-            if find_card(name, where="--with").name in ("float", base.card.name):
+            card = find_card(name, where="--with")
+            if card.name in ("float", base.card.name):
                 what = (
                     "is the sweep's own method" if name != "float" else "quantizes nothing, and is on the page anyway"
                 )
                 raise UserError(f"`{name}` {what}", where="--with", hint="leave it out")
+            if card.trains != base.card.trains:
+                what = (
+                    f"`{name}` {'trains' if card.trains else 'trains nothing'}, and this sweep has {base.epochs} epochs"
+                )
+                raise UserError(what, where="--with", hint="leave it out, or sweep it by itself")
         if self.warm and not base.card.trains:
             raise UserError(
                 "nothing is trained at 0 epochs, so nothing begins with it", where="--warm", hint="leave it out"

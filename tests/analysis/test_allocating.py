@@ -28,6 +28,22 @@ def test_a_search_with_the_same_allocator_fixes_the_planes_that_allocate_printed
     assert all(len(layer["importance"]) == 8 for layer in found["layers"])
 
 
+def test_planes_are_those_of_a_search_that_gives_each_layers_input_a_width_of_its_own(csq, tmp_path: Path) -> None:
+    shared = ("--recipe", "digits", "--target-bits", 2.5, "--cost", "bops", "--quiet", "--set", "target_act_bits=4")
+    shared += ("--set", "act_bits=auto")
+    code, out, err = csq("allocate", *shared, "--allocator", "importance", "--json")
+    assert code == 0, err
+    run = tmp_path / "run"
+    short = ("--method", "ste", "--allocator", "importance", "--epochs", 1, "--set", "max_steps=1", "--output", run)
+    code, _, err = csq("search", *shared, *short)
+    assert code == 0, err
+    report = json.loads((run / "report.json").read_text())
+    assert [layer["planes"] for layer in json.loads(out)["layers"]] == [layer["bits"] for layer in report["layers"]]
+    # nothing is rounded but one layer's weights here, whatever the run's recipe has
+    code, _, err = csq("sensitivity", "--recipe", run / "recipe.yaml", "--widths", 1, "--val-limit", 8, "--quiet")
+    assert code == 0, err
+
+
 def test_an_allocator_gives_no_layer_more_planes_than_the_method_takes(csq, tmp_path: Path) -> None:
     shared = ("--recipe", "digits", "--allocator", "importance", "--target-bits", 2.5, "--quiet")
 
