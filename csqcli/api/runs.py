@@ -282,6 +282,10 @@ def finetune_recipe(file: Path, overrides: Mapping[str, Any], *, trust_code: boo
 
     manifest = header.read_manifest(file)
     target = manifest.budget.target_mean_bits or manifest.budget.mean_bits
+    section = manifest.recipe.get("quantization")
+    most = section.get("max_bits") if isinstance(section, dict) else None
+    if isinstance(most, int) and 0 < most < target:  # an allocator's budget may be more than there are planes
+        target = float(most)
     given = {"quantization.target_bits": target, **overrides}
     found = resolve_stored(manifest.recipe, given, where=f"recipe in {file}", trust_code=trust_code)
     found.finetune.epochs = found.finetune.epochs or FINETUNE_EPOCHS

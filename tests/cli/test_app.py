@@ -432,6 +432,17 @@ def test_every_method_s_file_is_finetuned_from_exactly_where_it_stands(csq, tmp_
     assert [layer["bits"] for layer in after["layers"]] == [layer["bits"] for layer in before["layers"]]
 
 
+def test_a_file_whose_target_is_more_than_its_planes_is_finetuned(csq, tmp_path: Path) -> None:
+    file, out = tmp_path / "run", tmp_path / "finetuned"
+    short = ("--epochs", 1, "--set", "max_steps=1", "--quiet")
+    few = ("--allocator", "importance", "--target-bits", 4, "--set", "quantization.max_bits=3")
+    code, _, err = csq("search", "--recipe", "digits", "--method", "lsq", *few, *short, "--output", file)
+    assert code == 0, err
+    code, _, err = csq("finetune", file, "--data", "digits", *short, "--output", out)
+    assert code == 0, err
+    assert json.loads((out / "report.json").read_text())["budget"]["mean_bits"] == 3
+
+
 def test_a_finetune_that_hurts_keeps_its_input(csq, digits_run: Path, tmp_path: Path) -> None:
     ruin = ("--epochs", 1, "--set", "finetune.lr=30", "--set", "latent_lr=3", "--set", "max_steps=3", "--quiet")
     assert csq("finetune", digits_run / "model.safetensors", "--data", "digits", "-o", tmp_path, *ruin)[0] == 0
