@@ -25,6 +25,7 @@ from csqcli.quant.methods.staged import Staged
 from csqcli.recipe.resolve import resolve
 from csqcli.system import memory
 from csqcli.system.progress import Display
+from csqcli.training.evaluate import BrokenScores
 from csqcli.training.loop import Trainer
 
 
@@ -201,6 +202,18 @@ def test_batchnorm_on_single_images_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one image at a time"):
         run(tmp_path / "run", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 1})
     run(tmp_path / "again", **{"model.source": "plain_models:pooled_batchnorm", "data.micro_batch": 63})  # 32 + 32
+
+
+def test_unit_steps_that_overflow_do_not_end_the_run_that_delivers_others(tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenScores("the model's scores are NaN or infinite")
+
+    monkeypatch.setattr("csqcli.training.setup.evaluate", broken)  # the soft model is that of the last epoch
+    paper = {"quantization.method": "csq-paper", "bn_recalibration_batches": 0, "csq.measure_unit_steps": True}
+    accuracy = run(tmp_path, **paper, **{"epochs": 1, "max_steps": 1}).manifest.accuracy
+    assert accuracy.unit_steps_top1 is None
+    assert accuracy.soft_top1 is not None
+    assert accuracy.hard_top1 is not None
 
 
 def test_the_paper_s_unit_steps_are_measured_beside_what_is_delivered(tmp_path: Path) -> None:
