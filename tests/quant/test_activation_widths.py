@@ -99,8 +99,6 @@ def test_the_choice_is_the_best_within_the_mean(target: float, per: str) -> None
     assert costs[found.bits["2"], found.bits["4"]] == pytest.approx(min(costs.values()), rel=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_batch_of_which_no_image_could_be_decoded_is_passed_over() -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Unflatten(1, (3, 3)), nn.Linear(3, 3), nn.Flatten())
 
@@ -130,6 +128,8 @@ def test_the_operations_of_a_module_are_those_of_all_its_weights() -> None:
     assert _macs_of([""], layers, macs) == {"": 180}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_widths_are_found_where_the_model_is() -> None:
     model = network().cuda()
     layers, _ = find_layers(model)

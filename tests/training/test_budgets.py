@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cli.test_options import TABLE
 
-from csqcli import pipeline
+from csqcli import finetuning, pipeline
 from csqcli.errors import UserError
 from csqcli.exporting import latency_table
 from csqcli.file import io
@@ -84,17 +84,14 @@ def test_a_finetune_after_the_search_leaves_what_was_asked_and_reached_in_the_re
     whole = pipeline.search(resolve("digits", settings), tmp_path / "whole", display=QUIET)
     assert reached(whole)["bits"] == (3, whole["budget"]["mean_bits"])
     assert 2 <= reached(whole)["act_bits"][1] <= reached(whole)["act_bits"][0] == 5
-    deliver = pipeline.deliver
 
-    def stops(*given: Any, **options: Any) -> Any:
-        if "at_least" in options:  # the finetune's
-            raise KeyboardInterrupt
-        return deliver(*given, **options)
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "deliver", stops)
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.search(resolve("digits", settings), tmp_path / "stopped", display=QUIET)
-    monkeypatch.setattr(pipeline, "deliver", deliver)
+    with monkeypatch.context() as patched:
+        patched.setattr(finetuning, "deliver", stops)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.search(resolve("digits", settings), tmp_path / "stopped", display=QUIET)
     stopped = pipeline.search(resolve("digits", settings), tmp_path / "stopped", display=QUIET, resume=True)
     assert stopped["budgets"] == whole["budgets"]
 
