@@ -34,7 +34,7 @@ from csqcli.training.labels import open_held_out, with_labels_of
 from csqcli.training.latencies import Latencies
 from csqcli.training.limits import Ways, measure_ways
 from csqcli.training.opening import check_task, open_images, open_model
-from csqcli.training.run import ShippedSize, data_config
+from csqcli.training.run import ShippedSize, data_config, is_untrained
 
 
 @dataclass
@@ -107,12 +107,13 @@ def _opened(recipe: Recipe, display: Display, *, calibrating: bool, limit: int |
     opened = Opened(spec.source, model, layers, batches, config, data, left)
     opened.operations = count_macs(model, layers, config["input_size"])
     if recipe.quantization.act_bits != FLOAT_BITS and calibrating:
-        opened.activations = _activations(opened, recipe, display)
+        untrained = is_untrained(recipe, fitted.loaded.weights_from)
+        opened.activations = _activations(opened, recipe, display, untrained=untrained)
     return opened
 
 
-def _activations(opened: Opened, recipe: Recipe, display: Display) -> ActivationQuantizers:
-    """The inputs of layers rounded as the search would round them."""
+def _activations(opened: Opened, recipe: Recipe, display: Display, *, untrained: bool) -> ActivationQuantizers:
+    """The inputs of layers rounded as the search would round them; ``untrained`` is as in `activations.calibrate`."""
     settings, bits, model, layers = recipe.quantization, recipe.quantization.act_bits, opened.model, opened.layers
 
     def images() -> Iterator[Tensor]:
@@ -130,10 +131,16 @@ def _activations(opened: Opened, recipe: Recipe, display: Display) -> Activation
                 macs=opened.operations.macs if opened.operations is not None else None,
                 method=settings.act_method,
                 seed=recipe.seed,
+                untrained=untrained,
             )
     with display.step("calibrating activations"):
         return activations.calibrate(
-            model, layers, images(), bits=found.bits if bits == "auto" else bits, method=settings.act_method
+            model,
+            layers,
+            images(),
+            bits=found.bits if bits == "auto" else bits,
+            method=settings.act_method,
+            untrained=untrained,
         )
 
 

@@ -327,12 +327,9 @@ class Run:
 
     @property
     def _is_untrained(self) -> bool:
-        """Whether the network may have no statistics yet, and training will find them. Unlike a recipe that is from scratch, one
-        whose float epochs were not kept leaves it without."""
-        recipe, adaptation = self.recipe, self.record.adaptation
-        fresh = self.source.weights_from in ("random", "factory") and recipe.model.warm_start is None
+        adaptation = self.record.adaptation
         learned = adaptation is not None and adaptation.kept == "adapted"
-        return fresh and not learned and recipe.card.trains and recipe.batchnorm != "frozen"
+        return not learned and is_untrained(self.recipe, self.source.weights_from)
 
     def _calibration_images(self) -> Iterator[torch.Tensor]:
         return (images for images, _ in self.calibration_batches())
@@ -356,6 +353,13 @@ class Run:
                 raise UserError("no C++ compiler", where="compile", hint="install one, or leave compile off")
             replica = torch.compile(self.model if replica is None else replica)
         return replica
+
+
+def is_untrained(recipe: Recipe, weights_from: str) -> bool:
+    """Whether a network as it comes may have no statistics yet, and training will find them. Unlike a recipe that is from scratch, one
+    whose float epochs were not kept leaves it without."""
+    fresh = weights_from in ("random", "factory") and recipe.model.warm_start is None
+    return fresh and recipe.card.trains and recipe.batchnorm != "frozen"
 
 
 def _is_layer_norm_network(model: nn.Module) -> bool:

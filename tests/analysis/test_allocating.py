@@ -28,9 +28,19 @@ def test_a_search_with_the_same_allocator_fixes_the_planes_that_allocate_printed
     assert all(len(layer["importance"]) == 8 for layer in found["layers"])
 
 
-def test_planes_are_those_of_a_search_that_gives_each_layers_input_a_width_of_its_own(csq, tmp_path: Path) -> None:
-    shared = ("--recipe", "digits", "--target-bits", 2.5, "--cost", "bops", "--quiet", "--set", "target_act_bits=4")
-    shared += ("--set", "act_bits=auto")
+@pytest.mark.parametrize(
+    "network",
+    [
+        (),
+        ("csq:cifar_resnet8", "--no-pretrained", "--set", "model.checkpoint=null"),
+    ],  # whose norms have no statistics yet
+    ids=["trained", "fresh"],
+)
+def test_planes_are_those_of_a_search_that_gives_each_layers_input_a_width_of_its_own(
+    network: tuple[str, ...], csq, tmp_path: Path
+) -> None:
+    shared = (*network, "--recipe", "digits", "--target-bits", 2.5, "--cost", "bops", "--quiet")
+    shared += ("--set", "target_act_bits=4", "--set", "act_bits=auto")
     code, out, err = csq("allocate", *shared, "--allocator", "importance", "--json")
     assert code == 0, err
     run = tmp_path / "run"
