@@ -1,8 +1,10 @@
-"""Charts as inline SVG: lines, bars per layer, scatter with a Pareto front, cells over time. Each is a :class:`Figure`.
+"""Charts as inline SVG: lines, bars per layer, scatter with a Pareto front, cells over time.
 
-figure = lines("mean-bits", "Mean bits over training", [Series("run", [(1, 8.0), (2, 3.1)])],
-               description="…", x_label="epoch", y_label="planes per weight", target=3)
-figure.svg(), figure.html()
+    figure = lines("mean-bits", "Mean bits over training", [Series("run", [(1, 8.0), (2, 3.1)])],
+                   description="…", x_label="epoch", y_label="planes per weight", target=3)
+    figure.svg(), figure.html()
+
+Every kind gives a :class:`Figure`.
 """
 
 from __future__ import annotations
