@@ -147,10 +147,12 @@ class Budget:
         for ceiling in self.ceilings:
             if ceiling.spent(few) <= ceiling.allowed:
                 continue
-            hint = "raise the target or relax layers.keep / layers.min_bits / layers.floor"
+            # bytes may have been asked for as a compression, of which less is more
+            more = "allow more bytes" if ceiling.unit == BYTES else "raise the target"
+            hint = f"{more} or relax layers.keep / layers.min_bits / layers.floor"
             if self.limits.needed:
                 kept = f"{len(self.limits.needed)} of {len(self.weights)} layers"
-                hint = f"raise the target: {kept} keep a plane, because without them all images would score the same"
+                hint = f"{more}: {kept} keep a plane, because without them all images would score the same"
             if ceiling.unit:
                 asked = _said(ceiling.allowed + ceiling.beside, ceiling.unit)
                 needed = _said(ceiling.spent(few) + ceiling.beside, ceiling.unit, bare=True)

@@ -90,6 +90,13 @@ def test_a_compression_that_cannot_be_reached_is_to_be_lowered(times: float, tmp
     assert raised.value.hint.startswith("ask for less compression")
 
 
+def test_a_plan_does_not_say_to_raise_a_compression_that_cannot_be_reached() -> None:
+    asked = resolve("digits", {"quantization.target_compression": 7, "layers.min_bits": {"*": 4}})
+    with pytest.raises(UserError, match="bytes cannot be met") as raised:
+        pipeline.plan(asked, display=QUIET)
+    assert raised.value.hint == "allow more bytes or relax layers.keep / layers.min_bits / layers.floor"
+
+
 def test_an_allowance_is_what_the_knapsack_may_spend() -> None:
     # two layers; the second's planes save more per byte: 0 and 3 planes cost 0 + 60 of 65
     table = ((0, 10, 20, 30), (0, 20, 40, 60))
