@@ -143,7 +143,10 @@ def trained(target: float = 1.5, *, min_planes: int = 1) -> Staged:
 
 def trim(method: Staged, goal: int) -> int:
     run = SimpleNamespace(
-        ships=SimpleNamespace(asked=goal), shard=SimpleNamespace(is_main=True), display=Display(quiet=True)
+        ships=SimpleNamespace(asked=goal),
+        shard=SimpleNamespace(is_main=True),
+        display=Display(quiet=True),
+        recipe=SimpleNamespace(quantization=SimpleNamespace(target_size=goal)),
     )
     trainer = SimpleNamespace(optimizer=SimpleNamespace(method=method, step_count=8))
     return sizing.trim(run, trainer, goal)  # type: ignore[arg-type]
