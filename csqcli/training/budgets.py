@@ -133,6 +133,6 @@ def budgets_reached(run: Run, file: QuantizedFile, layers: Sequence[Layer]) -> l
         reached = (counted.spent([layer.planes for layer in file.layers]) + counted.beside) / NANOSECONDS_PER_MS
         found.append({"budget": "latency", "asked": settings.target_latency, "reached": reached})
         found[-1]["engine"] = run.latencies.engine_version
-    if run.record.mean_act_bits is not None:
+    if settings.target_act_bits is not None and run.record.mean_act_bits is not None:
         found.append({"budget": "act_bits", "asked": settings.target_act_bits, "reached": run.record.mean_act_bits})
     return found
