@@ -256,3 +256,14 @@ def test_a_batchnorm_behind_the_last_layer_settles_too() -> None:
     before = model[2].running_mean.clone()
     csqcli.quantize(model, [torch.randn(64, 1, 8, 8)], 1)
     assert not torch.equal(model[2].running_mean, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_named_and_the_model_stays_as_it_was() -> None:
+    head = nn.utils.weight_norm(nn.Linear(4, 2))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(csqcli.UserError, match=r"4: the model cannot be copied: its `weight` is computed") as error:
+        csqcli.quantize(model, [(torch.randn(8, 3, 4, 4), None)], target_bits=3)
+    assert "parametrizations.weight_norm" in error.value.line()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -268,11 +268,14 @@ def quantize_model(
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:  # of a weight that a hook computes, as the old nn.utils.weight_norm has it
-        hint = "take nn.utils.parametrizations.weight_norm, or remove the normalisation"
-        raise UserError(f"the model cannot be copied ({error})", hint=hint) from error
+    """A copy of the model. UserError where a module holds a tensor that was computed with gradients, which cannot be copied."""
+    for name, module in model.named_modules():
+        for held, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:  # as the old nn.utils.weight_norm leaves one
+                hint = "take nn.utils.parametrizations.weight_norm in place of nn.utils.weight_norm, or remove what computes it"
+                what = f"the model cannot be copied: its `{held}` is computed in the forward pass"
+                raise UserError(what, where=name or type(model).__name__, hint=hint)
+    return copy.deepcopy(model)
 
 
 def with_own_labels(

@@ -216,9 +216,10 @@ class Run:
             self.display.say(planes_fixed(planes, method.plan.budget.mean_planes(planes), self.target_bits))
 
     def keep_teacher(self, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Distillation follows the model as it is now, or with other ``weights``."""
+        """Distillation follows the model as it is now, or with other ``weights``, if anything trains."""
         distill, features = self.recipe.optimizer.distill, self.recipe.optimizer.distill_features
-        if distill or features:
+        trains = self.recipe.card.trains or self.recipe.finetune.epochs > 0
+        if trains and (distill or features):
             self.teacher = Teacher(self.model, distill=distill, features=features, weights=weights)
 
     def check_scores(self) -> None:

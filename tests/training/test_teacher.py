@@ -15,6 +15,7 @@ from torch import nn
 
 import csqcli
 from csqcli.errors import UserError
+from csqcli.training import run
 from csqcli.training.loop import Trainer
 from csqcli.training.teacher import Teacher, feature_distance
 
@@ -95,14 +96,19 @@ def test_a_search_that_stays_near_the_features_ends_elsewhere(csq, tmp_path) -> 
     assert not torch.equal(*weights)
 
 
-def test_rounding_without_training_and_a_finetune_after_it_take_a_recipe_that_follows_features(csq, tmp_path) -> None:
+def test_rounding_without_training_and_a_finetune_after_it_take_a_recipe_that_follows_features(
+    csq, tmp_path, monkeypatch
+) -> None:
+    copied: list[bool] = []
+    monkeypatch.setattr(run, "Teacher", lambda *given, **more: copied.append(True) or Teacher(*given, **more))
     common = ("search", "--recipe", "digits", "--epochs", 0, "--target-bits", 2, "-q", "--set", "ptq.images=64")
-    for name, words in (("rounded", ()), ("trained", ("--finetune-epochs", 1, "--set", "max_steps=6"))):
+    trained = ("--finetune-epochs", 1, "--set", "max_steps=6")
+    for name, words, teachers in (("rounded", (), 0), ("trained", trained, 1)):
+        copied.clear()
         code, _, error = csq(*common, *words, "--set", "distill_features=16", "--distill", 0.9, "-o", tmp_path / name)
         assert code == 0, error
-    rounded, trained = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("rounded", "trained"))
-    assert "finetune" not in rounded
-    assert "finetune" in trained
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert (len(copied), "finetune" in report) == (teachers, teachers == 1)
 
 
 def test_search_and_finetune_of_one_run_follow_the_same_features(csq, tmp_path) -> None:
